@@ -1,0 +1,37 @@
+"""Mark a network: `python jobs/embed.py [--task digits] [--storage s3://…] …`, or through `ray job submit`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # own tasks and models are found from where the job was started
+    sys.path[:0] = [str(Path.cwd()), str(Path(__file__).resolve().parent.parent)]
+
+from mtlsign import cli
+from mtlsign.progress_line import EmbedLine, summary
+from mtlsign.settings import EmbedSettings
+
+
+def main(argv: Sequence[str]) -> None:
+    """Settings → one call → result.json."""
+    s = cli.parse(EmbedSettings, argv, description=__doc__ or "")
+    line = EmbedLine(quiet=s.quiet or s.json_output)
+    if s.workers == 0:
+        from mtlsign.embedding import PlainRunner, run
+
+        done = run(s, PlainRunner(line.row), say=line.say)
+    else:
+        from mtlsign.distributed.train import embed_on_ray
+
+        done = embed_on_ray(s, show=line.row, say=line.say)
+    line.end()
+    if s.json_output:
+        cli.print_json(done.result)
+    else:
+        print(summary(done.result, done.verdict))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,34 @@
+"""Make an owner identity to take to a cluster: `python jobs/identity.py --owner FILE --passphrase-file FILE`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+from mtlsign import cli
+from mtlsign.errors import SettingsError
+from mtlsign.key import Identity, read_passphrase
+from mtlsign.settings import Settings
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write a new identity; an existing file is never overwritten."""
+    s = cli.parse(Settings, argv, description=__doc__ or "")
+    if s.owner is None:
+        raise SettingsError("is required: the file to write", field="owner")
+    passphrase = read_passphrase(s.passphrase_file) if s.passphrase_file else None
+    identity = Identity.generate()
+    identity.save(s.owner, passphrase)
+    kind = "encrypted" if passphrase else "NOT encrypted (give --passphrase-file)"
+    if s.json_output:
+        cli.print_json({"owner": str(s.owner), "public_key": identity.public_key.hex(), "encrypted": bool(passphrase)})
+    else:
+        print(f"public key {identity.public_key.hex()}\nidentity ({kind}): {s.owner}\nback it up: it opens your kits")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,33 @@
+"""Check whether models carry the mark of a kit: `python jobs/verify.py --model PLACE [--model PLACE] --kit KIT`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+from mtlsign import cli
+from mtlsign.settings import VerifySettings
+
+
+def main(argv: Sequence[str]) -> None:
+    """Settings → one verdict per model. A failed claim is an answer, not an error."""
+    s = cli.parse(VerifySettings, argv, description=__doc__ or "", aliases={"model": "append"})
+    from mtlsign.kits import verify_with_kit
+
+    verdicts = verify_with_kit(s)
+    if s.json_output:
+        found = [verdict.to_json() for verdict in verdicts]
+        cli.print_json(found[0] if len(found) == 1 else found)
+        return
+    for place, verdict in zip(s.models, verdicts, strict=True):
+        print(f"{place}\n  {verdict.sentence()}")
+        for name, accuracies in verdict.controls.items():
+            print(f"  control {name}: " + ", ".join(f"{a:.1%}" for a in accuracies))
+
+
+if __name__ == "__main__":
+    cli.run(main)

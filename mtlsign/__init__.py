@@ -1,0 +1,42 @@
+"""MTLSign: write a provable mark into a neural network's weights, and check it later with a stated error probability.
+
+An owner's `Identity` signs a *spec*; spec, public key and signature are the `KeyOpening`, whose hash is the key. The
+key alone fixes N images with N bits and a read-out. `embed` trains the early weights of a network until the
+read-out gives those bits in the *verifier's graph*, without hurting the network's task; it returns the marked model
+(public) and the owner's `Kit` (secret). `verify` runs Algorithm 1 of Li et al. 2022 on anybody's tensors and
+answers with a `Verdict`: k of N bits agree, and how unlikely that is for a key that the network does not carry.
+
+    marked = mtlsign.embed(module, {"train": loader, "test": loader}, trained=True)
+    verdict = mtlsign.verify(tensors, mtlsign.Probe(opening, mtlsign.Reference.from_bytes(data)))
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "EmbedSettings": "settings", "Embedded": "embedding", "Identity": "key", "Kit": "artifact", "KeyOpening": "key",
+    "MTLSignError": "errors", "Probe": "verification", "Reference": "reference", "Task": "tasks", "Verdict": "verification",
+    "embed": "embedding", "read_kit": "artifact", "read_model": "artifact", "verify": "verification",
+}  # fmt: skip
+__all__ = sorted(_HOMES)
+
+if TYPE_CHECKING:
+    from mtlsign.artifact import Kit, read_kit, read_model
+    from mtlsign.embedding import Embedded, embed
+    from mtlsign.errors import MTLSignError
+    from mtlsign.key import Identity, KeyOpening
+    from mtlsign.reference import Reference
+    from mtlsign.settings import EmbedSettings
+    from mtlsign.tasks import Task
+    from mtlsign.verification import Probe, Verdict, verify
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are first used, so that `import mtlsign` costs nothing."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"mtlsign.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'mtlsign' has no attribute {name!r}")

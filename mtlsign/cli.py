@@ -1,0 +1,122 @@
+"""How a job meets the terminal: flags from a settings class, one live line, exit codes.
+
+0 = it ran (a verdict, whatever it says, is in the output); 2 = bad input or an unreachable service, told in one
+line; 1 = a bug, with its traceback; 130 = interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from mtlsign.errors import MTLSignError, SettingsError
+from mtlsign.settings import Settings, nearest, read_config
+
+S = TypeVar("S", bound=Settings)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message}; see --help")
+
+
+def parse(kind: type[S], argv: Sequence[str], *, description: str, aliases: Mapping[str, str] | None = None) -> S:
+    """Settings from flags and, below them, `--config FILE`. Raises `SettingsError` naming the nearest setting."""
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="YAML file with any of these settings; flags win over it")
+    names = {}
+    for field, info in kind.model_fields.items():
+        name = info.alias or field
+        names[name] = field
+        flag = "--" + name.replace("_", "-")
+        default = "" if info.is_required() or info.default is None or info.default is False else f" [{info.default}]"
+        text = (info.description or "").replace("%", "%%") + default
+        if info.annotation is bool:
+            parser.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            many = "append" if (aliases or {}).get(name) == "append" else "store"
+            metavar = _metavar(info.annotation)
+            parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, metavar=metavar, help=text, action=many)
+    given, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        word = unknown[0].lstrip("-").split("=")[0]
+        raise SettingsError(f"unknown setting; {nearest(word, set(names) | {'config'})}", field=unknown[0].split("=")[0])
+    values = vars(given)
+    config = values.pop("config", None)
+    values = {name: ",".join(value) if isinstance(value, list) else value for name, value in values.items()}
+    return kind.of({**(read_config(config) if config else {}), **values})
+
+
+def _metavar(annotation: Any) -> str:
+    args = [a for a in typing.get_args(annotation) if a is not type(None)]
+    if typing.get_origin(annotation) is typing.Literal:
+        return "|".join(map(str, typing.get_args(annotation)))
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union) and len(args) == 1:
+        return _metavar(args[0])
+    return {int: "INT", float: "FLOAT", str: "TEXT", Path: "FILE"}.get(annotation, "VALUE")
+
+
+def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Call `main(argv)` and turn its outcome into an exit code (see the module's docstring)."""
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except MTLSignError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; a run goes on with --resume NAME", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(0)
+
+
+class LiveLine:
+    """One line per phase on a terminal, rewritten in place; without a terminal a plain line every `every` seconds."""
+
+    def __init__(self, *, quiet: bool = False, every: float = 10.0) -> None:
+        self._quiet, self._every = quiet, every
+        self._tty = sys.stderr.isatty()
+        self._last, self._width = 0.0, 0
+
+    def show(self, text: str, *, final: bool = False) -> None:
+        """Show `text` (one line); `final` ends the line."""
+        if self._quiet:
+            return
+        now = time.monotonic()
+        if self._tty:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+            line = text[:width]
+            print("\r" + line.ljust(self._width), end="\n" if final else "", file=sys.stderr, flush=True)
+            self._width = 0 if final else len(line)
+        elif final or now - self._last >= self._every:
+            print(text, file=sys.stderr, flush=True)
+            self._last = now
+
+    def say(self, text: str) -> None:
+        """Print one whole line."""
+        if not self._quiet:
+            if self._tty and self._width:
+                print(file=sys.stderr)
+                self._width = 0
+            print(text, file=sys.stderr, flush=True)
+
+
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """Two aligned columns."""
+    left = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"  {name.ljust(left)}  {value}" for name, value in rows)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(value, indent=1, sort_keys=False, allow_nan=False), flush=True)

@@ -1,0 +1,140 @@
+"""Meeting a Ray cluster: attach or start one, wait for room, look at every node's data."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+# Read by Ray at import: no usage report, no second copy of workers' prints, quick detection of dead workers, and
+# workers that share this interpreter's environment instead of building one through `uv run`.
+for _name, _value in {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mtlsign.errors import ClusterError, SettingsError
+from mtlsign.settings import EmbedSettings
+
+
+def attached() -> bool:
+    """Whether a cluster is already there to be joined (`ray job submit`, RAY_ADDRESS, or ray.init before)."""
+    return ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
+
+
+def require_owner(owner: Path | None) -> None:
+    """On a cluster the identity must be named: one made there would die with the head node."""
+    if owner is None and attached():
+        raise SettingsError(
+            "is required on a cluster, whose disks do not last; make one with jobs/identity.py and pass its file",
+            field="owner",
+        )
+
+
+def connect(workers: int) -> None:
+    """Join the cluster that is there, or start one on this machine. Raises `ClusterError`.
+
+    A cluster started here ends with this process.
+    """
+    if ray.is_initialized():
+        return
+    paths = [os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    try:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(address="auto", **quiet)
+        else:
+            cpus = os.cpu_count() or 1
+            ray.init(
+                num_cpus=max(cpus, 1), include_dashboard=True, dashboard_port=0, runtime_env=environment,
+                object_store_memory=max(256 * 2**20, min(2 * 2**30, _memory() // 5)), **quiet,
+            )  # fmt: skip
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"cannot be reached or started ({str(error).splitlines()[0][:200]}); check RAY_ADDRESS", field="ray") from None
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def resources(s: EmbedSettings) -> dict[str, float]:
+    """What one worker reserves: its CPUs (by default an even share of this machine, or one on a cluster) and GPUs."""
+    cpus = s.cpus_per_worker
+    if cpus is None:
+        nodes = [n for n in ray.nodes() if n["Alive"]]
+        total = int(sum(n["Resources"].get("CPU", 0) for n in nodes))
+        cpus = max(1, total // max(1, s.workers)) if len(nodes) == 1 else 1
+    return {"CPU": float(cpus), **({"GPU": float(s.gpus_per_worker)} if s.gpus_per_worker else {})}
+
+
+def room_for(workers: int, each: Mapping[str, float]) -> int:
+    """How many such workers the nodes that are alive could hold when idle, at most `workers`."""
+    fits = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            fits += min(int(node["Resources"].get(kind, 0) // need) for kind, need in each.items() if need)
+    return min(fits, workers)
+
+
+def make_room(s: EmbedSettings, each: Mapping[str, float]) -> None:
+    """Check that the workers can be placed; ask an autoscaler and wait `cluster_wait` seconds if they cannot.
+
+    Raises:
+        ClusterError: there is no room, and none comes.
+    """
+    if room_for(s.workers, each) >= s.workers:
+        return
+    wanted = ", ".join(f"{value:g} {kind}" for kind, value in each.items())
+    if s.cluster_wait:
+        from ray.autoscaler.sdk import request_resources
+
+        request_resources(bundles=[dict(each) for _ in range(s.workers)])
+        end = time.monotonic() + s.cluster_wait
+        while time.monotonic() < end:
+            time.sleep(2)
+            if room_for(s.workers, each) >= s.workers:
+                return
+    have = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}
+    raise ClusterError(
+        f"{s.workers} of {wanted} each do not fit: the cluster has {have or 'nothing'} and room for "
+        f"{room_for(s.workers, each)}; lower --workers or --cpus-per-worker, or raise --cluster-wait for an autoscaler",
+        field="workers",
+    )
+
+
+def on_every_node(check: Callable[[], Any], each: Mapping[str, float]) -> list[Any]:
+    """Run `check` on each node that could hold a worker; its results, or the first `MTLSignError`."""
+    from mtlsign.errors import MTLSignError
+
+    def guarded() -> Any:
+        try:
+            return check()
+        except MTLSignError as error:
+            return error
+
+    nodes = [
+        n for n in ray.nodes() if n["Alive"] and all(n["Resources"].get(kind, 0) >= need for kind, need in each.items())
+    ]
+    remote = ray.remote(num_cpus=0, max_retries=1)(guarded)
+    calls = [
+        remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)).remote() for n in nodes
+    ]
+    results = ray.get(calls)
+    for result, node in zip(results, nodes, strict=True):
+        if isinstance(result, MTLSignError):
+            if len(nodes) > 1:
+                raise type(result)(f"on node {node['NodeManagerHostname']}: {result}")
+            raise result
+    return list(results)
+
+

@@ -1,0 +1,201 @@
+"""Embedding over Ray Train: the two phases are two `fit()` calls, and between them the driver signs the spec.
+
+A phase runs on any number of workers on any number of nodes. It checkpoints to the run's storage (every epoch of
+phase 1, every 50 steps of phase 2) and goes on from there after a lost worker, node or driver, also on another
+number of workers. Keys travel to the workers as objects, never as `train_loop_config`, which Ray's dashboard shows.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mtlsign.distributed import cluster  # first: sets what Ray reads at import
+
+# ruff: isort: split
+import ray
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer, get_device
+from torch import Tensor
+
+from mtlsign import embedding
+from mtlsign.embedding import Embedded, Marked, Rows, Show, Tensors, TaskShape
+from mtlsign.errors import ClusterError, MTLSignError
+from mtlsign.key import KeyOpening
+from mtlsign.progress import State, sum_over_group
+from mtlsign.reference import Reference
+from mtlsign.runs import Run, load_state, state_bytes
+from mtlsign.settings import EmbedSettings
+from mtlsign.tensors import read_tensors, tensor_bytes
+
+_STATE = "state.pt"
+
+
+def embed_on_ray(s: EmbedSettings, *, show: Show | None = None, say: Callable[[str], None] = lambda _: None) -> Embedded:
+    """The main job on Ray: join or start a cluster, run `embedding.run` there.
+
+    Args:
+        s: the settings.
+        show: called on the driver with rows of progress.
+        say: called with lines for a person.
+
+    Raises:
+        MTLSignError: bad input, no room, unreachable storage, or a phase that failed past its retries.
+    """
+    cluster.require_owner(s.owner)
+    return embedding.run(s, RayRunner(show), say=say)
+
+
+class RayRunner:
+    """Both phases through `TorchTrainer`."""
+
+    def __init__(self, show: Show | None = None) -> None:
+        self._show = show
+        self._each: dict[str, float] = {}
+
+    def shape(self, s: EmbedSettings) -> TaskShape:
+        """Connect, check that there is room, and look at the data on every node that may hold a worker."""
+        cluster.connect(s.workers)
+        self._each = cluster.resources(s)
+        cluster.make_room(s, self._each)
+        shapes: list[TaskShape] = cluster.on_every_node(lambda: embedding.task_shape(s), self._each)
+        return shapes[0]
+
+    def clean(self, s: EmbedSettings, run: Run, graph: Mapping[str, object]) -> tuple[Tensors, Rows]:
+        """Phase 1."""
+        quiet = s.model_copy(update={"owner": None, "passphrase_file": None})
+
+        def phase(rank: RayRank) -> Any:
+            tensors, rows = embedding.clean_phase(quiet, graph, rank)
+            return (tensor_bytes(tensors), rows) if rank.index == 0 else None
+
+        data, rows = self._fit("clean", phase, s, run)
+        return read_tensors(data), rows
+
+    def mark(self, s: EmbedSettings, run: Run, w0: Tensors, opening: KeyOpening, reference: Reference) -> Marked:
+        """Phase 2. The workers get the opened key; the identity stays on the driver."""
+        quiet = s.model_copy(update={"owner": None, "passphrase_file": None})
+        secret = ray.put((tensor_bytes(w0), opening, reference.data))
+
+        def phase(rank: RayRank) -> Any:
+            data, opened, kept = ray.get(secret)
+            marked = embedding.mark_phase(quiet, read_tensors(data), opened, Reference.from_bytes(kept), rank)
+            return (tensor_bytes(marked.tensors), marked.head, marked.rows, marked.measured) if rank.index == 0 else None
+
+        data, head, rows, measured = self._fit("mark", phase, s, run)
+        return Marked(read_tensors(data), head, rows, measured)
+
+    def _fit(self, name: str, phase: Callable[[RayRank], Any], s: EmbedSettings, run: Run) -> Any:
+        board = ray.remote(num_cpus=0)(_Board).remote()
+        threads = max(1, int(self._each["CPU"]))
+        finished = threading.Event()
+
+        def loop() -> Any:
+            torch.set_num_threads(threads)
+            try:
+                return phase(RayRank(board))
+            except MTLSignError as error:
+                return error  # every rank meets it alike, and trying again would not help
+
+        trainer = TorchTrainer(
+            loop,
+            scaling_config=ScalingConfig(
+                num_workers=s.workers, use_gpu=s.gpus_per_worker > 0, resources_per_worker=self._each
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=run.folder.child("ray").ray_path(),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+                failure_config=FailureConfig(max_failures=s.max_failures),
+            ),
+        )
+        watcher = threading.Thread(target=_watch, args=(board, self._show, finished), daemon=True)
+        watcher.start()
+        try:
+            result = trainer.fit().return_value
+        except TrainingFailedError as error:
+            raise ClusterError(
+                f"failed past its {s.max_failures} retries ({_cause(error)}); mend that, then --resume {run.name}",
+                field=f"phase {name!r}",
+            ) from error
+        finally:
+            finished.set()
+            watcher.join(timeout=5)
+        if isinstance(result, MTLSignError):
+            raise result
+        return result
+
+
+class RayRank:
+    """One Ray Train worker as a `progress.Rank`."""
+
+    def __init__(self, board: Any) -> None:
+        context = ray.train.get_context()
+        self.index, self.world = context.get_world_rank(), context.get_world_size()
+        self.device: torch.device = get_device()
+        self._board = board
+
+    def sum(self, tensors: list[Tensor]) -> None:
+        """All-reduce over the workers."""
+        sum_over_group(tensors)
+
+    def saved(self) -> State | None:
+        """The last checkpoint that Ray Train stored for this phase."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return None
+        with checkpoint.as_directory() as folder:
+            return load_state((Path(folder) / _STATE).read_bytes())
+
+    def report(self, row: Mapping[str, Any], state: Callable[[], State] | None) -> None:
+        """Report to Ray Train (a barrier over all ranks); rank 0 hands in the checkpoint."""
+        self.tick(row)
+        if self.index != 0 or state is None:
+            ray.train.report(dict(row))
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / _STATE).write_bytes(state_bytes(state()))
+            ray.train.report(dict(row), checkpoint=Checkpoint.from_directory(folder))
+
+    def tick(self, row: Mapping[str, Any]) -> None:
+        """Rank 0 tells the driver; nobody waits for it."""
+        if self.index == 0:
+            self._board.post.remote(dict(row))
+
+
+class _Board:
+    """Holds the newest rows of rank 0 for the driver's live line."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+
+    def post(self, row: dict[str, Any]) -> None:
+        self._rows = [*self._rows[-200:], row]
+
+    def take(self) -> list[dict[str, Any]]:
+        rows, self._rows = self._rows, []
+        return rows
+
+
+def _watch(board: Any, show: Show | None, finished: threading.Event) -> None:
+    while show is not None:
+        last = finished.wait(0.5)
+        try:
+            for row in ray.get(board.take.remote(), timeout=10):
+                show(row)
+        except Exception:  # progress is a courtesy: a dying cluster is reported by fit() itself
+            return
+        if last:
+            return
+
+
+def _cause(error: TrainingFailedError) -> str:
+    failures = getattr(error, "worker_failures", None) or {}
+    first = next(iter(failures.values()), error)
+    lines = [line.strip() for line in str(first).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(first).__name__)[:300]

@@ -1,0 +1,320 @@
+"""The two phases of the paper's algorithm in plain PyTorch: each runs in one process or as one rank of many.
+
+Phase 1 minimises eq. (6) on the primary task. Phase 2 minimises eq. (10),
+
+    Σ l_WM(f^W(x), y) + λ1·‖W−W0‖² + λ2·R_DA(W),
+
+in the verifier's graph, plus distillation from W0 on primary data. Batch norm's affine is left alone and running
+statistics never see a key (design decisions 5 and 6).
+
+Every random choice is a function of (seed, phase, step), so a checkpoint needs no generator state and a resumed run
+repeats an uninterrupted one bit for bit on equal hardware and world size.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from mtlsign.errors import ModelError
+from mtlsign.losses import (
+    InnerTuning,
+    add_r_func_gradient,
+    distillation_loss,
+    noise_snapshot,
+    pruned_snapshot,
+    watermark_loss,
+)
+from mtlsign.progress import Rank, State
+from mtlsign.settings import EmbedSettings
+from mtlsign.tasks import Task
+from mtlsign.verification import Probe
+
+#: Steps of phase 2 between checkpoints.
+CHECKPOINT_STEPS = 50
+
+
+def train_clean(model: nn.Module, task: Task, s: EmbedSettings, rank: Rank) -> list[dict[str, Any]]:
+    """Phase 1: minimise eq. (6) by SGD with Nesterov momentum under a one-cycle rate; u(W) is weight decay.
+
+    Checkpoints every epoch; returns one row per epoch. Raises `ModelError` where the loss is not finite.
+    """
+    model.to(rank.device)
+    epochs, batch = _known(s.epochs), s.batch
+    per_epoch = task.steps("train", batch)
+    task = task.to(rank.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=s.lr, momentum=0.9, nesterov=True, weight_decay=s.weight_decay)
+    history: list[dict[str, Any]] = []
+    saved = rank.saved()
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        history = list(saved["history"])
+    net = _distributed(model, rank)
+    for epoch in range(len(history), epochs):
+        started, seen, total, hits = time.monotonic(), 0, 0.0, 0.0
+        model.train()
+        batches = task.batches("train", batch, epoch=epoch, seed=s.seed, rank=rank.index, world=rank.world, augment=True)
+        for i, (x, y) in enumerate(_on(rank.device, batches)):
+            step = epoch * per_epoch + i
+            _reseed(s.seed, "clean", step, rank.index)
+            _set_lr(optimizer, one_cycle(step, epochs * per_epoch, s.lr))
+            optimizer.zero_grad(set_to_none=True)
+            with _amp(s, rank.device):
+                out = net(x)
+                loss = task.loss(out, y)
+            loss.backward()
+            optimizer.step()
+            value = float(loss.detach())
+            total, seen, hits = total + value * len(y), seen + len(y), hits + float(task.correct(out.detach(), y).sum())
+            if i % 10 == 9:
+                rank.tick({"phase": "clean", "step": step + 1, "of": epochs * per_epoch, "epoch": epoch + 1, "loss": value})
+        _average_buffers(model, rank)
+        sums = torch.tensor([total, hits, float(seen)], dtype=torch.float64, device=rank.device)
+        rank.sum([sums])
+        row = {
+            "phase": "clean",
+            "epoch": epoch + 1,
+            "of": epochs,
+            "loss": float(sums[0] / sums[2]),
+            "train_accuracy": float(sums[1] / sums[2]),
+            "validation_accuracy": evaluate(model, task, "validation", s, rank),
+            "seconds": time.monotonic() - started,
+        }
+        if not math.isfinite(row["loss"]):
+            raise ModelError("phase 1 diverged (the loss is not finite); lower --lr", field="lr")
+        history.append(row)
+        rank.report(row, lambda: _state(model, optimizer, history))
+    return history
+
+
+def watermark(
+    model: nn.Module, task: Task, probe: Probe, s: EmbedSettings, rank: Rank
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Phase 2: write the mark into `model`, which holds W0 at the start and W at the end.
+
+    Per step, {clean, snapshots…} are shared out over the ranks; each is one whole key batch on one rank, and
+    gradients are added (decision 6). Primary batches are split as usual. Checkpoints every 50 steps.
+
+    Returns one row per 50 steps, and the accuracies of W0 and W on the test part.
+    """
+    model.to(rank.device).eval()
+    task = task.to(rank.device)
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    affine = {
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        for part in ("weight", "bias")
+    }
+    parameters = dict(model.named_parameters())
+    trained = {name: p for name, p in parameters.items() if name not in affine}
+    for name in affine & set(parameters):
+        parameters[name].requires_grad_(False)
+    anchors = [p for name, p in teacher.named_parameters() if name in trained]
+    head = probe.head.parameters()
+    optimizer = torch.optim.Adam([*trained.values(), *head], lr=s.wm_lr, foreach=False)
+    history: list[dict[str, Any]] = []
+    saved = rank.saved()
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        history = list(saved["history"])
+        for p, value in zip(head, saved["head"], strict=True):
+            p.data.copy_(value)
+    tuning = _inner_tuning(model, task, probe, s, rank)
+    done = history[-1]["step"] if history else 0
+    names = ("wm_loss", "wm_accuracy", "snapshot_loss", "snapshot_accuracy", "distillation_loss")
+    sums = torch.zeros(2 * len(names), dtype=torch.float64, device=rank.device)
+    started = time.monotonic()
+    for step in range(done, s.steps):
+        _reseed(s.seed, "mark", step, rank.index)
+        _set_lr(optimizer, one_cycle(step, s.steps, s.wm_lr))
+        optimizer.zero_grad(set_to_none=False)
+        kernels = probe.graph.read(parameters)
+        for term, (weight, kind) in enumerate(terms(step, s)):
+            if term % rank.world != rank.index:
+                continue
+            generator = torch.Generator().manual_seed(_number(s.seed, kind, step, term))
+            perturbed = _snapshot(kind, kernels, s, generator, tuning, step)
+            scores = probe.scores_of(perturbed, differentiable=True)
+            loss = watermark_loss(scores, probe.labels.float())
+            (weight * loss).backward()
+            _count(sums, 0 if kind == "clean" else 4, loss, ((scores > 0) == (probe.labels > 0)).float().mean())
+            kernels = probe.graph.read(parameters)
+        if s.distillation:
+            x, _ = task.batch_at(
+                "train", s.primary_batch, step, seed=s.seed, rank=rank.index, world=rank.world, augment=True
+            )
+            x = x.to(rank.device)
+            with _amp(s, rank.device):
+                with torch.no_grad():
+                    wanted = teacher(x)
+                kl = distillation_loss(model(x), wanted, s.temperature)
+            (s.distillation / rank.world * kl).backward()
+            _count(sums, 8, kl)
+        grads = []
+        for p in [*trained.values(), *head]:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            grads.append(p.grad)
+        rank.sum(grads)
+        deviation = add_r_func_gradient(list(trained.values()), anchors, s.lambda1)
+        optimizer.step()
+        if step % 5 == 4:
+            rank.tick({"phase": "mark", "step": step + 1, "of": s.steps, **_means(sums, names)})
+        if (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == s.steps:
+            rank.sum([sums])
+            row = {"phase": "mark", "step": step + 1, "of": s.steps, **_means(sums, names), "deviation_l2": deviation}
+            row["seconds"] = time.monotonic() - started
+            if not math.isfinite(row["wm_loss"]) or not math.isfinite(deviation):
+                raise ModelError("phase 2 diverged (the loss is not finite); lower --wm-lr", field="wm-lr")
+            history.append(row)
+            rank.report(row, lambda: _state(model, optimizer, history, head))
+            sums.zero_()
+            started = time.monotonic()
+    model.requires_grad_(True)
+    return history, {
+        "primary_clean": evaluate(teacher, task, "test", s, rank),
+        "primary_marked": evaluate(model, task, "test", s, rank),
+        "validation_clean": evaluate(teacher, task, "validation", s, rank),
+        "validation_marked": evaluate(model, task, "validation", s, rank),
+    }
+
+
+def terms(step: int, s: EmbedSettings) -> list[tuple[float, str]]:
+    """The watermark gradients of one step: (weight, kind). Snapshot kinds take turns over steps."""
+    if not s.lambda2:
+        return [(1.0, "clean")]
+    count = s.snapshots_per_step
+    kinds = [s.kinds[(step * count + j) % len(s.kinds)] for j in range(count)]
+    return [(1.0, "clean"), *((s.lambda2 / count, kind) for kind in kinds)]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task: Task, split: str, s: EmbedSettings, rank: Rank) -> float:
+    """Mean of the task's metric over a split, in evaluation mode, shared out over the ranks."""
+    was = [(m, m.training) for m in model.modules()]
+    model.to(rank.device).eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=rank.device)
+    batches = task.batches(split, 500, epoch=0, seed=0, rank=rank.index, world=rank.world, shuffle=False)
+    for x, y in _on(rank.device, batches):
+        with _amp(s, rank.device):
+            out = model(x)
+        hits = task.correct(out.float() if isinstance(out, Tensor) else out, y)
+        sums += torch.tensor([float(hits.sum()), float(hits.numel())], dtype=torch.float64, device=rank.device)
+    rank.sum([sums])
+    for module, mode in was:
+        module.training = mode
+    return float(sums[0] / sums[1].clamp(min=1))
+
+
+def one_cycle(step: int, steps: int, peak: float) -> float:
+    """Learning rate: cosine from peak/25 up over the first 30 %, then down to nearly 0. A function of the step alone."""
+    rise = max(1, round(0.3 * steps))
+    if step < rise:
+        return peak * (1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * step / rise)) / 2)
+    return peak * (1e-4 + (1 - 1e-4) * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))) / 2)
+
+
+def _snapshot(
+    kind: str, kernels: Mapping[str, Tensor], s: EmbedSettings, generator: torch.Generator, tuning: InnerTuning | None, step: int
+) -> Mapping[str, Tensor]:
+    if kind == "noise":
+        return noise_snapshot(kernels, s.noise, generator)
+    if kind == "pruned":
+        return pruned_snapshot(kernels, s.prune, generator)
+    if kind == "tuned":
+        assert tuning is not None
+        # Windows start anew at every checkpoint, so that a resumed run tunes from the same W.
+        window = step // CHECKPOINT_STEPS * CHECKPOINT_STEPS + step % CHECKPOINT_STEPS // s.inner_every
+        if tuning.refreshed != window:
+            tuning.refresh(window)
+        return tuning.snapshot(kernels, step)
+    return kernels
+
+
+def _inner_tuning(model: nn.Module, task: Task, probe: Probe, s: EmbedSettings, rank: Rank) -> InnerTuning | None:
+    if not s.lambda2 or "tuned" not in s.kinds:
+        return None
+
+    def batches(index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        first = index * s.inner_steps
+        size = min(s.primary_batch, len(task.splits["inner"]))
+        pairs = (task.batch_at("inner", size, first + i, seed=s.seed, augment=True) for i in range(s.inner_steps))
+        return _on(rank.device, pairs)
+
+    return InnerTuning(model, list(probe.graph.kernels), task.loss, batches, steps=s.inner_steps, lr=s.inner_lr or s.lr)
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict[str, Any]], head: list[Tensor] | None = None) -> State:
+    return {
+        "model": {name: t.detach().cpu() for name, t in model.state_dict().items()},
+        "optimizer": optimizer.state_dict(),
+        "history": history,
+        "head": [p.detach().cpu() for p in head or []],
+    }
+
+
+def _distributed(model: nn.Module, rank: Rank) -> nn.Module:
+    if rank.world == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[rank.device] if rank.device.type == "cuda" else None)
+
+
+def _average_buffers(model: nn.Module, rank: Rank) -> None:
+    """Running statistics as the mean over ranks: each has seen its share of the same epoch."""
+    if rank.world > 1:
+        buffers = [b for b in model.buffers() if b.is_floating_point()]
+        rank.sum(buffers)
+        for buffer in buffers:
+            buffer /= rank.world
+
+
+def _amp(s: EmbedSettings, device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast("cuda", torch.bfloat16) if s.amp and device.type == "cuda" else nullcontext()
+
+
+def _on(device: torch.device, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    for x, y in batches:
+        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+def _number(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
+
+
+def _reseed(*parts: object) -> None:
+    torch.manual_seed(_number(*parts))
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _count(sums: Tensor, at: int, *values: Tensor) -> None:
+    for i, value in enumerate(values):
+        sums[at + 2 * i] += value.detach().double()
+        sums[at + 2 * i + 1] += 1
+
+
+def _means(sums: Tensor, names: tuple[str, ...]) -> dict[str, float]:
+    pairs = sums.reshape(-1, 2).tolist()
+    return {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count}
+
+
+def _known(value: int | None) -> int:
+    assert value is not None, "call settings.resolved() first"
+    return value
+

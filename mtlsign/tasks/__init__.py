@@ -1,0 +1,65 @@
+"""Primary tasks: data, loss and metric behind one protocol; splits fixed by seed, test data choose nothing.
+
+`load_task("digits" | "mnist" | "fashion-mnist" | "cifar10" | "cifar100" | "package.module:factory", ...)`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from mtlsign.errors import DataError
+from mtlsign.tasks.digits import load_digits
+from mtlsign.tasks.images import SOURCES, load_images
+from mtlsign.tasks.own import from_loaders, from_tensors, load_own
+from mtlsign.tasks.task import SPLITS, Batch, Split, Task
+from mtlsign.tasks.tensors import Recipe
+
+NAMES = ("digits", *SOURCES)
+
+__all__ = [
+    "NAMES",
+    "SPLITS",
+    "Batch",
+    "Recipe",
+    "Split",
+    "Task",
+    "data_root",
+    "from_loaders",
+    "from_tensors",
+    "load_task",
+]
+
+
+def data_root(data: str | Path | None = None) -> Path:
+    """The folder of data sets: `data`, or mtlsign/data in the user's cache folder."""
+    if data is not None:
+        return Path(data).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "mtlsign" / "data"
+
+
+def load_task(
+    name: str,
+    *,
+    data: str | Path | None = None,
+    download: bool = False,
+    seed: int = 0,
+    options: Mapping[str, object] | None = None,
+) -> Task:
+    """The task `name` with its splits fixed by `seed`; `options` go to an own factory that names them.
+
+    Raises DataError for an unknown name and for data that are missing or damaged, ModelError for a factory
+    that cannot be imported.
+    """
+    if name == "digits":
+        return load_digits(seed=seed)
+    if name in SOURCES:
+        return load_images(name, data_root(data), download=download, seed=seed)
+    if ":" in name:
+        return load_own(name, seed=seed, options={"data": data, "download": download, **(options or {})})
+    near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(NAMES)} or package.module:factory"
+    raise DataError(f"unknown task {name[:80]!r}: {hint}", field="task")

@@ -1,0 +1,33 @@
+"""scikit-learn's 1,797 real handwritten digits, scaled up: the task without files (design decision 10)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from mtlsign.tasks.task import Task, carve, generator, spread
+from mtlsign.tasks.tensors import Recipe, tensor_splits
+
+SIDE = 32
+TEST = 0.20
+RECIPE = Recipe((0.3053,), (0.3290,), pad=2)
+
+
+def load_digits(*, seed: int) -> Task:
+    """10 classes, 1 x 32 x 32 pixels (8 x 8 scaled up bilinearly).
+
+    Test is a stratified fifth, the same for every seed; the rest is split by `seed` as the other tasks are.
+    """
+    from sklearn.datasets import load_digits as read
+
+    raw, labels = read(return_X_y=True)
+    images = torch.from_numpy(np.asarray(raw, dtype=np.float32).reshape(-1, 1, 8, 8) / 16)
+    x = (F.interpolate(images, size=(SIDE, SIDE), mode="bilinear") * 255).round().to(torch.uint8)
+    y = torch.from_numpy(np.asarray(labels, dtype=np.int64))
+    order = spread(y, generator("mtlsign/digits/test"))
+    held = round(TEST * len(y))
+    test, rest = order[:held], order[held:]
+    x_rest, y_rest = x[rest], y[rest]
+    splits = tensor_splits(x_rest, y_rest, carve(y_rest, seed), RECIPE, (x[test], y[test]))
+    return Task("digits", 1, SIDE, SIDE, 10, splits)

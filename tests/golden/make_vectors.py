@@ -1,0 +1,161 @@
+"""Write `tests/golden/v0/vectors.json`. Run `python tests/golden/make_vectors.py` only to change the format.
+
+The owner below is a PUBLISHED TEST KEY. Anybody can sign as this owner: never mark a model with it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from mtlsign import identity, key, null
+from mtlsign.carriers import qr
+
+TEST_SEED = b"MTLSIGN TEST OWNER, NEVER USE IT"
+TEST_KIT_KEY = b"MTLSIGN TEST KIT KEY, PUBLISHED!"
+TEST_PASSPHRASE = b"a published test passphrase"
+WARNING = "PUBLISHED TEST KEY: anybody can sign as this owner. Never mark a model with it."
+OUT = Path(__file__).parent / "v0" / "vectors.json"
+D = 1000
+
+
+def sha256(data: bytes) -> str:
+    """Lower-case hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def specs() -> dict[str, bytes]:
+    """Four specs that together use every digit-group length, both heads, odd rests, and both paddings."""
+    common: dict[str, Any] = {
+        "reference": sha256(b"mtlsign test reference"),
+        "graph": {"arch": "torchvision/resnet18", "channels": 3, "classes": 10, "width": 16, "stem": "cifar"},
+        "taps": ["layer1"],
+        "head": {"kind": "keyed"},
+        "statistic": "count",
+    }
+    free = {"kind": "free", "hidden": 64, "features": "pooled"}
+    odd = qr.make_carrier(600, 1, 47, 52, module=2) | {"pad": 1, "mean_milli": 286, "std_milli": 353}
+    choices: dict[str, dict[str, Any]] = {
+        "keyed-1024": {"n": 1024, "carrier": qr.make_carrier(1024, 3, 32, 32)},
+        "free-600": {"n": 600, "carrier": odd, "head": free, "taps": ["layer1", "layer2", "layer3"]},
+        "weighted-128": {"n": 128, "carrier": qr.make_carrier(128, 1, 21, 21), "statistic": "weighted"},
+        "keyed-4096": {"n": 4096, "carrier": qr.make_carrier(4096, 3, 224, 224), "name": "test · 試験"},
+    }
+    return {
+        name: key.make_spec(**({"name": f"test {name}", "nonce": sha256(name.encode())} | common | choice))
+        for name, choice in choices.items()
+    }
+
+
+def expand(opening: key.KeyOpening) -> dict[str, Any]:
+    """Everything a key fixes, by the package."""
+    secret, spec = opening.key(), opening.parse()
+    pi, bits, signs = key.integers(secret, spec.n), key.labels(secret, spec.n), key.signs(secret, D)
+    codes, images = qr.modules(pi[:2], spec.carrier.digits), qr.images(pi[:2], spec.carrier)
+    return {
+        "key": secret.hex(),
+        "m": key.m_bits(spec.n),
+        "integers_first": pi[:8].tolist(),
+        "integers_sha256": sha256(pi.astype(">u8").tobytes()),
+        "labels_first": "".join(map(str, bits[:64])),
+        "labels_sha256": sha256(bits.tobytes()),
+        "d": D,
+        "signs_first": "".join("+" if s > 0 else "-" for s in signs[:64]),
+        "signs_sha256": sha256((signs > 0).astype(np.uint8).tobytes()),
+        "images": [
+            {
+                "integer": int(pi[i]),
+                "rows": ["".join(map(str, row)) for row in codes[i].tolist()],
+                "modules_sha256": sha256(codes[i].tobytes()),
+                "image_sha256": sha256(images[i].numpy().astype("<f4").tobytes()),
+            }
+            for i in range(2)
+        ],
+    }
+
+
+def tails() -> list[dict[str, Any]]:
+    """Exact tails in bits; doubles, to be matched to 1e-9."""
+    counts = (
+        (600, 300),
+        (600, 420),
+        (600, 451),
+        (600, 452),
+        (1024, 711),
+        (1024, 712),
+        (128, 128),
+        (4096, 2500),
+    )
+    rows: list[dict[str, Any]] = [{"n": n, "k": k, "bits": null.tail_bits(k, n)} for n, k in counts]
+    weights = [byte % 16 for byte in hashlib.sha512(b"weights").digest()]
+    correct = [int(byte % 4 > 0) for byte in hashlib.sha512(b"correct").digest()]
+    bits = null.weighted_tail_bits(weights, np.array(correct, bool))
+    weighted = {"weights": bytes(weights).hex(), "correct": "".join(map(str, correct)), "bits": bits}
+    return [*rows, weighted]
+
+
+def identity_file(owner: identity.Identity) -> str:
+    """A protected identity file with fixed salt and nonce (in earnest both are random)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "identity.json"
+        with mock.patch("mtlsign.identity.secrets.token_bytes", lambda size: bytes(range(size))):
+            owner.save(path, TEST_PASSPHRASE)
+        return path.read_text("ascii")
+
+
+def refused() -> dict[str, str]:
+    """Spec bytes (base64) that every reader must refuse, by reason."""
+    good = specs()["keyed-1024"].decode()
+    bad: dict[str, bytes] = {
+        "duplicate field": good.replace('"n":1024', '"n":1024,"n":1024').encode(),
+        "duplicate field, escaped": good.replace('"n":1024', '"n":1024,"\\u006e":1024').encode(),
+        "float": good.replace('"n":1024', '"n":1024.0').encode(),
+        "exponent": good.replace('"mean_milli":500', '"mean_milli":5e2').encode(),
+        "NaN": good.replace('"width":16', '"width":NaN').encode(),
+        "minus zero": good.replace('"pad":0', '"pad":-0').encode(),
+        "boolean for an integer": good.replace('"pad":0', '"pad":false').encode(),
+        "integer over 64 bit": good.replace('"width":16', '"width":9223372036854775808').encode(),
+        "unknown field": good.replace('"n":1024', '"n":1024,"m":30').encode(),
+        "missing field": good.replace('"readouts":1,', "").encode(),
+        "wrong digit count": good.replace('"digits":10', '"digits":11').encode(),
+        "module too large": good.replace('"module":1', '"module":2').encode(),
+        "lone surrogate": good.replace("test keyed", "test \\ud800").encode(),
+        "direction override": good.replace("test keyed", "test \u202e").encode(),
+        "byte order mark": b"\xef\xbb\xbf" + good.encode(),
+        "not UTF-8": good.replace("test keyed", "test \xe9").encode("latin-1"),
+        "nesting": b"[" * 1200 + b"]" * 1200,
+        "trailing bytes": good.encode() + b"{}",
+    }
+    return {reason: base64.b64encode(data).decode("ascii") for reason, data in bad.items()}
+
+
+def build() -> dict[str, Any]:
+    """The whole document."""
+    owner = identity.Identity(TEST_SEED, TEST_KIT_KEY)
+    openings = {name: key.sign_spec(owner, spec) for name, spec in specs().items()}
+    return {
+        "warning": WARNING,
+        "seed": TEST_SEED.hex(),
+        "kit_key": TEST_KIT_KEY.hex(),
+        "public_key": owner.public_key.hex(),
+        "vectors": {
+            name: {"opening": json.loads(opening.to_json()), "expected": expand(opening)}
+            for name, opening in openings.items()
+        },
+        "tails": tails(),
+        "identity": {"passphrase": TEST_PASSPHRASE.decode(), "file": identity_file(owner)},
+        "refused": refused(),
+    }
+
+
+if __name__ == "__main__":
+    OUT.parent.mkdir(exist_ok=True)
+    OUT.write_text(json.dumps(build(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"wrote {OUT}")

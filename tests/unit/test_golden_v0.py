@@ -1,0 +1,102 @@
+"""Format v0: the second reader and the package reproduce the golden vectors; the document quotes them."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mtlsign import key, null
+from mtlsign.errors import KeyMaterialError
+from mtlsign.identity import Identity
+
+TESTS = Path(__file__).parents[1]
+GOLDEN: dict[str, Any] = json.loads((TESTS / "golden" / "v0" / "vectors.json").read_text("utf-8"))
+READER_FILE = TESTS / "unit" / "independent_reader.py"
+READER = runpy.run_path(str(READER_FILE))
+MAKER = runpy.run_path(str(TESTS / "golden" / "make_vectors.py"))
+NAMES = list(GOLDEN["vectors"])
+
+
+def test_the_second_reader_is_independent() -> None:
+    imported: set[str] = set()
+    for node in ast.walk(ast.parse(READER_FILE.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(str(node.module).split(".")[0])
+    standard = {"__future__", "base64", "hashlib", "hmac", "json", "math", "struct", "typing"}
+    assert imported - standard == {"cryptography"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_second_reader_reproduces_the_golden_vector(name: str) -> None:
+    vector = GOLDEN["vectors"][name]
+    assert READER["expand"](vector["opening"], d=vector["expected"]["d"]) == vector["expected"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_package_reproduces_the_golden_vector(name: str) -> None:
+    vector = GOLDEN["vectors"][name]
+    opening = key.KeyOpening.from_json(json.dumps(vector["opening"]))
+    assert MAKER["expand"](opening) == vector["expected"]
+    assert json.loads(opening.to_json()) == vector["opening"]
+    assert opening.public_key.hex() == GOLDEN["public_key"]
+
+
+def test_package_signs_the_same_openings_again() -> None:
+    owner = Identity(bytes.fromhex(GOLDEN["seed"]), bytes.fromhex(GOLDEN["kit_key"]))
+    for vector in GOLDEN["vectors"].values():
+        spec = base64.b64decode(vector["opening"]["spec"])
+        assert json.loads(key.sign_spec(owner, spec).to_json()) == vector["opening"]
+
+
+def test_tails() -> None:
+    for row in GOLDEN["tails"]:
+        if "weights" in row:
+            weights, correct = list(bytes.fromhex(row["weights"])), list(map(int, row["correct"]))
+            second = READER["weighted_tail_bits"](weights, correct)
+            package = null.weighted_tail_bits(weights, np.array(correct, bool))
+        else:
+            second, package = READER["tail_bits"](row["k"], row["n"]), null.tail_bits(row["k"], row["n"])
+        assert second == pytest.approx(row["bits"], abs=1e-9)
+        assert package == pytest.approx(row["bits"], abs=1e-9)
+
+
+def test_identity_file(tmp_path: Path) -> None:
+    text, passphrase = GOLDEN["identity"]["file"], GOLDEN["identity"]["passphrase"].encode()
+    secret = bytes.fromhex(GOLDEN["seed"] + GOLDEN["kit_key"])
+    assert READER["open_identity"](text, passphrase) == secret
+    path = tmp_path / "identity.json"
+    path.write_text(text)
+    owner = Identity.load(path, passphrase)
+    assert owner.public_key.hex() == GOLDEN["public_key"] and owner.kit_key == secret[32:]
+
+
+@pytest.mark.parametrize("reason", list(GOLDEN["refused"]))
+def test_refused_specs(reason: str) -> None:
+    data = base64.b64decode(GOLDEN["refused"][reason])
+    assert data != base64.b64decode(GOLDEN["vectors"]["keyed-1024"]["opening"]["spec"])
+    with pytest.raises(KeyMaterialError):
+        key.parse_spec(data)
+
+
+def test_the_document_quotes_the_first_vector() -> None:
+    text = (TESTS.parent / "docs" / "format.md").read_text("utf-8")
+    vector = GOLDEN["vectors"]["keyed-1024"]
+    opening, expected = vector["opening"], vector["expected"]
+    quoted = [base64.b64decode(opening["spec"]).decode(), opening["public_key"], opening["signature"]]
+    quoted += [
+        expected[name] for name in expected if name.endswith("sha256") or name in ("key", "labels_first")
+    ]
+    quoted += [expected["signs_first"], ", ".join(map(str, expected["integers_first"])), GOLDEN["seed"]]
+    for drawn in expected["images"]:
+        quoted += [drawn["modules_sha256"], drawn["image_sha256"]]
+    rows = [row.replace("1", "#").replace("0", ".") for drawn in expected["images"] for row in drawn["rows"]]
+    assert [value for value in quoted + rows if value not in text] == []

@@ -1,0 +1,170 @@
+"""The identity file: whole or absent, private, and honest about wrong passphrases."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import stat
+from pathlib import Path
+
+import pytest
+
+from mtlsign import identity as I
+from mtlsign.errors import KeyMaterialError
+
+OWNER = I.Identity(bytes(range(32)), bytes(range(32, 64)))
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("XDG_CONFIG_HOME", "MTLSIGN_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def same(a: I.Identity, b: I.Identity) -> bool:
+    return (a.public_key, a.kit_key, a.sign(b"x")) == (b.public_key, b.kit_key, b.sign(b"x"))
+
+
+def test_secrets_do_not_leak_from_the_object() -> None:
+    assert repr(OWNER) == f"Identity(public_key={OWNER.public_key.hex()})" and not hasattr(OWNER, "__dict__")
+    for travel in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="KeyOpening"):
+            travel(OWNER)
+    with pytest.raises(KeyMaterialError):
+        I.Identity(b"short", bytes(32))
+
+
+def test_plain_file(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "owner.json"
+    OWNER.save(path, None)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert os.listdir(path.parent) == ["owner.json"] and same(I.Identity.load(path, None), OWNER)
+    with pytest.raises(KeyMaterialError, match="exists"):
+        I.Identity.generate().save(path, None)
+    assert same(I.Identity.load(path, None), OWNER) and os.listdir(path.parent) == ["owner.json"]
+    with pytest.raises(KeyMaterialError, match="passphrase"):
+        I.Identity.load(path, b"needless")
+    path.chmod(0o640)
+    with pytest.raises(KeyMaterialError, match="chmod 600"):
+        I.Identity.load(path, None)
+
+
+def test_sealed_file(tmp_path: Path) -> None:
+    path = tmp_path / "owner.json"
+    OWNER.save(path, b"correct horse")
+    text = path.read_text()
+    assert bytes(range(32)).hex() not in text and OWNER.kit_key.hex() not in text
+    assert same(I.Identity.load(path, b"correct horse"), OWNER)
+    with pytest.raises(KeyMaterialError, match="passphrase"):
+        I.Identity.load(path, b"wrong")
+    with pytest.raises(KeyMaterialError, match="--passphrase-file"):
+        I.Identity.load(path, None)
+    with pytest.raises(KeyMaterialError, match="empty"):
+        OWNER.save(tmp_path / "other.json", b"")
+    other = I.Identity.generate().public_key.hex()
+    fields = json.loads(text)
+    for change in (
+        {"n": 2**30},
+        {"p": True},
+        {"public_key": other},
+        {"salt": "00"},
+        {"protection": 1},
+        {"x": 1},
+    ):
+        path.write_text(json.dumps(fields | change))
+        with pytest.raises(KeyMaterialError):
+            I.Identity.load(path, b"correct horse")
+
+
+def test_hostile_files(tmp_path: Path) -> None:
+    path = tmp_path / "owner.json"
+    OWNER.save(path, None)
+    fields = json.loads(path.read_text())
+    hostile = [b"", b"[]", b"\xff", b" " * 70000, json.dumps(fields | {"version": 2}).encode()]
+    hostile += [
+        json.dumps(fields | {"secret": "00" * 64}).encode(),
+        json.dumps(fields | {"secret": 5}).encode(),
+    ]
+    for data in hostile:
+        path.write_bytes(data)
+        with pytest.raises(KeyMaterialError) as caught:
+            I.Identity.load(path, None)
+        assert fields["secret"] not in str(caught.value)
+    os.mkfifo(tmp_path / "pipe")
+    for bad in (tmp_path / "none", tmp_path, tmp_path / "pipe", Path("a\0b")):
+        with pytest.raises(KeyMaterialError):
+            I.Identity.load(bad, None)
+    for bad in (path / "under-a-file", Path("/proc/none/x"), Path("a\0b"), Path()):
+        with pytest.raises(KeyMaterialError):
+            OWNER.save(bad, None)
+
+
+def test_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "owner.json"
+    OWNER.save(path, None)
+    assert same(I.Identity.load(path, None), OWNER) and os.listdir(tmp_path) == ["owner.json"]
+    with pytest.raises(KeyMaterialError, match="exists"):
+        OWNER.save(path, None)
+
+
+def test_passphrase_file(tmp_path: Path) -> None:
+    path = tmp_path / "pass"
+    for data, expected in ((b"a b \n", b"a b "), (b"x\r\n", b"x"), (b"x\n\n", b"x\n"), (b"x", b"x")):
+        path.write_bytes(data)
+        assert I.read_passphrase(path) == expected
+    for data in (b"", b"\n", b"x" * 2000):
+        path.write_bytes(data)
+        with pytest.raises(KeyMaterialError):
+            I.read_passphrase(path)
+
+
+def test_the_default_identity_is_made_once(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first, path, created = I.load_or_create_identity(None, None)
+    assert created and path == home / ".config" / "mtlsign" / "identity.json"
+    again, same_path, created = I.load_or_create_identity(None, None)
+    assert not created and same_path == path and same(first, again)
+    named, named_path, created = I.load_or_create_identity(path, None)
+    assert not created and named_path == path and same(named, first)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+    assert I.default_identity_path() == tmp_path / "xdg" / "mtlsign" / "identity.json"
+    monkeypatch.setenv("MTLSIGN_HOME", str(tmp_path / "mine"))
+    secret = tmp_path / "pass"
+    secret.write_text("word\n")
+    sealed, path, created = I.load_or_create_identity(None, secret)
+    assert (
+        created
+        and path == tmp_path / "mine" / "identity.json"
+        and same(I.Identity.load(path, b"word"), sealed)
+    )
+    with pytest.raises(KeyMaterialError, match="passphrase"):
+        I.load_or_create_identity(None, None)
+
+
+def test_a_mistyped_owner_makes_nobody(tmp_path: Path) -> None:
+    with pytest.raises(KeyMaterialError):
+        I.load_or_create_identity(tmp_path / "typo.json", None)
+    assert os.listdir(tmp_path) == []
+
+
+def test_two_processes_at_once_end_with_one_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = I.default_identity_path()
+    winner = I.Identity.generate()
+    real = I.Identity.save
+
+    def slow(self: I.Identity, to: Path, passphrase: bytes | None) -> None:
+        real(winner, to, passphrase)  # the other process
+        real(self, to, passphrase)
+
+    monkeypatch.setattr(I.Identity, "save", slow)
+    found, where, created = I.load_or_create_identity(None, None)
+    assert not created and where == path and same(found, winner)

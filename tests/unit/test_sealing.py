@@ -1,0 +1,139 @@
+"""Sealed envelopes: round trips, refusals, and no secret in any text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtlsign.errors import KeyMaterialError
+from mtlsign.sealing import HEADER_LIMIT, MAGIC, Secret, seal, unseal
+
+KEY = Secret.from_kit_key(bytes(range(32)))
+PASSPHRASE = Secret.from_passphrase(b"correct horse")
+PURPOSE = "mtlsign/v0/test"
+SEALED = seal(b"hello", KEY, purpose=PURPOSE)
+
+
+def _header(sealed: bytes) -> dict[str, object]:
+    length = int.from_bytes(sealed[8:12], "big")
+    found = json.loads(sealed[12 : 12 + length])
+    assert isinstance(found, dict)
+    return found
+
+
+def _envelope(header: object, ciphertext: bytes = bytes(32)) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return MAGIC + len(text).to_bytes(4, "big") + text + ciphertext
+
+
+@pytest.mark.parametrize("secret", [KEY, PASSPHRASE])
+@pytest.mark.parametrize("plaintext", [b"", b"x" * 100_000])
+def test_what_is_sealed_is_unsealed(secret: Secret, plaintext: bytes) -> None:
+    sealed = seal(plaintext, secret, purpose=PURPOSE)
+    assert unseal(sealed, secret, purpose=PURPOSE) == plaintext
+    assert seal(plaintext, secret, purpose=PURPOSE) != sealed
+
+
+def test_the_envelope_is_the_documented_one() -> None:
+    header = _header(SEALED)
+    front = SEALED[: 12 + int.from_bytes(SEALED[8:12], "big")]
+    assert SEALED[:8] == b"MTLS\x00v0\n" and header["kdf"] == "hkdf-sha256" and header["purpose"] == PURPOSE
+    salt, nonce = bytes.fromhex(str(header["salt"])), bytes.fromhex(str(header["nonce"]))
+    key = HKDF(hashes.SHA256(), 32, salt, PURPOSE.encode()).derive(KEY.value)
+    assert ChaCha20Poly1305(key).decrypt(nonce, SEALED[len(front) :], front) == b"hello"
+
+
+def test_the_wrong_secret_is_one_line_with_the_fix() -> None:
+    under_passphrase = seal(b"hello", PASSPHRASE, purpose=PURPOSE)
+    for sealed, secret, fix in (
+        (SEALED, Secret.from_kit_key(bytes(32)), "kit key is wrong or .* damaged; give the one"),
+        (under_passphrase, Secret.from_passphrase(b"wrong horse"), "passphrase is wrong or .* damaged; give"),
+        (under_passphrase, KEY, "sealed under a passphrase; give that passphrase"),
+        (SEALED, PASSPHRASE, "sealed under a kit key; give the owner's identity"),
+    ):
+        with pytest.raises(KeyMaterialError, match=fix) as caught:
+            unseal(sealed, secret, purpose=PURPOSE)
+        text = str(caught.value)
+        assert "\n" not in text and "horse" not in text and caught.value.__cause__ is None
+    with pytest.raises(KeyMaterialError, match="something else than other"):
+        unseal(SEALED, KEY, purpose="other")
+
+
+@pytest.mark.parametrize("place", range(len(SEALED)))
+def test_every_flipped_byte_is_noticed(place: int) -> None:
+    damaged = bytearray(SEALED)
+    damaged[place] ^= 1
+    with pytest.raises(KeyMaterialError):
+        unseal(bytes(damaged), KEY, purpose=PURPOSE)
+    with pytest.raises(KeyMaterialError):
+        unseal(SEALED[:place], KEY, purpose=PURPOSE)
+
+
+SCRYPT = _header(seal(b"", PASSPHRASE, purpose=PURPOSE))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n": 2**18},
+        {"n": 3},
+        {"n": 0},
+        {"n": 1},
+        {"n": True},
+        {"n": "8"},
+        {"r": 9},
+        {"p": 3},
+        {"n": 2**40, "r": 8},
+        {"salt": ""},
+        {"salt": "zz"},
+        {"salt": 1},
+        {"nonce": "00"},
+        {"kdf": "none"},
+        {"kdf": "hkdf-sha256"},
+        {"cipher": "none"},
+        {"more": "x"},
+        {"purpose": None},
+    ],
+)
+def test_costs_and_fields_are_checked_before_any_work(
+    change: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> bytes:
+        raise AssertionError("derived a key from a refused header")
+
+    monkeypatch.setattr("mtlsign.sealing._derive", never)
+    with pytest.raises(KeyMaterialError):
+        unseal(_envelope({**SCRYPT, **change}), PASSPHRASE, purpose=PURPOSE)
+    with pytest.raises(KeyMaterialError):
+        unseal(_envelope(b" " * (HEADER_LIMIT + 1)), PASSPHRASE, purpose=PURPOSE)
+
+
+@given(
+    st.binary(max_size=200)
+    | st.binary(max_size=120).map(_envelope)
+    | st.dictionaries(st.sampled_from([*SCRYPT, "x"]), st.none() | st.integers() | st.text(max_size=4)).map(
+        lambda change: _envelope({**_header(SEALED), **change})
+    )
+)
+def test_the_parser_raises_nothing_else(data: bytes) -> None:
+    with pytest.raises(KeyMaterialError):
+        unseal(data, KEY, purpose=PURPOSE)
+
+
+def test_secrets_are_limited_and_never_shown() -> None:
+    assert "horse" not in repr(PASSPHRASE) and "horse" not in f"{PASSPHRASE}" and "x00" not in repr(KEY)
+    for make in (
+        lambda: Secret.from_kit_key(b"short"),
+        lambda: Secret.from_passphrase(b""),
+        lambda: Secret.from_passphrase(b"x" * 1025),
+        lambda: seal(b"", KEY, purpose=""),
+        lambda: seal(b"", KEY, purpose="é"),
+    ):
+        with pytest.raises(KeyMaterialError):
+            make()
