@@ -1,4 +1,4 @@
-"""Mark a network: `python jobs/embed.py [--task digits] [--storage s3://…] …`, or through `ray job submit`."""
+"""Mark a network: `python jobs/embed.py [--task digits] [--storage s3://…] …`, also by `ray job submit`."""
 
 from __future__ import annotations
 

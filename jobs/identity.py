@@ -1,4 +1,4 @@
-"""Make an owner identity to take to a cluster: `python jobs/identity.py --owner FILE --passphrase-file FILE`."""
+"""Make an owner identity for a cluster: `python jobs/identity.py --owner FILE --passphrase-file FILE`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,14 @@ def main(argv: Sequence[str]) -> None:
     identity.save(s.owner, passphrase)
     kind = "encrypted" if passphrase else "NOT encrypted (give --passphrase-file)"
     if s.json_output:
-        cli.print_json({"owner": str(s.owner), "public_key": identity.public_key.hex(), "encrypted": bool(passphrase)})
+        cli.print_json(
+            {"owner": str(s.owner), "public_key": identity.public_key.hex(), "encrypted": bool(passphrase)}
+        )
     else:
-        print(f"public key {identity.public_key.hex()}\nidentity ({kind}): {s.owner}\nback it up: it opens your kits")
+        print(
+            f"public key {identity.public_key.hex()}\n"
+            f"identity ({kind}): {s.owner}\nback it up: it opens your kits"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Check whether models carry the mark of a kit: `python jobs/verify.py --model PLACE [--model PLACE] --kit KIT`."""
+"""Check models against an owner kit: `python jobs/verify.py --model PLACE [--model PLACE] --kit KIT`."""
 
 from __future__ import annotations
 

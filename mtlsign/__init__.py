@@ -1,10 +1,12 @@
-"""MTLSign: write a provable mark into a neural network's weights, and check it later with a stated error probability.
+"""MTLSign: write a provable mark into a neural network's weights, and check it
+later with a stated error probability.
 
-An owner's `Identity` signs a *spec*; spec, public key and signature are the `KeyOpening`, whose hash is the key. The
-key alone fixes N images with N bits and a read-out. `embed` trains the early weights of a network until the
-read-out gives those bits in the *verifier's graph*, without hurting the network's task; it returns the marked model
-(public) and the owner's `Kit` (secret). `verify` runs Algorithm 1 of Li et al. 2022 on anybody's tensors and
-answers with a `Verdict`: k of N bits agree, and how unlikely that is for a key that the network does not carry.
+An owner's `Identity` signs a *spec*; spec, public key and signature are the `KeyOpening`, whose hash is the
+key. The key alone fixes N images with N bits and a read-out. `embed` trains the early weights of a network
+until the read-out gives those bits in the *verifier's graph*, without hurting the network's task; it returns
+the marked model (public) and the owner's `Kit` (secret). `verify` runs Algorithm 1 of Li et al. 2022 on
+anybody's tensors and answers with a `Verdict`: k of N bits agree, and how unlikely that is for a key that
+the network does not carry.
 
     marked = mtlsign.embed(module, {"train": loader, "test": loader}, trained=True)
     verdict = mtlsign.verify(tensors, mtlsign.Probe(opening, mtlsign.Reference.from_bytes(data)))
@@ -18,11 +20,27 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "EmbedSettings": "settings", "Embedded": "embedding", "Identity": "key", "Kit": "artifact", "KeyOpening": "key",
-    "MTLSignError": "errors", "Probe": "verification", "Reference": "reference", "Task": "tasks", "Verdict": "verification",
+    "EmbedSettings": "settings", "Embedded": "embedding", "Identity": "key", "Kit": "artifact",
+    "KeyOpening": "key", "MTLSignError": "errors", "Probe": "verification", "Reference": "reference",
+    "Task": "tasks", "Verdict": "verification",
     "embed": "embedding", "read_kit": "artifact", "read_model": "artifact", "verify": "verification",
 }  # fmt: skip
-__all__ = sorted(_HOMES)
+__all__ = [
+    "EmbedSettings",
+    "Embedded",
+    "Identity",
+    "KeyOpening",
+    "Kit",
+    "MTLSignError",
+    "Probe",
+    "Reference",
+    "Task",
+    "Verdict",
+    "embed",
+    "read_kit",
+    "read_model",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from mtlsign.artifact import Kit, read_kit, read_model

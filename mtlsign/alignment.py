@@ -1,9 +1,11 @@
-"""Bring a network's kernels into W0's frame, so that free rescalings cannot move the mark (design decision 5).
+"""Bring a network's kernels into W0's frame, so that free rescalings cannot move the mark
+(design decision 5).
 
-A network with batch norm computes the same function after any of its convolution rows is scaled (the norm undoes
-it), after an inner channel is scaled up in one layer and down in the next, and after the batch norm is folded into
-the convolution. The frame removes all of that: rows to unit norm, input columns to W0's column norms, alternately.
-Permutations and input symmetries will be undone here too, from the reference's sketch (format v1).
+A network with batch norm computes the same function after any of its convolution rows is scaled (the norm
+undoes it), after an inner channel is scaled up in one layer and down in the next, and after the batch norm is
+folded into the convolution. The frame removes all of that: rows to unit norm, input columns to W0's column
+norms, alternately. Permutations and input symmetries will be undone here too, from the reference's sketch
+(format v1).
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def mass(kernel: Tensor, groups: int = 1) -> Tensor:
 
 
 def column_norms(kernel: Tensor, groups: int = 1) -> Tensor:
-    """Column norms of a kernel whose rows are brought to unit norm first: W0's frame. float64 [groups, I/groups]."""
+    """Column norms of a kernel with unit rows, which are W0's frame: float64 [groups, I/groups]."""
     p = mass(kernel, groups)
     return (p / _nonzero(p.sum(2, keepdim=True))).sum(1).sqrt()
 
@@ -40,21 +42,24 @@ def column_norms(kernel: Tensor, groups: int = 1) -> Tensor:
 def into_frame(kernel: Tensor, columns: Tensor, groups: int = 1, *, differentiable_rounds: int = 0) -> Tensor:
     """Scale rows and input columns of `kernel` by positive numbers until rows are units and columns W0's.
 
-    This is Sinkhorn's iteration on the squared block norms: `ROUNDS` times rows, then columns; last the rows; in
-    float64. A row or column of zeros stays zero. W0 itself is a fixed point.
+    This is Sinkhorn's iteration on the squared block norms: `ROUNDS` times rows, then columns; last the
+    rows; in float64. A row or column of zeros stays zero. W0 itself is a fixed point.
 
     Args:
         kernel: float [O, I/groups, ...spatial].
         columns: float64 [groups, I/groups], W0's `column_norms`.
         groups: the convolution's groups.
-        differentiable_rounds: 0 for verification; in training the fixed point is found without a graph, and this
-            many rounds from there are differentiated (the map contracts fast; tests compare with all of them).
+        differentiable_rounds: 0 for verification; in training the fixed point is found without a graph, and
+            this many rounds from there are differentiated (the map contracts fast; tests compare with all of
+            them).
 
     Returns:
         float32 tensor of the kernel's shape.
     """
     p = mass(kernel, groups)
-    cols = torch.from_numpy(_fixed_point(p.detach().cpu().numpy(), columns.square().cpu().numpy())).to(p.device)
+    cols = torch.from_numpy(_fixed_point(p.detach().cpu().numpy(), columns.square().cpu().numpy())).to(
+        p.device
+    )
     rows = 1 / _nonzero((p @ cols.unsqueeze(2)).squeeze(2))
     for _ in range(differentiable_rounds):
         cols = columns.square() / _nonzero((rows.unsqueeze(1) @ p).squeeze(1))

@@ -198,9 +198,9 @@ def _parse_kit(data: bytes) -> Kit:
     if len(parts) not in (4, 5) or len(parts[0]) > JSON_LIMIT:
         raise damaged
     try:
-        opening = KeyOpening.from_json(parts[0].decode())
+        opening = KeyOpening.from_json(parts[0])
         info = _json_object(parts[1], "kit info")
-    except (UnicodeDecodeError, ArtifactError):
+    except ArtifactError:
         raise damaged from None
     return Kit(opening, parts[2], parts[3], parts[4] if len(parts) == 5 else None, info)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return read_tensors(path.read_bytes(), max_bytes=MAX_BYTES)
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's doubts about a stranger's file are not the user's
+            held = torch.load(path, map_location="cpu", weights_only=True)
     except ModelError as error:
         raise ModelError(f"{path} is refused ({error})", field="checkpoint") from None
     except pickle.UnpicklingError:
@@ -282,7 +285,7 @@ def _plain(tensor: Tensor, shape: tuple[int, ...]) -> tuple[str, Tensor | None]:
 
 
 def load_pretrained(model: nn.Module, graph: Mapping[str, object]) -> None:
-    """timm's pretrained weights into a network built from `graph`; the hub is asked on the owner's side only.
+    """Copy timm's pretrained weights into a network built from `graph`; the owner's side only asks the hub.
 
     Raises ModelError when the model is not timm's, or its weights cannot be had.
     """
@@ -298,6 +301,7 @@ def load_pretrained(model: nn.Module, graph: Mapping[str, object]) -> None:
         model.load_state_dict(trained.state_dict())
     except Exception as error:
         raise ModelError(
-            f"timm's weights of {arch[5:]!r} cannot be had ({type(error).__name__}): download them and pass the file",
+            f"timm's weights of {arch[5:]!r} cannot be had ({type(error).__name__}): download them and "
+            "give the file",
             field="init",
         ) from None

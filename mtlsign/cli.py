@@ -1,7 +1,7 @@
 """How a job meets the terminal: flags from a settings class, one live line, exit codes.
 
-0 = it ran (a verdict, whatever it says, is in the output); 2 = bad input or an unreachable service, told in one
-line; 1 = a bug, with its traceback; 130 = interrupted.
+0 = it ran (a verdict, whatever it says, is in the output); 2 = bad input or an unreachable service, told in
+one line; 1 = a bug, with its traceback; 130 = interrupted.
 """
 
 from __future__ import annotations
@@ -28,27 +28,41 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message}; see --help")
 
 
-def parse(kind: type[S], argv: Sequence[str], *, description: str, aliases: Mapping[str, str] | None = None) -> S:
-    """Settings from flags and, below them, `--config FILE`. Raises `SettingsError` naming the nearest setting."""
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(
+    kind: type[S], argv: Sequence[str], *, description: str, aliases: Mapping[str, str] | None = None
+) -> S:
+    """Settings from flags and, below them, `--config FILE`. Raises `SettingsError` with the nearest name."""
+    parser = _Parser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, help="YAML file with any of these settings; flags win over it")
     names = {}
     for field, info in kind.model_fields.items():
         name = info.alias or field
         names[name] = field
         flag = "--" + name.replace("_", "-")
-        default = "" if info.is_required() or info.default is None or info.default is False else f" [{info.default}]"
+        default = (
+            ""
+            if info.is_required() or info.default is None or info.default is False
+            else f" [{info.default}]"
+        )
         text = (info.description or "").replace("%", "%%") + default
         if info.annotation is bool:
-            parser.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+            parser.add_argument(
+                flag, dest=name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+            )
         else:
             many = "append" if (aliases or {}).get(name) == "append" else "store"
             metavar = _metavar(info.annotation)
-            parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, metavar=metavar, help=text, action=many)
+            parser.add_argument(
+                flag, dest=name, default=argparse.SUPPRESS, metavar=metavar, help=text, action=many
+            )
     given, unknown = parser.parse_known_args(list(argv))
     if unknown:
         word = unknown[0].lstrip("-").split("=")[0]
-        raise SettingsError(f"unknown setting; {nearest(word, set(names) | {'config'})}", field=unknown[0].split("=")[0])
+        raise SettingsError(
+            f"unknown setting; {nearest(word, set(names) | {'config'})}", field=unknown[0].split("=")[0]
+        )
     values = vars(given)
     config = values.pop("config", None)
     values = {name: ",".join(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -81,7 +95,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
 
 
 class LiveLine:
-    """One line per phase on a terminal, rewritten in place; without a terminal a plain line every `every` seconds."""
+    """One line per phase, rewritten in place; without a terminal a plain line every `every` seconds."""
 
     def __init__(self, *, quiet: bool = False, every: float = 10.0) -> None:
         self._quiet, self._every = quiet, every

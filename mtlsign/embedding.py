@@ -1,8 +1,8 @@
 """The whole of embedding: phase 1 → W0 → reference → the owner signs → key → phase 2 → marked W → artifacts.
 
-`embed` does it in one process with a notebook's own objects. `run` does it for a job, in the places that a `Runner`
-offers: `PlainRunner` is one process, `mtlsign.distributed.train.RayRunner` is Ray Train. What the phases compute is
-in `phases.py`, their losses in `losses.py`.
+`embed` does it in one process with a notebook's own objects. `run` does it for a job, in the places that a
+`Runner` offers: `PlainRunner` is one process, `mtlsign.distributed.train.RayRunner` is Ray Train. What the
+phases compute is in `phases.py`, their losses in `losses.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import math
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from mtlsign.artifact import KITS, MODELS, Kit, model_digest, write_kit, write_m
 from mtlsign.carriers import qr
 from mtlsign.checkpoint import load_checkpoint, load_pretrained
 from mtlsign.errors import KeyMaterialError, ModelError
+from mtlsign.identity import default_identity_path
 from mtlsign.key import Identity, KeyOpening, load_or_create_identity, make_spec, sign_spec
 from mtlsign.progress import Alone, Rank
 from mtlsign.reference import Reference, make_reference
@@ -58,7 +60,12 @@ class Embedded:
     def save(self, storage: Storage, secret: Secret) -> None:
         """Write `models/<digest>/` and `kits/<id>/` below `storage`; `result` gets their places."""
         graph = self.kit.opening.parse().graph
-        config = {"format": "mtlsign/model/v0", "graph": graph, "task": self.result["task"], "name": self.result["name"]}
+        config = {
+            "format": "mtlsign/model/v0",
+            "graph": graph,
+            "task": self.result["task"],
+            "name": self.result["name"],
+        }
         write_model(storage, self.tensors, config, _card(self.result, graph))
         kit_id = write_kit(storage, self.kit, secret)
         self.result["kit"] = storage.child(KITS).child(kit_id).uri
@@ -89,10 +96,11 @@ def embed(
         data: a `Task`, or loaders {"train", "test"[, "validation", "attacker", "inner"]} of (x, y) batches.
         trained: the module is trained already: skip phase 1.
         identity: the owner; by default the one of this machine, made if there is none.
-        graph: the module's architecture from the allow-list (`backbone.graph_for`), so that strangers can verify;
-            by default only a verifier who registers `own/…` can.
+        graph: the module's architecture from the allow-list (`backbone.graph_for`), so that strangers can
+            verify; by default only a verifier who registers `own/…` can.
         loss: mean loss of (out, y), with loaders; cross-entropy by default.
-        metric: one number per sample of (out, y), with loaders; by default whether the largest logit is the label's.
+        metric: one number per sample of (out, y), with loaders; by default whether the largest logit is the
+            label's.
         device: where to train.
         show: called with rows of progress.
         **options: any of `EmbedSettings`.
@@ -100,13 +108,15 @@ def embed(
     Raises:
         MTLSignError: see the settings, the task and the model.
     """
-    name = f"own/{type(module).__module__}:{type(module).__qualname__}".replace("<locals>.", "")
+    name = _own_arch(type(module))
     s = EmbedSettings.of({"task": "own", "model": str((graph or {}).get("arch", name)), **options}).resolved()
+    if graph is not None:
+        _check_is(module, graph)
     task = data if isinstance(data, Task) else from_loaders(data, loss=loss, metric=metric, seed=s.seed)
-    fields: dict[str, object] = {"arch": _own_arch(name), "channels": task.channels, "classes": task.classes}
+    fields: dict[str, object] = {"arch": name, "channels": task.channels, "classes": task.classes}
     fields = dict(graph) if graph is not None else fields
     owner = identity or load_or_create_identity(s.owner, s.passphrase_file)[0]
-    rank, skeleton = Alone(device, show=show), copy.deepcopy(module)
+    rank, skeleton = Alone(device, show=show), copy.deepcopy(module).cpu()
     rows = [] if trained else phases.train_clean(module, task, s, rank)
     w0 = cpu_state(module)
     opening, reference = commit(skeleton, w0, fields, (task.channels, task.height, task.width), s, owner)
@@ -153,22 +163,29 @@ class Runner(Protocol):
 
 
 def run(s: EmbedSettings, runner: Runner, *, say: Callable[[str], None] = lambda _: None) -> Embedded:
-    """The main job: settings in, artifacts in storage out. A finished stage of a resumed run is not done again."""
-    kept, s = Run.start(s)
-    say(f"run {kept.name}; if it is interrupted: --resume {kept.name}")
-    identity, path, made = load_or_create_identity(s.owner, s.passphrase_file)
+    """The main job: settings in, artifacts in storage out; what a resumed run has is not done again."""
+    kept, s = Run.open(s)  # up to kept.begin nothing is written: a run that cannot work leaves no trace
+    path = s.owner or default_identity_path()
     _refuse_inside(path, s.storage)
-    say(f"{'made a new owner identity: back up' if made else 'owner identity'} {path}")
-    secret = Secret.from_kit_key(identity.kit_key)
+    if s.owner is not None or path.exists():
+        load_or_create_identity(s.owner, s.passphrase_file)
     shape = runner.shape(s)
     graph = graph_of(s, shape)
     factories = owner_factories(graph)
     done = kept.clean()
-    if done is None and s.init is not None:
-        done = initial(s, graph), []
-        kept.keep_clean(*done)
+    begun = done is not None
+    if done is None:
+        _rehearse(s, graph, shape, factories)
+        if s.init is not None:
+            done = initial(s, graph), []
+    identity, path, made = load_or_create_identity(s.owner, s.passphrase_file)
+    secret = Secret.from_kit_key(identity.kit_key)
+    kept.begin(s)
+    say(f"{'made a new owner identity: back up' if made else 'owner identity'} {path}")
+    say(f"run {kept.name}; if it is interrupted: --resume {kept.name}")
     if done is None:
         done = runner.clean(s, kept, graph)
+    if not begun:
         kept.keep_clean(*done)
     w0, rows = done
     committed = kept.commitment(secret)
@@ -189,7 +206,7 @@ def run(s: EmbedSettings, runner: Runner, *, say: Callable[[str], None] = lambda
 
 
 class PlainRunner:
-    """Both phases in this process, without Ray (`--workers 0`): a laptop, or a GPU machine that has only torch."""
+    """Both phases in this process, without Ray (`--workers 0`): where there is only torch."""
 
     def __init__(self, show: Show | None = None) -> None:
         self._show = show
@@ -197,7 +214,9 @@ class PlainRunner:
 
     def _rank(self, run: Run, phase: str) -> Alone:
         state = run.checkpoint(phase)
-        return Alone(self._device, show=self._show, keep=lambda kept: run.keep_checkpoint(phase, kept), state=state)
+        return Alone(
+            self._device, show=self._show, keep=lambda kept: run.keep_checkpoint(phase, kept), state=state
+        )
 
     def shape(self, s: EmbedSettings) -> TaskShape:
         """Load the task here."""
@@ -207,7 +226,9 @@ class PlainRunner:
         """Phase 1 here."""
         return clean_phase(s, graph, self._rank(run, "clean"))
 
-    def mark(self, s: EmbedSettings, run: Run, w0: Tensors, opening: KeyOpening, reference: Reference) -> Marked:
+    def mark(
+        self, s: EmbedSettings, run: Run, w0: Tensors, opening: KeyOpening, reference: Reference
+    ) -> Marked:
         """Phase 2 here."""
         return mark_phase(s, w0, opening, reference, self._rank(run, "mark"))
 
@@ -220,7 +241,9 @@ def clean_phase(s: EmbedSettings, graph: Mapping[str, object], rank: Rank) -> tu
     return cpu_state(model), rows
 
 
-def mark_phase(s: EmbedSettings, w0: Tensors, opening: KeyOpening, reference: Reference, rank: Rank) -> Marked:
+def mark_phase(
+    s: EmbedSettings, w0: Tensors, opening: KeyOpening, reference: Reference, rank: Rank
+) -> Marked:
     """Phase 2 as one rank. The opening is the key; the identity's private half is not here."""
     graph = opening.parse().graph
     factories = owner_factories(graph)
@@ -232,14 +255,23 @@ def mark_phase(s: EmbedSettings, w0: Tensors, opening: KeyOpening, reference: Re
 
 
 def commit(
-    skeleton: nn.Module, w0: Tensors, graph: Mapping[str, object], geometry: tuple[int, int, int], s: EmbedSettings, owner: Identity
+    skeleton: nn.Module,
+    w0: Tensors,
+    graph: Mapping[str, object],
+    geometry: tuple[int, int, int],
+    s: EmbedSettings,
+    owner: Identity,
 ) -> tuple[KeyOpening, Reference]:
     """Between the phases: W0 → reference → spec → the owner's signature (design decision 2).
 
     `geometry` is (channels, height, width) of the task's images; the carrier keeps it up to 64 pixels.
     """
     skeleton.load_state_dict(w0)
-    names = tuple(t.strip() for t in s.taps.split(",") if t.strip()) if s.taps else backbone.default_taps(skeleton, s.head)
+    names = (
+        tuple(t.strip() for t in s.taps.split(",") if t.strip())
+        if s.taps
+        else backbone.default_taps(skeleton, s.head)
+    )
     channels, height, width = geometry
     if s.carrier_size is not None:
         height = width = s.carrier_size
@@ -252,13 +284,18 @@ def commit(
         reference = make_reference(skeleton, names, sample)
     except RuntimeError as error:
         raise ModelError(
-            f"cannot read {height}x{width} images ({str(error).splitlines()[0][:100]}); set --carrier-size to its input size",
+            f"cannot read {height}x{width} images ({str(error).splitlines()[0][:100]}); "
+            "set --carrier-size to its input size",
             field="carrier-size",
         ) from None
     nonce = secrets.token_bytes(32)
     if s.insecure_test_key:
         nonce = hashlib.sha256(f"mtlsign insecure test nonce {s.seed}".encode()).digest()
-    head = {"kind": "keyed"} if s.head == "keyed" else {"kind": "free", "hidden": s.hidden, "features": s.features}
+    head = (
+        {"kind": "keyed"}
+        if s.head == "keyed"
+        else {"kind": "free", "hidden": s.hidden, "features": s.features}
+    )
     spec = make_spec(
         name=s.name, nonce=nonce.hex(), n=n, readouts=1, carrier=carrier, taps=list(names), head=head,
         statistic=s.statistic, normalise="key-batch", graph=dict(graph), reference=reference.digest,
@@ -282,7 +319,8 @@ def conclude(
     }
     result: dict[str, Any] = {
         "task": s.task, "model": s.model, "name": s.name, "width": s.width, "head": s.head, "seed": s.seed,
-        "lambda1": s.lambda1, "lambda2": s.lambda2, "snapshots": s.snapshots, "steps": s.steps, "n": probe.spec.n,
+        "lambda1": s.lambda1, "lambda2": s.lambda2, "snapshots": s.snapshots, "steps": s.steps,
+        "n": probe.spec.n,
         **marked.measured,
         "wm_accuracy": verdict.accuracy,
         "wm_accuracy_on_clean": verdict.controls["w0"][0] if verdict.controls.get("w0") else None,
@@ -290,15 +328,18 @@ def conclude(
         "matches": verdict.matches, "status": verdict.status, "accepted": verdict.accepted,
         "p_value": verdict.p_value, "evidence_bits": verdict.evidence_bits,
         "deviation_l2": math.sqrt(sum(d * d for d in deltas.values())), "deviation_by_layer": deltas,
-        "seconds_phase1": sum(r["seconds"] for r in rows), "seconds_phase2": sum(r["seconds"] for r in marked.rows),
+        "seconds_phase1": sum(r["seconds"] for r in rows),
+        "seconds_phase2": sum(r["seconds"] for r in marked.rows),
         "model_digest": digest, "kit": None,
     }  # fmt: skip
     info = {
-        "model_digest": digest, "task": s.task, "name": s.name, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "model_digest": digest, "task": s.task, "name": s.name,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {"mtlsign": mtlsign.__version__, "torch": torch.__version__},
     }  # fmt: skip
     kit = Kit(opening, reference.data, tensor_bytes(tapped), marked.head, info)
     scores = dict(zip(("marked", "w0"), scores_of_all(probe, [marked.tensors, tapped]), strict=False))
+    scores |= dict(zip(("wrong_key",), scores_of_all(probe.control(0), [marked.tensors]), strict=False))
     return Embedded(marked.tensors, kit, verdict, result, {"phase1": rows, "phase2": marked.rows}, scores)
 
 
@@ -310,7 +351,11 @@ def task_shape(s: EmbedSettings) -> TaskShape:
 
 def graph_of(s: EmbedSettings, shape: TaskShape) -> dict[str, object]:
     """The spec's `graph` of the settings' model on this task."""
-    name = _own_arch(f"own/{s.model}") if ":" in s.model else s.model
+    name = f"own/{s.model}" if ":" in s.model else s.model
+    if len(name) > 128:
+        raise ModelError(
+            "is too long for a spec (124 characters); give the factory a shorter path", field="model"
+        )
     return backbone.graph_for(
         name, channels=shape.channels, classes=shape.classes, width=s.width or 64, stem=s.stem or "stock"
     )
@@ -322,13 +367,27 @@ def owner_factories(graph: Mapping[str, object]) -> dict[str, backbone.Factory]:
     return {arch[4:]: backbone.load_factory(arch[4:])} if arch.startswith("own/") else {}
 
 
+def _rehearse(
+    s: EmbedSettings, graph: Mapping[str, object], shape: TaskShape, factories: Mapping[str, backbone.Factory]
+) -> None:
+    """Commit to random weights for nobody, so that taps, carrier and head are refused before phase 1."""
+    skeleton = backbone.build(graph, factories=factories)
+    geometry = (shape.channels, shape.height, shape.width)
+    Probe(
+        *commit(skeleton, cpu_state(skeleton), graph, geometry, s, Identity.generate()), factories=factories
+    )
+
+
 def initial(s: EmbedSettings, graph: Mapping[str, object]) -> Tensors:
     """W0 from a trained checkpoint, or timm's pretrained weights."""
     model = backbone.build(graph, factories=owner_factories(graph))
     if s.init == "pretrained":
         load_pretrained(model, graph)
     else:
-        load_checkpoint(Path(str(s.init)), model)
+        try:
+            load_checkpoint(Path(str(s.init)), model)
+        except ModelError as error:
+            raise ModelError(str(error).removeprefix("checkpoint: "), field="init") from None
     return cpu_state(model)
 
 
@@ -341,20 +400,44 @@ def _task(s: EmbedSettings) -> Task:
     return load_task(s.task, data=s.data, download=s.download, seed=s.seed)
 
 
-def _own_arch(name: str) -> str:
-    return name if len(name) <= 128 else name[:60] + name[-60:]
+def _own_arch(kind: type[nn.Module]) -> str:
+    """`own/package.module:Class` in the characters of a spec, also for `__main__` and classes inside
+    functions.
+    """
+    home = ".".join(_identifier(part) for part in kind.__module__.split("."))[-60:].lstrip(".0123456789")
+    return f"own/{home or '_'}:{_identifier(kind.__qualname__.replace('<locals>.', ''))}"
+
+
+def _identifier(text: str) -> str:
+    plain = re.sub(r"[^A-Za-z0-9_]+", "_", text)[-60:]
+    return plain if plain[:1].isalpha() or plain.startswith("_") else f"_{plain}"
+
+
+def _check_is(module: nn.Module, graph: Mapping[str, object]) -> None:
+    """A stranger builds `graph`: what is marked must have its tensors."""
+    if str(graph.get("arch", "")).startswith("own/"):
+        return
+    with torch.device("meta"):
+        wanted = {name: t.shape for name, t in backbone.build(graph).state_dict().items()}
+    given = {name: t.shape for name, t in module.state_dict().items()}
+    if wanted != given:
+        differs = next(n for n in (*wanted, *given) if wanted.get(n) != given.get(n))
+        raise ModelError(
+            f"is another architecture than the module's, such as at {differs!r}; leave it out, or correct it",
+            field="graph",
+        )
 
 
 def _refuse_inside(path: Path, storage: str) -> None:
     if "://" not in storage and path.resolve().is_relative_to(Path(storage).resolve()):
-        raise KeyMaterialError("lies inside --storage, which is meant to be shared; keep the identity elsewhere", field="owner")
+        raise KeyMaterialError(
+            "lies inside --storage, which is meant to be shared; keep the identity elsewhere", field="owner"
+        )
 
 
 def _card(result: Mapping[str, Any], graph: Mapping[str, object]) -> str:
     return (
-        f"# {result['name']}\n\nArchitecture `{json.dumps(dict(graph), sort_keys=True)}` for the task `{result['task']}`; "
-        f"accuracy on the test part {result['primary_marked']:.4f}.\n\nLoad `model.safetensors` with the safetensors "
-        "library into that architecture.\n"
+        f"# {result['name']}\n\nArchitecture `{json.dumps(dict(graph), sort_keys=True)}` "
+        f"for the task `{result['task']}`; accuracy on the test part {result['primary_marked']:.4f}.\n\n"
+        "Load `model.safetensors` with the safetensors library into that architecture.\n"
     )
-
-

@@ -1,4 +1,6 @@
-"""c_WM, the classifier of the watermark task: derived from the key, or the paper's trained perceptron (decision 4)."""
+"""c_WM, the classifier of the watermark task: derived from the key, or the paper's trained perceptron
+(decision 4).
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,14 @@ class Head(Protocol):
 
     pooled: bool
 
-    def __call__(self, features: Features) -> Tensor: ...
-    def parameters(self) -> list[Tensor]: ...
-    def to_bytes(self) -> bytes | None: ...
+    def __call__(self, features: Features) -> Tensor:
+        """Scores float32 [N]."""
+
+    def parameters(self) -> list[Tensor]:
+        """What is trained."""
+
+    def to_bytes(self) -> bytes | None:
+        """What is stored in the kit."""
 
 
 class KeyedHead:
@@ -33,7 +40,8 @@ class KeyedHead:
 
     def __call__(self, features: Features) -> Tensor:
         """Scores float32 [N]."""
-        return features.centred @ (self._p * features.inverse_std)
+        scores: Tensor = features.centred @ (self._p * features.inverse_std)
+        return scores
 
     def parameters(self) -> list[Tensor]:
         """None."""
@@ -45,9 +53,11 @@ class KeyedHead:
 
 
 class FreeHead:
-    """The paper's two-layer perceptron (§4.1). It fits any model, so a claim on it needs an earlier commitment."""
+    """The paper's two-layer perceptron (§4.1): it fits any model, so a claim needs an earlier commitment."""
 
-    def __init__(self, d: int, hidden: int, *, pooled: bool, seed: int = 0, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, d: int, hidden: int, *, pooled: bool, seed: int = 0, device: torch.device | str = "cpu"
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.pooled = pooled
         self._w1 = nn.Parameter(((torch.rand(hidden, d, generator=generator) * 2 - 1) / d**0.5).to(device))
@@ -66,15 +76,21 @@ class FreeHead:
 
     def to_bytes(self) -> bytes:
         """safetensors: w1 [h, d], b1 [h], w2 [h], b2 []."""
-        return tensor_bytes(dict(zip(("w1", "b1", "w2", "b2"), (p.detach().cpu() for p in self.parameters()), strict=True)))
+        return tensor_bytes(
+            dict(zip(("w1", "b1", "w2", "b2"), (p.detach().cpu() for p in self.parameters()), strict=True))
+        )
 
     @classmethod
-    def from_bytes(cls, data: bytes, d: int, hidden: int, *, pooled: bool) -> FreeHead:
+    def from_bytes(
+        cls, data: bytes, d: int, hidden: int, *, pooled: bool, device: torch.device | str = "cpu"
+    ) -> FreeHead:
         """Read an opened head. Raises `ArtifactError` where it does not fit the spec."""
-        head, tensors = cls(d, hidden, pooled=pooled), read_tensors(data)
+        head, tensors = cls(d, hidden, pooled=pooled, device=device), read_tensors(data)
         for name, parameter in zip(("w1", "b1", "w2", "b2"), head.parameters(), strict=True):
             given = tensors.get(name)
             if given is None or given.shape != parameter.shape or not torch.isfinite(given).all():
-                raise ArtifactError(f"tensor {name!r} does not fit the spec; take the kit as it was written", field="head")
+                raise ArtifactError(
+                    f"tensor {name!r} does not fit the spec; take the kit as it was written", field="head"
+                )
             parameter.data.copy_(given)
         return head

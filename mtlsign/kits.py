@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mtlsign import backbone
 from mtlsign.artifact import Kit, read_kit, read_model
+from mtlsign.errors import ModelError
 from mtlsign.key import load_or_create_identity, read_passphrase
 from mtlsign.reference import Reference
 from mtlsign.sealing import Secret
@@ -12,10 +13,20 @@ from mtlsign.tensors import read_tensors
 from mtlsign.verification import Probe, Verdict, verify
 
 
-def probe_of(kit: Kit) -> Probe:
-    """The kit's test. On the owner's side only: an own architecture is imported by the name in the owner's spec."""
+def probe_of(kit: Kit, factory: str | None = None) -> Probe:
+    """The kit's test. An own architecture is imported only if the caller names it: a kit may come from
+    anybody.
+
+    Raises:
+        ModelError: the spec wants an architecture beyond the allow-list, and `factory` is not it.
+    """
+    factories = {factory: backbone.load_factory(factory)} if factory else {}
     arch = str(kit.opening.parse().graph["arch"])
-    factories = {arch[4:]: backbone.load_factory(arch[4:])} if arch.startswith("own/") else {}
+    if arch.startswith("own/") and arch[4:] not in factories:
+        raise ModelError(
+            f"the kit is for an own architecture; if you trust that code: --factory {arch[4:]}",
+            field="factory",
+        )
     return Probe(kit.opening, Reference.from_bytes(kit.reference), head=kit.head, factories=factories)
 
 
@@ -23,20 +34,27 @@ def verify_with_kit(s: VerifySettings) -> list[Verdict]:
     """A verdict for each model, in order.
 
     Raises:
-        KeyMaterialError: the kit does not open. ArtifactError, ModelError, StorageError: a model cannot be fetched.
+        KeyMaterialError: the kit does not open. ArtifactError, ModelError, StorageError: a model cannot be
+        fetched.
     """
     if s.kit_passphrase_file is not None:
         secret = Secret.from_passphrase(read_passphrase(s.kit_passphrase_file))
     else:
         secret = Secret.from_kit_key(load_or_create_identity(s.owner, s.passphrase_file)[0].kit_key)
     kit = read_kit(s.kit, secret, endpoint=s.endpoint)
-    probe, w0 = probe_of(kit), read_tensors(kit.w0)
+    probe, w0 = probe_of(kit, s.factory), read_tensors(kit.w0)
     verdicts = []
     for place in s.models:
         model = read_model(place, endpoint=s.endpoint)
         verdicts.append(
             verify(
-                model.tensors, probe, bits=s.bits, gamma=s.gamma, controls=s.controls, w0=w0, model_digest=model.digest
+                model.tensors,
+                probe,
+                bits=s.bits,
+                gamma=s.gamma,
+                controls=s.controls,
+                w0=w0,
+                model_digest=model.digest,
             )
         )
     return verdicts

@@ -1,4 +1,4 @@
-"""The terms of the paper's objective, eq. (10), and the distillation that protects the task (design decision 6)."""
+"""The terms of the paper's objective, eq. (10), and the distillation that protects the task (decision 6)."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ def watermark_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def add_r_func_gradient(parameters: Sequence[Tensor], anchors: Sequence[Tensor], lambda1: float) -> float:
-    """Add the gradient of λ1·R_func, R_func = Σ‖W−W0‖² (eq. 8), to `.grad` in closed form; returns ‖W−W0‖₂."""
-    total = 0.0
+    """Add the gradient of λ1·R_func = λ1·Σ‖W−W0‖² (eq. 8) to `.grad` in closed form; returns ‖W−W0‖₂."""
+    squares = []
     with torch.no_grad():
         for w, w0 in zip(parameters, anchors, strict=True):
             delta = w - w0
-            total += float(delta.square().sum())
+            flat = delta.reshape(-1)
+            squares.append(torch.dot(flat, flat))
             if lambda1:
                 assert w.grad is not None
                 w.grad.add_(delta, alpha=2 * lambda1)
-    return float(total**0.5)
+        return float(torch.stack(squares).double().sum().sqrt())  # one wait for the device, not one a tensor
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T²·KL(teacher ‖ student) at temperature T, mean over the batch (and over positions): logits [B, K, ...] each."""
+    """T²·KL(teacher ‖ student) at temperature T, mean over batch and positions: logits [B, K, ...] each."""
     p = F.log_softmax(teacher.float() / temperature, 1)
     q = F.log_softmax(student.float() / temperature, 1)
     kl = F.kl_div(q, p, reduction="none", log_target=True).sum(1).mean()
@@ -60,11 +61,13 @@ def pruned_snapshot(kernels: Kernels, largest: float, generator: torch.Generator
 
 
 class InnerTuning:
-    """R_DA's W^t, eq. (9): an adversary's tuning of the current W on D', whose trajectory gives the snapshots.
+    """R_DA's W^t, eq. (9): an adversary's tuning of the current W on D', whose trajectory gives the
+    snapshots.
 
-    Every refresh copies W, trains the copy for `steps` SGD steps in training mode as an adversary would, and keeps
-    the differences W^t − W of the tapped kernels after the last half of the steps. The gradient is of first order:
-    taken at W + (W^t − W) and applied to W.
+    Every refresh copies W, trains the copy for `steps` SGD steps in training mode as an adversary would, and
+    keeps the differences W^t − W of the tapped kernels after the last half of the steps. The gradient is of
+    first
+    order: taken at W + (W^t − W) and applied to W.
 
     Args:
         model: the network being marked; it is only read.

@@ -4,11 +4,11 @@ Phase 1 minimises eq. (6) on the primary task. Phase 2 minimises eq. (10),
 
     Σ l_WM(f^W(x), y) + λ1·‖W−W0‖² + λ2·R_DA(W),
 
-in the verifier's graph, plus distillation from W0 on primary data. Batch norm's affine is left alone and running
-statistics never see a key (design decisions 5 and 6).
+in the verifier's graph, plus distillation from W0 on primary data. Batch norm's affine is left alone and
+running statistics never see a key (design decisions 5 and 6).
 
-Every random choice is a function of (seed, phase, step), so a checkpoint needs no generator state and a resumed run
-repeats an uninterrupted one bit for bit on equal hardware and world size.
+Every random choice is a function of (seed, phase, step), so a checkpoint needs no generator state and a
+resumed run repeats an uninterrupted one bit for bit on equal hardware and world size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ from mtlsign.settings import EmbedSettings
 from mtlsign.tasks import Task
 from mtlsign.verification import Probe
 
+Number = TypeVar("Number", int, float)
+
 #: Steps of phase 2 between checkpoints.
 CHECKPOINT_STEPS = 50
 
@@ -49,11 +51,13 @@ def train_clean(model: nn.Module, task: Task, s: EmbedSettings, rank: Rank) -> l
 
     Checkpoints every epoch; returns one row per epoch. Raises `ModelError` where the loss is not finite.
     """
-    model.to(rank.device)
+    model.to(rank.device).to(memory_format=torch.channels_last)
     epochs, batch = _known(s.epochs), s.batch
     per_epoch = task.steps("train", batch)
     task = task.to(rank.device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=s.lr, momentum=0.9, nesterov=True, weight_decay=s.weight_decay)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=s.lr, momentum=0.9, nesterov=True, weight_decay=s.weight_decay
+    )
     history: list[dict[str, Any]] = []
     saved = rank.saved()
     if saved is not None:
@@ -64,7 +68,9 @@ def train_clean(model: nn.Module, task: Task, s: EmbedSettings, rank: Rank) -> l
     for epoch in range(len(history), epochs):
         started, seen, total, hits = time.monotonic(), 0, 0.0, 0.0
         model.train()
-        batches = task.batches("train", batch, epoch=epoch, seed=s.seed, rank=rank.index, world=rank.world, augment=True)
+        batches = task.batches(
+            "train", batch, epoch=epoch, seed=s.seed, rank=rank.index, world=rank.world, augment=True
+        )
         for i, (x, y) in enumerate(_on(rank.device, batches)):
             step = epoch * per_epoch + i
             _reseed(s.seed, "clean", step, rank.index)
@@ -76,13 +82,25 @@ def train_clean(model: nn.Module, task: Task, s: EmbedSettings, rank: Rank) -> l
             loss.backward()
             optimizer.step()
             value = float(loss.detach())
-            total, seen, hits = total + value * len(y), seen + len(y), hits + float(task.correct(out.detach(), y).sum())
+            total, seen, hits = (
+                total + value * len(y),
+                seen + len(y),
+                hits + float(task.correct(out.detach(), y).sum()),
+            )
             if i % 10 == 9:
-                rank.tick({"phase": "clean", "step": step + 1, "of": epochs * per_epoch, "epoch": epoch + 1, "loss": value})
+                rank.tick(
+                    {
+                        "phase": "clean",
+                        "step": step + 1,
+                        "of": epochs * per_epoch,
+                        "epoch": epoch + 1,
+                        "loss": value,
+                    }
+                )
         _average_buffers(model, rank)
         sums = torch.tensor([total, hits, float(seen)], dtype=torch.float64, device=rank.device)
         rank.sum([sums])
-        row = {
+        row: dict[str, Any] = {
             "phase": "clean",
             "epoch": epoch + 1,
             "of": epochs,
@@ -108,9 +126,13 @@ def watermark(
 
     Returns one row per 50 steps, and the accuracies of W0 and W on the test part.
     """
-    model.to(rank.device).eval()
+    model.to(rank.device).to(memory_format=torch.channels_last).eval()
     task = task.to(rank.device)
     teacher = copy.deepcopy(model).requires_grad_(False)
+    # On primary data both networks normalise by the batch, as a thief's tuning does: the mark then survives
+    # tuning better (docs/log.md). W's running statistics follow its primary batches; W0's stay.
+    _normalise_by_batch(model, True)
+    _normalise_by_batch(teacher, True, momentum=0.0)
     affine = {
         f"{name}.{part}"
         for name, module in model.named_modules()
@@ -123,7 +145,10 @@ def watermark(
         parameters[name].requires_grad_(False)
     anchors = [p for name, p in teacher.named_parameters() if name in trained]
     head = probe.head.parameters()
-    optimizer = torch.optim.Adam([*trained.values(), *head], lr=s.wm_lr, foreach=False)
+    tapped = [p for name, p in trained.items() if name in probe.graph.kernels]
+    deeper = [p for name, p in trained.items() if name not in probe.graph.kernels]
+    groups = [{"params": [*tapped, *head], "scale": 1.0}, {"params": deeper, "scale": s.deep_lr}]
+    optimizer = torch.optim.Adam(groups, lr=_known(s.wm_lr), foreach=False)
     history: list[dict[str, Any]] = []
     saved = rank.saved()
     if saved is not None:
@@ -139,7 +164,7 @@ def watermark(
     started = time.monotonic()
     for step in range(done, s.steps):
         _reseed(s.seed, "mark", step, rank.index)
-        _set_lr(optimizer, one_cycle(step, s.steps, s.wm_lr))
+        _set_lr(optimizer, one_cycle(step, s.steps, _known(s.wm_lr)))
         optimizer.zero_grad(set_to_none=False)
         kernels = probe.graph.read(parameters)
         for term, (weight, kind) in enumerate(terms(step, s)):
@@ -150,7 +175,9 @@ def watermark(
             scores = probe.scores_of(perturbed, differentiable=True)
             loss = watermark_loss(scores, probe.labels.float())
             (weight * loss).backward()
-            _count(sums, 0 if kind == "clean" else 4, loss, ((scores > 0) == (probe.labels > 0)).float().mean())
+            _count(
+                sums, 0 if kind == "clean" else 4, loss, ((scores > 0) == (probe.labels > 0)).float().mean()
+            )
             kernels = probe.graph.read(parameters)
         if s.distillation:
             x, _ = task.batch_at(
@@ -175,20 +202,28 @@ def watermark(
             rank.tick({"phase": "mark", "step": step + 1, "of": s.steps, **_means(sums, names)})
         if (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == s.steps:
             rank.sum([sums])
-            row = {"phase": "mark", "step": step + 1, "of": s.steps, **_means(sums, names), "deviation_l2": deviation}
+            row: dict[str, Any] = {
+                "phase": "mark",
+                "step": step + 1,
+                "of": s.steps,
+                **_means(sums, names),
+                "deviation_l2": deviation,
+            }
             row["seconds"] = time.monotonic() - started
+            _average_buffers(model, rank)
             if not math.isfinite(row["wm_loss"]) or not math.isfinite(deviation):
                 raise ModelError("phase 2 diverged (the loss is not finite); lower --wm-lr", field="wm-lr")
             history.append(row)
             rank.report(row, lambda: _state(model, optimizer, history, head))
             sums.zero_()
             started = time.monotonic()
-    model.requires_grad_(True)
+    model.requires_grad_(True).eval()
     return history, {
         "primary_clean": evaluate(teacher, task, "test", s, rank),
         "primary_marked": evaluate(model, task, "test", s, rank),
         "validation_clean": evaluate(teacher, task, "validation", s, rank),
         "validation_marked": evaluate(model, task, "validation", s, rank),
+        "primary_samples": task.size("test"),
     }
 
 
@@ -205,14 +240,16 @@ def terms(step: int, s: EmbedSettings) -> list[tuple[float, str]]:
 def evaluate(model: nn.Module, task: Task, split: str, s: EmbedSettings, rank: Rank) -> float:
     """Mean of the task's metric over a split, in evaluation mode, shared out over the ranks."""
     was = [(m, m.training) for m in model.modules()]
-    model.to(rank.device).eval()
+    model.to(rank.device).to(memory_format=torch.channels_last).eval()
     sums = torch.zeros(2, dtype=torch.float64, device=rank.device)
     batches = task.batches(split, 500, epoch=0, seed=0, rank=rank.index, world=rank.world, shuffle=False)
     for x, y in _on(rank.device, batches):
         with _amp(s, rank.device):
             out = model(x)
         hits = task.correct(out.float() if isinstance(out, Tensor) else out, y)
-        sums += torch.tensor([float(hits.sum()), float(hits.numel())], dtype=torch.float64, device=rank.device)
+        sums += torch.tensor(
+            [float(hits.sum()), float(hits.numel())], dtype=torch.float64, device=rank.device
+        )
     rank.sum([sums])
     for module, mode in was:
         module.training = mode
@@ -220,7 +257,7 @@ def evaluate(model: nn.Module, task: Task, split: str, s: EmbedSettings, rank: R
 
 
 def one_cycle(step: int, steps: int, peak: float) -> float:
-    """Learning rate: cosine from peak/25 up over the first 30 %, then down to nearly 0. A function of the step alone."""
+    """Learning rate by the step alone: cosine from peak/25 up over the first 30 %, then down to nearly 0."""
     rise = max(1, round(0.3 * steps))
     if step < rise:
         return peak * (1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * step / rise)) / 2)
@@ -228,7 +265,12 @@ def one_cycle(step: int, steps: int, peak: float) -> float:
 
 
 def _snapshot(
-    kind: str, kernels: Mapping[str, Tensor], s: EmbedSettings, generator: torch.Generator, tuning: InnerTuning | None, step: int
+    kind: str,
+    kernels: Mapping[str, Tensor],
+    s: EmbedSettings,
+    generator: torch.Generator,
+    tuning: InnerTuning | None,
+    step: int,
 ) -> Mapping[str, Tensor]:
     if kind == "noise":
         return noise_snapshot(kernels, s.noise, generator)
@@ -244,20 +286,31 @@ def _snapshot(
     return kernels
 
 
-def _inner_tuning(model: nn.Module, task: Task, probe: Probe, s: EmbedSettings, rank: Rank) -> InnerTuning | None:
+def _inner_tuning(
+    model: nn.Module, task: Task, probe: Probe, s: EmbedSettings, rank: Rank
+) -> InnerTuning | None:
     if not s.lambda2 or "tuned" not in s.kinds:
         return None
 
     def batches(index: int) -> Iterator[tuple[Tensor, Tensor]]:
         first = index * s.inner_steps
         size = min(s.primary_batch, len(task.splits["inner"]))
-        pairs = (task.batch_at("inner", size, first + i, seed=s.seed, augment=True) for i in range(s.inner_steps))
+        pairs = (
+            task.batch_at("inner", size, first + i, seed=s.seed, augment=True) for i in range(s.inner_steps)
+        )
         return _on(rank.device, pairs)
 
-    return InnerTuning(model, list(probe.graph.kernels), task.loss, batches, steps=s.inner_steps, lr=s.inner_lr or s.lr)
+    return InnerTuning(
+        model, list(probe.graph.kernels), task.loss, batches, steps=s.inner_steps, lr=s.inner_lr or s.lr
+    )
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict[str, Any]], head: list[Tensor] | None = None) -> State:
+def _state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    history: list[dict[str, Any]],
+    head: list[Tensor] | None = None,
+) -> State:
     return {
         "model": {name: t.detach().cpu() for name, t in model.state_dict().items()},
         "optimizer": optimizer.state_dict(),
@@ -270,6 +323,14 @@ def _distributed(model: nn.Module, rank: Rank) -> nn.Module:
     if rank.world == 1:
         return model
     return DistributedDataParallel(model, device_ids=[rank.device] if rank.device.type == "cuda" else None)
+
+
+def _normalise_by_batch(model: nn.Module, on: bool, momentum: float | None = None) -> None:
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.train(on)
+            if momentum is not None:
+                module.momentum = momentum
 
 
 def _average_buffers(model: nn.Module, rank: Rank) -> None:
@@ -300,7 +361,7 @@ def _reseed(*parts: object) -> None:
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("scale", 1.0)
 
 
 def _count(sums: Tensor, at: int, *values: Tensor) -> None:
@@ -314,7 +375,6 @@ def _means(sums: Tensor, names: tuple[str, ...]) -> dict[str, float]:
     return {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count}
 
 
-def _known(value: int | None) -> int:
+def _known(value: Number | None) -> Number:
     assert value is not None, "call settings.resolved() first"
     return value
-

@@ -1,4 +1,4 @@
-"""Where a phase runs: which rank of how many, on what device, whom it tells. `embedding.py` knows nothing more."""
+"""Where a phase runs: which rank of how many, on what device, whom it tells."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Alone:
 
 
 def sum_over_group(tensors: list[Tensor]) -> None:
-    """All-reduce in one message per dtype; a fixed order, so that two runs of equal world size give equal bits."""
+    """All-reduce in one message, in a fixed order, so that runs of equal world size give equal bits."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return
     flat = torch.cat([t.reshape(-1) for t in tensors])

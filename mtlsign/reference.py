@@ -1,7 +1,7 @@
 """What is kept of the unmarked W0: batch-norm affine, column norms, a sketch of its rows (design decision 5).
 
-The reference is made after phase 1, before the key exists, and its digest is hashed into the key: whoever wants
-another reference gets another key. A claim opens the reference; W0's kernels stay secret.
+The reference is made after phase 1, before the key exists, and its digest is hashed into the key: whoever
+wants another reference gets another key. A claim opens the reference; W0's kernels stay secret.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class Reference:
     """W0's frame. `data` are the exact bytes (safetensors); their SHA-256 stands in the spec.
 
     Tensors, for each tapped convolution C that a batch norm follows: `C/gamma` |γ0| and `C/beta` float32 [O],
-    `C/eps` float64 [1], `C/columns` float64 [groups, I/groups], `C/sketch` float16 [O, s]. Every other parameter of
-    the tapped part with fewer than two dimensions (biases, layer norms) is kept whole as `=NAME`.
+    `C/eps` float64 [1], `C/columns` float64 [groups, I/groups], `C/sketch` float16 [O, s]. Every other
+    parameter of the tapped part with fewer than two dimensions (biases, layer norms) is kept whole as
+    `=NAME`.
     """
 
     data: bytes
@@ -47,13 +48,19 @@ class Reference:
     def from_bytes(cls, data: bytes) -> Reference:
         """Parse an opened reference (at most 64 MiB). Raises `ArtifactError`."""
         if len(data) > MAX_REFERENCE_BYTES:
-            raise ArtifactError(f"is over {MAX_REFERENCE_BYTES} bytes; a reference is small", field="reference")
+            raise ArtifactError(
+                f"is over {MAX_REFERENCE_BYTES} bytes; a reference is small", field="reference"
+            )
         try:
             tensors = read_tensors(data, max_bytes=MAX_REFERENCE_BYTES)
         except ModelError as error:
-            raise ArtifactError(f"cannot be read ({error}); take the kit as it was written", field="reference") from None
+            raise ArtifactError(
+                f"cannot be read ({error}); take the kit as it was written", field="reference"
+            ) from None
         if not all(torch.isfinite(t).all() for t in tensors.values()):
-            raise ArtifactError("holds numbers that are not finite; take the kit as it was written", field="reference")
+            raise ArtifactError(
+                "holds numbers that are not finite; take the kit as it was written", field="reference"
+            )
         return cls(data, tensors)
 
 
@@ -94,7 +101,7 @@ def make_reference(model: nn.Module, taps: Sequence[str], sample: Tensor) -> Ref
 
 
 def signed(kernel: Tensor, gamma: Tensor | None) -> Tensor:
-    """Multiply sign(γ) onto the kernel's rows (+1 where γ is absent or 0): all that is read of a batch norm."""
+    """Multiply sign(γ) onto the rows (+1 where γ is absent or 0): all that is read of a batch norm."""
     if gamma is None:
         return kernel
     sign = torch.where(gamma < 0, -1.0, 1.0).to(kernel.dtype)
@@ -102,7 +109,8 @@ def signed(kernel: Tensor, gamma: Tensor | None) -> Tensor:
 
 
 def sketch(kernel: Tensor) -> Tensor:
-    """Project a kernel's unit rows to s = max(1, min(32, fan_in // 4)) numbers by a public ±1 matrix over sqrt(s).
+    """Project a kernel's unit rows to s = max(1, min(32, fan_in // 4)) numbers by a public ±1 matrix over
+    sqrt(s).
 
     Returns float16 [O, s]. The matrix [fan_in, s] is read row by row from the keystream
     `mtlsign/v0/sketch/<fan_in>/<s>` under SHA-256("mtlsign/v0/sketch"), a bit 1 being +1.
@@ -114,5 +122,5 @@ def sketch(kernel: Tensor) -> Tensor:
     bits = np.unpackbits(np.frombuffer(stream, dtype=np.uint8))[: fan_in * size].astype(np.float64)
     matrix = torch.from_numpy(2 * bits - 1).reshape(fan_in, size)
     norms = rows.norm(dim=1, keepdim=True)
-    return ((rows / torch.where(norms > 0, norms, torch.ones_like(norms))) @ matrix / size**0.5).half()
-
+    projected: Tensor = (rows / torch.where(norms > 0, norms, torch.ones_like(norms))) @ matrix / size**0.5
+    return projected.half()

@@ -1,8 +1,9 @@
 """The folder of one run: what an interrupted embedding needs to go on, and what a finished one leaves.
 
 `runs/<name>/` is SECRET. While a run goes on it holds `settings.json`, `ray/` or `plain/` (checkpoints),
-`clean.safetensors` (W0) and `commitment.sealed` (the opened key and the reference, encrypted for the owner). At the
-end `result.json`, `metrics.json` and `report.html` remain, and the manifest that makes the folder complete.
+`clean.safetensors` (W0) and `commitment.sealed` (the opened key and the reference, encrypted for the owner).
+At the end `result.json`, `metrics.json` and `report.html` remain, and the manifest that makes the folder
+complete.
 """
 
 from __future__ import annotations
@@ -27,21 +28,29 @@ from mtlsign.settings import EmbedSettings, dump
 from mtlsign.storage import Storage, open_storage
 from mtlsign.tensors import read_tensors, tensor_bytes
 
-SETTINGS, CLEAN, CLEAN_ROWS, COMMITMENT = "settings.json", "clean.safetensors", "clean.json", "commitment.sealed"
+SETTINGS, CLEAN, CLEAN_ROWS, COMMITMENT = (
+    "settings.json",
+    "clean.safetensors",
+    "clean.json",
+    "commitment.sealed",
+)
 _LIMIT = 4 * 1024**3
 _PURPOSE = "mtlsign/v0/commitment"
 #: What `--resume` may change: where and how the rest runs, not what is computed.
 CHANGEABLE = frozenset(
-    "owner passphrase_file endpoint json_output quiet data download workers cpus_per_worker gpus_per_worker "
-    "cluster_wait max_failures storage resume keep_checkpoints".split()
+    (
+        *("owner", "passphrase_file", "endpoint", "storage", "data", "download"),
+        *("workers", "cpus_per_worker", "gpus_per_worker", "cluster_wait", "max_failures"),
+        *("resume", "keep_checkpoints", "json_output", "quiet"),
+    )
 )
 
 
 class Run:
     """One run's folder, new or resumed.
 
-    Raises (from `start`): SettingsError when the name is taken, unknown, or `--resume` changes the science;
-    StorageError when the place cannot be written.
+    Raises (from `open` and `begin`): SettingsError when the name is taken, unknown, or `--resume` changes
+    the science; StorageError when the place cannot be written.
     """
 
     def __init__(self, storage: Storage, name: str) -> None:
@@ -49,28 +58,48 @@ class Run:
         self.folder = storage.child(RUNS).child(name)
 
     @classmethod
-    def start(cls, s: EmbedSettings) -> tuple[Run, EmbedSettings]:
-        """Open the run that the settings ask for; the settings come back complete."""
+    def open(cls, s: EmbedSettings) -> tuple[Run, EmbedSettings]:
+        """Find the run that the settings ask for, and whether its place can be written; the settings come
+        back complete.
+
+        Nothing is kept there before `begin`.
+        """
         storage = open_storage(s.storage, endpoint=s.endpoint)
         if s.resume is not None:
             run = cls(storage, s.resume)
             return run, run._resumed(s)
-        storage.check_writable()
+        storage.check_writable()  # leaves nothing behind
         name = s.run or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
-        run, s = cls(storage, name), s.resolved()
-        if not run.folder.write(SETTINGS, dump(s), only_if_new=True):
-            raise SettingsError(f"{name!r} exists; choose another name, or go on with --resume {name}", field="run")
-        return run, s
+        run = cls(storage, name)
+        if run.folder.exists(SETTINGS):
+            raise run._taken()
+        return run, s.resolved()
+
+    def begin(self, s: EmbedSettings) -> None:
+        """Take the name by keeping the settings there, unless resumed. Raises `SettingsError` if taken."""
+        if s.resume is None and not self.folder.write(SETTINGS, dump(s), only_if_new=True):
+            raise self._taken()
+
+    def _taken(self) -> SettingsError:
+        return SettingsError(
+            f"{self.name!r} exists; choose another name, or go on with --resume {self.name}", field="run"
+        )
 
     def _resumed(self, s: EmbedSettings) -> EmbedSettings:
         if not self.folder.exists(SETTINGS):
-            raise SettingsError(f"no run {self.name!r} in {self.storage.uri}; check --storage and the name", field="resume")
+            raise SettingsError(
+                f"no run {self.name!r} in {self.storage.uri}; check --storage and the name", field="resume"
+            )
         if self.folder.exists(MANIFEST):
-            raise SettingsError(f"run {self.name!r} is finished; its result lies in {self.folder.uri}", field="resume")
+            raise SettingsError(
+                f"run {self.name!r} is finished; its result lies in {self.folder.uri}", field="resume"
+            )
         try:
             kept = EmbedSettings.of(json.loads(self.folder.read(SETTINGS, 1024**2)))
         except (ValueError, TypeError):
-            raise ArtifactError(f"{SETTINGS} of run {self.name!r} is damaged; start a new run", field="resume") from None
+            raise ArtifactError(
+                f"{SETTINGS} of run {self.name!r} is damaged; start a new run", field="resume"
+            ) from None
         given = s.model_fields_set - CHANGEABLE
         for field in sorted(given):
             if getattr(s, field) != getattr(kept, field):
@@ -80,20 +109,22 @@ class Run:
                 )
         return kept.model_copy(update={f: getattr(s, f) for f in s.model_fields_set & CHANGEABLE})
 
-    # -- what phase 1 leaves ------------------------------------------------------------------------------------
+    # -- what phase 1 leaves --------------------------------
 
     def clean(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
         """W0 and phase 1's rows, once phase 1 is done."""
         if not self.folder.exists(CLEAN):
             return None
-        return read_tensors(self.folder.read(CLEAN, _LIMIT)), json.loads(self.folder.read(CLEAN_ROWS, 64 * 1024**2))
+        return read_tensors(self.folder.read(CLEAN, _LIMIT)), json.loads(
+            self.folder.read(CLEAN_ROWS, 64 * 1024**2)
+        )
 
     def keep_clean(self, w0: Mapping[str, Tensor], rows: list[dict[str, Any]]) -> None:
         """Keep W0; the tensors last, as the sign that both are there."""
         self.folder.write(CLEAN_ROWS, json.dumps(rows).encode())
         self.folder.write(CLEAN, tensor_bytes(w0))
 
-    # -- the key, between the phases ----------------------------------------------------------------------------
+    # -- the key, between the phases --------------------------------
 
     def commitment(self, secret: Secret) -> tuple[KeyOpening, bytes] | None:
         """The opening and the reference's bytes, once signed. Raises `KeyMaterialError` for another owner."""
@@ -102,7 +133,9 @@ class Run:
         try:
             data = unseal(self.folder.read(COMMITMENT, _LIMIT), secret, purpose=_PURPOSE)
         except KeyMaterialError:
-            raise KeyMaterialError("is not the one that began this run; give the same --owner", field="owner") from None
+            raise KeyMaterialError(
+                "is not the one that began this run; give the same --owner", field="owner"
+            ) from None
         size = int.from_bytes(data[:8], "big")
         return KeyOpening.from_json(data[8 : 8 + size]), data[8 + size :]
 
@@ -112,7 +145,7 @@ class Run:
         data = len(text).to_bytes(8, "big") + text + reference
         self.folder.write(COMMITMENT, seal(data, secret, purpose=_PURPOSE))
 
-    # -- checkpoints of a plain process (Ray Train keeps its own) ------------------------------------------------
+    # -- checkpoints of a plain process (Ray Train keeps its own) --------------------------------
 
     def checkpoint(self, phase: str) -> State | None:
         """The last state of a phase that runs without Ray."""
@@ -125,9 +158,11 @@ class Run:
         """Replace the last state, atomically."""
         self.folder.write(f"plain/{phase}.pt", state_bytes(state))
 
-    # -- the end ------------------------------------------------------------------------------------------------
+    # -- the end --------------------------------
 
-    def finish(self, result: Mapping[str, Any], metrics: Mapping[str, Any], report: str, *, keep: bool) -> None:
+    def finish(
+        self, result: Mapping[str, Any], metrics: Mapping[str, Any], report: str, *, keep: bool
+    ) -> None:
         """Write what remains, then the manifest; the secret rest is deleted unless `keep`."""
         files = {
             "result.json": json.dumps(result, indent=1, allow_nan=False).encode(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -26,11 +27,13 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
+    # fmt: off
     owner: Path | None = Field(None, description="owner identity file; made once outside the storage if absent")
     passphrase_file: Path | None = Field(None, description="file whose first line opens the owner identity")
     endpoint: str | None = Field(None, max_length=512, description="S3 endpoint URL, for pyarrow and boto3 alike")
     json_output: bool = Field(False, alias="json", description="print the result as one JSON document, nothing else")
     quiet: bool = Field(False, description="print only the result")
+    # fmt: on
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
@@ -51,6 +54,7 @@ class Settings(BaseModel):
 class EmbedSettings(Settings):
     """What `jobs/embed.py` and `mtlsign.embed` take."""
 
+    # fmt: off
     # what is marked
     task: str = Field("digits", min_length=1, max_length=200, description="digits, mnist, fashion-mnist, cifar10, cifar100, or package.module:factory")
     data: Path | None = Field(None, description="data root in torchvision's layout, on every node")
@@ -74,10 +78,11 @@ class EmbedSettings(Settings):
     lr: float = Field(0.1, gt=0, le=100, description="peak learning rate of phase 1 (SGD, one-cycle)")
     weight_decay: float = Field(5e-4, ge=0, le=1, description="lambda0 of eq. (6), u = L2")
     # phase 2, eq. (10)
-    lambda1: float = Field(0.02, ge=0, le=1e6, description="weight of R_func = summed |W-W0|^2, eq. (8)")
+    lambda1: float = Field(0.001, ge=0, le=1e6, description="weight of R_func = summed |W-W0|^2, eq. (8)")
     lambda2: float = Field(1.0, ge=0, le=1e6, description="weight of R_DA over the snapshots, eq. (9); 0 turns it off at no cost")
-    steps: int = Field(600, ge=1, le=1_000_000, description="key-batch steps of phase 2")
-    wm_lr: float = Field(2e-3, gt=0, le=10, description="peak learning rate of phase 2 (Adam, one-cycle)")
+    steps: int = Field(800, ge=1, le=1_000_000, description="key-batch steps of phase 2")
+    wm_lr: float | None = Field(None, gt=0, le=10, description="peak learning rate of phase 2 (Adam, one-cycle) [0.002 at width 16, falling with its root]")
+    deep_lr: float = Field(0.3, ge=0, le=100, description="learning rate of the layers past the taps, as a multiple of wm-lr")
     snapshots: str = Field("noise", max_length=200, description="kinds taken in turn: noise, tuned, pruned")
     snapshots_per_step: int = Field(1, ge=1, le=64, description="perturbed copies a step")
     noise: float = Field(0.3, ge=0, le=10, description="noise snapshots: sigma in units of each tensor's sd")
@@ -85,7 +90,7 @@ class EmbedSettings(Settings):
     inner_steps: int = Field(8, ge=1, le=10_000, description="tuned snapshots: inner tuning steps on D'")
     inner_every: int = Field(8, ge=1, le=10_000, description="tuned snapshots: steps between inner tunings")
     inner_lr: float | None = Field(None, gt=0, le=100, description="tuned snapshots: learning rate [that of phase 1]")
-    distillation: float = Field(2.0, ge=0, le=1e6, description="weight of KL(W0 || W) on primary data")
+    distillation: float = Field(4.0, ge=0, le=1e6, description="weight of KL(W0 || W) on primary data")
     temperature: float = Field(2.0, gt=0, le=1000, description="temperature of the distillation")
     primary_batch: int = Field(128, ge=1, le=65_536, description="primary images a step of phase 2, over all workers")
     # where it runs
@@ -102,6 +107,7 @@ class EmbedSettings(Settings):
     keep_checkpoints: bool = Field(False, description="keep the run's (secret) checkpoints after success")
     seed: int = Field(0, ge=0, lt=2**31, description="splits, initialisation, order of the data")
     insecure_test_key: bool = Field(False, description="take the nonce from --seed: reproducible, worthless as evidence")
+    # fmt: on
 
     @field_validator("snapshots")
     @classmethod
@@ -129,6 +135,8 @@ class EmbedSettings(Settings):
         }
         if self.key_size is None:
             filled["key_size"] = 1024 if self.head == "keyed" else 600
+        if self.wm_lr is None:
+            filled["wm_lr"] = round(2e-3 * math.sqrt(16 / (self.width or filled["width"])), 6)
         if self.inner_lr is None:
             filled["inner_lr"] = self.lr
         if self.name is None:
@@ -149,12 +157,15 @@ RECIPES: dict[str, dict[str, Any]] = {
 class VerifySettings(Settings):
     """What `jobs/verify.py` takes. `bits` and `gamma` are the verifier's policy, never the claimant's."""
 
+    # fmt: off
     model: str = Field(min_length=1, max_length=65_536, description="model folder or .safetensors file, local or s3://; several with commas")
     kit: str = Field(min_length=1, max_length=4096, description="owner kit folder")
     kit_passphrase_file: Path | None = Field(None, description="file whose first line opens the kit, where it was sealed with a passphrase")
     bits: float = Field(120.0, ge=0, le=4096, description="evidence bits from which a claim is accepted")
     gamma: float = Field(0.7, gt=0.5, le=1, description="the paper's threshold, shown beside the exact tail")
     controls: int = Field(5, ge=0, le=1000, description="wrong keys tried on the same suspect")
+    factory: str | None = Field(None, max_length=200, description="own architecture that you trust, package.module:function; imported only if named here")
+    # fmt: on
 
     @property
     def models(self) -> list[str]:
@@ -177,7 +188,9 @@ def read_config(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             raw = file.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
-        raise SettingsError(f"cannot be read ({error.strerror}); give the path of a YAML file", field="config") from None
+        raise SettingsError(
+            f"cannot be read ({error.strerror}); give the path of a YAML file", field="config"
+        ) from None
     if len(raw) > MAX_CONFIG_BYTES:
         raise SettingsError(f"is over {MAX_CONFIG_BYTES} bytes; settings are a short mapping", field="config")
     try:
@@ -185,11 +198,15 @@ def read_config(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = f" in line {line + 1}" if line is not None else ""
-        raise SettingsError(f"is not YAML{where}; write lines such as 'lambda1: 0.02'", field="config") from None
+        raise SettingsError(
+            f"is not YAML{where}; write lines such as 'lambda1: 0.02'", field="config"
+        ) from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
-        raise SettingsError("is not a mapping of names to values; write lines such as 'lambda1: 0.02'", field="config")
+        raise SettingsError(
+            "is not a mapping of names to values; write lines such as 'lambda1: 0.02'", field="config"
+        )
     return {name.replace("-", "_"): value for name, value in loaded.items()}
 
 

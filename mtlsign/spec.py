@@ -26,7 +26,7 @@ FIELDS = (
 )
 
 _TAP = re.compile(r"[A-Za-z0-9_.]{1,200}")
-_ARCH = re.compile(r"[A-Za-z0-9_/.-]{1,128}")
+_ARCH = re.compile(r"[A-Za-z0-9_/.:-]{1,128}")
 _GRAPH_FIELD = re.compile(r"[a-z][a-z0-9_]{0,31}")
 # No controls, surrogates, invisible or direction-changing characters: a fixed list, Unicode's tables change.
 _TEXT = re.compile(

@@ -144,7 +144,7 @@ class LocalStorage(Storage):
                 if not stat.S_ISREG(found.st_mode):
                     raise ArtifactError(f"{path} is no plain file; give one")
                 check_size(str(path), found.st_size, limit)
-                data = file.read(limit + 1)
+                data = file.read(min(limit, found.st_size) + 1)  # read allocates what it is asked for
         check_size(str(path), len(data), limit)
         return data
 

@@ -97,7 +97,7 @@ class TappedLayer:
     weight: str
 
 
-class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Uses(TorchDispatchMode):
     """Notes, in order, which of the given tensors an operation reads."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
@@ -119,7 +119,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         for module, mode in modes:

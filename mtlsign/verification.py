@@ -1,7 +1,8 @@
-"""Algorithm 1: does this network carry this key? Answers with a `Verdict`, never with an exception for a failed claim."""
+"""Algorithm 1: does this network carry this key? A failed claim is a `Verdict`, never an exception."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,10 +25,12 @@ MIN_SCORE = 1e-4
 
 @dataclass(frozen=True)
 class Verdict:
-    """What verification found (design decision 3). `evidence_bits` is authoritative; `p_value` may underflow to 0.
+    """What verification found (design decision 3). `evidence_bits` is authoritative; `p_value` may underflow
+    to 0.
 
-    `status`: accepted, rejected, needs_commitment (a free head passes on any model, so only an earlier commitment
-    makes it evidence), or not_verifiable (the network could not be mapped; never read it as "not marked").
+    `status`: accepted, rejected, needs_commitment (a free head passes on any model, so only an earlier
+    commitment makes it evidence), or not_verifiable (the network could not be mapped; never read it as "not
+    marked").
     """
 
     status: str
@@ -55,11 +58,19 @@ class Verdict:
         """The verdict in one sentence for a person."""
         if self.status == "not_verifiable":
             return f"Not verifiable: {self.reason}. This does not say that the model is unmarked."
-        found = f"{self.matches:,} of {self.n:,} bits agree; by chance this happens once in 2^{self.evidence_bits:.1f} keys"
+        found = (
+            f"{self.matches:,} of {self.n:,} bits agree; "
+            f"by chance this happens once in 2^{self.evidence_bits:.1f} keys"
+        )
         if self.status == "needs_commitment":
-            return f"{found}, but a trained head fits any model: only a commitment older than the model makes it evidence."
+            return (
+                f"{found}, but a trained head fits any model: "
+                "only a commitment older than the model makes it evidence."
+            )
         if self.accepted:
-            return f"Accepted: {found}. These weights descend from a model that the holder of this key changed."
+            return (
+                f"Accepted: {found}. These weights descend from a model that the holder of this key changed."
+            )
         return f"Rejected: {found}, less than the 2^{self.bits_required:g} required."
 
 
@@ -73,7 +84,8 @@ class Probe:
         factories: architectures beyond the allow-list, from this operator's settings only.
 
     Raises:
-        KeyMaterialError, ArtifactError, ModelError: the opening, reference or head is damaged or does not fit.
+        KeyMaterialError, ArtifactError, ModelError: the opening, reference or head is damaged or does not
+        fit.
     """
 
     def __init__(
@@ -88,7 +100,9 @@ class Probe:
         self.key = opening.key()
         self.spec = parse_spec(opening.spec)
         if reference.digest != self.spec.reference:
-            raise ArtifactError("is not the one that the spec names; take the kit as it was written", field="reference")
+            raise ArtifactError(
+                "is not the one that the spec names; take the kit as it was written", field="reference"
+            )
         self.device = torch.device(device)
         self.images, self.labels = key_set(self.spec, self.key)
         self.images, self.labels = self.images.to(self.device), self.labels.to(self.device)
@@ -104,12 +118,22 @@ class Probe:
             seed = int.from_bytes(keystream(self.key, b"mtlsign/v0/head-init", 7))
             self.head = FreeHead(d, hidden, pooled=self.pooled, seed=seed, device=self.device)
         else:
-            self.head = FreeHead.from_bytes(head, d, hidden, pooled=self.pooled)
+            self.head = FreeHead.from_bytes(head, d, hidden, pooled=self.pooled, device=self.device)
 
     def _width(self) -> int:
         zeros = {name: torch.zeros(shape, device=self.device) for name, shape in self.graph.kernels.items()}
         with torch.no_grad():
             return self.graph.features(zeros, self.images[:2], pooled=self.pooled).inverse_std.shape[0]
+
+    def control(self, index: int) -> Probe:
+        """The same test with an unrelated key: other images, labels and (keyed) read-out."""
+        other = copy.copy(self)
+        other.key = keystream(self.key, b"mtlsign/v0/control/%d" % index, 32)
+        images, bits = key_set(self.spec, other.key)
+        other.images, other.labels = images.to(self.device), bits.to(self.device)
+        if self.spec.head.kind == "keyed":
+            other.head = KeyedHead(other.key, self._width(), self.device)
+        return other
 
     def scores_of(self, kernels: Mapping[str, Tensor], *, differentiable: bool = False) -> Tensor:
         """Scores float32 [N] of kernels (as `graph.read` gives them) on the whole key set as one batch."""
@@ -121,7 +145,9 @@ class Probe:
     def scores(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor | None, str | None]:
         """Scores float32 [N] on the CPU for anybody's tensors, or the reason why they cannot be read."""
         wanted = dict(self.graph.kernels)
-        mapped = map_suspect(wanted, tensors, optional={self.graph.gammas[w]: (wanted[w][0],) for w in self.graph.gammas})
+        mapped = map_suspect(
+            wanted, tensors, optional={self.graph.gammas[w]: (wanted[w][0],) for w in self.graph.gammas}
+        )
         if mapped.problem is not None:
             return None, mapped.problem
         kernels = self.graph.read({name: t.to(self.device) for name, t in mapped.tensors.items()})
@@ -183,7 +209,9 @@ def verify(
         if unmarked is not None:
             tried["w0"] = [float(agreement(unmarked, probe.labels).float().mean())]
     passed = evidence >= bits
-    status = "rejected" if not passed else "needs_commitment" if probe.spec.head.kind == "free" else "accepted"
+    status = (
+        "rejected" if not passed else "needs_commitment" if probe.spec.head.kind == "free" else "accepted"
+    )
     return Verdict(
         status=status,
         accepted=status == "accepted",
@@ -204,22 +232,13 @@ def verify(
 
 
 def wrong_keys(tensors: Mapping[str, Tensor], probe: Probe, count: int) -> list[float]:
-    """Accuracies of `count` unrelated keys on the same suspect: other images, labels and read-out."""
+    """Accuracies of `count` unrelated keys on the same suspect."""
     out = []
-    mapped_head = probe.head
-    images, bits = probe.images, probe.labels
-    try:
-        for i in range(count):
-            key = keystream(probe.key, f"mtlsign/v0/control/{i}".encode(), 32)
-            drawn = key_set(probe.spec, key)
-            probe.images, probe.labels = drawn[0].to(probe.device), drawn[1].to(probe.device)
-            if probe.spec.head.kind == "keyed":
-                probe.head = KeyedHead(key, probe._width(), probe.device)
-            scores, _ = probe.scores(tensors)
-            if scores is not None:
-                out.append(float(agreement(scores, probe.labels).float().mean()))
-    finally:
-        probe.images, probe.labels, probe.head = images, bits, mapped_head
+    for i in range(count):
+        other = probe.control(i)
+        scores, _ = other.scores(tensors)
+        if scores is not None:
+            out.append(float(agreement(scores, other.labels).float().mean()))
     return out
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-# Read by Ray at import: no usage report, no second copy of workers' prints, quick detection of dead workers, and
-# workers that share this interpreter's environment instead of building one through `uv run`.
+# Read by Ray at import: no usage report, no second copy of workers' prints, quick detection of dead
+# workers, and workers that share this interpreter's environment instead of building one through `uv run`.
 for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -19,11 +19,11 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+import ray  # noqa: E402
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
-from mtlsign.errors import ClusterError, SettingsError
-from mtlsign.settings import EmbedSettings
+from mtlsign.errors import ClusterError, SettingsError  # noqa: E402
+from mtlsign.settings import EmbedSettings  # noqa: E402
 
 
 def attached() -> bool:
@@ -35,8 +35,19 @@ def require_owner(owner: Path | None) -> None:
     """On a cluster the identity must be named: one made there would die with the head node."""
     if owner is None and attached():
         raise SettingsError(
-            "is required on a cluster, whose disks do not last; make one with jobs/identity.py and pass its file",
+            "is required on a cluster, whose disks do not last; make one with jobs/identity.py and pass it",
             field="owner",
+        )
+
+
+def refuse_hopeless(s: EmbedSettings) -> None:
+    """Raise `ClusterError` before Ray starts where this machine alone has too few CPUs."""
+    wanted, have = s.workers * (s.cpus_per_worker or 1), os.cpu_count() or 1
+    if not attached() and wanted > have:
+        raise ClusterError(
+            f"{s.workers} workers need {wanted} CPUs and this machine has {have}; "
+            "lower --workers or --cpus-per-worker, or join a cluster with RAY_ADDRESS",
+            field="workers",
         )
 
 
@@ -60,7 +71,10 @@ def connect(workers: int) -> None:
                 object_store_memory=max(256 * 2**20, min(2 * 2**30, _memory() // 5)), **quiet,
             )  # fmt: skip
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"cannot be reached or started ({str(error).splitlines()[0][:200]}); check RAY_ADDRESS", field="ray") from None
+        raise ClusterError(
+            f"cannot be reached or started ({str(error).splitlines()[0][:200]}); check RAY_ADDRESS",
+            field="ray",
+        ) from None
 
 
 def _memory() -> int:
@@ -68,10 +82,10 @@ def _memory() -> int:
 
 
 def resources(s: EmbedSettings) -> dict[str, float]:
-    """What one worker reserves: its CPUs (by default an even share of this machine, or one on a cluster) and GPUs."""
+    """What one worker reserves: CPUs (by default an even share of this machine; one on a cluster), GPUs."""
     cpus = s.cpus_per_worker
     if cpus is None:
-        nodes = [n for n in ray.nodes() if n["Alive"]]
+        nodes = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
         total = int(sum(n["Resources"].get("CPU", 0) for n in nodes))
         cpus = max(1, total // max(1, s.workers)) if len(nodes) == 1 else 1
     return {"CPU": float(cpus), **({"GPU": float(s.gpus_per_worker)} if s.gpus_per_worker else {})}
@@ -80,7 +94,7 @@ def resources(s: EmbedSettings) -> dict[str, float]:
 def room_for(workers: int, each: Mapping[str, float]) -> int:
     """How many such workers the nodes that are alive could hold when idle, at most `workers`."""
     fits = 0
-    for node in ray.nodes():
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
         if node["Alive"]:
             fits += min(int(node["Resources"].get(kind, 0) // need) for kind, need in each.items() if need)
     return min(fits, workers)
@@ -104,10 +118,11 @@ def make_room(s: EmbedSettings, each: Mapping[str, float]) -> None:
             time.sleep(2)
             if room_for(s.workers, each) >= s.workers:
                 return
-    have = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}
+    have = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}  # type: ignore[no-untyped-call]
     raise ClusterError(
         f"{s.workers} of {wanted} each do not fit: the cluster has {have or 'nothing'} and room for "
-        f"{room_for(s.workers, each)}; lower --workers or --cpus-per-worker, or raise --cluster-wait for an autoscaler",
+        f"{room_for(s.workers, each)}; lower --workers or --cpus-per-worker, "
+        "or raise --cluster-wait for an autoscaler",
         field="workers",
     )
 
@@ -123,11 +138,14 @@ def on_every_node(check: Callable[[], Any], each: Mapping[str, float]) -> list[A
             return error
 
     nodes = [
-        n for n in ray.nodes() if n["Alive"] and all(n["Resources"].get(kind, 0) >= need for kind, need in each.items())
+        n
+        for n in ray.nodes()  # type: ignore[no-untyped-call]
+        if n["Alive"] and all(n["Resources"].get(kind, 0) >= need for kind, need in each.items())
     ]
     remote = ray.remote(num_cpus=0, max_retries=1)(guarded)
     calls = [
-        remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)).remote() for n in nodes
+        remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)).remote()
+        for n in nodes
     ]
     results = ray.get(calls)
     for result, node in zip(results, nodes, strict=True):
@@ -136,5 +154,3 @@ def on_every_node(check: Callable[[], Any], each: Mapping[str, float]) -> list[A
                 raise type(result)(f"on node {node['NodeManagerHostname']}: {result}")
             raise result
     return list(results)
-
-

@@ -1,8 +1,9 @@
 """Embedding over Ray Train: the two phases are two `fit()` calls, and between them the driver signs the spec.
 
-A phase runs on any number of workers on any number of nodes. It checkpoints to the run's storage (every epoch of
-phase 1, every 50 steps of phase 2) and goes on from there after a lost worker, node or driver, also on another
-number of workers. Keys travel to the workers as objects, never as `train_loop_config`, which Ray's dashboard shows.
+A phase runs on any number of workers on any number of nodes. It checkpoints to the run's storage (every
+epoch of phase 1, every 50 steps of phase 2) and goes on from there after a lost worker, node or driver, also
+on another number of workers. Keys travel to the workers as objects, never as `train_loop_config`, which Ray's
+dashboard shows.
 """
 
 from __future__ import annotations
@@ -14,17 +15,25 @@ from pathlib import Path
 from typing import Any
 
 from mtlsign.distributed import cluster  # first: sets what Ray reads at import
+from mtlsign.distributed.board import Board, watch
 
 # ruff: isort: split
 import ray
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+)
 from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor
 
 from mtlsign import embedding
-from mtlsign.embedding import Embedded, Marked, Rows, Show, Tensors, TaskShape
+from mtlsign.embedding import Embedded, Marked, Rows, Show, TaskShape, Tensors
 from mtlsign.errors import ClusterError, MTLSignError
 from mtlsign.key import KeyOpening
 from mtlsign.progress import State, sum_over_group
@@ -36,7 +45,9 @@ from mtlsign.tensors import read_tensors, tensor_bytes
 _STATE = "state.pt"
 
 
-def embed_on_ray(s: EmbedSettings, *, show: Show | None = None, say: Callable[[str], None] = lambda _: None) -> Embedded:
+def embed_on_ray(
+    s: EmbedSettings, *, show: Show | None = None, say: Callable[[str], None] = lambda _: None
+) -> Embedded:
     """The main job on Ray: join or start a cluster, run `embedding.run` there.
 
     Args:
@@ -48,6 +59,7 @@ def embed_on_ray(s: EmbedSettings, *, show: Show | None = None, say: Callable[[s
         MTLSignError: bad input, no room, unreachable storage, or a phase that failed past its retries.
     """
     cluster.require_owner(s.owner)
+    cluster.refuse_hopeless(s)
     return embedding.run(s, RayRunner(show), say=say)
 
 
@@ -77,7 +89,9 @@ class RayRunner:
         data, rows = self._fit("clean", phase, s, run)
         return read_tensors(data), rows
 
-    def mark(self, s: EmbedSettings, run: Run, w0: Tensors, opening: KeyOpening, reference: Reference) -> Marked:
+    def mark(
+        self, s: EmbedSettings, run: Run, w0: Tensors, opening: KeyOpening, reference: Reference
+    ) -> Marked:
         """Phase 2. The workers get the opened key; the identity stays on the driver."""
         quiet = s.model_copy(update={"owner": None, "passphrase_file": None})
         secret = ray.put((tensor_bytes(w0), opening, reference.data))
@@ -85,13 +99,17 @@ class RayRunner:
         def phase(rank: RayRank) -> Any:
             data, opened, kept = ray.get(secret)
             marked = embedding.mark_phase(quiet, read_tensors(data), opened, Reference.from_bytes(kept), rank)
-            return (tensor_bytes(marked.tensors), marked.head, marked.rows, marked.measured) if rank.index == 0 else None
+            return (
+                (tensor_bytes(marked.tensors), marked.head, marked.rows, marked.measured)
+                if rank.index == 0
+                else None
+            )
 
         data, head, rows, measured = self._fit("mark", phase, s, run)
         return Marked(read_tensors(data), head, rows, measured)
 
     def _fit(self, name: str, phase: Callable[[RayRank], Any], s: EmbedSettings, run: Run) -> Any:
-        board = ray.remote(num_cpus=0)(_Board).remote()
+        board = ray.remote(num_cpus=0)(Board).remote()
         threads = max(1, int(self._each["CPU"]))
         finished = threading.Event()
 
@@ -114,13 +132,14 @@ class RayRunner:
                 failure_config=FailureConfig(max_failures=s.max_failures),
             ),
         )
-        watcher = threading.Thread(target=_watch, args=(board, self._show, finished), daemon=True)
+        watcher = threading.Thread(target=watch, args=(board, self._show, finished), daemon=True)
         watcher.start()
         try:
-            result = trainer.fit().return_value
+            result = _beside(lambda: trainer.fit().return_value)  # type: ignore[attr-defined]
         except TrainingFailedError as error:
             raise ClusterError(
-                f"failed past its {s.max_failures} retries ({_cause(error)}); mend that, then --resume {run.name}",
+                f"failed past its {s.max_failures} retries ({_cause(error)}); "
+                f"mend that, then --resume {run.name}",
                 field=f"phase {name!r}",
             ) from error
         finally:
@@ -168,30 +187,23 @@ class RayRank:
             self._board.post.remote(dict(row))
 
 
-class _Board:
-    """Holds the newest rows of rank 0 for the driver's live line."""
+def _beside(work: Callable[[], Any]) -> Any:
+    """Call `work` in another thread: in the main one Ray Train takes SIGINT for itself and ends with 0."""
+    outcome: list[Any] = []
 
-    def __init__(self) -> None:
-        self._rows: list[dict[str, Any]] = []
-
-    def post(self, row: dict[str, Any]) -> None:
-        self._rows = [*self._rows[-200:], row]
-
-    def take(self) -> list[dict[str, Any]]:
-        rows, self._rows = self._rows, []
-        return rows
-
-
-def _watch(board: Any, show: Show | None, finished: threading.Event) -> None:
-    while show is not None:
-        last = finished.wait(0.5)
+    def call() -> None:
         try:
-            for row in ray.get(board.take.remote(), timeout=10):
-                show(row)
-        except Exception:  # progress is a courtesy: a dying cluster is reported by fit() itself
-            return
-        if last:
-            return
+            outcome.extend((None, work()))
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.5)
+    if outcome[0] is not None:
+        raise outcome[0]
+    return outcome[1]
 
 
 def _cause(error: TrainingFailedError) -> str:

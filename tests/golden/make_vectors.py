@@ -14,16 +14,24 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from mtlsign import identity, key, null
 from mtlsign.carriers import qr
+from mtlsign.reference import Reference, make_reference
+from mtlsign.verification import Probe, verify
 
 TEST_SEED = b"MTLSIGN TEST OWNER, NEVER USE IT"
 TEST_KIT_KEY = b"MTLSIGN TEST KIT KEY, PUBLISHED!"
 TEST_PASSPHRASE = b"a published test passphrase"
 WARNING = "PUBLISHED TEST KEY: anybody can sign as this owner. Never mark a model with it."
 OUT = Path(__file__).parent / "v0" / "vectors.json"
+FRAME = Path(__file__).parent / "v0" / "frame.json"
 D = 1000
+#: The network of `frame.json`: (name, out, in/groups, side, stride, groups); batch norm and ReLU after each.
+CONVS = (("0", 4, 1, 5, 4, 1), ("3", 4, 2, 3, 1, 2), ("6", 4, 1, 1, 1, 4))
+FRAME_TAP = "8"
 
 
 def sha256(data: bytes) -> str:
@@ -155,7 +163,92 @@ def build() -> dict[str, Any]:
     }
 
 
+def tiny() -> nn.Module:
+    """Three convolutions, plain, grouped and depthwise; the first has a bias, which nobody reads."""
+    layers: list[nn.Module] = []
+    for name, out, per_group, side, stride, groups in CONVS:
+        layers.append(nn.Conv2d(per_group * groups, out, side, stride, groups=groups, bias=name == "0"))
+        layers += [nn.BatchNorm2d(out, eps=2.0**-10), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def stretch(label: str, count: int) -> list[int]:
+    """Fixed integers from -128 to 127."""
+    out = b"".join(hashlib.sha256(f"{label}/{i}".encode()).digest() for i in range(count // 32 + 1))
+    return [byte - 128 for byte in out[:count]]
+
+
+def network(label: str) -> dict[str, list[int]]:
+    """Integers of every kernel and batch norm, in units of 1/64; a zero row and column, γ of both signs and
+    0.
+    """
+    found: dict[str, list[int]] = {}
+    for name, out, per_group, side, _, _ in CONVS:
+        area = side * side
+        kernel = stretch(f"{label}/{name}/kernel", out * per_group * area)
+        if name == "3":
+            kernel[:area] = [0] * area  # a zero block: row 0, column 0 of group 0
+        found[f"{name}.weight"] = kernel
+        norm = str(int(name) + 1)
+        found[f"{norm}.weight"] = stretch(f"{label}/{name}/gamma", out)
+        found[f"{norm}.bias"] = stretch(f"{label}/{name}/beta", out)
+    found["1.weight"][1], found["1.weight"][2] = 0, -64
+    return found
+
+
+def tensors_of(integers: dict[str, list[int]]) -> dict[str, Tensor]:
+    """The state dict of `network`'s integers over 64."""
+    shapes = {n: t.shape for n, t in tiny().state_dict().items()}
+    return {n: (torch.tensor(v, dtype=torch.float32) / 64).reshape(shapes[n]) for n, v in integers.items()}
+
+
+def frame() -> dict[str, Any]:
+    """Reference, frame and scores of a small network, from kernels to verdict."""
+    owner = identity.Identity(TEST_SEED, TEST_KIT_KEY)
+    w0, suspect = network("w0"), network("suspect")
+    model = tiny()
+    model.load_state_dict(tensors_of(w0), strict=False)
+    carrier = qr.make_carrier(128, 1, 21, 21)
+    reference = make_reference(model, [FRAME_TAP], torch.zeros(2, 1, 21, 21))
+    opening = key.sign_spec(
+        owner,
+        key.make_spec(
+            name="test frame", nonce=sha256(b"frame"), n=128, carrier=carrier, taps=[FRAME_TAP],
+            head={"kind": "keyed"},
+            statistic="count", graph={"arch": "own/golden:tiny"}, reference=reference.digest,
+        ),
+    )  # fmt: skip
+    return {
+        "warning": WARNING,
+        "convolutions": [list(conv) for conv in CONVS],
+        "eps": 2.0**-10,
+        "w0": w0,
+        "suspect": suspect,
+        "opening": json.loads(opening.to_json()),
+        "reference": base64.b64encode(reference.data).decode("ascii"),
+        "expected": judged(opening, reference, tensors_of(suspect)),
+    }
+
+
+def judged(opening: key.KeyOpening, reference: Reference, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What the package makes of a suspect: framed kernels, scores, k, control keys."""
+    probe = Probe(opening, reference, factories={"golden:tiny": tiny})
+    framed = probe.graph.into_frame(probe.graph.read(tensors))
+    scores, _ = probe.scores(tensors)
+    assert scores is not None
+    verdict = verify(tensors, probe)
+    controls = [key.keystream(probe.key, f"mtlsign/v0/control/{i}".encode(), 32).hex() for i in range(2)]
+    return {
+        "framed": {name: kernel.flatten().tolist() for name, kernel in framed.items()},
+        "scores": scores.tolist(),
+        "matches": verdict.matches,
+        "near_zero": verdict.near_zero,
+        "control_keys": controls,
+    }
+
+
 if __name__ == "__main__":
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(json.dumps(build(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"wrote {OUT}")
+    FRAME.write_text(json.dumps(frame(), indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {OUT} and {FRAME}")

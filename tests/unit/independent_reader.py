@@ -215,3 +215,169 @@ def open_identity(text: str, passphrase: bytes) -> bytes:
     associated = b"mtlsign/identity/v0" + lp(bytes.fromhex(fields["public_key"]))
     sealed = bytes.fromhex(fields["ciphertext"])
     return ChaCha20Poly1305(wrapping).decrypt(bytes.fromhex(fields["nonce"]), sealed, associated)
+
+
+# --- reference, frame and scores --------------------
+
+Matrix = list[list[float]]
+DTYPES = {"F64": "d", "F32": "f", "F16": "e"}
+
+
+def safetensors(data: bytes) -> dict[str, list[float]]:
+    """Flat numbers of each tensor."""
+    (size,) = struct.unpack("<Q", data[:8])
+    out = {}
+    for name, entry in json.loads(data[8 : 8 + size]).items():
+        start, end = entry["data_offsets"]
+        body, code = data[8 + size + start : 8 + size + end], DTYPES[entry["dtype"]]
+        assert len(body) // struct.calcsize(code) == math.prod(entry["shape"])
+        out[name] = list(struct.unpack(f"<{math.prod(entry['shape'])}{code}", body))
+    return out
+
+
+def float32(x: float) -> float:
+    return float(struct.unpack("<f", struct.pack("<f", x))[0])
+
+
+def with_signs(kernel: Matrix, gamma: list[float]) -> Matrix:
+    """Rows times sign(gamma), where 0 counts as positive."""
+    return [[-x for x in row] if g < 0 else row for row, g in zip(kernel, gamma, strict=True)]
+
+
+def masses(kernel: Matrix, groups: int, per_group: int) -> list[Matrix]:
+    """Squared norms of blocks: [group][row of the group][column]."""
+    area, height = len(kernel[0]) // per_group, len(kernel) // groups
+    blocks = [
+        [sum(x * x for x in row[j * area : (j + 1) * area]) for j in range(per_group)] for row in kernel
+    ]
+    return [blocks[g * height : (g + 1) * height] for g in range(groups)]
+
+
+def column_norms(kernel: Matrix, groups: int, per_group: int) -> Matrix:
+    out = []
+    for block in masses(kernel, groups, per_group):
+        unit = [[p / (sum(row) or 1) for p in row] for row in block]
+        out.append([math.sqrt(sum(column)) for column in zip(*unit, strict=True)])
+    return out
+
+
+def into_frame(kernel: Matrix, columns: Matrix, groups: int, per_group: int) -> Matrix:
+    area, out = len(kernel[0]) // per_group, []
+    for g, block in enumerate(masses(kernel, groups, per_group)):
+        c = [1.0] * per_group
+        for _ in range(50):
+            r = [1 / (sum(p * q for p, q in zip(row, c, strict=True)) or 1) for row in block]
+            sums = [sum(p * q for p, q in zip(column, r, strict=True)) for column in zip(*block, strict=True)]
+            c = [t * t / (s or 1) for t, s in zip(columns[g], sums, strict=True)]
+        r = [1 / (sum(p * q for p, q in zip(row, c, strict=True)) or 1) for row in block]
+        for i, scale in enumerate(r):
+            row = kernel[g * len(block) + i]
+            out.append([float32(x * math.sqrt(scale * c[j // area])) for j, x in enumerate(row)])
+    return out
+
+
+def sketch(kernel: Matrix) -> list[float]:
+    fan_in = len(kernel[0])
+    size = max(1, min(32, fan_in // 4))
+    key = hashlib.sha256(b"mtlsign/v0/sketch").digest()
+    bits = stream_bits(key, f"mtlsign/v0/sketch/{fan_in}/{size}", fan_in * size)
+    out = []
+    for row in kernel:
+        norm = math.sqrt(sum(x * x for x in row)) or 1
+        for column in range(size):
+            chosen = bits[column::size]
+            total = sum(x / norm * (1 if bit == "1" else -1) for x, bit in zip(row, chosen, strict=True))
+            out.append(float(struct.unpack("<e", struct.pack("<e", float32(total / math.sqrt(size))))[0]))
+    return out
+
+
+def layer(
+    images: list[list[Matrix]], kernel: Matrix, conv: list[Any], gamma: Any, beta: Any, eps: float
+) -> Any:
+    """Convolution, batch norm with the whole set's statistics, ReLU: [image][channel][y][x]."""
+    _, out, per_group, side, stride, groups = conv
+    planes = []
+    for o in range(out):
+        first = o // (out // groups) * per_group
+        size = (len(images[0][0]) - side) // stride + 1
+        plane = [
+            [
+                sum(
+                    kernel[o][(j * side + u) * side + v] * image[first + j][y * stride + u][x * stride + v]
+                    for j in range(per_group) for u in range(side) for v in range(side)
+                )
+                for y in range(size) for x in range(size)
+            ]
+            for image in images
+        ]  # fmt: skip
+        values = [value for image in plane for value in image]
+        mean = sum(values) / len(values)
+        scale = gamma[o] / math.sqrt(sum((v - mean) ** 2 for v in values) / len(values) + eps)
+        after = [[max(0.0, (v - mean) * scale + beta[o]) for v in image] for image in plane]
+        planes.append([[image[y * size : (y + 1) * size] for y in range(size)] for image in after])
+    return [list(channels) for channels in zip(*planes, strict=True)]
+
+
+def rows_of(numbers: list[int], rows: int) -> Matrix:
+    width = len(numbers) // rows
+    return [[x / 64 for x in numbers[i * width : (i + 1) * width]] for i in range(rows)]
+
+
+def reference_of(vector: dict[str, Any]) -> dict[str, list[float]]:
+    """The reference that W0's integers give, as `safetensors` shows it."""
+    out: dict[str, list[float]] = {}
+    for name, rows, per_group, _, _, groups in vector["convolutions"]:
+        norm = str(int(name) + 1)
+        gamma = [x / 64 for x in vector["w0"][f"{norm}.weight"]]
+        kernel = with_signs(rows_of(vector["w0"][f"{name}.weight"], rows), gamma)
+        out[f"{name}/beta"] = [x / 64 for x in vector["w0"][f"{norm}.bias"]]
+        out[f"{name}/columns"] = [x for group in column_norms(kernel, groups, per_group) for x in group]
+        out[f"{name}/eps"], out[f"{name}/gamma"] = [vector["eps"]], [abs(g) for g in gamma]
+        out[f"{name}/sketch"] = sketch(kernel)
+    return out
+
+
+def judge(vector: dict[str, Any]) -> dict[str, Any]:
+    """Frame the suspect, run the graph on every key image, score: Algorithm 1 in plain Python."""
+    opening = vector["opening"]
+    key, spec = key_of(opening), json.loads(base64.b64decode(opening["spec"]))
+    data = base64.b64decode(vector["reference"])
+    assert sha256(data) == spec["reference"]
+    kept, carrier, framed = safetensors(data), spec["carrier"], {}
+    side = carrier["width"]
+    features: Any = []
+    for integer in integers(key, spec["n"]):
+        flat = struct.unpack(f"<{side * side}f", image(symbol(f"{integer:0{carrier['digits']}d}"), carrier))
+        features.append([[list(flat[y * side : (y + 1) * side]) for y in range(side)]])
+    for conv in vector["convolutions"]:
+        name, rows, per_group, _, _, groups = conv
+        gamma = vector["suspect"][f"{int(name) + 1}.weight"]
+        kernel = with_signs(rows_of(vector["suspect"][f"{name}.weight"], rows), gamma)
+        columns = [kept[f"{name}/columns"][g * per_group : (g + 1) * per_group] for g in range(groups)]
+        kernel = into_frame(kernel, columns, groups, per_group)
+        framed[f"{name}.weight"] = [x for row in kernel for x in row]
+        features = layer(
+            features, kernel, conv, kept[f"{name}/gamma"], kept[f"{name}/beta"], kept[f"{name}/eps"][0]
+        )
+    taps = [[x for plane in image for row in plane for x in row] for image in features]
+    d, n = len(taps[0]), len(taps)
+    signs = [1 if bit == "1" else -1 for bit in stream_bits(key, "mtlsign/v0/signs/0", d)]
+    scores = [0.0] * n
+    for j, sign in enumerate(signs):
+        mean = sum(row[j] for row in taps) / n
+        deviation = math.sqrt(sum((row[j] - mean) ** 2 for row in taps) / n)
+        for i in range(n) if deviation >= 1e-5 else ():
+            scores[i] += sign * (taps[i][j] - mean) / deviation / math.sqrt(d)
+    bits = stream_bits(key, "mtlsign/v0/labels", n)
+    matches = sum(abs(s) >= 1e-4 and (s > 0) == (bit == "1") for s, bit in zip(scores, bits, strict=True))
+    controls = [
+        int(stream_bits(key, f"mtlsign/v0/control/{i}", 256), 2).to_bytes(32, "big").hex() for i in range(2)
+    ]
+    near = sum(abs(s) < 1e-4 for s in scores)
+    return {
+        "framed": framed,
+        "scores": scores,
+        "matches": matches,
+        "near_zero": near,
+        "control_keys": controls,
+    }

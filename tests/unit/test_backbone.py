@@ -281,3 +281,9 @@ def test_default_taps() -> None:
     assert default_taps(narrow(), "free") == ("layer1", "layer2", "layer3")
     with pytest.raises(ModelError, match="--taps"):
         default_taps(Odd(), "keyed")
+
+
+def test_layers_are_found_in_inference_mode_too() -> None:
+    with torch.inference_mode():
+        layers = tapped_layers(narrow(), ["layer1"], torch.rand(1, 1, 32, 32))
+    assert all(layer.bn for layer in layers)

@@ -87,6 +87,41 @@ def test_refused_specs(reason: str) -> None:
         key.parse_spec(data)
 
 
+FRAME: dict[str, Any] = json.loads((TESTS / "golden" / "v0" / "frame.json").read_text("utf-8"))
+
+
+def test_reference_by_both_readers() -> None:
+    """W0's kernels give the golden reference: its bytes' layout, column norms, sketch, |γ|, β, ε."""
+    golden = READER["safetensors"](base64.b64decode(FRAME["reference"]))
+    second = READER["reference_of"](FRAME)
+    package = MAKER["frame"]()
+    assert package["w0"] == FRAME["w0"] and package["suspect"] == FRAME["suspect"]
+    ours = READER["safetensors"](base64.b64decode(package["reference"]))
+    for found in (second, ours):
+        assert list(found) == list(golden) == sorted(golden)
+        for name, numbers in golden.items():
+            exact = not name.endswith("/columns")  # sums in another order may differ in the last bit
+            assert found[name] == (numbers if exact else pytest.approx(numbers, rel=1e-12)), name
+    assert any(x < 0 for x in golden["0/sketch"]) and min(FRAME["w0"]["1.weight"]) < 0
+
+
+def test_frame_and_scores_by_both_readers() -> None:
+    """From a suspect's kernels to k: frame, graph, batch statistics, read-out, control keys."""
+    opening = key.KeyOpening.from_json(json.dumps(FRAME["opening"]))
+    reference = MAKER["Reference"].from_bytes(base64.b64decode(FRAME["reference"]))
+    golden = FRAME["expected"]
+    package = MAKER["judged"](opening, reference, MAKER["tensors_of"](FRAME["suspect"]))
+    for found in (READER["judge"](FRAME), package):
+        for name, numbers in golden["framed"].items():
+            assert found["framed"][name] == pytest.approx(numbers, abs=1e-6), name
+        assert found["scores"] == pytest.approx(golden["scores"], abs=1e-3)
+        assert {n: found[n] for n in ("matches", "near_zero", "control_keys")} == {
+            n: golden[n] for n in ("matches", "near_zero", "control_keys")
+        }
+    assert min(abs(s) for s in golden["scores"]) > 2e-3  # no score is near a threshold, so k cannot differ
+    assert np.std(golden["scores"]) > 0.1
+
+
 def test_the_document_quotes_the_first_vector() -> None:
     text = (TESTS.parent / "docs" / "format.md").read_text("utf-8")
     vector = GOLDEN["vectors"]["keyed-1024"]

@@ -182,3 +182,9 @@ def test_a_refusing_s3_server_fails_fast_and_pickles_without_its_client(
         store.check_writable()
     assert time.monotonic() - begin < 10
     assert b"some-" not in pickle.dumps(store) and "some-" not in repr(store) + str(caught.value)
+
+
+def test_a_generous_limit_costs_no_memory(store: Storage) -> None:
+    """Reading allocated as much as the limit: a checkpoint under a 32 GiB limit could not be read at all."""
+    store.write("a", b"1234")
+    assert store.read("a", 2**60) == b"1234"

@@ -1,0 +1,1 @@
+"""Ratios of costs; see `benchmarks/README.md`."""

@@ -1,0 +1,277 @@
+"""The jobs as typed: what they print, how they end; bad input costs one line and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import runpy
+import shlex
+import signal
+import socket
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from job_process import ROOT, Jobs
+from safetensors.torch import save_file
+
+from mtlsign import backbone, cli
+from mtlsign.key import Identity
+
+Ran = tuple[int, str, str]
+Run = Callable[..., Ran]
+
+#: Seconds, not minutes: one process, few steps.
+QUICK = shlex.split(
+    "--task digits --width 8 --key-size 128 --epochs 1 --steps 10 --batch 64 --primary-batch 16 "
+    "--lambda2 0 --workers 0 --insecure-test-key"
+)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Call a job in this process: (exit code, stdout, stderr)."""
+
+    def call(name: str, *argv: str) -> Ran:
+        main = runpy.run_path(str(ROOT / "jobs" / f"{name}.py"))["main"]
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.run(main, argv)
+        return int(str(ended.value.code)), *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Files that a user might hand in, good and bad."""
+    folder = tmp_path_factory.mktemp("given")
+    narrow = backbone.build(
+        backbone.graph_for("resnet18", channels=1, classes=10, width=8, stem="stock")
+    ).state_dict()
+    wide = backbone.build(
+        backbone.graph_for("resnet18", channels=1, classes=10, width=12, stem="stock")
+    ).state_dict()
+    torch.save({f"module.{name}": t for name, t in narrow.items()}, folder / "prefixed.pt")
+    save_file(narrow, folder / "good.safetensors")
+    save_file(wide, folder / "wide.safetensors")
+    (folder / "pickle.pt").write_bytes(pickle.dumps({"weights": Path("a")}))
+    torch.save({"optimizer": print}, folder / "objects.pt")
+    (folder / "text.safetensors").write_text("no tensors here")
+    (folder / "file").write_text("in the way")
+    (folder / "typo.yaml").write_text("lamda1: 0.1\n")
+    (folder / "list.yaml").write_text("- 1\n")
+    (folder / "bad.yaml").write_text("a: [1\n")
+    (folder / "good-pass").write_text("right\n")
+    (folder / "bad-pass").write_text("wrong\n")
+    (folder / "empty").write_text("")
+    Identity.generate().save(folder / "owner", b"right")
+    return {
+        "dir": str(folder),
+        **{p.stem if p.suffix != ".yaml" else f"{p.stem}_yaml": str(p) for p in folder.iterdir()},
+    }
+
+
+BAD = {
+    "unknown setting": ("--lamda1 0.1", "--lamda1: unknown setting; did you mean 'lambda1'?"),
+    "unknown setting in a file": ("--config {typo_yaml}", "lamda1: unknown setting; did you mean 'lambda1'?"),
+    "no mapping": ("--config {list_yaml}", "config: is not a mapping"),
+    "no YAML": ("--config {bad_yaml}", "config: is not YAML"),
+    "no config": ("--config {dir}/none.yaml", "config: cannot be read"),
+    "no value": ("--lambda1", "argument --lambda1: expected one argument; see --help"),
+    "negative lambda1": ("--lambda1 -1", "lambda1: Input should be greater than or equal to 0 (got '-1')"),
+    "negative lambda2": (
+        "--lambda2 -0.5",
+        "lambda2: Input should be greater than or equal to 0 (got '-0.5')",
+    ),
+    "no number": ("--lambda1 much", "lambda1: Input should be a valid number"),
+    "key too small": ("--key-size 64", "key-size: Input should be greater than or equal to 128"),
+    "key too large": ("--key-size 5000", "key-size: Input should be less than or equal to 4096"),
+    "image too small": ("--carrier-size 20", "carrier-size: Input should be greater than or equal to 21"),
+    "unknown snapshot": ("--snapshots noise,rotated", "snapshots: "),
+    "unknown task": ("--task dogs", "task: "),
+    "unknown model": ("--model resnet19", "model: "),
+    "model that nobody wrote": ("--model no_such_package.models:make", "model: "),
+    "tap that does not exist": ("--taps layer9", "taps: "),
+    "one tap that does not exist": ("--taps layer1,layer1.0.conv7", "taps: "),
+    "control characters in the name": ("--name a\x07b", "spec.name: "),
+    "missing data": ("--task mnist --data {dir}/none", "data: "),
+    "data root not given": ("--task mnist", "data: "),
+    "no checkpoint": ("--init {dir}/none.pt", "init: "),
+    "wrong shapes": ("--init {wide}", "init: "),
+    "a pickle": ("--init {pickle}", "init: "),
+    "a pickle of functions": ("--init {objects}", "init: "),
+    "no safetensors": ("--init {text}", "init: "),
+    "pretrained for a plain network": ("--init pretrained", "init: "),
+    "storage behind a file": ("--storage {file}/below", "storage: "),
+    "storage is a file": ("--storage {file}", "storage: "),
+    "storage of another kind": ("--storage ftp://host/x", "storage: "),
+    "credentials in the storage": ("--storage s3://id:secret@bucket/x", "storage: "),
+    "wrong passphrase": ("--owner {owner} --passphrase-file {bad-pass}", "passphrase: is wrong"),
+    "no passphrase": ("--owner {owner}", "passphrase: this identity needs one"),
+    "empty passphrase": ("--owner {owner} --passphrase-file {empty}", "passphrase_file: "),
+    "no owner": ("--owner {dir}/nobody", "owner: "),
+    "not an owner": ("--owner {file}", "owner: "),
+    "unknown run": ("--resume nothing", "resume: no run 'nothing'"),
+    "run name that leaves the folder": ("--run ../x", "run: "),
+}
+
+
+@pytest.mark.parametrize("flags, said", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_with_code_2_and_nothing_written(
+    run: Run, given: dict[str, str], tmp_path: Path, flags: str, said: str
+) -> None:
+    storage = tmp_path / "store"
+    argv = [part.format_map(given) for part in flags.split()]
+    before = {p: p.read_bytes() for p in Path(given["dir"]).iterdir()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a warning would be a second line
+        code, out, err = run("embed", *QUICK, "--storage", str(storage), *argv)
+    assert (code, out) == (2, ""), err
+    assert err.startswith(f"error: {said}") and err.count("\n") == 1 and len(err) < 600
+    assert not storage.exists()
+    assert {p: p.read_bytes() for p in Path(given["dir"]).iterdir()} == before
+    assert "secret" not in err
+
+
+def test_unreachable_s3_is_said_soon(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id-to-hide")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-to-hide")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        began = time.monotonic()
+        code, out, err = run("embed", *QUICK, "--storage", "s3://bucket/x", "--endpoint", endpoint)
+    assert (
+        (code, out, err.count("\n")) == (2, "", 1)
+        and err.startswith("error: storage: ")
+        and "hide" not in err
+    )
+    assert time.monotonic() - began < 15
+
+
+def test_an_owner_inside_the_storage_is_refused(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTLSIGN_HOME", str(tmp_path / "store/home"))
+    code, _, err = run("embed", *QUICK, "--storage", str(tmp_path / "store"))
+    assert code == 2 and err.startswith("error: owner: ") and not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One quick run named `q`: (storage, MTLSIGN_HOME)."""
+    store, home = tmp_path_factory.mktemp("store"), tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setenv("MTLSIGN_HOME", str(home))
+        main = runpy.run_path(str(ROOT / "jobs" / "embed.py"))["main"]
+        cli.run(main, [*QUICK, "--storage", str(store), "--run", "q", "--quiet"])
+    return store, home
+
+
+def _result(finished: tuple[Path, Path]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((finished[0] / "runs/q/result.json").read_text())
+    return found
+
+
+def test_a_name_is_taken_once_and_a_finished_run_is_not_resumed(
+    run: Run, finished: tuple[Path, Path]
+) -> None:
+    store = finished[0]
+    before = sorted(store.rglob("*"))
+    for flags, said in (
+        (("--run", "q"), "error: run: 'q' exists"),
+        (("--resume", "q"), "error: resume: run 'q' is finished"),
+    ):
+        code, out, err = run("embed", *QUICK, "--storage", str(store), *flags)
+        assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(said)
+    assert sorted(store.rglob("*")) == before
+
+
+def test_json_is_one_document_and_quiet_is_the_result(
+    run: Run, tmp_path: Path, finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTLSIGN_HOME", str(finished[1]))
+    code, out, err = run("embed", *QUICK, "--storage", str(tmp_path), "--run", "j", "--json")
+    result = json.loads(out)
+    assert (code, err) == (0, "") and result == json.loads((tmp_path / "runs/j/result.json").read_text())
+    assert result["model_digest"] == _result(finished)["model_digest"]  # the same owner, seed and test key
+    code, out, err = run("embed", *QUICK, "--storage", str(tmp_path), "--run", "k", "--quiet")
+    assert (code, err) == (0, "") and out.splitlines()[-1] == f"result: {tmp_path}/runs/k/result.json"
+
+
+@pytest.mark.parametrize("name", ["good", "prefixed"])
+def test_a_trained_checkpoint_skips_phase_1(
+    run: Run, given: dict[str, str], tmp_path: Path, name: str
+) -> None:
+    code, out, err = run("embed", *QUICK, "--storage", str(tmp_path), "--init", given[name], "--json")
+    result = json.loads(out)
+    assert (code, err) == (0, "") and result["seconds_phase1"] == 0 and result["seconds_phase2"] > 0
+
+
+def test_verify_answers_for_one_model_and_for_a_list(
+    run: Run, finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, given: dict[str, str]
+) -> None:
+    monkeypatch.setenv("MTLSIGN_HOME", str(finished[1]))
+    result = _result(finished)
+    code, out, err = run("verify", "--model", result["model_path"], "--kit", result["kit"], "--json")
+    assert (code, err) == (0, "") and json.loads(out)["matches"] == result["matches"]
+    models = ["--model", result["model_path"], "--model", given["good"]]
+    code, out, err = run("verify", *models, "--kit", result["kit"], "--json", "--bits", "0")
+    assert (code, err) == (0, "") and [v["accepted"] for v in json.loads(out)] == [True, True]
+    code, out, err = run("verify", *models, "--kit", result["kit"])
+    assert (code, err) == (0, "") and out.startswith(result["model_path"]) and "control" in out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--model {dir}/none --kit {kit}",
+        "--model {text} --kit {kit}",
+        "--model {pickle} --kit {kit}",
+        "--model {model} --kit {dir}",
+        "--model {model} --kit {file}",
+        "--model {model} --kit {kit} --kit-passphrase-file {bad-pass}",
+        "--model {model} --kit {kit} --owner {owner} --passphrase-file {good-pass}",
+        "--model {model}",
+        "--model {model} --kit {kit} --gamma 0.5",
+    ],
+)
+def test_bad_input_of_verify_is_one_line_with_code_2(
+    run: Run, finished: tuple[Path, Path], given: dict[str, str], monkeypatch: pytest.MonkeyPatch, flags: str
+) -> None:
+    monkeypatch.setenv("MTLSIGN_HOME", str(finished[1]))
+    result = _result(finished)
+    places = {**given, "model": result["model_path"], "kit": result["kit"]}
+    code, out, err = run("verify", *flags.format_map(places).split())
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: "), err
+
+
+# -- as processes ------------------------------------------------------------------
+
+
+def test_workers_beyond_this_machine_are_refused_before_ray_starts(jobs: Jobs, tmp_path: Path) -> None:
+    job = jobs.embed(workers=4096, storage=tmp_path / "s")
+    assert job.wait(2) == "" and job.err.startswith("error: workers: 4096 workers need 4096 CPUs")
+    assert job.err.count("\n") == 1 and not (tmp_path / "s").exists()
+
+
+def test_a_cluster_wants_a_named_owner(jobs: Jobs, tmp_path: Path) -> None:
+    job = jobs.python("jobs/embed.py", "--storage", str(tmp_path / "s"), RAY_ADDRESS="127.0.0.1:1")
+    assert job.wait(2) == "" and job.err.startswith("error: owner: is required on a cluster")
+    assert job.err.count("\n") == 1 and not (tmp_path / "s").exists()
+
+
+def test_an_interrupted_run_says_one_line_and_goes_on_from_there(jobs: Jobs, tmp_path: Path) -> None:
+    job = jobs.embed(*QUICK, "--steps", "2000", "--quiet", "--run", "i", storage=tmp_path)
+    job.until((tmp_path / "runs/i/plain/mark.pt").exists)
+    job.process.send_signal(signal.SIGINT)
+    assert job.wait(130) == "" and job.err == "interrupted; a run goes on with --resume NAME\n"
+    files = {p.name for p in (tmp_path / "runs/i").iterdir()}
+    assert files == {"settings.json", "plain", "clean.safetensors", "clean.json", "commitment.sealed"}
+    changed = jobs.resume("i", "--lambda1", "0.5", storage=tmp_path)
+    assert changed.wait(2) == "" and changed.err.startswith("error: lambda1: is 0.02 in run 'i'")

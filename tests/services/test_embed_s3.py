@@ -1,0 +1,50 @@
+"""The whole job against a real S3 server: the model of a local folder, and no credential in any file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from job_process import Finished, Jobs
+from seaweed import S3Server
+
+from mtlsign.artifact import read_kit, read_model
+from mtlsign.sealing import Secret
+from mtlsign.storage import open_storage
+
+pytestmark = [pytest.mark.ray, pytest.mark.services, pytest.mark.timeout(1800)]
+
+
+def test_embedding_into_s3_gives_the_same_model(
+    s3: S3Server, jobs: Jobs, baseline: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    storage = f"s3://{s3.bucket}/embed"
+    job = jobs.embed("--run", "s", "--json", "--endpoint", s3.endpoint, storage=storage, **s3.env)
+    result = json.loads(job.wait())
+    assert job.err == ""
+    assert result["model_digest"] == baseline.result["model_digest"]
+    store = open_storage(storage, endpoint=s3.endpoint)
+    names = store.list()
+    kit = result["kit"].partition("?")[0].rsplit("/", 1)[1]
+    assert set(names) == {
+        *(
+            f"models/{result['model_digest']}/{f}"
+            for f in ("model.safetensors", "config.json", "README.md", "manifest.json")
+        ),
+        *(f"kits/{kit}/{f}" for f in ("kit.sealed", "manifest.json")),
+        *(
+            f"runs/s/{f}"
+            for f in ("settings.json", "result.json", "metrics.json", "report.html", "manifest.json")
+        ),
+    }
+    assert json.loads(store.read("runs/s/result.json", 2**20)) == result
+    assert read_model(result["model_path"]).digest == result["model_digest"]
+    secret = Secret.from_kit_key(jobs.identity.kit_key)
+    ours, theirs = read_kit(result["kit"], secret), read_kit(baseline.result["kit"], secret)
+    assert ours.opening == theirs.opening
+    hidden = [s3.env["AWS_SECRET_ACCESS_KEY"].encode(), s3.env["AWS_ACCESS_KEY_ID"].encode()]
+    logs = [p for p in jobs.ray.rglob("*") if p.is_file() and "logs" in p.parts]
+    seen = [store.read(name, 2**26) for name in names] + [p.read_bytes() for p in (*logs, job.stdout)]
+    assert logs and not [1 for data in seen for word in hidden if word in data]
