@@ -1,9 +1,9 @@
-"""Does the mark outlive tuning and free changes? Embeds on one task and seed, then attacks; prints one JSON line.
+"""Does the mark outlive tuning and free changes? Embeds on one task and seed, then attacks; one JSON line.
 
-    uv run benchmarks/survival.py --task fashion-mnist --data DATA --width 16 --seed 0 [--set report] [settings]
+    uv run benchmarks/survival.py --task fashion-mnist --data DATA --width 16 --seed 0 [--set report] [--steps N]
 
-`--set pick` holds the attacks that defaults are chosen by, `--set report` the ones that are reported: other rates,
-lengths and ratios. W0 is kept in `--cache` so that several settings start from one phase 1.
+`--set pick` holds the attacks that defaults are chosen by, `--set report` the ones that are reported: other
+rates, lengths and ratios. W0 is kept in `--cache` so that several settings start from one phase 1.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mtlsign.verification import Probe, verify
 
 
 def tune(model: nn.Module, task: Task, lr: float, epochs: int, *, anneal: bool = False) -> nn.Module:
-    """FTAL on the attacker's part: SGD, momentum 0.9, weight decay 5e-4, batch 128, augmented, training mode."""
+    """FTAL on the attacker's part: SGD, momentum 0.9, weight decay 5e-4, batch 128, augmented."""
     tuned = copy.deepcopy(model).requires_grad_(True).train()
     optimizer = torch.optim.SGD(tuned.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     steps, done = epochs * task.steps("attacker", 128), 0

@@ -1,4 +1,4 @@
-"""Changes of a torchvision ResNet (basic blocks) that leave its function alone: facts a thief may use for nothing.
+"""Changes of a torchvision ResNet (basic blocks) that leave its function alone: what a thief may use freely.
 
 Each takes and returns a state dict. `attacks/` will grow out of these.
 """
@@ -48,7 +48,7 @@ def fold(state: State, eps: float = 1e-5) -> State:
 
 
 def scale_inner(state: State, generator: torch.Generator) -> State:
-    """Each block's inner channels times a > 0 at its first batch norm, divided out of its second convolution."""
+    """Inner channels of each block times a > 0 at its first norm, divided out of its second convolution."""
     out = dict(state)
     for name in [n for n in state if re.fullmatch(r"layer\d\.\d+\.bn1\.weight", n)]:
         block = name.removesuffix(".bn1.weight")
@@ -60,7 +60,7 @@ def scale_inner(state: State, generator: torch.Generator) -> State:
 
 
 def scale_stream(state: State, generator: torch.Generator) -> State:
-    """The first stage's residual stream times a > 0 per channel at every producer, divided out of every consumer."""
+    """Stage one's residual stream times a > 0 per channel at its producers, divided out of its consumers."""
     out = dict(state)
     a = _random(len(state["bn1.weight"]), generator)
     producers = [

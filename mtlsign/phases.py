@@ -148,12 +148,14 @@ def watermark(
     tapped = [p for name, p in trained.items() if name in probe.graph.kernels]
     deeper = [p for name, p in trained.items() if name not in probe.graph.kernels]
     groups = [{"params": [*tapped, *head], "scale": 1.0}, {"params": deeper, "scale": s.deep_lr}]
-    optimizer = torch.optim.Adam(groups, lr=_known(s.wm_lr), foreach=False)
+    optimizer = torch.optim.Adam(groups, lr=_known(s.wm_lr), fused=True)
     history: list[dict[str, Any]] = []
     saved = rank.saved()
     if saved is not None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+        for p, state in optimizer.state.items():
+            state |= {name: _laid_out_as(p, t) for name, t in state.items() if t.shape == p.shape}
         history = list(saved["history"])
         for p, value in zip(head, saved["head"], strict=True):
             p.data.copy_(value)
@@ -165,7 +167,7 @@ def watermark(
     for step in range(done, s.steps):
         _reseed(s.seed, "mark", step, rank.index)
         _set_lr(optimizer, one_cycle(step, s.steps, _known(s.wm_lr)))
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad(set_to_none=True)
         kernels = probe.graph.read(parameters)
         for term, (weight, kind) in enumerate(terms(step, s)):
             if term % rank.world != rank.index:
@@ -192,8 +194,7 @@ def watermark(
             _count(sums, 8, kl)
         grads = []
         for p in [*trained.values(), *head]:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
+            p.grad = torch.zeros_like(p) if p.grad is None else _laid_out_as(p, p.grad)
             grads.append(p.grad)
         rank.sum(grads)
         deviation = add_r_func_gradient(list(trained.values()), anchors, s.lambda1)
@@ -323,6 +324,13 @@ def _distributed(model: nn.Module, rank: Rank) -> nn.Module:
     if rank.world == 1:
         return model
     return DistributedDataParallel(model, device_ids=[rank.device] if rank.device.type == "cuda" else None)
+
+
+def _laid_out_as(parameter: Tensor, other: Tensor) -> Tensor:
+    """`other` with the parameter's strides: torch's fused Adam pairs memory, not elements (docs/log.md)."""
+    if other.stride() == parameter.stride() or other.dim() == 0:
+        return other
+    return torch.empty_like(parameter).copy_(other)
 
 
 def _normalise_by_batch(model: nn.Module, on: bool, momentum: float | None = None) -> None:

@@ -27,7 +27,7 @@ T = TypeVar("T")
 SMALL = shlex.split(
     "--task digits --width 16 --key-size 256 --epochs 6 --batch 64 --primary-batch 64 --steps 150 "
     "--wm-lr 0.01 --noise 0.1 --lambda1 0.02 --lambda2 0.5 --distillation 2 --snapshots noise,pruned,tuned "
-    "--seed 0 --cpus-per-worker 1 --insecure-test-key"
+    "--deep-lr 0.3 --seed 0 --cpus-per-worker 1 --insecure-test-key"
 )
 
 

@@ -240,6 +240,7 @@ def killer(phase: str, at: int) -> Callable[[Any], None]:
 
 
 def test_a_killed_job_resumes_to_the_same_digest(job: dict[str, Any], folder: str) -> None:
+    job |= {"width": 4, "epochs": 2}
     whole = start(job)
     runs = Path(folder) / "runs"
     for name, phase, at, steps in (("two", "clean", 2, {1, 2, 5, 4, 8, 10}), ("three", "mark", 10, {10})):

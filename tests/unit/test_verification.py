@@ -236,11 +236,11 @@ def test_weighted_statistic(marked: Marked, owner: Identity) -> None:
     scores, _ = weighted.scores(marked[1].tensors)
     assert scores is not None
     weighted.labels = (scores > 0).to(torch.uint8)
-    weighted.labels[scores.abs().argmin()] ^= 1  # the least certain bit is wrong
+    weighted.labels[scores.abs().argsort()[:10]] ^= 1  # the ten least certain bits are wrong
     planted = verify(marked[1].tensors, weighted)
     right = agreement(scores, weighted.labels)
     expected = null.weighted_tail_bits(null.score_weights(scores.numpy()), right.numpy())
-    assert planted.evidence_bits == expected and planted.matches == int(right.sum()) < 128
+    assert planted.evidence_bits == expected and planted.matches == int(right.sum()) <= 118
     assert planted.evidence_bits > null.tail_bits(planted.matches, 128)
 
 
