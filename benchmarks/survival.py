@@ -1,6 +1,6 @@
 """Does the mark outlive tuning and free changes? Embeds on one task and seed, then attacks; one JSON line.
 
-    uv run benchmarks/survival.py --task fashion-mnist --data DATA --width 16 --seed 0 [--set report] [--steps N]
+    uv run benchmarks/survival.py --task fashion-mnist --data DATA --width 16 --seed 0 [--set report]
 
 `--set pick` holds the attacks that defaults are chosen by, `--set report` the ones that are reported: other
 rates, lengths and ratios. W0 is kept in `--cache` so that several settings start from one phase 1.

@@ -59,14 +59,15 @@ def torchvision_name(name: str) -> str | None:
 
 
 def map_names(
-    wanted: Iterable[str], available: Iterable[str], *, optional: Iterable[str] = ()
+    wanted: Iterable[str], available: Iterable[str], *, optional: Iterable[str] = (), strict: bool = False
 ) -> dict[str, str]:
     """Where each wanted name is to be found: wanted -> available, under one common prefix (possibly none).
 
     Tried in turn: the names as they are, then under the only prefix that has them all (`module.`,
     `_orig_mod.`, `model.`, ...), then the same with transformers' ResNet names. `optional` names and
     batch-norm counters may be missing. Raises ModelError, naming up to three, when some are missing or
-    several prefixes fit.
+    several prefixes fit; `strict` counts no prefix as one of them, so that a thief's file cannot lead a
+    verifier to decoys beside the real weights.
     """
     wanted, optional = list(dict.fromkeys(wanted)), set(optional)
     required = [n for n in wanted if n not in optional and n.rpartition(".")[2] != COUNTER]
@@ -77,7 +78,7 @@ def map_names(
     best: tuple[int, list[str]] = (-1, required)
     for table in ({name: name for name in names}, translated):
         prefixes = _prefixes(required, table)
-        if len(prefixes) > 1 and "" not in prefixes:
+        if len(prefixes) > 1 and (strict or "" not in prefixes):
             shown = ", ".join(repr(p[:80]) for p in sorted(prefixes)[:3])
             raise ModelError(
                 f"the weights are there under several prefixes ({shown}): keep one of them in the file",
@@ -258,7 +259,7 @@ def map_suspect(
     shapes = {**(optional or {}), **wanted}
     found: dict[str, Tensor] = {}
     try:
-        names = map_names(shapes, tensors, optional=set(optional or {}) - set(wanted))
+        names = map_names(shapes, tensors, optional=set(optional or {}) - set(wanted), strict=True)
         for name, source in names.items():
             problem, value = _plain(tensors[source], tuple(shapes[name]))
             if value is None:

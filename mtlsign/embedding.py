@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import math
 import re
 import secrets
@@ -32,7 +33,6 @@ from mtlsign.identity import default_identity_path
 from mtlsign.key import Identity, KeyOpening, load_or_create_identity, make_spec, sign_spec
 from mtlsign.progress import Alone, Rank
 from mtlsign.reference import Reference, make_reference
-from mtlsign.report import render_report
 from mtlsign.runs import Run
 from mtlsign.sealing import Secret
 from mtlsign.settings import EmbedSettings
@@ -73,6 +73,10 @@ class Embedded:
 
     def report(self) -> str:
         """The run's page: one self-contained HTML file."""
+        # Loaded here: matplotlib takes a second, and on a new machine says that it builds its font cache.
+        logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+        from mtlsign.report import render_report
+
         return render_report(self.result, self.history, self.scores)
 
 

@@ -91,6 +91,7 @@ class Run:
                 f"no run {self.name!r} in {self.storage.uri}; check --storage and the name", field="resume"
             )
         if self.folder.exists(MANIFEST):
+            self._clear()  # it may have died just after the manifest
             raise SettingsError(
                 f"run {self.name!r} is finished; its result lies in {self.folder.uri}", field="resume"
             )
@@ -169,10 +170,14 @@ class Run:
             "metrics.json": json.dumps(metrics, allow_nan=False).encode(),
             "report.html": report.encode(),
         }
-        if not keep:
-            for name in ("ray", "plain", CLEAN, CLEAN_ROWS, COMMITMENT):
-                self.folder.delete(name)
         write_folder(self.folder, files)
+        if not keep:
+            self._clear()
+
+    def _clear(self) -> None:
+        """Delete what only an unfinished run needs."""
+        for name in ("ray", "plain", CLEAN, CLEAN_ROWS, COMMITMENT):
+            self.folder.delete(name)
 
 
 def state_bytes(state: State) -> bytes:

@@ -26,7 +26,7 @@ SIDE = 24
 OWNER = Identity(bytes(range(32)), bytes(range(32, 64)))
 #: The settings of every tiny embedding; a test overrides what it is about.
 TINY: dict[str, Any] = {
-    "task": "own", "model": "resnet18", "width": 8, "key_size": 128, "steps": 80, "lambda2": 0, "epochs": 1,
+    "task": "own", "model": "resnet18", "width": 8, "key_size": 128, "steps": 120, "lambda2": 0, "epochs": 1,
     "batch": 16, "primary_batch": 16, "wm_lr": 0.01, "inner_steps": 2, "insecure_test_key": True,
 }  # fmt: skip
 

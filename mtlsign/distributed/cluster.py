@@ -61,6 +61,9 @@ def connect(workers: int) -> None:
     paths = [os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}}
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    # Whatever log_to_driver says, Ray prints lost workers to standard output, where --json has its document.
+    # They stay in Ray's logs, and Train reports them.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
     try:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(address="auto", **quiet)

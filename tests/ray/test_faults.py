@@ -36,7 +36,7 @@ def test_a_killed_worker_in_either_phase_costs_time_only(
         assert not (
             tmp_path / "runs/w" / ("clean.safetensors" if phase == "clean" else "result.json")
         ).exists()
-    job.wait()
+    assert job.wait().startswith("Accepted: ") and "raylet" not in job.out + job.err
     assert result_of(tmp_path, "w")["model_digest"] == baseline.result["model_digest"]
 
 
@@ -84,7 +84,7 @@ def test_a_phase_that_fails_past_its_retries_says_so_in_one_line(jobs: Jobs, tmp
     job = jobs.embed("--run", "f", "--max-failures", "0", storage=tmp_path)
     job.until(_under_way(tmp_path, "f", "clean"))
     os.kill(job.workers()[0], signal.SIGKILL)
-    job.wait(2)
+    assert job.wait(2) == ""
     last = job.err.splitlines()[-1]
     assert last.startswith("error: phase 'clean': failed past its 0 retries") and last.endswith("--resume f")
 

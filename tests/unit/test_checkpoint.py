@@ -254,3 +254,11 @@ def test_hostile_names_give_a_reason() -> None:
     assert map_suspect({"a.weight": (1,)}, odd).problem
     broken: Any = 5
     assert "TypeError" in (map_suspect({"a.weight": (1,)}, broken).problem or "")
+
+
+def test_decoys_beside_the_weights_are_not_read_as_the_model() -> None:
+    real, decoy = torch.ones(4, 1, 3, 3), torch.zeros(4, 1, 3, 3)
+    wanted = {"conv1.weight": (4, 1, 3, 3)}
+    mapped = map_suspect(wanted, {"net.conv1.weight": real, "conv1.weight": decoy})
+    assert mapped.problem is not None and "several prefixes" in mapped.problem
+    assert map_suspect(wanted, {"net.conv1.weight": real}).problem is None
