@@ -91,7 +91,6 @@ class Run:
                 f"no run {self.name!r} in {self.storage.uri}; check --storage and the name", field="resume"
             )
         if self.folder.exists(MANIFEST):
-            self._clear()  # it may have died just after the manifest
             raise SettingsError(
                 f"run {self.name!r} is finished; its result lies in {self.folder.uri}", field="resume"
             )
