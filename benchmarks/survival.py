@@ -126,7 +126,7 @@ def main() -> None:
     result |= {k: round(v, 4) for k, v in marked.measured.items()}
     result["marked"], result["w0"] = row(model), verify(w0, probe).accuracy
     for name, attack in SETS[mine.set].items():
-        attacked = attack(model, task, s.lr)
+        attacked = attack(model, task, s.lr or 0.1)
         result[name] = row(attacked)
         if name.startswith("tune lr/"):
             result["then"] = free_changes(embedding.cpu_state(attacked), probe)

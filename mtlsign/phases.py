@@ -56,7 +56,7 @@ def train_clean(model: nn.Module, task: Task, s: EmbedSettings, rank: Rank) -> l
     per_epoch = task.steps("train", batch)
     task = task.to(rank.device)
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=s.lr, momentum=0.9, nesterov=True, weight_decay=s.weight_decay
+        model.parameters(), lr=_known(s.lr), momentum=0.9, nesterov=True, weight_decay=s.weight_decay
     )
     history: list[dict[str, Any]] = []
     saved = rank.saved()
@@ -74,7 +74,7 @@ def train_clean(model: nn.Module, task: Task, s: EmbedSettings, rank: Rank) -> l
         for i, (x, y) in enumerate(_on(rank.device, batches)):
             step = epoch * per_epoch + i
             _reseed(s.seed, "clean", step, rank.index)
-            _set_lr(optimizer, one_cycle(step, epochs * per_epoch, s.lr))
+            _set_lr(optimizer, one_cycle(step, epochs * per_epoch, _known(s.lr)))
             optimizer.zero_grad(set_to_none=True)
             with _amp(s, rank.device):
                 out = net(x)
@@ -302,7 +302,7 @@ def _inner_tuning(
         return _on(rank.device, pairs)
 
     return InnerTuning(
-        model, list(probe.graph.kernels), task.loss, batches, steps=s.inner_steps, lr=s.inner_lr or s.lr
+        model, list(probe.graph.kernels), task.loss, batches, steps=s.inner_steps, lr=_known(s.inner_lr)
     )
 
 

@@ -75,7 +75,7 @@ class EmbedSettings(Settings):
     # phase 1, eq. (6)
     epochs: int | None = Field(None, ge=1, le=10_000, description="epochs of phase 1")
     batch: int = Field(128, ge=1, le=65_536, description="primary images a step, over all workers")
-    lr: float = Field(0.1, gt=0, le=100, description="peak learning rate of phase 1 (SGD, one-cycle)")
+    lr: float | None = Field(None, gt=0, le=100, description="peak learning rate of phase 1 (SGD, one-cycle) [0.1 at width 16, falling with its root]")
     weight_decay: float = Field(5e-4, ge=0, le=1, description="lambda0 of eq. (6), u = L2")
     # phase 2, eq. (10)
     lambda1: float = Field(0.001, ge=0, le=1e6, description="weight of R_func = summed |W-W0|^2, eq. (8)")
@@ -135,10 +135,15 @@ class EmbedSettings(Settings):
         }
         if self.key_size is None:
             filled["key_size"] = 1024 if self.head == "keyed" else 600
+        narrower = math.sqrt(
+            16 / (self.width or filled["width"])
+        )  # wide networks diverge at narrow ones' rates
+        if self.lr is None:
+            filled["lr"] = round(0.1 * narrower, 6)
         if self.wm_lr is None:
-            filled["wm_lr"] = round(2e-3 * math.sqrt(16 / (self.width or filled["width"])), 6)
+            filled["wm_lr"] = round(2e-3 * narrower, 6)
         if self.inner_lr is None:
-            filled["inner_lr"] = self.lr
+            filled["inner_lr"] = self.lr or filled["lr"]
         if self.name is None:
             filled["name"] = f"{self.task}-{self.model}".replace(":", ".").replace("/", "-")[:128]
         return self.model_copy(update=filled)
