@@ -46,6 +46,11 @@ def environment(home: Path, ray: Path, **more: str) -> dict[str, str]:
     }
 
 
+def _heed_ctrl_c() -> None:
+    """A shell's background job ignores SIGINT and hands that down, to a test run and what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Job:
     """One started process; `out` and `err` are its files so far."""
 
@@ -55,7 +60,7 @@ class Job:
         with self.stdout.open("wb") as out, self.stderr.open("wb") as err:
             self.process = subprocess.Popen(
                 [sys.executable, *command], cwd=ROOT, env=dict(env), stdin=subprocess.DEVNULL, stdout=out,
-                stderr=err, start_new_session=True,
+                stderr=err, start_new_session=True, preexec_fn=_heed_ctrl_c,
             )  # fmt: skip
         self._family: dict[int, str] = {}
 
