@@ -55,12 +55,12 @@ def test_rows_are_units_and_columns_are_those_of_w0(shape: tuple[int, ...], grou
 
 
 @settings(max_examples=15)
-@given(which=st.integers(0, len(SHAPES) - 1), seed=st.integers(0, 2**16))
+@given(which=st.integers(0, len(SHAPES) - 1), seed=st.integers(0, 2999))
 def test_positive_scalings_are_gone(which: int, seed: int) -> None:
     shape, groups = SHAPES[which]
     # Groups of three single weights by three converge slowly: over 3,000 seeds 50 rounds leave at most .066
     # there (docs/log.md), and at most 1.9e-5 in the other shapes.
-    tolerance = 0.25 if shape == (12, 3, 1, 1) else 1e-4
+    tolerance = 0.066 if shape == (12, 3, 1, 1) else 1e-4
     columns, suspect = column_norms(kernel_of(shape), groups), kernel_of(shape, seed + 1)
     other = scaled(suspect, groups, seed)
     assert not torch.allclose(other, suspect, rtol=0.5)
