@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.measure import Row, row
 from benchmarks.scene import Bare, Scene
-from mtlsign import embedding, phases
+from mtlsign import network, phases
 from mtlsign.progress import Alone
 from mtlsign.verification import Probe
 
@@ -48,7 +48,7 @@ def child(piece: str, options: dict[str, str | int | None]) -> dict[str, float]:
     if piece == "clean":
         phases.train_clean(copy.deepcopy(scene.model), small, s, Alone())
     elif piece == "mark":
-        w0 = embedding.cpu_state(scene.model)  # the caller's, and a probe with its skeleton: as `mark_phase`
+        w0 = network.cpu_state(scene.model)  # the caller's, and a probe with its skeleton: as `mark_phase`
         probe = Probe(scene.opening, scene.reference)
         phases.watermark(copy.deepcopy(scene.model), small, probe, s, Alone())
         del w0

@@ -6,7 +6,7 @@ import numpy as np
 
 from benchmarks.measure import Row, cost, ratio
 from benchmarks.scene import Bare, Scene
-from mtlsign import embedding
+from mtlsign import network
 from mtlsign.carriers import qr
 from mtlsign.key import integers
 from mtlsign.verification import verify
@@ -44,7 +44,7 @@ def encoder(scene: Scene, pairs: int) -> list[Row]:
 
 def verification(scene: Scene, pairs: int) -> list[Row]:
     """(e) `verify` of a loaded model without controls / bare forward of the key set to the last tap."""
-    tensors, bare = embedding.cpu_state(scene.model), Bare(scene)
+    tensors, bare = network.cpu_state(scene.model), Bare(scene)
     a, b = [], []
     for i in range(pairs + 2):
         verified, forward = cost(lambda: verify(tensors, scene.probe)), cost(bare.key_forward)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mtlsign import backbone, embedding
+from mtlsign import backbone, embedding, network
 from mtlsign.key import Identity, KeyOpening
 from mtlsign.reference import Reference
 from mtlsign.settings import EmbedSettings
@@ -34,13 +34,13 @@ class Scene:
         wanted = {"task": task, "data": data, "width": width, "insecure_test_key": True, **options}
         s = EmbedSettings.of({name: value for name, value in wanted.items() if value is not None}).resolved()
         loaded = load_task(s.task, data=s.data, download=False, seed=s.seed)
-        shape = embedding.TaskShape(loaded.channels, loaded.height, loaded.width, loaded.classes)
-        graph = embedding.graph_of(s, shape)
+        shape = network.TaskShape(loaded.channels, loaded.height, loaded.width, loaded.classes)
+        graph = network.graph_of(s, shape)
         torch.manual_seed(0)
         model = backbone.build(graph)
         geometry = (loaded.channels, loaded.height, loaded.width)
         opening, reference = embedding.commit(
-            backbone.build(graph), embedding.cpu_state(model), graph, geometry, s, Identity.generate()
+            backbone.build(graph), network.cpu_state(model), graph, geometry, s, Identity.generate()
         )
         return cls(s, loaded, model, Probe(opening, reference), opening, reference)
 
@@ -61,15 +61,15 @@ class Bare:
     """Forwards and backwards alone: plain modules, no frame, no loss, no optimiser, no data.
 
     The tapped part runs on the key batch with plain batch norm in training mode and stops after the last tap;
-    the student runs forward and backward and the teacher forward on one primary batch, both in evaluation
-    mode as in phase 2. Gradients go to the tensors that phase 2 trains.
+    the student runs forward and backward and the teacher forward on one primary batch, both normalising by
+    the batch as in phase 2. Gradients go to the tensors that phase 2 trains.
     """
 
     def __init__(self, scene: Scene) -> None:
         self._taps, self._images = scene.probe.graph.taps, scene.probe.images
         self._tapped = copy.deepcopy(scene.model).train()
-        self._student = copy.deepcopy(scene.model).eval()
-        self._teacher = copy.deepcopy(scene.model).eval().requires_grad_(False)
+        self._student = copy.deepcopy(scene.model).train()
+        self._teacher = copy.deepcopy(scene.model).train().requires_grad_(False)
         for net in (self._tapped, self._student):
             for module in net.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -104,11 +104,12 @@ def phase_2_over_1(scene: Scene, pairs: int, *, whole: bool) -> list[Row]:
     seen = 2 * (scene.task.size("test") + scene.task.size("validation"))
     ending = statistics.median(evaluations) / images * seen
     total = (s.epochs or 0) * per_epoch / few
-    values = [(s.steps * a[0] + ending) / (total * b[0]) for a, b in zip(steps, epochs, strict=True)]
+    count = s.steps or 0
+    values = [(count * a[0] + ending) / (total * b[0]) for a, b in zip(steps, epochs, strict=True)]
     note = (
         f"ESTIMATED from {few}-step epochs with their share of validation, single steps, and closing "
         f"evaluations: "
-        f"{s.steps} steps ~ {s.steps * statistics.median(a[0] for a in steps) + ending:.0f} s, "
+        f"{count} steps ~ {count * statistics.median(a[0] for a in steps) + ending:.0f} s, "
         f"{s.epochs} epochs ~ {total * statistics.median(b[0] for b in epochs):.0f} s of CPU"
     )
     return [row("phases", what, values, at_most=2, note=note)]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "EmbedSettings": "settings", "Embedded": "embedding", "Identity": "key", "Kit": "artifact",
+    "EmbedSettings": "settings", "Embedded": "outcome", "Identity": "key", "Kit": "artifact",
     "KeyOpening": "key", "MTLSignError": "errors", "Probe": "verification", "Reference": "reference",
     "Task": "tasks", "Verdict": "verification",
     "embed": "embedding", "read_kit": "artifact", "read_model": "artifact", "verify": "verification",
@@ -44,9 +44,10 @@ __all__ = [
 
 if TYPE_CHECKING:
     from mtlsign.artifact import Kit, read_kit, read_model
-    from mtlsign.embedding import Embedded, embed
+    from mtlsign.embedding import embed
     from mtlsign.errors import MTLSignError
     from mtlsign.key import Identity, KeyOpening
+    from mtlsign.outcome import Embedded
     from mtlsign.reference import Reference
     from mtlsign.settings import EmbedSettings
     from mtlsign.tasks import Task

@@ -160,13 +160,13 @@ def watermark(
         for p, value in zip(head, saved["head"], strict=True):
             p.data.copy_(value)
     tuning = _inner_tuning(model, task, probe, s, rank)
-    done = history[-1]["step"] if history else 0
+    done, steps = history[-1]["step"] if history else 0, _known(s.steps)
     names = ("wm_loss", "wm_accuracy", "snapshot_loss", "snapshot_accuracy", "distillation_loss")
     sums = torch.zeros(2 * len(names), dtype=torch.float64, device=rank.device)
     started = time.monotonic()
-    for step in range(done, s.steps):
+    for step in range(done, steps):
         _reseed(s.seed, "mark", step, rank.index)
-        _set_lr(optimizer, one_cycle(step, s.steps, _known(s.wm_lr)))
+        _set_lr(optimizer, one_cycle(step, steps, _known(s.wm_lr)))
         optimizer.zero_grad(set_to_none=True)
         kernels = probe.graph.read(parameters)
         for term, (weight, kind) in enumerate(terms(step, s)):
@@ -200,13 +200,13 @@ def watermark(
         deviation = add_r_func_gradient(list(trained.values()), anchors, s.lambda1)
         optimizer.step()
         if step % 5 == 4:
-            rank.tick({"phase": "mark", "step": step + 1, "of": s.steps, **_means(sums, names)})
-        if (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == s.steps:
+            rank.tick({"phase": "mark", "step": step + 1, "of": steps, **_means(sums, names)})
+        if (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == steps:
             rank.sum([sums])
             row: dict[str, Any] = {
                 "phase": "mark",
                 "step": step + 1,
-                "of": s.steps,
+                "of": steps,
                 **_means(sums, names),
                 "deviation_l2": deviation,
             }

@@ -80,7 +80,7 @@ class EmbedSettings(Settings):
     # phase 2, eq. (10)
     lambda1: float = Field(0.001, ge=0, le=1e6, description="weight of R_func = summed |W-W0|^2, eq. (8)")
     lambda2: float = Field(1.0, ge=0, le=1e6, description="weight of R_DA over the snapshots, eq. (9); 0 turns it off at no cost")
-    steps: int = Field(800, ge=1, le=1_000_000, description="key-batch steps of phase 2")
+    steps: int | None = Field(None, ge=1, le=1_000_000, description="key-batch steps of phase 2 [800; digits 600]")
     wm_lr: float | None = Field(None, gt=0, le=10, description="peak learning rate of phase 2 (Adam, one-cycle) [0.002 at width 16, falling with its root]")
     deep_lr: float = Field(0.3, ge=0, le=100, description="learning rate of the layers past the taps, as a multiple of wm-lr")
     snapshots: str = Field("noise", max_length=200, description="kinds taken in turn: noise, tuned, pruned")
@@ -130,7 +130,7 @@ class EmbedSettings(Settings):
         recipe = RECIPES.get(self.task, {})
         filled = {
             name: value
-            for name, value in {"width": 64, "stem": "stock", "epochs": 10, **recipe}.items()
+            for name, value in {"width": 64, "stem": "stock", "epochs": 10, "steps": 800, **recipe}.items()
             if getattr(self, name) is None
         }
         if self.key_size is None:
@@ -151,7 +151,7 @@ class EmbedSettings(Settings):
 
 #: What the embedded tasks want of phase 1 where the user is silent.
 RECIPES: dict[str, dict[str, Any]] = {
-    "digits": {"width": 16, "epochs": 30},
+    "digits": {"width": 16, "epochs": 30, "steps": 600},
     "mnist": {"epochs": 4},
     "fashion-mnist": {"epochs": 10},
     "cifar10": {"epochs": 30, "stem": "cifar"},

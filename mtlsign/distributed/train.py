@@ -33,9 +33,11 @@ from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor
 
 from mtlsign import embedding
-from mtlsign.embedding import Embedded, Marked, Rows, Show, TaskShape, Tensors
+from mtlsign.embedding import Show
 from mtlsign.errors import ClusterError, MTLSignError
 from mtlsign.key import KeyOpening
+from mtlsign.network import TaskShape
+from mtlsign.outcome import Embedded, Marked, Rows, Tensors
 from mtlsign.progress import State, sum_over_group
 from mtlsign.reference import Reference
 from mtlsign.runs import Run, load_state, state_bytes
@@ -72,9 +74,11 @@ class RayRunner:
 
     def shape(self, s: EmbedSettings) -> TaskShape:
         """Connect, check that there is room, and look at the data on every node that may hold a worker."""
-        cluster.connect(s.workers)
+        cluster.connect()
         self._each = cluster.resources(s)
         cluster.make_room(s, self._each)
+        if cluster.is_this_machine():  # in a worker's process the imports alone take as long as the check
+            return embedding.task_shape(s)
         shapes: list[TaskShape] = cluster.on_every_node(lambda: embedding.task_shape(s), self._each)
         return shapes[0]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mtlsign
-from mtlsign import embedding, phases
+from mtlsign import embedding, network, outcome, phases
 from mtlsign.backbone import build
 from mtlsign.errors import KeyMaterialError, ModelError, MTLSignError, SettingsError
 from mtlsign.key import Identity
@@ -170,7 +170,7 @@ def test_embed_your_own_objects(owner: Identity) -> None:
 )
 def test_own_names_fit_the_spec_and_the_graph(module: str, qualname: str) -> None:
     kind = type("Net", (Small,), {"__module__": module, "__qualname__": qualname})
-    arch = embedding._own_arch(kind)
+    arch = network.own_arch(kind)
     assert ARCH.fullmatch(arch)
     assert isinstance(build({"arch": arch}, factories={arch[4:]: Small}), Small)
 
@@ -222,7 +222,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner_file: Path, folde
     }
 
 
-def start(job: dict[str, Any], show: Any = None, **changes: Any) -> embedding.Embedded:
+def start(job: dict[str, Any], show: Any = None, **changes: Any) -> outcome.Embedded:
     values = {k: v for k, v in (job | changes).items() if v is not None}
     return embedding.run(EmbedSettings.of(values), embedding.PlainRunner(show))
 

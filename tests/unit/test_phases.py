@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtlsign import embedding, losses, phases
+from mtlsign import embedding, losses, network, phases
 from mtlsign.errors import ModelError
 from mtlsign.key import Identity
 from mtlsign.progress import Alone, State
@@ -39,7 +39,7 @@ def probe_of(
 
     def make(s: EmbedSettings) -> Probe:
         w0 = tiny_model()
-        opening, reference = embedding.commit(w0, embedding.cpu_state(w0), tiny_graph, (1, 24, 24), s, owner)
+        opening, reference = embedding.commit(w0, network.cpu_state(w0), tiny_graph, (1, 24, 24), s, owner)
         return Probe(opening, reference)
 
     return make
@@ -66,16 +66,16 @@ def assert_equal(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> None:
 def test_phase_1_resumes_bit_for_bit(tiny_task: Task, tiny_settings: Settings, tiny_model: Maker) -> None:
     s = tiny_settings(epochs=3, lr=0.02)
     whole, model = Recorder(), tiny_model()
-    start = embedding.cpu_state(model)
+    start = network.cpu_state(model)
     rows = phases.train_clean(model, tiny_task, s, whole)
     assert [row["epoch"] for row in rows] == [1, 2, 3] and len(whole.kept) == 3
     assert rows[-1]["loss"] < rows[0]["loss"]
-    final = embedding.cpu_state(model)
+    final = network.cpu_state(model)
     assert any(not torch.equal(start[n], final[n]) for n in start if n.endswith("running_mean"))
     for at in range(3):
         again = tiny_model(seed=5)
         rows_again = phases.train_clean(again, tiny_task, s, Recorder(load_state(whole.kept[at])))
-        assert_equal(embedding.cpu_state(again), final)
+        assert_equal(network.cpu_state(again), final)
         assert timeless(rows_again) == timeless(rows)
 
 
@@ -101,14 +101,14 @@ def test_phase_2_resumes_bit_for_bit(
     model, probe, whole = tiny_model(), probe_of(s), Recorder()
     rows, measured = phases.watermark(model, tiny_task, probe, s, whole)
     assert [row["step"] for row in rows] == [4, 8, 10] and len(whole.kept) == 3
-    final = embedding.cpu_state(model)
+    final = network.cpu_state(model)
     for at in range(3):
         torch.manual_seed(99)
         again, fresh = tiny_model(), probe_of(s)
         rows_again, measured_again = phases.watermark(
             again, tiny_task, fresh, s, Recorder(load_state(whole.kept[at]))
         )
-        assert_equal(embedding.cpu_state(again), final)
+        assert_equal(network.cpu_state(again), final)
         assert fresh.head.to_bytes() == probe.head.to_bytes()
         assert timeless(rows_again) == timeless(rows) and measured_again == measured
 
@@ -117,7 +117,7 @@ def test_phase_2_leaves_affine_statistics_and_the_head_past_the_taps_sane(
     tiny_task: Task, tiny_settings: Settings, tiny_model: Maker, probe_of: Any
 ) -> None:
     """γ and β stay; running statistics follow primary batches and never see a key."""
-    before = embedding.cpu_state(tiny_model())
+    before = network.cpu_state(tiny_model())
     norms = {n for n in before if "bn" in n or "downsample.1" in n}
     affine = {n for n in norms if n.endswith(("weight", "bias"))}
     assert len(norms) == 100 and len(affine) == 40
@@ -125,7 +125,7 @@ def test_phase_2_leaves_affine_statistics_and_the_head_past_the_taps_sane(
         s = tiny_settings(steps=5, lambda2=1.0, snapshots="noise,tuned,pruned", distillation=distillation)
         model = tiny_model()
         _, measured = phases.watermark(model, tiny_task, probe_of(s), s, Alone())
-        after = embedding.cpu_state(model)
+        after = network.cpu_state(model)
         assert {n for n in norms if torch.equal(before[n], after[n])} == kept
         assert not torch.equal(before["conv1.weight"], after["conv1.weight"])
     assert all(p.requires_grad for p in model.parameters())
@@ -227,7 +227,7 @@ def test_the_gradient_is_that_of_the_written_objective(
 
     class Looking(Threaded):
         def sum(self, tensors: list[Tensor]) -> None:
-            states.append(embedding.cpu_state(model))
+            states.append(network.cpu_state(model))
             super().sum(tensors)
 
     rank = Looking(0, Meeting(1))
