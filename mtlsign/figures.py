@@ -117,8 +117,10 @@ def draw(
     return drawn
 
 
-def _svg(name: str, text: str, painter: Callable[[Axes], None]) -> str:
-    figure = Figure(figsize=(4.8, 3.1), layout="constrained")
+def _svg(
+    name: str, text: str, painter: Callable[[Axes], None], size: tuple[float, float] = (4.8, 3.1)
+) -> str:
+    figure = Figure(figsize=size, layout="constrained")
     painter(figure.add_subplot())
     buffer = io.StringIO()
     # equal data give equal bytes, and ids differ between the panels of one page

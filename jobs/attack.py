@@ -1,0 +1,42 @@
+"""Attack a marked model: `python jobs/attack.py --model PLACE --kit KIT [--attacks list|fast|all|…]`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # own tasks and models are found from where the job was started
+    sys.path[:0] = [str(Path.cwd()), str(Path(__file__).resolve().parent.parent)]
+
+from mtlsign import cli
+from mtlsign.settings_attack import AttackSettings
+
+
+def main(argv: Sequence[str]) -> None:
+    """Settings → one call → attacks.csv and a report."""
+    s = cli.parse(AttackSettings, argv, description=__doc__ or "")
+    from mtlsign import attack_line
+
+    if s.attacks.strip() == "list":
+        attack_line.print_catalogue(as_json=s.json_output)
+        return
+    from mtlsign.attack_run import run
+
+    line = attack_line.AttackLine(quiet=s.quiet or s.json_output)
+    if s.workers == 0:
+        from mtlsign.campaign import InTurn
+
+        done = run(s, InTurn(line.tick), show=line.row, say=line.say)
+    else:
+        from mtlsign.distributed.attack import attack_on_ray
+
+        done = attack_on_ray(s, show=line.row, say=line.say)
+    if s.json_output:
+        cli.print_json(done)
+    else:
+        print(attack_line.summary(done))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,27 @@
+"""What thieves and forgers do to a marked model, each attack behind one protocol.
+
+    for order in parse("ftal:lr=quarter/full,prune:ratio=0.5+ftal,fast"):
+        attacked = order.run(model, task, Budget(lr=0.1), seed=0)
+
+`protocol` says what an attack takes and gives, `catalogue` lists them, `orders` reads `--attacks`. Attacks
+use the task's `attacker` part, which embedding never saw. They know nothing of Ray, storage and reports: that
+is `mtlsign.campaign`.
+"""
+
+from mtlsign.attacks.catalogue import ATTACKS, STANDARD
+from mtlsign.attacks.orders import Link, Order, describe, parse
+from mtlsign.attacks.protocol import Attack, AttackDivergedError, Attacked, Budget, NotApplicableError
+
+__all__ = [
+    "ATTACKS",
+    "STANDARD",
+    "Attack",
+    "AttackDivergedError",
+    "Attacked",
+    "Budget",
+    "Link",
+    "NotApplicableError",
+    "Order",
+    "describe",
+    "parse",
+]

@@ -1,0 +1,63 @@
+"""Overwriting: the adversary embeds a mark of his own key over the owner's (paper §4, Table 3)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import nn
+
+from mtlsign import phases
+from mtlsign.attacks import adversary
+from mtlsign.attacks.data import attackers
+from mtlsign.attacks.descent import stolen_copy
+from mtlsign.attacks.protocol import (
+    AttackDivergedError,
+    Attacked,
+    Budget,
+    Epochs,
+    Weight,
+    device_of,
+    seeded,
+)
+from mtlsign.errors import ModelError
+from mtlsign.progress import Alone
+from mtlsign.tasks import Task
+
+KeySize = Annotated[int, Field(ge=0, le=4096)]
+Images = Annotated[int, Field(ge=0, le=65_536)]
+
+
+def overwrite(
+    model: nn.Module,
+    task: Task,
+    budget: Budget,
+    seed: int,
+    *,
+    epochs: Epochs = 50,
+    head: Literal["keyed", "free"] = "keyed",
+    lambda2: Weight = 1.0,
+    n: KeySize = 0,
+    images: Images = 0,
+) -> Attacked:
+    """Phase 2 with a second key on the attacker's data.
+
+    One epoch is one pass over his key set, which the machinery takes as one batch, and as many primary images
+    (fewer with `images`); `n` is his key size (0: the head's default), `lambda2` his weight of noisy copies.
+    """
+    data = attackers(model, task, budget, seed)
+    s = adversary.settings(
+        budget, seed, model, head=head, lambda2=lambda2, steps=epochs, **({"key_size": n} if n else {})
+    )
+    count = images or s.key_size or 1
+    s = s.model_copy(update={"primary_batch": min(count, data.size("attacker"))})
+    _, _, probe = adversary.claim(model, data, s)
+    overwritten = stolen_copy(model)
+    rank = Alone(device_of(model), show=lambda row: budget.tick(int(row["step"]), epochs))
+    try:
+        with seeded("overwrite", seed):  # the phases set torch's generator for themselves
+            phases.watermark(overwritten, data, probe(), s, rank)
+    except ModelError as error:
+        raise AttackDivergedError(str(error)) from None
+    keys = (s.key_size or 0) * len(phases.terms(0, s))
+    return Attacked(overwritten, epochs, epochs * (keys + s.primary_batch))
