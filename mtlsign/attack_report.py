@@ -15,6 +15,8 @@ from mtlsign import figures
 from mtlsign.campaign import POINTS
 from mtlsign.figures import BLUE, GREEN, ORANGE, number, words
 
+#: What is drawn of a row: label, kind, points lost, bits, whether the mark was removed.
+Point = tuple[str, str, float, float, bool]
 #: The plot's x axis ends here; what lost more is drawn at the edge.
 FURTHEST = 30.0
 _LOOKS = {
@@ -100,17 +102,23 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
         "attack": words(row["attack"]), "setting": words(row["setting"], 300), "wm": share("wm_accuracy"),
         "bits": "–" if bits is None else f"{bits:,.1f}", "after": share("primary_after"),
         "lost": "–" if lost is None else f"{lost:+.2f}",
-        "cost": f"{row['steps'] or 0:,} steps, {row['images'] or 0:,} images",
+        "cost": f"{row['steps']:,} steps, {row['images']:,} images" if row["steps"] else "–",
         "seconds": "–" if seconds is None else f"{seconds:,.1f}",
         "outcome": outcome, "reason": words(row["reason"] or "", 300),
         "tone": "bad" if row["removed"] is True else "",
     }  # fmt: skip
 
 
+def _label(row: Mapping[str, Any]) -> str:
+    """`spoil 60`: the attack and the first of its settings, which is the one that its variants differ in."""
+    first = "" if "+" in row["attack"] else str(row["setting"]).partition(" ")[0].partition("=")[2]
+    return words(f"{row['attack']} {first}".strip(), 40)
+
+
 def bits_against_points(rows: Sequence[Mapping[str, Any]], bits: float) -> str | None:
     """An SVG of evidence bits against points lost with the field's rule drawn in; None without points."""
     found = [
-        (words(row["attack"]), str(row["kind"]), x, y, row["removed"] is True)
+        (_label(row), str(row["kind"]), x, y, row["removed"] is True)
         for row in rows
         if row["kind"] in _LOOKS
         and row["verdict"] != "not_verifiable"
@@ -126,9 +134,9 @@ def bits_against_points(rows: Sequence[Mapping[str, Any]], bits: float) -> str |
         return figures._svg("attacks", text, lambda ax: _scatter(ax, found, bits), size=(8.4, 5.0))
 
 
-def _scatter(ax: Axes, found: Sequence[tuple[str, str, float, float, bool]], bits: float) -> None:
+def _scatter(ax: Axes, found: Sequence[Point], bits: float) -> None:
     top = max(bits * 1.25, *(1.08 * y for *_, y, _ in found))
-    left = min(-1.0, *(x - 0.5 for _, _, x, _, _ in found))
+    left = max(-POINTS, min(-1.0, *(x - 0.5 for _, _, x, _, _ in found)))
     right = min(FURTHEST, max(POINTS + 3, *(x + 1 for _, _, x, _, _ in found)))
     ax.fill_between([left, POINTS], 0, bits, color="#a3400a", alpha=0.10, linewidth=0)
     ax.axhline(bits, color="#a3400a", linewidth=1.1, linestyle="--")
@@ -138,13 +146,13 @@ def _scatter(ax: Axes, found: Sequence[tuple[str, str, float, float, bool]], bit
         textcoords="offset points", fontsize=9, color="#7a3008",
     )  # fmt: skip
     for kind, (label, colour, marker) in _LOOKS.items():
-        chosen = [(min(x, right), y) for _, k, x, y, _ in found if k == kind]
+        chosen = [(min(max(x, left), right), y) for _, k, x, y, _ in found if k == kind]
         if chosen:
             size = 150 if kind == "none" else 42
             xs, ys = [x for x, _ in chosen], [y for _, y in chosen]
             ax.scatter(xs, ys, s=size, marker=marker, color=colour, alpha=0.8, label=label,
                        edgecolors="white", linewidths=0.6, zorder=3)  # fmt: skip
-    _names(ax, found, top, right)
+    _names(ax, found, top, (left, right))
     ax.set_xlim(left, right + 0.02 * (right - left))
     ax.set_ylim(0, top)
     ax.set_xlabel("points of task accuracy lost (held-out data)")
@@ -152,15 +160,16 @@ def _scatter(ax: Axes, found: Sequence[tuple[str, str, float, float, bool]], bit
     ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(-0.01, 1.0), borderaxespad=0.3)
 
 
-def _names(ax: Axes, found: Sequence[tuple[str, str, float, float, bool]], top: float, right: float) -> None:
+def _names(ax: Axes, found: Sequence[Point], top: float, ends: tuple[float, float]) -> None:
     """Name the points that lost bits, lowest first, as long as names do not fall on each other."""
     best = max(y for *_, y, _ in found)
+    left, right = ends
     placed: list[tuple[float, float]] = []
     for name, kind, x, y, removed in sorted(found, key=lambda p: (not p[4], p[3])):
-        x = min(x, right)
+        x = min(max(x, left), right)
         if kind == "none" or (y > 0.9 * best and not removed):
             continue
-        near = any(abs(x - a) < 0.16 * right and abs(y - b) < 0.035 * top for a, b in placed)
+        near = any(abs(x - a) < 0.16 * (right - left) and abs(y - b) < 0.035 * top for a, b in placed)
         if near or len(placed) >= 24:
             continue
         placed.append((x, y))

@@ -46,16 +46,16 @@ def descend(
     """SGD with momentum 0.9 and weight decay 5e-4 on the attacker's augmented data, in place.
 
     `model` is in the mode that the caller chose and ends in evaluation mode; `loss` defaults to the task's;
-    `after` is called after every step. Raises `AttackDivergedError`.
+    `after` is called after every step. Little data are cut into at least eight batches an epoch, of eight
+    images or more. Raises `AttackDivergedError`.
     """
+    batch = min(batch, max(8, data.size("attacker") // 8))
     chosen = list(model.parameters() if parameters is None else parameters)
     optimizer = torch.optim.SGD(chosen, lr=lr, momentum=0.9, weight_decay=5e-4)
     per_epoch = data.steps("attacker", batch)
     step = images = 0
     for epoch in range(epochs):
         for x, y in data.batches("attacker", batch, epoch=epoch, seed=seed, augment=True):
-            if len(x) < 2 and per_epoch > 1:
-                continue  # a batch norm cannot normalise one image
             for group in optimizer.param_groups:
                 done = step / (epochs * per_epoch)
                 group["lr"] = lr * (1 + math.cos(math.pi * done)) / 2 if path == "cosine" else lr

@@ -62,7 +62,11 @@ class Order:
     @property
     def setting(self) -> str:
         """All settings, those of a chain's links parted by ` + `."""
-        return " + ".join(link.setting for link in self.links)
+        return (
+            " + ".join(link.setting or "–" for link in self.links)
+            if len(self.links) > 1
+            else self.links[0].setting
+        )
 
     @property
     def kind(self) -> Kind:

@@ -1,0 +1,77 @@
+"""Attacks as Ray tasks: the same rows as one process gives, no secret shown, Ctrl-C and resume."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from job_process import Finished, Job, Jobs
+
+from mtlsign.artifact import read_kit
+from mtlsign.sealing import Secret
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
+
+ATTACKS = "int8,ftal:epochs=1,spoil:steps=2,bn_fold,average,transpose_input"
+#: What may differ between two machines' worth of the same attacks.
+LOOSE = {"seconds", "model", "model_digest"}
+
+
+def start(jobs: Jobs, baseline: Finished, storage: Path, *flags: str) -> Job:
+    always = ["--model", baseline.result["model_path"], "--kit", baseline.result["kit"]]
+    return jobs.python("jobs/attack.py", *always, *jobs.as_owner, "--storage", str(storage), *flags)
+
+
+def table(storage: Path, run: str) -> list[dict[str, str]]:
+    return list(csv.DictReader((storage / "runs" / run / "attacks.csv").open()))
+
+
+def test_tasks_give_the_rows_of_one_process_and_show_no_secret(
+    jobs: Jobs, baseline: Finished, tmp_path: Path
+) -> None:
+    # On a cluster of the test's own that ends with its driver, two attacks at a time.
+    job = start(
+        jobs, baseline, tmp_path, "--attacks", ATTACKS, "--run", "ray", "--workers", "2",
+        "--cpus-per-worker", "1", "--json",
+    )  # fmt: skip
+    result: dict[str, Any] = json.loads(job.wait())
+    assert job.err == "" and result["not_applicable"] == 1 and len(result["rows"]) == 7
+    start(
+        jobs, baseline, tmp_path, "--attacks", ATTACKS, "--run", "plain", "--workers", "0", "--quiet"
+    ).wait()
+    for ray_row, plain_row in zip(table(tmp_path, "ray"), table(tmp_path, "plain"), strict=True):
+        for column in set(ray_row) - LOOSE:
+            assert ray_row[column] == plain_row[column], (ray_row["attack"], column)
+    opening = read_kit(baseline.result["kit"], Secret.from_kit_key(jobs.identity.kit_key)).opening
+    nonce = bytes.fromhex(json.loads(opening.spec)["nonce"])
+    forms = [opening.spec, jobs.passphrase]
+    for raw in (opening.key(), opening.signature, nonce, jobs.identity.kit_key, jobs.identity._seed):
+        forms += [raw, raw.hex().encode(), base64.b64encode(raw)]
+    logs = [p for p in jobs.ray.rglob("*") if p.is_file() and "logs" in p.parts]
+    assert logs, "Ray's logs are not where we look"
+    places = [*(p for p in tmp_path.rglob("*") if p.is_file()), *logs, job.stdout, job.stderr]
+    for place in places:
+        data = place.read_bytes()
+        assert not any(form in data for form in forms), place
+
+
+def test_ctrl_c_keeps_the_rows_and_resume_finishes(jobs: Jobs, baseline: Finished, tmp_path: Path) -> None:
+    attacks = "int8,ftal:epochs=3000,int4"
+    job = start(jobs, baseline, tmp_path, "--attacks", attacks, "--run", "cut", "--workers", "1")
+    job.until(lambda: (tmp_path / "runs/cut/attacks.csv").exists() and len(table(tmp_path, "cut")) == 2)
+    os.kill(job.process.pid, signal.SIGINT)
+    job.wait(130, timeout=120)
+    assert [row["attack"] for row in table(tmp_path, "cut")] == ["none", "int8"]
+    assert job.err.splitlines()[-1].startswith("interrupted") and "Traceback" not in job.err
+    settings = tmp_path / "runs/cut/settings.json"
+    settings.write_text(settings.read_text().replace("epochs=3000", "epochs=1"))
+    resumed = start(jobs, baseline, tmp_path, "--resume", "cut", "--workers", "0")
+    resumed.wait()
+    assert [row["attack"] for row in table(tmp_path, "cut")] == ["none", "int8", "ftal", "int4"]
+    assert "2 of them are done already" in resumed.err
