@@ -46,6 +46,7 @@ def fresh_early(
     features and on KL(stolen ‖ net) through the untouched rest. No trace of an early mark can remain.
     """
     data = attackers(model, task, budget, seed)
+    batch = min(batch, data.size("attacker"))
     try:
         tap = default_taps(model, "free")[stages - 1]
     except ModelError as error:

@@ -58,6 +58,7 @@ def scrub(
     stolen net, both in a verifier's graph whose frame is the stolen model's own.
     """
     data = attackers(model, task, budget, seed)
+    batch = min(batch, data.size("attacker"))
     graph, images = _graph(model, data, seed, stages)
     teacher, scrubbed = frozen(model), stolen_copy(model).train()
     parameters = dict(scrubbed.named_parameters())

@@ -44,6 +44,7 @@ def spoil(
     if probe is None:
         raise NotApplicableError("needs the owner's opened key; give the kit", field="spoil")
     data = attackers(model, task, budget, seed)
+    batch = min(batch, data.size("attacker"))
     wrong = 1 - probe.labels.float()
     if labels == "random":
         gen = generator("mtlsign/attack/spoil", seed)
