@@ -9,21 +9,17 @@ rates, lengths and ratios. W0 is kept in `--cache` so that several settings star
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import json
-import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from symmetries import State, batch_norm_gauge, fold, scale_inner, scale_stream
 from torch import nn
-from torch.nn import functional as F
 
 from mtlsign import cli, embedding, phases
+from mtlsign.attacks import Budget, parse
 from mtlsign.backbone import build
 from mtlsign.key import Identity
 from mtlsign.progress import Alone
@@ -32,47 +28,28 @@ from mtlsign.tasks import Task, load_task
 from mtlsign.tensors import read_tensors, tensor_bytes
 from mtlsign.verification import Probe, verify
 
-
-def tune(model: nn.Module, task: Task, lr: float, epochs: int, *, anneal: bool = False) -> nn.Module:
-    """FTAL on the attacker's part: SGD, momentum 0.9, weight decay 5e-4, batch 128, augmented."""
-    tuned = copy.deepcopy(model).requires_grad_(True).train()
-    optimizer = torch.optim.SGD(tuned.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
-    steps, done = epochs * task.steps("attacker", 128), 0
-    for epoch in range(epochs):
-        for x, y in task.batches("attacker", 128, epoch=epoch, seed=7, augment=True):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * (1 + math.cos(math.pi * done / steps)) / 2 if anneal else lr
-            optimizer.zero_grad()
-            F.cross_entropy(tuned(x), y).backward()
-            optimizer.step()
-            done += 1
-    return tuned
-
-
-def prune(model: nn.Module, ratio: float) -> nn.Module:
-    """Each weight tensor's smallest magnitudes set to 0, nothing recalibrated."""
-    pruned = copy.deepcopy(model)
-    with torch.no_grad():
-        for p in pruned.parameters():
-            if p.dim() > 1:
-                cut = torch.kthvalue(p.abs().flatten(), max(1, int(ratio * p.numel()))).values
-                p.mul_(p.abs() > cut)
-    return pruned
-
-
-SETS: dict[str, dict[str, Callable[[nn.Module, Task, float], nn.Module]]] = {
+#: Name -> what `--attacks` would take, with rates as parts of phase 1's.
+SETS: dict[str, dict[str, str]] = {
     "pick": {
-        "tune lr/5, 4 epochs": lambda m, t, lr: tune(m, t, lr / 5, 4),
-        "tune lr, 3 epochs": lambda m, t, lr: tune(m, t, lr, 3),
-        "annealed lr, 5 epochs": lambda m, t, lr: tune(m, t, lr, 5, anneal=True),
-        "prune 70 %": lambda m, t, lr: prune(m, 0.7),
+        "tune lr/5, 4 epochs": "ftal:lr={fifth},epochs=4",
+        "tune lr, 3 epochs": "ftal:lr=full,epochs=3",
+        "annealed lr, 5 epochs": "annealed:epochs=5",
+        "prune 70 %": "prune:ratio=0.7",
     },
     "report": {
-        "tune lr/4, 3 epochs": lambda m, t, lr: tune(m, t, lr / 4, 3),
-        "tune lr, 5 epochs": lambda m, t, lr: tune(m, t, lr, 5),
-        "annealed lr, 8 epochs": lambda m, t, lr: tune(m, t, lr, 8, anneal=True),
-        "prune 60 %": lambda m, t, lr: prune(m, 0.6),
+        "tune lr/4, 3 epochs": "ftal:lr=quarter,epochs=3",
+        "tune lr, 5 epochs": "ftal:lr=full,epochs=5",
+        "annealed lr, 8 epochs": "annealed:epochs=8",
+        "prune 60 %": "prune:ratio=0.6",
     },
+}
+#: Changes that cost a thief nothing.
+FREE = {
+    "gauge": "bn_gauge",
+    "folded": "bn_fold",
+    "inner scaled": "scale_inner",
+    "stream scaled": "scale_stream",
+    "all": "scale_inner+scale_stream+bn_gauge+bn_fold",
 }
 
 
@@ -125,25 +102,22 @@ def main() -> None:
     }
     result |= {k: round(v, 4) for k, v in marked.measured.items()}
     result["marked"], result["w0"] = row(model), verify(w0, probe).accuracy
-    for name, attack in SETS[mine.set].items():
-        attacked = attack(model, task, s.lr or 0.1)
+    budget = Budget(lr=s.lr or 0.1)
+    for name, text in SETS[mine.set].items():
+        attacked = attack(text.format(fifth=budget.lr / 5), model, task, budget)
         result[name] = row(attacked)
         if name.startswith("tune lr/"):
-            result["then"] = free_changes(embedding.cpu_state(attacked), probe)
+            result["then"] = {
+                free: verify(attack(change, attacked, task, budget).state_dict(), probe).accuracy
+                for free, change in FREE.items()
+            }
     print(json.dumps(result), flush=True)
 
 
-def free_changes(state: State, probe: Probe) -> dict[str, float]:
-    """WM accuracy after each change that costs a thief nothing."""
-    g = torch.Generator().manual_seed(1)
-    changed = {
-        "gauge": batch_norm_gauge(state, g),
-        "folded": fold(state),
-        "inner scaled": scale_inner(state, g),
-        "stream scaled": scale_stream(state, g),
-        "all": fold(batch_norm_gauge(scale_stream(scale_inner(state, g), g), g)),
-    }
-    return {name: verify(tensors, probe).accuracy for name, tensors in changed.items()}
+def attack(text: str, model: nn.Module, task: Task, budget: Budget) -> nn.Module:
+    """One attack, as `jobs/attack.py --attacks` takes it."""
+    (order,) = parse(text)
+    return order.run(model, task, budget, seed=7).model
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ def summary(result: Mapping[str, Any]) -> str:
         f"{result[n]} {n.replace('_', ' ')}" for n in ("diverged", "not_applicable", "failed") if result[n]
     )
     head = f"{result['removed']} of {result['attacks']} attacks removed the mark ({rule})"
+    if not result["marked"]:
+        head = f"the model did not carry {result['bits_required']:g} bits before any attack"
     tail = f"report: {result['report']}\ntable: {result['csv']}\nresult: {result['result']}"
     return f"{head}{'; ' + left if left else ''}\n{cli.table(rows)}\n{tail}"
 

@@ -37,7 +37,7 @@ def render_attack_report(result: Mapping[str, Any]) -> str:
     plot = bits_against_points(rows, bits)
     return environment.from_string(source).render(
         headline=_headline(result, bits),
-        tone="bad" if result["removed"] else "good",
+        tone="bad" if result["removed"] else "good" if result["marked"] else "open",
         subject=" · ".join(words(result[name]) for name in ("task", "model", "run") if result.get(name)),
         facts=_facts(result),
         plot=Markup(plot) if plot else None,
@@ -58,6 +58,8 @@ _GROUPS = (
 def _headline(result: Mapping[str, Any], bits: float) -> str:
     count, removed = result["attacks"], result["removed"]
     rule = f"left fewer than {bits:g} bits and cost at most {POINTS:g} points"
+    if not result["marked"]:
+        return f"The model did not carry {bits:g} bits before any attack, so there was nothing to remove."
     if not removed:
         return f"None of {count} attacks {rule}."
     return f"{removed} of {count} attacks {rule}: the field calls the mark removed there."

@@ -202,18 +202,19 @@ def strike(
     return Struck(row, data)
 
 
-def compared(row: Row, before: float | None, bits: float) -> Row:
-    """The row beside the unattacked model: points lost, and whether the field would call the mark removed.
+def compared(row: Row, whole: Row | None, bits: float) -> Row:
+    """The row beside the unattacked model's: points lost, and whether the field would call the mark removed.
 
-    `removed` is None for forgeries, for rows without a model, and where the mark could not be read at all,
-    which never counts as removed.
+    `removed` is None for forgeries, for rows without a model, where the unattacked model did not carry the
+    mark either, and where the mark could not be read at all, which never counts as removed.
     """
-    after = row["primary_after"]
+    after, before = row["primary_after"], (whole or {}).get("primary_after")
     row = row | {"primary_before": before}
-    if before is None or after is None or not math.isfinite(after):
+    if whole is None or before is None or after is None or not math.isfinite(after):
         return row
     row["points_lost"] = round(100 * (before - after), 4)
-    if row["kind"] in ("removal", "free") and row["verdict"] != "not_verifiable":
+    readable = row["kind"] in ("removal", "free") and row["verdict"] != "not_verifiable"
+    if readable and whole["evidence_bits"] >= bits:
         row["removed"] = bool(row["evidence_bits"] < bits and row["points_lost"] <= POINTS)
     return row
 
@@ -267,12 +268,12 @@ def carry_out(
     at once and returns it as it was kept.
     """
     done = {(row["attack"], row["setting"]): row for row in have}
-    before = next((row["primary_after"] for row in done.values() if row["attack"] == "none"), None)
+    whole = next((row for row in done.values() if row["attack"] == "none"), None)
     left = [order for order in orders if (order.name, order.setting) not in done]
-    for part in (left[:1], left[1:]) if before is None else (left,):
+    for part in (left[:1], left[1:]) if whole is None else (left,):
         for order, struck in crew.strikes(target, part, seed):
-            before = struck.row["primary_after"] if order.name == "none" else before
-            row = keep(compared(struck.row, before, target.bits), struck.model)
+            whole = struck.row if order.name == "none" else whole
+            row = keep(compared(struck.row, whole, target.bits), struck.model)
             done[order.name, order.setting] = row
     return [done[order.name, order.setting] for order in orders]
 
@@ -294,6 +295,7 @@ def summary_counts(rows: Sequence[Row]) -> dict[str, int]:
     """How many attacks ended how."""
     ran = [row for row in rows if row["status"] == "ok" and row["kind"] in ("removal", "free")]
     return {
+        "marked": sum(row["kind"] == "none" and row["verdict"] != "rejected" for row in rows),
         "attacks": len([row for row in rows if row["kind"] != "none"]),
         "removed": sum(row["removed"] is True for row in ran),
         "rejected": sum(row["verdict"] == "rejected" for row in ran),

@@ -49,7 +49,7 @@ _ALL = (
     Attack("spoil", spoiling.spoil, "wrong labels trained in, by somebody who knows the key and the head",
            variants=("steps=20/60/200",), fast=("steps=20",)),
     Attack("scrub", scrubbing.scrub, "the response to QR codes torn away, without the key",
-           variants=("steps=40/100/300",), fast=("steps=40",)),
+           variants=("steps=40/100/300", "steps=100,stages=3"), fast=("steps=40",)),
     Attack("fresh_early", fresh.fresh_early, "first layers drawn anew and trained to the stolen features",
            variants=("stages=1/2/3",)),
     Attack("average", averaging.average, "mean of copies of one W0 with different marks (--copies)"),

@@ -262,14 +262,17 @@ def test_the_fields_rule() -> None:
         row = dict.fromkeys(COLUMNS) | {
             "kind": kind, "verdict": verdict, "evidence_bits": bits, "primary_after": after,
         }  # fmt: skip
-        return compared(row, 0.9, 120.0)["removed"]
+        return compared(row, whole, 120.0)["removed"]
 
+    whole: dict[str, Any] = {"primary_after": 0.9, "evidence_bits": 500.0}
     assert removed("removal", "rejected", 119.9, 0.85) is True
     assert removed("removal", "rejected", 119.9, 0.849) is False  # it paid more than 5 points
     assert removed("removal", "accepted", 120.0, 0.9) is False
     assert removed("free", "needs_commitment", 40, 0.9) is True
     assert removed("free", "not_verifiable", 0, 0.9) is None
     assert removed("forgery", "rejected", 0, 0.9) is None
+    whole["evidence_bits"] = 119.0  # there was nothing to remove
+    assert removed("removal", "rejected", 100.0, 0.9) is None
     assert orders_of("int8,none")[0].name == "none" and len(orders_of("int8,none")) == 2
 
 
@@ -328,3 +331,14 @@ def test_a_model_that_is_not_the_architecture_is_refused(job: Job, tmp_path: Pat
     job.always[1] = str(tmp_path / MODEL_FILE)
     code, _, err = job("--attacks", "int8")
     assert code == 2 and "is not the architecture" in err and not job.storage.exists()
+
+
+def test_a_model_without_the_mark_has_nothing_to_remove(job: Job, marked: Any, tmp_path: Path) -> None:
+    w0, _ = marked
+    (tmp_path / MODEL_FILE).write_bytes(tensor_bytes(w0))
+    job.always[1] = str(tmp_path / MODEL_FILE)  # a bare file: its graph and task come from the kit and flags
+    code, out, _ = job("--attacks", "int8,permute_channels", "--run", "w0")
+    assert code == 0 and out.startswith("the model did not carry 120 bits before any attack")
+    assert [r["removed"] for r in table(job.storage, "w0")] == ["", "", ""]
+    page = (job.storage / "runs/w0/report.html").read_text()
+    assert "nothing to remove" in page and 'class="verdict open"' in page
