@@ -6,6 +6,7 @@ which is what ``ray.tune.grid_search`` itself returns; so spaces are read, print
 
 from __future__ import annotations
 
+from tune_spaces.paper_grid import paper_ablation, paper_grid
 from tune_spaces.smoke import smoke
 
-__all__ = ["smoke"]
+__all__ = ["paper_ablation", "paper_grid", "smoke"]

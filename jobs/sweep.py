@@ -1,0 +1,40 @@
+"""Sweep λ1 and λ2: `python jobs/sweep.py --space smoke|paper_grid …`, also by `ray job submit`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # own spaces, tasks and models are found from where the job was started
+    sys.path[:0] = [str(Path.cwd()), str(Path(__file__).resolve().parent.parent)]
+
+from mtlsign import cli
+from mtlsign.settings_sweep import SweepSettings
+
+
+def main(argv: Sequence[str]) -> None:
+    """Settings → one call → cells.csv, report.html, result.json."""
+    s = cli.parse(SweepSettings, argv, description=__doc__ or "")
+    line = cli.LiveLine(quiet=s.quiet or s.json_output)
+    if s.workers == 0:
+        from mtlsign.sweep_run import InTurn, run
+
+        result = run(s, InTurn(line.say), say=line.say)
+    else:
+        from mtlsign.distributed.tune import sweep_on_ray
+
+        result = sweep_on_ray(s, say=line.say)
+    if s.json_output:
+        cli.print_json(result)
+        return
+    best = result["recommended"] or {}
+    print(cli.table([(name, f"{best[name]:g}") for name in (*result["vary"], *_SHOWN) if name in best]))
+    print(f"recommended: {result['why']}")
+    print(f"table: {result['csv']}\nreport: {result['report']}\nresult: {result['result']}")
+
+
+_SHOWN = ("drop_points", "wm_accuracy", "evidence_bits_attacked", "deviation_l2")
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,200 @@
+"""Sweeps over Ray Tune: phase 1 once for all cells that share it, then one trial for each cell.
+
+A trial is a plain function in one process (`mtlsign.sweep.run_cell`), so it cannot starve on workers that it
+would have to ask for itself; warm processes take cell after cell. What a cell has done lies in the run's
+folder, so a trial that is started again, by Tune or by `--resume`, goes on from there.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mtlsign.distributed import cluster  # first: sets what Ray reads at import
+
+# ruff: isort: split
+import ray
+import torch
+from ray import tune
+from ray.tune import FailureConfig, ResultGrid, RunConfig, TuneConfig, Tuner
+from ray.tune.logger import JsonLoggerCallback
+from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
+
+from mtlsign.errors import ClusterError, MTLSignError
+from mtlsign.settings_reproduce import ReproduceSettings
+from mtlsign.settings_sweep import SweepSettings
+from mtlsign.studies import study
+from mtlsign.sweep import Cell, Row, Shared, cells_of, is_plain, run_cell, train_shared
+from mtlsign.sweep_run import Say, SweepRun, run, told
+from mtlsign.tasks import load_task
+
+__all__ = ["RayFleet", "study_on_ray", "sweep_on_ray", "trial"]
+
+#: What schedulers compare while a cell trains: the share of bits right on perturbed copies (else plainly).
+METRIC = "bits_right"
+
+
+def trial(config: dict[str, Any], *, shared: Shared) -> None:
+    """One cell as a Tune function trainable; give `shared` with `tune.with_parameters`.
+
+    Reports `bits_right` every 50 steps, and at the end the cell's whole row.
+    """
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+
+    def show(row: Mapping[str, Any]) -> None:
+        if "seconds" in row:  # a report, not a tick
+            right = row.get("snapshot_accuracy", row.get("wm_accuracy"))
+            tune.report({METRIC: right, "step": row["step"]})
+
+    row = run_cell(shared.cell(config), shared, show)
+    steps = shared.cell(config).settings.steps
+    tune.report({METRIC: row["wm_accuracy"] or 0.0, "step": steps, "row": row})
+
+
+def sweep_on_ray(s: SweepSettings, *, say: Say = lambda _: None) -> dict[str, Any]:
+    """The sweep's job on Ray: join or start a cluster, run `sweep_run.run` there."""
+    return run(s, RayFleet(say), say=say)
+
+
+def study_on_ray(s: ReproduceSettings, *, say: Say = lambda _: None) -> dict[str, Any]:
+    """A study of the paper with its embeddings as Tune's trials."""
+    return study(s, fleet=RayFleet, say=say)
+
+
+class RayFleet:
+    """Cells as Tune's trials. `grid` is Tune's `ResultGrid` afterwards."""
+
+    def __init__(self, say: Say = lambda _: None) -> None:
+        self._say = say
+        self._each: dict[str, float] = {}
+        self._at_once = 1
+        self.grid: ResultGrid | None = None
+
+    def check(self, s: SweepSettings, space: Mapping[str, Any]) -> None:
+        """Connect, compute how many cells fit at a time, and look at the data on every node."""
+        cluster.connect()
+        self._each = {"CPU": float(s.cpus_per_worker)}
+        if s.gpus_per_worker:
+            self._each["GPU"] = float(s.gpus_per_worker)
+        fits = cluster.room_for(10**6, self._each)
+        if not fits:
+            have = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}  # type: ignore[no-untyped-call]
+            raise ClusterError(
+                f"no node has {self._each} for one cell (the cluster: {have}); lower it", field="workers"
+            )
+        wanted = min(x for x in (s.workers, s.max_concurrent, fits) if x is not None)
+        if s.workers is not None and s.workers > fits:
+            raise ClusterError(
+                f"{s.workers} cells at a time do not fit: there is room for {fits}; lower --workers",
+                field="workers",
+            )
+        self._at_once = max(1, wanted)
+        self._say(f"{self._at_once} cells at a time, {self._each} each; the cluster has room for {fits}")
+        first = cells_of(space, s)[0].settings
+
+        def look() -> None:
+            load_task(first.task, data=first.data, download=first.download, seed=first.seed)
+
+        if cluster.is_this_machine():
+            look()
+        else:
+            cluster.on_every_node(look, self._each)
+
+    def sweep(self, s: SweepSettings, space: Mapping[str, Any], run: SweepRun) -> list[Row]:
+        """Phase 1 for each W0, then Tune over the cells."""
+        cells = cells_of(space, s)
+        shared = Shared(
+            folder=run.folder, clean=self._clean(cells, s, run), attacks=s.attacks, bits=s.bits,
+            data=s.data, download=s.download,
+        )  # fmt: skip
+        os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # TensorBoard files of every trial
+        os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", str(self._at_once))
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+        drawn = not all(is_plain(value) for value in space.values())
+        tuner = Tuner(
+            tune.with_resources(tune.with_parameters(trial, shared=shared), dict(self._each)),
+            param_space=dict(space),
+            tune_config=TuneConfig(
+                metric=METRIC, mode="max", scheduler=_scheduler(s, cells), reuse_actors=True,
+                max_concurrent_trials=self._at_once, num_samples=s.num_samples if drawn else 1,
+            ),
+            run_config=RunConfig(
+                name=f"tune-{secrets.token_hex(4)}", storage_path=run.folder.ray_path(), verbose=0,
+                failure_config=FailureConfig(max_failures=s.max_failures),
+                callbacks=[JsonLoggerCallback(), _Watch(self._say, len(cells))],  # type: ignore[no-untyped-call]
+            ),
+        )  # fmt: skip
+        self.grid = tuner.fit()
+        return _rows(self.grid, shared)
+
+    def _clean(self, cells: Sequence[Cell], s: SweepSettings, run: SweepRun) -> dict[str, bytes]:
+        """W0 of every `clean_name`: one Ray task each, which go on from their checkpoints when lost."""
+        firsts = {cell.clean_name: cell for cell in cells}
+        gpus = self._each.get("GPU", 0)
+        remote = ray.remote(num_cpus=self._each["CPU"], num_gpus=gpus, max_retries=s.max_failures)(_train)
+        left = {remote.remote(cell, run.folder): name for name, cell in firsts.items()}
+        found: dict[str, bytes] = {}
+        while left:
+            done, _ = ray.wait(list(left), num_returns=1)
+            answer = ray.get(done[0])
+            if isinstance(answer, MTLSignError):
+                raise answer
+            found[left.pop(done[0])] = answer
+            self._say(f"phase 1 · {len(found)} of {len(firsts)} trained")
+        return found
+
+
+def _train(cell: Cell, folder: Any) -> bytes | MTLSignError:
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    try:
+        return train_shared(cell, folder)
+    except MTLSignError as error:
+        return error  # trying again would not help
+
+
+def _scheduler(s: SweepSettings, cells: Sequence[Cell]) -> TrialScheduler | None:
+    longest = max(cell.settings.steps or 1 for cell in cells)
+    if s.scheduler == "asha":
+        return ASHAScheduler(time_attr="step", max_t=longest, grace_period=max(1, longest // 4))
+    if s.scheduler == "median":
+        return MedianStoppingRule(time_attr="step", grace_period=max(1, longest // 4))
+    return None
+
+
+class _Watch(tune.Callback):
+    """Says each finished cell in one line."""
+
+    def __init__(self, say: Say, count: int) -> None:
+        self._say, self._count, self._done = say, count, 0
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tune's hook."""
+        self._done += 1
+        result = trial.last_result or {}
+        self._say(f"{self._done:4}/{self._count} {told(result.get('row'), trial.config)}")
+
+
+def _rows(grid: ResultGrid, shared: Shared) -> list[Row]:
+    """A row for every trial: finished, stopped, or lost with Ray's reason."""
+    rows: list[Row] = []
+    for i in range(len(grid)):
+        result = grid[i]
+        metrics, config = result.metrics or {}, result.config or {}
+        row = metrics.get("row")
+        if isinstance(row, dict):
+            rows.append(row)
+            continue
+        cell = shared.cell(config)
+        s = cell.settings
+        lost = result.error is not None
+        lines = [line for line in str(result.error).splitlines() if line.strip()] if lost else []
+        rows.append(
+            {
+                "cell": cell.name, "lambda1": s.lambda1, "lambda2": s.lambda2, "seed": s.seed,
+                "status": "failed" if lost else "stopped",
+                "reason": lines[-1][:300] if lines else f"stopped at step {metrics.get('step')}",
+            }
+        )  # fmt: skip
+    return rows

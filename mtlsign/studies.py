@@ -1,0 +1,111 @@
+"""Running a study of the paper: settings in, its table out, beside the sweep that it consists of."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mtlsign import reproduce
+from mtlsign.artifact import RUNS
+from mtlsign.errors import ArtifactError, SettingsError
+from mtlsign.folder import MANIFEST, write_folder
+from mtlsign.settings import dump
+from mtlsign.settings_reproduce import ReproduceSettings
+from mtlsign.storage import Storage, open_storage
+from mtlsign.sweep import CLEAN, Cell, train_shared
+from mtlsign.sweep_run import Fleet, InTurn, Say, run
+from mtlsign.tables import csv_of
+from mtlsign.tensors import read_tensors
+
+TABLE, TEXT, STUDY = "study.csv", "study.md", "study.json"
+_GUESSES = "guesses.json"
+_LIMIT = 2**26
+
+
+def study(
+    s: ReproduceSettings, *, fleet: Callable[[Say], Fleet] = InTurn, say: Say = lambda _: None
+) -> dict[str, Any]:
+    """Run the study (`ablation` and `overwriting` in the places of `fleet`, `thresholds` here).
+
+    Returns: `rows` and `text` of the table, and where it lies.
+    Raises: MTLSignError: bad input; then nothing has been written.
+    """
+    if s.study == "thresholds":
+        return _thresholds(s, say)
+    tables: list[dict[str, Any]] = []
+
+    def more(rows: Sequence[reproduce.Row]) -> dict[str, bytes]:
+        tables.extend(reproduce.table(s, rows))
+        return _files(tables)
+
+    result = run(reproduce.sweep_settings(s), fleet(say), say=say, more=more)
+    place = result["result"].removesuffix("result.json")
+    return _answer(s, tables, place, result["result"])
+
+
+def _files(rows: Sequence[reproduce.Row]) -> dict[str, bytes]:
+    columns = list(rows[0]) if rows else []
+    return {
+        TABLE: csv_of(rows, columns),
+        TEXT: (reproduce.markdown(rows) + "\n").encode(),
+        STUDY: json.dumps(list(rows), indent=1, allow_nan=False).encode(),
+    }
+
+
+def _answer(s: ReproduceSettings, rows: Sequence[reproduce.Row], place: str, result: str) -> dict[str, Any]:
+    return {
+        "study": s.study, "task": s.task, "rows": list(rows), "text": reproduce.markdown(rows),
+        "table": f"{place}{TABLE}", "result": result,
+    }  # fmt: skip
+
+
+def _thresholds(s: ReproduceSettings, say: Say) -> dict[str, Any]:
+    """5,000 random keys on an unmarked network, beside the exact binomial."""
+    storage = open_storage(s.storage, endpoint=s.endpoint)
+    name = s.resume or s.run or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
+    folder = storage.child(RUNS).child(name)
+    if s.resume is None:
+        storage.check_writable()
+        if not folder.write("settings.json", dump(s), only_if_new=True):
+            raise SettingsError(f"{name!r} exists; choose another name, or --resume {name}", field="run")
+    else:
+        s = _resumed(s, folder, name)
+    say(f"run {name}; if it is interrupted: --resume {name}")
+    config = {"task": s.task, "model": s.model, "width": s.width, "seed": s.seed}
+    w0 = read_tensors(train_shared(Cell(config, s.data, s.download), folder))
+    say("phase 1 is done: the unmarked network")
+    rows = []
+    for head in s.heads.split(","):
+        kept = f"{head}-{_GUESSES}"
+        done = json.loads(folder.read(kept, _LIMIT)) if folder.exists(kept) else []
+
+        def tick(found: list[float], head: str = head, kept: str = kept) -> None:
+            folder.write(kept, json.dumps(found).encode())
+            say(f"{head} head · {len(found):,} of {s.keys:,} keys")
+
+        found = reproduce.guesses(s, head, w0, done=done, tick=tick)
+        folder.write(kept, json.dumps(found).encode())
+        rows.append({"head": head, **reproduce.band(found, 1024 if head == "keyed" else 600)})
+    place = folder.child(TABLE).uri.removesuffix(TABLE)
+    answer = _answer(s, rows, place, folder.child("result.json").uri)
+    write_folder(folder, {**_files(rows), "result.json": json.dumps(answer, indent=1).encode()})
+    folder.delete(CLEAN)
+    return answer
+
+
+def _resumed(s: ReproduceSettings, folder: Storage, name: str) -> ReproduceSettings:
+    if not folder.exists("settings.json"):
+        raise SettingsError(f"no run {name!r} in this storage; check --storage and the name", field="resume")
+    if folder.exists(MANIFEST):
+        raise SettingsError(f"run {name!r} is finished; its result lies in {folder.uri}", field="resume")
+    try:
+        kept = ReproduceSettings.of(json.loads(folder.read("settings.json", 2**20)))
+    except (ValueError, TypeError, SettingsError):
+        raise ArtifactError(f"settings.json of run {name!r} is no study's", field="resume") from None
+    if kept.study != s.study:
+        raise SettingsError(f"is {kept.study} in run {name!r}", field="study")
+    where = {"storage": s.storage, "endpoint": s.endpoint, "resume": s.resume, "data": s.data or kept.data}
+    return kept.model_copy(update={**where, "json_output": s.json_output, "quiet": s.quiet})

@@ -1,0 +1,347 @@
+"""A sweep's cells: one phase 1 for all that share it, then for each cell phase 2, attacks and one row.
+
+Nothing here knows Ray: `mtlsign.distributed.tune` runs `train_shared` and `run_cell` in Ray Tune's processes,
+a notebook may call them itself. What a cell finishes lies in its own `result.json`, from which its row can be
+rebuilt, so a sweep that was killed loses no finished cell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import itertools
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtlsign import backbone, embedding
+from mtlsign.artifact import Kit
+from mtlsign.attacks import Order, parse
+from mtlsign.campaign import Target, compared, strike
+from mtlsign.errors import ArtifactError, ModelError, SettingsError
+from mtlsign.key import Identity
+from mtlsign.network import TaskShape, graph_of, initial, owner_factories
+from mtlsign.progress import Alone, State
+from mtlsign.runs import load_state, state_bytes
+from mtlsign.settings import EmbedSettings, nearest
+from mtlsign.settings_sweep import SweepSettings
+from mtlsign.storage import Storage
+from mtlsign.tasks import Task, load_task
+from mtlsign.tensors import read_tensors, tensor_bytes
+from mtlsign.verification import Probe, verify
+
+Row = dict[str, Any]
+Show = Callable[[Mapping[str, Any]], None]
+
+#: Settings that phase 1 depends on: cells that agree in them start from the same W0.
+CLEAN_FIELDS = (
+    *("task", "data", "model", "width", "stem", "init", "epochs", "batch", "lr", "weight_decay"),
+    *("amp", "seed"),
+)
+#: What a space may not set: the sweep's own settings say it.
+RESERVED = frozenset(
+    (
+        *("owner", "passphrase_file", "endpoint", "json", "quiet", "data", "download", "workers"),
+        *("cpus_per_worker", "gpus_per_worker", "cluster_wait", "max_failures", "storage", "run", "resume"),
+        *("keep_checkpoints", "insecure_test_key", "name"),
+    )
+)
+RESULT, STATE, CELLS, CLEAN = "result.json", "state.pt", "cells", "clean"
+#: Columns of `cells.csv`, before one pair (bits, points lost) for each attack.
+COLUMNS = (
+    "cell", "lambda1", "lambda2", "seed", "status", "primary_clean", "primary_marked", "validation_clean",
+    "validation_marked", "drop_points", "wm_accuracy", "evidence_bits", "evidence_bits_attacked",
+    "deviation_l2", "wm_accuracy_on_clean", "seconds_mark", "seconds_attacks", "reason",
+)  # fmt: skip
+_LIMIT = 2**20
+
+
+# -- the space --------------------------------
+
+
+def load_space(s: SweepSettings) -> dict[str, Any]:
+    """The search space, with the sweep's own settings put over it, as plain data for Ray Tune.
+
+    Raises: SettingsError for an unknown space, or one that sets what is not a cell's to set.
+    """
+    space = _named(s.space)
+    space |= {k: v for k, v in (("task", s.task), ("model", s.model), ("width", s.width)) if v is not None}
+    space |= _fixed(s.fixed)
+    known = set(EmbedSettings.model_fields) - RESERVED
+    for name in space:
+        if not isinstance(name, str) or name not in known:
+            raise SettingsError(f"the space sets {name!r}; {nearest(str(name), known)}", field="space")
+    if "seed" not in space:
+        drawn = any(not is_plain(v) for v in space.values())
+        count = 1 if drawn else s.num_samples
+        space["seed"] = {"grid_search": list(range(s.seed, s.seed + count))} if count > 1 else s.seed
+    for name in CLEAN_FIELDS:
+        if name in space and not is_plain(space[name]):
+            raise SettingsError(
+                f"the space draws {name!r}, which needs a phase 1 for every draw; give values or a grid",
+                field="space",
+            )
+    for cell in cells_of(space, s):  # refuses what no cell could run, before anything is written
+        _ = cell.name
+    return space
+
+
+def _named(name: str) -> dict[str, Any]:
+    module, _, function = name.partition(":")
+    try:
+        make = getattr(importlib.import_module(module if function else "tune_spaces"), function or module)
+        space = make()
+    except Exception as error:  # an own space is the user's code: whatever it raises is told in one line
+        hint = "write smoke, paper_grid, paper_ablation, or package.module:function"
+        raise SettingsError(
+            f"{name[:100]!r} gives no space ({type(error).__name__}: {str(error)[:120]}); {hint}",
+            field="space",
+        ) from None
+    if not isinstance(space, dict):
+        raise SettingsError(f"{name[:100]!r} gives no mapping of settings", field="space")
+    return dict(space)
+
+
+def _fixed(text: str) -> dict[str, str]:
+    pairs = {}
+    # a value may hold commas itself: snapshots=noise,tuned,steps=300
+    for part in re.split(r",(?=\s*[A-Za-z0-9_-]+\s*=)", text) if text.strip() else []:
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip():
+            raise SettingsError(f"{part[:60]!r} is not NAME=VALUE", field="fixed")
+        pairs[name.strip().replace("-", "_")] = value.strip()
+    return pairs
+
+
+def _is_grid(value: object) -> bool:
+    return isinstance(value, Mapping) and set(value) == {"grid_search"} and bool(value["grid_search"])
+
+
+def is_plain(value: object) -> bool:
+    """Whether it is a value or a grid of values, not a draw."""
+    return value is None or isinstance(value, str | int | float | bool) or _is_grid(value)
+
+
+def grid_of(space: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of the space's grids; draws are left out (they have defaults)."""
+    plain = {name: value for name, value in space.items() if is_plain(value)}
+    choices = [value["grid_search"] if _is_grid(value) else [value] for value in plain.values()]
+    for values in itertools.product(*choices):
+        yield dict(zip(plain, values, strict=True))
+
+
+# -- one cell --------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination: its settings, and names that follow from what it computes."""
+
+    config: Mapping[str, Any]
+    data: Path | None
+    download: bool
+
+    @property
+    def settings(self) -> EmbedSettings:
+        """Complete settings. Raises `SettingsError`."""
+        fixed = {"data": self.data, "download": self.download, "workers": 0, "insecure_test_key": True}
+        return EmbedSettings.of({**self.config, **fixed}).resolved()
+
+    @property
+    def name(self) -> str:
+        """16 hex digits of the settings that change what is computed."""
+        return _digest(self.settings, None)
+
+    @property
+    def clean_name(self) -> str:
+        """16 hex digits of what phase 1 depends on."""
+        return _digest(self.settings, CLEAN_FIELDS)
+
+
+def _digest(s: EmbedSettings, fields: Sequence[str] | None) -> str:
+    left_out = RESERVED | {"json_output"}
+    chosen = {
+        name: value
+        for name, value in s.model_dump(mode="json").items()
+        if (name in fields if fields is not None else name not in left_out) and name != "data"
+    }
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def cells_of(space: Mapping[str, Any], s: SweepSettings) -> list[Cell]:
+    """The cells of the space's grids."""
+    return [Cell(config, s.data, s.download) for config in grid_of(space)]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What every cell is given. It holds W0: SECRET, never shown."""
+
+    folder: Storage = field(repr=False)
+    clean: Mapping[str, bytes] = field(repr=False)
+    attacks: str
+    bits: float
+    data: Path | None
+    download: bool
+
+    def cell(self, config: Mapping[str, Any]) -> Cell:
+        """The cell of one of Tune's configurations."""
+        return Cell(config, self.data, self.download)
+
+
+@lru_cache(maxsize=1)  # warm processes run cell after cell
+def _task(name: str, data: Path | None, download: bool, seed: int) -> Task:
+    return load_task(name, data=data, download=download, seed=seed)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _keeper(folder: Storage, name: str) -> Callable[[State], None]:
+    def keep(state: State) -> None:
+        folder.write(name, state_bytes(state))
+
+    return keep
+
+
+def train_shared(cell: Cell, folder: Storage, show: Show | None = None) -> bytes:
+    """Phase 1 of all cells with this `clean_name`, resumed if it was begun: W0's safetensors bytes."""
+    kept = folder.child(CLEAN)
+    name, state = f"{cell.clean_name}.safetensors", f"{cell.clean_name}.pt"
+    if kept.exists(name):
+        return kept.read(name, 2**32)
+    s = cell.settings
+    task = _task(s.task, s.data, s.download, s.seed)
+    graph = graph_of(s, TaskShape(task.channels, task.height, task.width, task.classes))
+    if s.init is not None:
+        w0 = initial(s, graph)
+    else:
+        rank = Alone(
+            _device(), show=show, keep=_keeper(kept, state),
+            state=load_state(kept.read(state, 2**34)) if kept.exists(state) else None,
+        )  # fmt: skip
+        w0, _ = embedding.clean_phase(s, graph, rank)
+    data = tensor_bytes(w0)
+    kept.write(name, data)
+    kept.delete(state)
+    return data
+
+
+def run_cell(cell: Cell, shared: Shared, show: Show | None = None) -> Row:
+    """Phase 2, then every attack: the cell's row, which is kept before it is returned.
+
+    A cell that is finished returns its kept row at once; one that was interrupted goes on from its last
+    checkpoint. A cell whose training diverges is a row that says so.
+    """
+    kept = shared.folder.child(CELLS).child(cell.name)
+    if (row := finished(kept)) is not None:
+        return row
+    s = cell.settings
+    row = dict.fromkeys(COLUMNS) | {"cell": cell.name, "status": "ok"}
+    row |= {name: getattr(s, name) for name in ("lambda1", "lambda2", "seed")}
+    row |= {name: value for name, value in cell.config.items() if name not in row}
+    try:
+        row |= _measure(s, cell, shared, kept, show)
+    except ModelError as error:
+        row |= {"status": "diverged" if "diverged" in str(error) else "failed", "reason": str(error)}
+    kept.write(RESULT, json.dumps(row, allow_nan=False).encode())
+    kept.delete(STATE)
+    return row
+
+
+def _measure(s: EmbedSettings, cell: Cell, shared: Shared, kept: Storage, show: Show | None) -> Row:
+    task, device = _task(s.task, s.data, s.download, s.seed), _device()
+    graph = graph_of(s, TaskShape(task.channels, task.height, task.width, task.classes))
+    w0 = read_tensors(shared.clean[cell.clean_name])
+    factories = owner_factories(graph)
+    # A key for nobody: a sweep chooses settings, and whoever embeds with them has a key of their own.
+    owner = Identity(hashlib.sha256(f"mtlsign sweep {s.seed}".encode()).digest(), bytes(32))
+    skeleton = backbone.build(graph, factories=factories)
+    geometry = (task.channels, task.height, task.width)
+    opening, reference = embedding.commit(skeleton, w0, graph, geometry, s, owner)
+    rank = Alone(
+        device, show=show, keep=_keeper(kept, STATE),
+        state=load_state(kept.read(STATE, 2**34)) if kept.exists(STATE) else None,
+    )  # fmt: skip
+    marked = embedding.mark_phase(s, w0, opening, reference, rank)
+    probe = Probe(opening, reference, head=marked.head, factories=factories)
+    verdict = verify(marked.tensors, probe, bits=shared.bits, w0=w0)
+    moved = (
+        float((t.double() - w0[n].double()).square().sum())
+        for n, t in marked.tensors.items()
+        if t.is_floating_point()
+    )
+    row: Row = {
+        **{name: marked.measured[name] for name in _MEASURED},
+        "drop_points": 100 * (marked.measured["validation_clean"] - marked.measured["validation_marked"]),
+        "wm_accuracy": verdict.accuracy, "evidence_bits": verdict.evidence_bits,
+        "wm_accuracy_on_clean": verdict.controls.get("w0", [None])[0],
+        "deviation_l2": math.sqrt(sum(moved)),
+        "seconds_mark": round(sum(r["seconds"] for r in marked.rows), 3),
+    }  # fmt: skip
+    started, left = time.monotonic(), [verdict.evidence_bits]
+    kit = Kit(opening, reference.data, b"", marked.head, {})
+    target = Target(
+        tensors=tensor_bytes(marked.tensors), kit=kit, graph=graph,
+        factory=str(graph["arch"])[4:] if factories else None, task=s.task, data=s.data, download=s.download,
+        split_seed=s.seed, extra=0.0, lr=s.lr or 0.1, copies=(), bits=shared.bits,
+    )  # fmt: skip
+    unattacked = {"primary_after": row["primary_marked"], "evidence_bits": verdict.evidence_bits}
+    for order in parse(shared.attacks):
+        struck = compared(strike(target, order, s.seed, device).row, unattacked, shared.bits)
+        name = label(order)
+        for column in ("wm_accuracy", "evidence_bits", "points_lost"):
+            row[f"{_SHORT[column]} {name}"] = struck[column]
+        if struck["status"] != "ok":
+            row["reason"] = f"{name}: {struck['status']} ({struck['reason']})"
+        elif struck["verdict"] != "not_verifiable":
+            left.append(struck["evidence_bits"])
+    row["evidence_bits_attacked"] = min(left)
+    row["seconds_attacks"] = round(time.monotonic() - started, 3)
+    return row
+
+
+#: What an attack adds to a row, and how its columns begin.
+_SHORT = {"wm_accuracy": "wm", "evidence_bits": "bits", "points_lost": "points lost"}
+_MEASURED = ("primary_clean", "primary_marked", "validation_clean", "validation_marked")
+
+
+def label(order: Order) -> str:
+    """An attack as a part of a column's name: `prune ratio=0.6 bn=kept`."""
+    return f"{order.name} {order.setting}".strip()
+
+
+def finished(folder: Storage) -> Row | None:
+    """A cell's kept row. Raises `ArtifactError` where it is damaged."""
+    if not folder.exists(RESULT):
+        return None
+    try:
+        row = json.loads(folder.read(RESULT, _LIMIT))
+        if not isinstance(row, dict) or not isinstance(row["status"], str):
+            raise TypeError
+    except (ValueError, TypeError, KeyError):
+        raise ArtifactError(
+            f"{folder.uri}/{RESULT} is damaged; delete it, and the cell runs again", field="resume"
+        ) from None
+    return row
+
+
+def rows_of(folder: Storage) -> list[Row]:
+    """The rows of a run's finished cells, from their own files alone."""
+    names = [name for name in folder.list(CELLS) if name.endswith(f"/{RESULT}")]
+    rows = [finished(folder.child(name.removesuffix(f"/{RESULT}"))) for name in names]
+    return in_order([row for row in rows if row is not None])
+
+
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """Rows by λ1, λ2, seed, cell."""
+    return sorted(rows, key=lambda r: (r["lambda1"], r["lambda2"], r["seed"], r["cell"]))

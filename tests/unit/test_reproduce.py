@@ -1,0 +1,143 @@
+"""The paper's studies: what they run, and how rows become the paper's tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtlsign import reproduce, studies
+from mtlsign.attacks import parse
+from mtlsign.errors import SettingsError
+from mtlsign.settings_reproduce import ReproduceSettings
+from mtlsign.sweep import cells_of, load_space
+from mtlsign.tasks import Task
+
+FIXED = "width=8,key_size=128,epochs=1,steps=12,batch=16,primary_batch=16,inner_steps=1"
+
+
+def of(**values: Any) -> ReproduceSettings:
+    return ReproduceSettings.of({"study": "ablation", **values})
+
+
+def test_the_ablation_crosses_both_regularisers_heads_and_seeds() -> None:
+    s = reproduce.sweep_settings(of())
+    cells = [cell.settings for cell in cells_of(load_space(s), s)]
+    assert len(cells) == 4 * 2 * 3 and {c.snapshots for c in cells} == {"tuned"}
+    assert {(c.lambda1, c.lambda2) for c in cells} == {(a, b) for a in (0, 0.1) for b in (0, 0.1)}
+    orders = [order.name for order in parse(s.attacks)]
+    assert orders == ["prune"] * 9 + ["fine_prune"]
+
+
+def test_overwriting_meets_the_papers_epochs_with_both_adversaries() -> None:
+    s = reproduce.sweep_settings(of(study="overwriting", heads="keyed", seeds=2))
+    cells = [cell.settings for cell in cells_of(load_space(s), s)]
+    assert [(c.head, c.seed) for c in cells] == [("keyed", 0), ("keyed", 1)]
+    settings = [dict(order.links[0].settings) for order in parse(s.attacks)]
+    assert [(x["epochs"], x["head"]) for x in settings] == [(e, "keyed") for e in (50, 150, 250, 350)]
+
+
+def ablation_row(ratio: float | None, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """A mark that falls below γ from pruning ratio `ratio` on; a ratio r costs 10·r points."""
+    row: dict[str, Any] = {
+        "status": "ok", "head": "keyed", "lambda1": 0.1, "lambda2": 0.1, "seed": seed,
+        "primary_marked": 0.9 + seed / 100, "wm fine_prune ratio=0.5 epochs=5": 0.95,
+    }  # fmt: skip
+    for r in reproduce.RATIOS:
+        gone = ratio is not None and r >= ratio
+        row[f"wm prune ratio={r:g} bn=kept"] = 0.69 if gone else 0.7
+        row[f"points lost prune ratio={r:g} bn=kept"] = 10 * r
+    return row | changes
+
+
+def test_the_ablations_table() -> None:
+    rows = [
+        ablation_row(0.4),
+        ablation_row(0.6, 1),
+        ablation_row(None, 2),
+        ablation_row(0.1, status="diverged"),
+    ]
+    (found,) = reproduce.table(of(), rows)
+    assert found["n"] == 3 and found["R_func"] and found["R_DA"] and found["NP never does"] == 1
+    assert found["primary"] == pytest.approx(0.91) and found["sd primary"] == pytest.approx(0.01)
+    assert found["points lost until NP takes the mark below gamma"] == pytest.approx(5.0)
+    assert found["wm accuracy after FP"] == pytest.approx(0.95)
+    text = reproduce.markdown([found])
+    assert "0.91 ± 0.01" in text and "| with |" in text and len(text.splitlines()) == 3
+
+
+def test_overwritings_table_stands_beside_the_papers() -> None:
+    columns = {f"wm overwrite epochs={e} head=free n=0": 1 - e / 10_000 for e in (50, 350)}
+    columns |= {f"bits overwrite epochs={e} head=free n=0": 600.0 - e for e in (50, 350)}
+    rows = [{"status": "ok", "head": "free", "wm_accuracy": 1.0, "seed": i, **columns} for i in range(2)]
+    found = reproduce.table(of(study="overwriting"), rows)
+    assert [(r["epochs"], r["the paper"], r["n"]) for r in found] == [(50, 2.0, 2), (350, 2.5, 2)]
+    assert found[1]["points of wm accuracy lost"] == pytest.approx(3.5) and found[1]["bits left"] == 250
+
+
+def test_the_band_tells_fair_coins_from_loaded_ones() -> None:
+    draw = random.Random(1)
+
+    def keys(p: float) -> list[float]:
+        return [sum(draw.random() < p for _ in range(600)) / 600 for _ in range(400)]
+
+    fair, loaded = reproduce.band(keys(0.5), 600), reproduce.band(keys(0.51), 600)
+    assert fair["p"] > 0.001 > loaded["p"] and fair["keys"] == 400
+    assert fair["sd of Binomial(N, 1/2)"] == pytest.approx(0.0204, abs=1e-4)
+
+
+@pytest.fixture
+def _tiny(monkeypatch: pytest.MonkeyPatch, tiny_task: Task) -> None:
+    for module in ("sweep", "sweep_run", "campaign", "embedding", "reproduce"):
+        monkeypatch.setattr(f"mtlsign.{module}.load_task", lambda *_, **__: tiny_task)
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_a_study_runs_and_keeps_its_table(tmp_path: Path) -> None:
+    s = of(study="overwriting", seeds=1, epochs="1", fixed=FIXED, storage=str(tmp_path), run="o", workers=0)
+    answer = studies.study(s)
+    table = list(csv.DictReader(io.StringIO((tmp_path / "runs/o/study.csv").read_text())))
+    assert {(r["owner's head"], r["adversary's head"]) for r in table} == {
+        (a, b) for a in ("free", "keyed") for b in ("free", "keyed")
+    }
+    assert answer["text"] in (tmp_path / "runs/o/study.md").read_text()
+    assert (tmp_path / "runs/o/cells.csv").exists()
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_random_keys_are_resumed_and_end_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    s = of(study="thresholds", width=8, keys=120, heads="keyed", storage=str(tmp_path), run="t")
+    real, calls = reproduce.guesses, []
+
+    def cut(*args: Any, **options: Any) -> list[float]:
+        calls.append(len(options["done"]))
+        if len(calls) == 1:
+            tick = options["tick"]
+
+            def die(found: list[float]) -> None:
+                tick(found)
+                raise KeyboardInterrupt
+
+            options["tick"] = die
+        return real(*args, **options)
+
+    monkeypatch.setattr(reproduce, "guesses", cut)
+    monkeypatch.setattr("mtlsign.sweep.Cell.settings", _short)
+    with pytest.raises(KeyboardInterrupt):
+        studies.study(s)
+    answer = studies.study(of(study="thresholds", storage=str(tmp_path), resume="t"))
+    assert calls == [0, 100] and answer["rows"][0]["keys"] == 120
+    assert 0.4 < answer["rows"][0]["mean"] < 0.6
+    with pytest.raises(SettingsError, match="finished"):
+        studies.study(of(study="thresholds", storage=str(tmp_path), resume="t"))
+
+
+@property  # type: ignore[misc]
+def _short(cell: Any) -> Any:
+    from mtlsign.settings import EmbedSettings
+
+    return EmbedSettings.of({**cell.config, "epochs": 1, "batch": 16, "workers": 0}).resolved()

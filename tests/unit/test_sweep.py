@@ -1,0 +1,334 @@
+"""Cells, their kept rows, what is chosen from them, and a whole sweep in this process."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtlsign import front, sweep, sweep_run, tables
+from mtlsign.errors import ArtifactError, ModelError, SettingsError
+from mtlsign.settings_sweep import SweepSettings
+from mtlsign.storage import open_storage
+from mtlsign.sweep import Cell, Shared, cells_of, finished, load_space, rows_of, run_cell, train_shared
+from mtlsign.sweep_run import InTurn, SweepRun
+from mtlsign.tasks import Task
+
+FIXED = "width=8,key_size=128,epochs=1,steps=60,batch=16,primary_batch=16,wm_lr=0.01"
+ATTACKS = "bn_gauge,prune:ratio=0.3"
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch, tiny_task: Task) -> None:
+    """`digits` is the tiny task here, for cells and for what attacks them."""
+    for module in ("sweep", "sweep_run", "campaign", "embedding"):
+        monkeypatch.setattr(f"mtlsign.{module}.load_task", lambda *_, **__: tiny_task)
+
+
+def tiny(**changes: Any) -> SweepSettings:
+    return SweepSettings.of({"space": "smoke", "fixed": FIXED, "attacks": ATTACKS, "workers": 0, **changes})
+
+
+# -- spaces --------------------------------
+
+
+def test_the_papers_grid_has_its_hundred_cells() -> None:
+    s = SweepSettings.of({"space": "paper_grid"})
+    cells = cells_of(load_space(s), s)
+    pairs = {(c.settings.lambda1, c.settings.lambda2) for c in cells}
+    wanted = [i / 50 for i in range(1, 11)]
+    assert pairs == {(a, b) for a in wanted for b in wanted} and len(cells) == 100
+    assert len({c.name for c in cells}) == 100 and len({c.clean_name for c in cells}) == 1
+
+
+def test_the_ablation_has_its_four_corners() -> None:
+    s = SweepSettings.of({"space": "paper_ablation"})
+    found = [(c.settings.lambda1, c.settings.lambda2) for c in cells_of(load_space(s), s)]
+    assert found == [(0.0, 0.0), (0.0, 0.1), (0.1, 0.0), (0.1, 0.1)]
+
+
+def test_repetitions_get_seeds_of_their_own() -> None:
+    s = tiny(num_samples=3, seed=7)
+    cells = cells_of(load_space(s), s)
+    assert len(cells) == 12 and {c.settings.seed for c in cells} == {7, 8, 9}
+    assert len({c.clean_name for c in cells}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "says"),
+    [
+        ({"space": "papergrid"}, "space", "paper_grid"),
+        ({"space": "os:getcwd"}, "space", "no mapping"),
+        ({"space": "no.such:thing"}, "space", "ModuleNotFoundError"),
+        ({"fixed": "stepz=3"}, "space", "steps"),
+        ({"fixed": "steps"}, "fixed", "NAME=VALUE"),
+        ({"fixed": "steps=-3"}, "steps", "greater"),
+        ({"fixed": "storage=/tmp"}, "space", "storage"),
+        ({"fixed": "insecure_test_key=1"}, "space", "insecure_test_key"),
+        ({"fixed": "lambda1=-1"}, "lambda1", "greater"),
+    ],
+)
+def test_bad_spaces_are_told_in_one_line(changes: dict[str, Any], field: str, says: str) -> None:
+    with pytest.raises(SettingsError, match=says) as caught:
+        load_space(SweepSettings.of({"space": "smoke", **changes}))
+    assert field in str(caught.value)
+
+
+def test_a_draw_of_what_phase_1_depends_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Draw:
+        def sample(self) -> float:
+            return 0.1
+
+    monkeypatch.setattr("tune_spaces.smoke", lambda: {"task": "digits", "weight_decay": Draw()})
+    with pytest.raises(SettingsError, match="weight_decay"):
+        load_space(tiny(fixed=""))
+
+
+def test_fixed_values_may_hold_commas() -> None:
+    s = tiny(fixed="snapshots=noise,tuned,steps=30")
+    assert {c.settings.snapshots for c in cells_of(load_space(s), s)} == {"noise,tuned"}
+
+
+def test_a_cells_name_follows_what_it_computes_and_nothing_else() -> None:
+    def name(config: Mapping[str, Any], data: str | None = None) -> str:
+        return Cell(config, Path(data) if data else None, False).name
+
+    base = name({"task": "digits", "lambda1": 0.1})
+    assert name({"lambda1": 0.1, "task": "digits"}, "elsewhere") == base
+    assert name({"task": "digits", "lambda1": 0.1, "lambda2": 1.0}) == base  # the default, said aloud
+    others = [{"lambda1": 0.2}, {"steps": 601}, {"seed": 1}, {"snapshots": "pruned"}]
+    assert base not in {name({"task": "digits", "lambda1": 0.1} | other) for other in others}
+
+
+# -- cells --------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sweep")
+
+
+def shared_of(place: Path, cell: Cell) -> Shared:
+    storage = open_storage(str(place))
+    return Shared(storage, {cell.clean_name: train_shared(cell, storage)}, ATTACKS, 120.0, None, False)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_an_interrupted_cell_goes_on_and_gives_the_same_row(folder: Path, tmp_path: Path) -> None:
+    s = tiny()
+    cell = cells_of(load_space(s), s)[0]
+    whole = run_cell(cell, shared_of(folder, cell))
+    steps: list[int] = []
+
+    def kill(row: Mapping[str, Any]) -> None:
+        steps.append(row["step"])
+        if "wm_loss" in row and row["step"] > 50:
+            raise Killed
+
+    shared = shared_of(tmp_path, cell)
+    with pytest.raises(Killed):
+        run_cell(cell, shared, kill)
+    assert finished(shared.folder.child(f"cells/{cell.name}")) is None
+    steps.clear()
+    again = run_cell(cell, shared, lambda row: steps.append(row["step"]))
+    assert min(steps) > 50, "the checkpoint of step 50 was not used"
+    timeless = {k for k in whole if not k.startswith("seconds")}
+    assert {k: again[k] for k in timeless} == {k: whole[k] for k in timeless}
+    assert rows_of(shared.folder) == [again]
+    assert not shared.folder.exists(f"cells/{cell.name}/state.pt")
+
+
+def test_a_row_holds_what_others_rely_on_and_no_secret(folder: Path) -> None:
+    s = tiny()
+    cell = cells_of(load_space(s), s)[0]
+    row = run_cell(cell, shared_of(folder, cell))
+    assert row["status"] == "ok" and 0 <= row["primary_marked"] <= 1 and row["deviation_l2"] > 0
+    assert row["evidence_bits_attacked"] == min(
+        row["evidence_bits"], *(row[name] for name in row if name.startswith("bits "))
+    )
+    assert len([name for name in row if name.startswith("bits ")]) == 2
+    assert not {"key", "nonce", "spec", "head"} & set(json.dumps(row).replace('"', " ").split())
+    kept = (folder / "cells" / cell.name / "result.json").read_text()
+    assert json.loads(kept) == row
+
+
+def test_a_diverging_cell_is_a_row_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    s = tiny()
+    cell = cells_of(load_space(s), s)[0]
+    shared = shared_of(tmp_path, cell)
+
+    def diverge(*_: Any) -> None:
+        raise ModelError("phase 2 diverged (the loss is not finite); lower --wm-lr", field="wm-lr")
+
+    monkeypatch.setattr("mtlsign.embedding.mark_phase", diverge)
+    row = run_cell(cell, shared)
+    assert row["status"] == "diverged" and "wm-lr" in row["reason"] and row["evidence_bits"] is None
+    assert finished(shared.folder.child(f"cells/{cell.name}")) == row, "it would be tried again and again"
+
+
+def test_a_damaged_row_is_not_believed(tmp_path: Path) -> None:
+    place = open_storage(str(tmp_path))
+    place.write("cells/abc/result.json", b'{"status": 3}')
+    with pytest.raises(ArtifactError, match="damaged"):
+        rows_of(place)
+
+
+def test_phase_1_is_trained_once_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    s = tiny(fixed=FIXED.replace("epochs=1", "epochs=2"))
+    cell, place = cells_of(load_space(s), s)[0], open_storage(str(tmp_path))
+
+    def kill(row: Mapping[str, Any]) -> None:
+        if row.get("validation_accuracy") is not None and row["epoch"] == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_shared(cell, place, kill)
+    epochs: list[int] = []
+    data = train_shared(cell, place, lambda row: epochs.append(row["epoch"]))
+    assert set(epochs) == {2}, "the first epoch was trained again"
+    monkeypatch.setattr("mtlsign.embedding.clean_phase", lambda *_: pytest.fail("trained twice"))
+    assert train_shared(cell, place) == data
+
+
+# -- what is chosen --------------------------------
+
+numbers = st.floats(-5, 5).map(lambda x: round(x, 1))
+groups = st.lists(
+    st.fixed_dictionaries(
+        {
+            "drop_points": numbers,
+            "evidence_bits_attacked": numbers,
+            "deviation_l2": numbers,
+            "lambda1": numbers,
+        }
+    ),
+    max_size=12,
+)
+
+
+def better(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
+    pairs = [
+        (b["drop_points"], a["drop_points"]),
+        (a["evidence_bits_attacked"], b["evidence_bits_attacked"]),
+        (b["deviation_l2"], a["deviation_l2"]),
+    ]
+    return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
+
+
+@given(groups)
+def test_the_front_is_what_nothing_beats(found: list[dict[str, float]]) -> None:
+    chosen = front.front(found)
+    assert all(not any(better(a, b) for a in found) for b in chosen)
+    assert all(any(better(a, b) for a in found) for b in found if b not in chosen)
+    assert bool(found) == bool(chosen)
+
+
+@given(groups, st.floats(0, 3))
+def test_the_recommendation_keeps_the_task_where_it_can(found: list[dict[str, float]], most: float) -> None:
+    best, why = front.recommend(found, most)
+    within = [g for g in found if g["drop_points"] <= most]
+    if not found:
+        assert best is None and why
+    elif within:
+        assert best is not None
+        assert best["evidence_bits_attacked"] == max(g["evidence_bits_attacked"] for g in within)
+    else:
+        assert best is not None and best["drop_points"] == min(g["drop_points"] for g in found)
+
+
+def test_means_leave_out_what_did_not_finish() -> None:
+    def row(status: str, seed: int, bits: float | None) -> dict[str, Any]:
+        return {
+            "status": status, "lambda1": 0.1, "seed": seed, "drop_points": 0.0, "deviation_l2": 1.0,
+            "evidence_bits_attacked": bits, "wm_accuracy": 1.0,
+        }  # fmt: skip
+
+    rows = [row("ok", 0, 100), row("ok", 1, 110), row("diverged", 2, None), row("stopped", 3, 9)]
+    (mean,) = front.means(rows, ["lambda1"])
+    assert mean["n"] == 2 and mean["evidence_bits_attacked"] == 105
+    assert mean["sd evidence_bits_attacked"] == pytest.approx(7.0710678)
+
+
+# -- the whole --------------------------------
+
+
+def test_a_sweep_writes_its_tables_and_forgets_w0(tmp_path: Path) -> None:
+    said: list[str] = []
+    result = sweep_run.run(tiny(storage=str(tmp_path), run="s"), InTurn(said.append), say=said.append)
+    place = tmp_path / "runs/s"
+    names = {p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()}
+    cells = {f"cells/{row['cell']}/result.json" for row in result["rows"]}
+    assert names == cells | {
+        *("settings.json", "manifest.json", "result.json", "cells.csv", "cells.parquet", "report.html")
+    }
+    table = list(csv.DictReader(io.StringIO((place / "cells.csv").read_text())))
+    wanted = (
+        "lambda1 lambda2 seed status primary_clean primary_marked wm_accuracy evidence_bits_attacked "
+        "deviation_l2"
+    )
+    assert set(wanted.split()) <= set(table[0]) and len(table) == 4
+    assert [(r["lambda1"], r["lambda2"]) for r in table] == [
+        ("0.02", "0.0"), ("0.02", "1.0"), ("0.2", "0.0"), ("0.2", "1.0"),
+    ]  # fmt: skip
+    assert pq.read_table(place / "cells.parquet").column("lambda1").to_pylist() == [0.02, 0.02, 0.2, 0.2]
+    assert len([line for line in said if "of the bits" in line]) == 4
+    page = (place / "report.html").read_text()
+    assert "Recommended" in page and "<script" not in page and page.count("<svg") == 5
+    with pytest.raises(SettingsError, match="finished"):
+        SweepRun.open(tiny(storage=str(tmp_path), resume="s"))
+
+
+def test_a_killed_sweep_keeps_its_finished_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, ran = sweep.run_cell, []
+
+    def two_then_dead(cell: Cell, *rest: Any) -> Any:
+        if len(ran) == 2:
+            raise Killed
+        ran.append(cell.name)
+        return real(cell, *rest)
+
+    monkeypatch.setattr(sweep_run, "run_cell", two_then_dead)
+    with pytest.raises(Killed):
+        sweep_run.run(tiny(storage=str(tmp_path), run="s"), InTurn())
+    marks: list[str] = []
+
+    def counted(cell: Cell, shared: Shared, show: Callable[..., None] | None = None) -> Any:
+        return real(cell, shared, lambda row: marks.append(cell.name))
+
+    monkeypatch.setattr(sweep_run, "run_cell", counted)
+    result = sweep_run.run(
+        SweepSettings.of({"storage": str(tmp_path), "resume": "s", "workers": 0}), InTurn()
+    )
+    assert len(result["rows"]) == 4 and not set(marks) & set(ran) and len(set(marks)) == 2
+    with pytest.raises(SettingsError, match="lambda"):
+        SweepSettings.of({"lambda1": 3})
+
+
+def test_resume_refuses_other_science(tmp_path: Path) -> None:
+    kept, s = SweepRun.open(tiny(storage=str(tmp_path), run="s"))
+    kept.begin(s)
+    with pytest.raises(SettingsError, match="attacks"):
+        SweepRun.open(SweepSettings.of({"storage": str(tmp_path), "resume": "s", "attacks": "none"}))
+    with pytest.raises(SettingsError, match="no run"):
+        SweepRun.open(SweepSettings.of({"storage": str(tmp_path), "resume": "other"}))
+
+
+def test_tables_keep_types_and_gaps() -> None:
+    rows = [{"a": 1, "b": True, "c": None, "d": "x,y"}, {"a": 2.5, "b": None, "d": 3}]
+    assert tables.csv_of(rows, ["a", "b", "c", "d"]) == b'a,b,c,d\n1,true,,"x,y"\n2.5,,,3\n'
+    read = pq.read_table(io.BytesIO(tables.parquet_of(rows, ["a", "b", "c", "d"])))
+    assert read.to_pylist() == [
+        {"a": 1.0, "b": True, "c": None, "d": "x,y"},
+        {"a": 2.5, "b": None, "c": None, "d": "3"},
+    ]
