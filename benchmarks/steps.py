@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.measure import Cost, Row, cost, now, ratio, row, since
 from benchmarks.scene import Bare, Scene
-from mtlsign import phases
+from mtlsign import phases, training
 from mtlsign.progress import Alone
 from mtlsign.settings import EmbedSettings
 
@@ -100,7 +100,7 @@ def phase_2_over_1(scene: Scene, pairs: int, *, whole: bool) -> list[Row]:
 
     steps, epochs = clocked(scene, s, pairs, phase_1)
     for _ in range(pairs):
-        evaluations.append(cost(lambda: phases.evaluate(marked, some, "test", s, Alone()))[0])
+        evaluations.append(cost(lambda: training.evaluate(marked, some, "test", s, Alone()))[0])
     seen = 2 * (scene.task.size("test") + scene.task.size("validation"))
     ending = statistics.median(evaluations) / images * seen
     total = (s.epochs or 0) * per_epoch / few

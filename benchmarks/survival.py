@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mtlsign import cli, embedding, phases
+from mtlsign import cli, embedding, training
 from mtlsign.attacks import Budget, parse
 from mtlsign.backbone import build
 from mtlsign.key import Identity
@@ -91,7 +91,7 @@ def main() -> None:
 
     def row(network: nn.Module) -> dict[str, float]:
         verdict = verify(network.state_dict(), probe)
-        accuracy = phases.evaluate(network, task, "test" if mine.set == "report" else "validation", s, rank)
+        accuracy = training.evaluate(network, task, "test" if mine.set == "report" else "validation", s, rank)
         return {"wm": verdict.accuracy, "bits": round(verdict.evidence_bits, 1), "primary": accuracy}
 
     result: dict[str, object] = {

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from mtlsign import backbone, phases
+from mtlsign import backbone, training
 from mtlsign.artifact import Kit, LoadedModel, model_digest, read_model
 from mtlsign.attacks import AttackDivergedError, Budget, NotApplicableError, Order, parse
 from mtlsign.attacks.data import through
@@ -192,7 +192,7 @@ def strike(
     verdict = attacked.verdict or verify(tensors, probe, bits=target.bits)
     data = tensor_bytes(tensors)
     exact = EmbedSettings.of({"amp": False})
-    after = phases.evaluate(attacked.model, through(task, attacked.inputs), "test", exact, Alone(device))
+    after = training.evaluate(attacked.model, through(task, attacked.inputs), "test", exact, Alone(device))
     row |= {
         "wm_accuracy": verdict.accuracy, "evidence_bits": verdict.evidence_bits,
         "accepted": verdict.accepted, "verdict": verdict.status, "matches": verdict.matches, "n": verdict.n,

@@ -14,17 +14,14 @@ resumed run repeats an uninterrupted one bit for bit on equal hardware and world
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from mtlsign.errors import ModelError
 from mtlsign.losses import (
@@ -38,9 +35,21 @@ from mtlsign.losses import (
 from mtlsign.progress import Rank, State
 from mtlsign.settings import EmbedSettings
 from mtlsign.tasks import Task
+from mtlsign.training import (
+    average_buffers,
+    distributed,
+    evaluate,
+    known,
+    laid_out_as,
+    mixed_precision,
+    normalise_by_batch,
+    number_of,
+    on_device,
+    one_cycle,
+    reseed,
+    set_lr,
+)
 from mtlsign.verification import Probe
-
-Number = TypeVar("Number", int, float)
 
 #: Steps of phase 2 between checkpoints.
 CHECKPOINT_STEPS = 50
@@ -52,11 +61,11 @@ def train_clean(model: nn.Module, task: Task, s: EmbedSettings, rank: Rank) -> l
     Checkpoints every epoch; returns one row per epoch. Raises `ModelError` where the loss is not finite.
     """
     model.to(rank.device).to(memory_format=torch.channels_last)
-    epochs, batch = _known(s.epochs), s.batch
+    epochs, batch = known(s.epochs), s.batch
     per_epoch = task.steps("train", batch)
     task = task.to(rank.device)
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=_known(s.lr), momentum=0.9, nesterov=True, weight_decay=s.weight_decay
+        model.parameters(), lr=known(s.lr), momentum=0.9, nesterov=True, weight_decay=s.weight_decay
     )
     history: list[dict[str, Any]] = []
     saved = rank.saved()
@@ -64,19 +73,19 @@ def train_clean(model: nn.Module, task: Task, s: EmbedSettings, rank: Rank) -> l
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         history = list(saved["history"])
-    net = _distributed(model, rank)
+    net = distributed(model, rank)
     for epoch in range(len(history), epochs):
         started, seen, total, hits = time.monotonic(), 0, 0.0, 0.0
         model.train()
         batches = task.batches(
             "train", batch, epoch=epoch, seed=s.seed, rank=rank.index, world=rank.world, augment=True
         )
-        for i, (x, y) in enumerate(_on(rank.device, batches)):
+        for i, (x, y) in enumerate(on_device(rank.device, batches)):
             step = epoch * per_epoch + i
-            _reseed(s.seed, "clean", step, rank.index)
-            _set_lr(optimizer, one_cycle(step, epochs * per_epoch, _known(s.lr)))
+            reseed(s.seed, "clean", step, rank.index)
+            set_lr(optimizer, one_cycle(step, epochs * per_epoch, known(s.lr)))
             optimizer.zero_grad(set_to_none=True)
-            with _amp(s, rank.device):
+            with mixed_precision(s, rank.device):
                 out = net(x)
                 loss = task.loss(out, y)
             loss.backward()
@@ -97,7 +106,7 @@ def train_clean(model: nn.Module, task: Task, s: EmbedSettings, rank: Rank) -> l
                         "loss": value,
                     }
                 )
-        _average_buffers(model, rank)
+        average_buffers(model, rank)
         sums = torch.tensor([total, hits, float(seen)], dtype=torch.float64, device=rank.device)
         rank.sum([sums])
         row: dict[str, Any] = {
@@ -131,8 +140,8 @@ def watermark(
     teacher = copy.deepcopy(model).requires_grad_(False)
     # On primary data both networks normalise by the batch, as a thief's tuning does: the mark then survives
     # tuning better (docs/log.md). W's running statistics follow its primary batches; W0's stay.
-    _normalise_by_batch(model, True)
-    _normalise_by_batch(teacher, True, momentum=0.0)
+    normalise_by_batch(model, True)
+    normalise_by_batch(teacher, True, momentum=0.0)
     affine = {
         f"{name}.{part}"
         for name, module in model.named_modules()
@@ -148,31 +157,31 @@ def watermark(
     tapped = [p for name, p in trained.items() if name in probe.graph.kernels]
     deeper = [p for name, p in trained.items() if name not in probe.graph.kernels]
     groups = [{"params": [*tapped, *head], "scale": 1.0}, {"params": deeper, "scale": s.deep_lr}]
-    optimizer = torch.optim.Adam(groups, lr=_known(s.wm_lr), fused=True)
+    optimizer = torch.optim.Adam(groups, lr=known(s.wm_lr), fused=True)
     history: list[dict[str, Any]] = []
     saved = rank.saved()
     if saved is not None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         for p, state in optimizer.state.items():
-            state |= {name: _laid_out_as(p, t) for name, t in state.items() if t.shape == p.shape}
+            state |= {name: laid_out_as(p, t) for name, t in state.items() if t.shape == p.shape}
         history = list(saved["history"])
         for p, value in zip(head, saved["head"], strict=True):
             p.data.copy_(value)
     tuning = _inner_tuning(model, task, probe, s, rank)
-    done, steps = history[-1]["step"] if history else 0, _known(s.steps)
+    done, steps = history[-1]["step"] if history else 0, known(s.steps)
     names = ("wm_loss", "wm_accuracy", "snapshot_loss", "snapshot_accuracy", "distillation_loss")
     sums = torch.zeros(2 * len(names), dtype=torch.float64, device=rank.device)
     started = time.monotonic()
     for step in range(done, steps):
-        _reseed(s.seed, "mark", step, rank.index)
-        _set_lr(optimizer, one_cycle(step, steps, _known(s.wm_lr)))
+        reseed(s.seed, "mark", step, rank.index)
+        set_lr(optimizer, one_cycle(step, steps, known(s.wm_lr)))
         optimizer.zero_grad(set_to_none=True)
         kernels = probe.graph.read(parameters)
         for term, (weight, kind) in enumerate(terms(step, s)):
             if term % rank.world != rank.index:
                 continue
-            generator = torch.Generator().manual_seed(_number(s.seed, kind, step, term))
+            generator = torch.Generator().manual_seed(number_of(s.seed, kind, step, term))
             perturbed = _snapshot(kind, kernels, s, generator, tuning, step)
             scores = probe.scores_of(perturbed, differentiable=True)
             loss = watermark_loss(scores, probe.labels.float())
@@ -186,7 +195,7 @@ def watermark(
                 "train", s.primary_batch, step, seed=s.seed, rank=rank.index, world=rank.world, augment=True
             )
             x = x.to(rank.device)
-            with _amp(s, rank.device):
+            with mixed_precision(s, rank.device):
                 with torch.no_grad():
                     wanted = teacher(x)
                 kl = distillation_loss(model(x), wanted, s.temperature)
@@ -194,7 +203,7 @@ def watermark(
             _count(sums, 8, kl)
         grads = []
         for p in [*trained.values(), *head]:
-            p.grad = torch.zeros_like(p) if p.grad is None else _laid_out_as(p, p.grad)
+            p.grad = torch.zeros_like(p) if p.grad is None else laid_out_as(p, p.grad)
             grads.append(p.grad)
         rank.sum(grads)
         deviation = add_r_func_gradient(list(trained.values()), anchors, s.lambda1)
@@ -211,7 +220,7 @@ def watermark(
                 "deviation_l2": deviation,
             }
             row["seconds"] = time.monotonic() - started
-            _average_buffers(model, rank)
+            average_buffers(model, rank)
             if not math.isfinite(row["wm_loss"]) or not math.isfinite(deviation):
                 raise ModelError("phase 2 diverged (the loss is not finite); lower --wm-lr", field="wm-lr")
             history.append(row)
@@ -235,34 +244,6 @@ def terms(step: int, s: EmbedSettings) -> list[tuple[float, str]]:
     count = s.snapshots_per_step
     kinds = [s.kinds[(step * count + j) % len(s.kinds)] for j in range(count)]
     return [(1.0, "clean"), *((s.lambda2 / count, kind) for kind in kinds)]
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, task: Task, split: str, s: EmbedSettings, rank: Rank) -> float:
-    """Mean of the task's metric over a split, in evaluation mode, shared out over the ranks."""
-    was = [(m, m.training) for m in model.modules()]
-    model.to(rank.device).to(memory_format=torch.channels_last).eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=rank.device)
-    batches = task.batches(split, 500, epoch=0, seed=0, rank=rank.index, world=rank.world, shuffle=False)
-    for x, y in _on(rank.device, batches):
-        with _amp(s, rank.device):
-            out = model(x)
-        hits = task.correct(out.float() if isinstance(out, Tensor) else out, y)
-        sums += torch.tensor(
-            [float(hits.sum()), float(hits.numel())], dtype=torch.float64, device=rank.device
-        )
-    rank.sum([sums])
-    for module, mode in was:
-        module.training = mode
-    return float(sums[0] / sums[1].clamp(min=1))
-
-
-def one_cycle(step: int, steps: int, peak: float) -> float:
-    """Learning rate by the step alone: cosine from peak/25 up over the first 30 %, then down to nearly 0."""
-    rise = max(1, round(0.3 * steps))
-    if step < rise:
-        return peak * (1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * step / rise)) / 2)
-    return peak * (1e-4 + (1 - 1e-4) * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))) / 2)
 
 
 def _snapshot(
@@ -299,10 +280,10 @@ def _inner_tuning(
         pairs = (
             task.batch_at("inner", size, first + i, seed=s.seed, augment=True) for i in range(s.inner_steps)
         )
-        return _on(rank.device, pairs)
+        return on_device(rank.device, pairs)
 
     return InnerTuning(
-        model, list(probe.graph.kernels), task.loss, batches, steps=s.inner_steps, lr=_known(s.inner_lr)
+        model, list(probe.graph.kernels), task.loss, batches, steps=s.inner_steps, lr=known(s.inner_lr)
     )
 
 
@@ -320,58 +301,6 @@ def _state(
     }
 
 
-def _distributed(model: nn.Module, rank: Rank) -> nn.Module:
-    if rank.world == 1:
-        return model
-    return DistributedDataParallel(model, device_ids=[rank.device] if rank.device.type == "cuda" else None)
-
-
-def _laid_out_as(parameter: Tensor, other: Tensor) -> Tensor:
-    """`other` with the parameter's strides: torch's fused Adam pairs memory, not elements (docs/log.md)."""
-    if other.stride() == parameter.stride() or other.dim() == 0:
-        return other
-    return torch.empty_like(parameter).copy_(other)
-
-
-def _normalise_by_batch(model: nn.Module, on: bool, momentum: float | None = None) -> None:
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.train(on)
-            if momentum is not None:
-                module.momentum = momentum
-
-
-def _average_buffers(model: nn.Module, rank: Rank) -> None:
-    """Running statistics as the mean over ranks: each has seen its share of the same epoch."""
-    if rank.world > 1:
-        buffers = [b for b in model.buffers() if b.is_floating_point()]
-        rank.sum(buffers)
-        for buffer in buffers:
-            buffer /= rank.world
-
-
-def _amp(s: EmbedSettings, device: torch.device) -> AbstractContextManager[Any]:
-    return torch.autocast("cuda", torch.bfloat16) if s.amp and device.type == "cuda" else nullcontext()
-
-
-def _on(device: torch.device, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    for x, y in batches:
-        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-
-
-def _number(*parts: object) -> int:
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
-
-
-def _reseed(*parts: object) -> None:
-    torch.manual_seed(_number(*parts))
-
-
-def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("scale", 1.0)
-
-
 def _count(sums: Tensor, at: int, *values: Tensor) -> None:
     for i, value in enumerate(values):
         sums[at + 2 * i] += value.detach().double()
@@ -381,8 +310,3 @@ def _count(sums: Tensor, at: int, *values: Tensor) -> None:
 def _means(sums: Tensor, names: tuple[str, ...]) -> dict[str, float]:
     pairs = sums.reshape(-1, 2).tolist()
     return {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count}
-
-
-def _known(value: Number | None) -> Number:
-    assert value is not None, "call settings.resolved() first"
-    return value

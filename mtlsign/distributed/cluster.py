@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -165,3 +166,22 @@ def on_every_node(check: Callable[[], Any], each: Mapping[str, float]) -> list[A
                 raise type(result)(f"on node {node['NodeManagerHostname']}: {result}")
             raise result
     return list(results)
+
+
+def beside(work: Callable[[], Any]) -> Any:
+    """Call `work` in another thread: in the main one Ray Train and Tune take SIGINT for themselves."""
+    outcome: list[Any] = []
+
+    def call() -> None:
+        try:
+            outcome.extend((None, work()))
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.5)
+    if outcome[0] is not None:
+        raise outcome[0]
+    return outcome[1]

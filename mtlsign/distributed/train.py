@@ -139,7 +139,7 @@ class RayRunner:
         watcher = threading.Thread(target=watch, args=(board, self._show, finished), daemon=True)
         watcher.start()
         try:
-            result = _beside(lambda: trainer.fit().return_value)  # type: ignore[attr-defined]
+            result = cluster.beside(lambda: trainer.fit().return_value)  # type: ignore[attr-defined]
         except TrainingFailedError as error:
             raise ClusterError(
                 f"failed past its {s.max_failures} retries ({_cause(error)}); "
@@ -189,25 +189,6 @@ class RayRank:
         """Rank 0 tells the driver; nobody waits for it."""
         if self.index == 0:
             self._board.post.remote(dict(row))
-
-
-def _beside(work: Callable[[], Any]) -> Any:
-    """Call `work` in another thread: in the main one Ray Train takes SIGINT for itself and ends with 0."""
-    outcome: list[Any] = []
-
-    def call() -> None:
-        try:
-            outcome.extend((None, work()))
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.5)
-    if outcome[0] is not None:
-        raise outcome[0]
-    return outcome[1]
 
 
 def _cause(error: TrainingFailedError) -> str:

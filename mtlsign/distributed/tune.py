@@ -126,7 +126,7 @@ class RayFleet:
                 callbacks=[JsonLoggerCallback(), _Watch(self._say, len(cells))],  # type: ignore[no-untyped-call]
             ),
         )  # fmt: skip
-        self.grid = tuner.fit()
+        self.grid = cluster.beside(tuner.fit)
         return _rows(self.grid, shared)
 
     def _clean(self, cells: Sequence[Cell], s: SweepSettings, run: SweepRun) -> dict[str, bytes]:

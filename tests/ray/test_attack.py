@@ -61,6 +61,7 @@ def test_tasks_give_the_rows_of_one_process_and_show_no_secret(
         assert not any(form in data for form in forms), place
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_rows_and_resume_finishes(jobs: Jobs, baseline: Finished, tmp_path: Path) -> None:
     attacks = "int8,ftal:epochs=3000,int4"
     job = start(jobs, baseline, tmp_path, "--attacks", attacks, "--run", "cut", "--workers", "1")

@@ -40,6 +40,7 @@ def test_a_killed_worker_in_either_phase_costs_time_only(
     assert result_of(tmp_path, "w")["model_digest"] == baseline.result["model_digest"]
 
 
+@pytest.mark.slow
 def test_a_killed_driver_goes_on_with_resume(jobs: Jobs, baseline: Finished, tmp_path: Path) -> None:
     job = jobs.embed("--run", "d", storage=tmp_path)
     job.until(_under_way(tmp_path, "d", "mark"))

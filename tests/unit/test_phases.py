@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtlsign import embedding, losses, network, phases
+from mtlsign import embedding, losses, network, phases, training
 from mtlsign.errors import ModelError
 from mtlsign.key import Identity
 from mtlsign.progress import Alone, State
@@ -129,8 +129,8 @@ def test_phase_2_leaves_affine_statistics_and_the_head_past_the_taps_sane(
         assert {n for n in norms if torch.equal(before[n], after[n])} == kept
         assert not torch.equal(before["conv1.weight"], after["conv1.weight"])
     assert all(p.requires_grad for p in model.parameters())
-    assert measured["primary_clean"] == phases.evaluate(tiny_model(), tiny_task, "test", s, Alone())
-    assert measured["primary_marked"] == phases.evaluate(model, tiny_task, "test", s, Alone())
+    assert measured["primary_clean"] == training.evaluate(tiny_model(), tiny_task, "test", s, Alone())
+    assert measured["primary_marked"] == training.evaluate(model, tiny_task, "test", s, Alone())
 
 
 def test_lambda2_zero_asks_for_no_snapshot(
@@ -240,7 +240,7 @@ def test_the_gradient_is_that_of_the_written_objective(
     parameters = dict(model.named_parameters())
     trained = [p for n, p in parameters.items() if "bn" not in n and "downsample.1" not in n]
     kernels = probe.graph.read(parameters)
-    generator = torch.Generator().manual_seed(phases._number(s.seed, "noise", 1, 1))
+    generator = torch.Generator().manual_seed(training.number_of(s.seed, "noise", 1, 1))
     noisy = losses.noise_snapshot(kernels, s.noise, generator)
     bits = probe.labels.float()
     total = F.binary_cross_entropy_with_logits(probe.scores_of(kernels, differentiable=True), bits)
@@ -260,12 +260,12 @@ def test_evaluate_is_shared_out_and_restores_modes(
     s, model = tiny_settings(), tiny_model().train()
     model.layer2.eval()
     modes = [m.training for m in model.modules()]
-    whole = phases.evaluate(model, tiny_task, "test", s, Alone())
+    whole = training.evaluate(model, tiny_task, "test", s, Alone())
     assert [m.training for m in model.modules()] == modes and 0 <= whole <= 1
     meeting, found, models = Meeting(2), {}, [tiny_model(), tiny_model()]
 
     def shared(index: int) -> None:
-        found[index] = phases.evaluate(models[index], tiny_task, "test", s, Threaded(index, meeting))
+        found[index] = training.evaluate(models[index], tiny_task, "test", s, Threaded(index, meeting))
 
     threads = [threading.Thread(target=shared, args=(i,)) for i in range(2)]
     for thread in threads:
@@ -292,7 +292,7 @@ def test_divergence_is_an_error_that_names_the_setting(
 
 def test_one_cycle() -> None:
     for steps in (1, 2, 10, 600):
-        rates = [phases.one_cycle(i, steps, 0.1) for i in range(steps)]
+        rates = [training.one_cycle(i, steps, 0.1) for i in range(steps)]
         assert all(0 < r <= 0.1 + 1e-12 for r in rates)
     assert rates[0] == pytest.approx(0.004) and max(rates) == pytest.approx(0.1) and rates[-1] < 1e-4
     assert rates.index(max(rates)) == 180

@@ -1,0 +1,75 @@
+"""A sweep over Ray Tune: rows as in one process; killed drivers and Ctrl-C lose no finished cell."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from job_process import Job, Jobs
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+#: Two cells, λ2 = 0 and 1, of a network that trains in seconds.
+TWO = ("--space", "smoke", "--width", "8", "--fixed", "lambda1=0.02,epochs=1", "--attacks", "int8")
+
+
+def start(jobs: Jobs, storage: Path, *flags: str) -> Job:
+    return jobs.python("jobs/sweep.py", "--storage", str(storage), *flags)
+
+
+def table(storage: Path, run: str) -> list[dict[str, str]]:
+    return list(csv.DictReader((storage / "runs" / run / "cells.csv").open()))
+
+
+def done(storage: Path, run: str) -> list[Path]:
+    return sorted((storage / "runs" / run / "cells").glob("*/result.json"))
+
+
+def test_trials_give_the_rows_of_one_process(jobs: Jobs, tmp_path: Path) -> None:
+    job = start(jobs, tmp_path, *TWO, "--run", "ray", "--workers", "2", "--json")
+    result: dict[str, Any] = json.loads(job.wait())
+    assert job.err == "" and result["ok"] == result["cells"] == 2
+    start(jobs, tmp_path, *TWO, "--run", "plain", "--workers", "0", "--quiet").wait()
+    for ray_row, plain_row in zip(table(tmp_path, "ray"), table(tmp_path, "plain"), strict=True):
+        for column in set(ray_row) - {"seconds_mark", "seconds_attacks"}:
+            assert ray_row[column] == plain_row[column], (ray_row["lambda2"], column)
+    names = {p.name for p in (tmp_path / "runs/ray").iterdir()}
+    files = "settings.json result.json cells.csv cells.parquet report.html manifest.json cells"
+    assert names == set(files.split()), "Tune's own files and W0 have to go"
+
+
+@pytest.mark.slow
+def test_killed_twice_and_interrupted_once_it_loses_no_finished_cell(jobs: Jobs, tmp_path: Path) -> None:
+    flags = ("--space", "smoke", "--width", "8", "--num-samples", "2", "--attacks", "int8", "--workers", "2")
+    job = start(jobs, tmp_path, *flags, "--run", "s")
+    kept: dict[Path, bytes] = {}
+    for count, stop in ((2, signal.SIGKILL), (4, signal.SIGINT), (6, signal.SIGKILL)):
+        job.until(lambda count=count: len(done(tmp_path, "s")) >= count)  # type: ignore[misc]
+        os.kill(job.process.pid, stop)
+        job.process.wait(120)
+        if stop == signal.SIGINT:
+            assert job.process.returncode == 130
+            assert job.err.splitlines()[-1].startswith("interrupted") and "Traceback" not in job.err
+        job.kill()
+        assert not (tmp_path / "runs/s/cells.csv").exists()
+        kept |= {path: path.read_bytes() for path in done(tmp_path, "s")}
+        job = start(jobs, tmp_path, "--resume", "s")
+    job.wait()
+    assert len(table(tmp_path, "s")) == 8 and len(kept) >= 6
+    assert all(path.read_bytes() == data for path, data in kept.items()), "a finished cell ran again"
+    assert "cells are done already" in job.err
+
+
+@pytest.mark.slow
+def test_asha_stops_cells_and_their_rows_say_so(jobs: Jobs, tmp_path: Path) -> None:
+    flags = ("--width", "8", "--fixed", "steps=200,epochs=1", "--num-samples", "2", "--attacks", "none")
+    job = start(jobs, tmp_path, "--space", "smoke", *flags, "--scheduler", "asha", "--json", "--workers", "2")
+    result: dict[str, Any] = json.loads(job.wait())
+    assert result["ok"] + result["stopped"] == 8 and result["ok"] and result["stopped"]
+    stopped = [row for row in result["rows"] if row["status"] == "stopped"]
+    assert all(row["reason"].startswith("stopped at step") for row in stopped)
