@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         from mtlsign.distributed.attack import attack_on_ray
 
-        done = attack_on_ray(s, show=line.row, say=line.say)
+        done = attack_on_ray(s, show=line.row, say=line.say, waiting=line.waiting)
     if s.json_output:
         cli.print_json(done)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mtlsign import cli
@@ -23,6 +23,11 @@ class AttackLine:
     def tick(self, order: Order, step: int, steps: int) -> None:
         """An attack has done `step` of `steps`."""
         self._line.show(f"{order.name} {order.setting} · step {step:,} of {steps:,}")
+
+    def waiting(self, running: Sequence[Order], left: int) -> None:
+        """Attacks are running elsewhere."""
+        names = ", ".join(order.name for order in running)
+        self._line.show(f"running {names}" + (f" · {left} to come" if left else ""))
 
     def row(self, row: Row, number: int, of: int) -> None:
         """A finished row."""

@@ -77,6 +77,13 @@ _ALL = (
 
 ATTACKS: dict[str, Attack] = {attack.name: attack for attack in _ALL}
 
+#: Sequences that `all` runs beside the single attacks.
+CHAINS = (
+    "scale_inner+scale_stream+bn_gauge+bn_fold",
+    "prune:ratio=0.3+ftal:epochs=3+int8",
+    "scale_inner+prune:ratio=0.5,bn=recalibrated+ftal:epochs=3",
+)
+
 #: What a default configuration has to outlive (issue 4), as an `--attacks` list.
 STANDARD = (
     "none,ftal:lr=quarter/full,annealed,fine_prune:ratio=0.5,prune_until:points=10,overwrite:epochs=350,int8,"

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from mtlsign.attacks.catalogue import ATTACKS, STANDARD
+from mtlsign.attacks.catalogue import ATTACKS, CHAINS, STANDARD
 from mtlsign.attacks.data import through
 from mtlsign.attacks.protocol import Attacked, Budget, Kind, settings_of
 from mtlsign.errors import SettingsError
@@ -29,7 +29,7 @@ from mtlsign.tasks import Task
 
 MAX_TEXT, MAX_ORDERS, MAX_LINKS = 20_000, 2_000, 8
 _NAMED_SETS: dict[str, Callable[[], str]] = {
-    "all": lambda: _set(lambda a: a.variants),
+    "all": lambda: ",".join((_set(lambda a: a.variants), *CHAINS)),
     "fast": lambda: _set(lambda a: a.fast),
     "standard": lambda: STANDARD,
 }

@@ -49,7 +49,7 @@ def scale_rows(model: nn.Module, task: Task, budget: Budget, seed: int) -> Attac
     gen, changed = generator("mtlsign/attack/rows", seed), stolen_copy(model)
     modules = dict(changed.named_modules())
     with torch.no_grad():
-        for conv, norm in norms_of(changed, attackers(model, task, budget, seed)).items():
+        for conv, norm in _pairs(changed, task, budget, seed).items():
             layer, m = modules[conv], modules[norm]
             assert isinstance(layer, _ConvNd) and isinstance(m, _BatchNorm)
             if m.weight is None or m.running_var is None or m.running_mean is None:
@@ -75,16 +75,18 @@ def bn_fold(
     """
     changed = stolen_copy(model)
     gen = generator("mtlsign/attack/decoys", seed)
-    for conv, norm in norms_of(changed, attackers(model, task, budget, seed)).items():
+    for conv, norm in _pairs(changed, task, budget, seed).items():
         layer, m = changed.get_submodule(conv), changed.get_submodule(norm)
-        if type(m) is not nn.BatchNorm2d or not isinstance(layer, nn.Conv2d):
+        plain = type(m) is nn.BatchNorm2d
+        rest = [part for part in (getattr(m, "drop", None), getattr(m, "act", None)) if part is not None]
+        if not isinstance(layer, nn.Conv2d) or not isinstance(m, nn.BatchNorm2d) or not (plain or rest):
             raise NotApplicableError(
                 f"{norm!r} is a {type(m).__name__}, which does more than normalise; nothing is folded",
                 field="model",
             )
-        left: nn.Module = nn.Identity()
-        if decoys == "signs":
-            signs = (torch.randint(2, (m.num_features,), generator=gen) * 2 - 1).to(m.running_var)
+        left: nn.Module = nn.Identity() if plain else nn.Sequential(*rest)  # timm's norms hold activations
+        if decoys == "signs" and plain:
+            signs = (torch.randint(2, (m.num_features,), generator=gen) * 2 - 1).to(m.weight)
             left = _Unused(signs * m.weight.detach().abs())
         _replace(changed, conv, fuse_conv_bn_eval(layer, m))
         _replace(changed, norm, left)
@@ -180,7 +182,18 @@ class _Unused(nn.Module):
 def _norms(model: nn.Module) -> list[Any]:
     """Batch norms that have both an affine and running statistics."""
     found = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    return [m for m in found if m.weight is not None and m.running_var is not None]
+    found = [m for m in found if m.weight is not None and m.running_var is not None]
+    if not found:
+        raise NotApplicableError("has no batch norm with an affine and running statistics", field="model")
+    return found
+
+
+def _pairs(model: nn.Module, task: Task, budget: Budget, seed: int) -> dict[str, str]:
+    """Convolution -> the batch norm behind it."""
+    found = norms_of(model, attackers(model, task, budget, seed))
+    if not found:
+        raise NotApplicableError("has no batch norm behind a convolution", field="model")
+    return found
 
 
 def _positive(like: Tensor, gen: Generator, size: int | None = None) -> Tensor:

@@ -22,12 +22,16 @@ from mtlsign.errors import ClusterError, MTLSignError
 from mtlsign.settings import EmbedSettings
 from mtlsign.settings_attack import AttackSettings
 
+#: Called while attacks run, with those that do and how many still wait.
+Waiting = Callable[[Sequence[Order], int], None]
+
 
 def attack_on_ray(
     s: AttackSettings,
     *,
     show: attack_run.Show = lambda *_: None,
     say: Callable[[str], None] = lambda _: None,
+    waiting: Waiting = lambda *_: None,
 ) -> dict[str, Any]:
     """The attack job on Ray: join or start a cluster, run `attack_run.run` there.
 
@@ -37,7 +41,7 @@ def attack_on_ray(
     if s.kit_passphrase_file is None:
         cluster.require_owner(s.owner)
     cluster.refuse_hopeless(_placed(s))
-    return attack_run.run(s, RayCrew(s), show=show, say=say)
+    return attack_run.run(s, RayCrew(s, waiting), show=show, say=say)
 
 
 def _placed(s: AttackSettings) -> EmbedSettings:
@@ -49,8 +53,8 @@ def _placed(s: AttackSettings) -> EmbedSettings:
 class RayCrew:
     """Attacks as Ray tasks."""
 
-    def __init__(self, s: AttackSettings) -> None:
-        self._placed = _placed(s)
+    def __init__(self, s: AttackSettings, waiting: Waiting = lambda *_: None) -> None:
+        self._placed, self._waiting = _placed(s), waiting
         self._each: dict[str, float] = {}
 
     def check(self, target: Target) -> None:
@@ -75,6 +79,8 @@ class RayCrew:
                     named = task.options(name=f"attack {order.name}")
                     running[named.remote(secret, order.text(), seed, threads)] = order
                 ready, _ = ray.wait(list(running), timeout=0.5)
+                if not ready:
+                    self._waiting(list(running.values()), len(left))
                 for call in ready:
                     yield running[call], _outcome(call, running[call])
                     del running[call]

@@ -131,6 +131,39 @@ def test_symmetries_refuse_other_architectures(tiny_task: Task) -> None:
         run("scrub:steps=1", plain, tiny_task)
 
 
+class NormAct(nn.BatchNorm2d):
+    """A batch norm with its activation inside, as timm has them."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.drop, self.act = nn.Identity(), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.act(self.drop(super().forward(x)))
+        return out
+
+
+def test_other_networks(tiny_task: Task) -> None:
+    torch.manual_seed(0)
+    body = [nn.Conv2d(1, 6, 3), NormAct(6), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.ReLU()]
+    model = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).eval()
+    with torch.no_grad():
+        for m in (model[1], model[3]):
+            m.running_mean.normal_(0, 0.3)  # type: ignore[union-attr]
+            m.weight.uniform_(-1, 1)
+    for text in ("bn_fold", "bn_gauge", "scale_rows", "transpose_input", "negate_input"):
+        done = run(text, model, tiny_task)
+        assert function_change(model, done.model, torch.rand(4, 1, 24, 24), done.inputs) < TOLERANCE, text
+    assert "1.weight" not in run("bn_fold", model, tiny_task).model.state_dict()
+    left = run("bn_fold:decoys=signs", model, tiny_task).model.state_dict()
+    assert "3.weight" in left and "3.running_var" not in left
+    assert (run("prune_channels:ratio=0.4", model, tiny_task).model[1].weight == 0).sum() == 2  # type: ignore[index]
+    plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 22 * 22, 4)).eval()
+    for text in ("bn_fold", "bn_gauge", "scale_rows"):
+        with pytest.raises(NotApplicableError, match="has no batch norm"):
+            run(text, plain, tiny_task)
+
+
 def test_attackers_see_their_part_alone(tiny_task: Task, tiny_model: Maker) -> None:
     model = tiny_model()
     mine = attackers(model, tiny_task, Budget(), 0)

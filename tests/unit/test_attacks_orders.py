@@ -36,7 +36,8 @@ def test_kinds_of_chains() -> None:
 
 def test_sets_hold_every_attack_and_the_issues_settings() -> None:
     everything = parse("all")
-    assert {o.name for o in everything} == set(ATTACKS)
+    assert {link.name for o in everything for link in o.links} == set(ATTACKS)
+    assert any(len(o.links) == 4 for o in everything)
     assert {o.name for o in parse("fast")} < set(ATTACKS) and parse("fast")[0].name == "none"
     settings = {f"{o.name} {o.setting}" for o in everything}
     for epochs in (50, 150, 250, 350):
