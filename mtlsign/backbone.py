@@ -11,6 +11,7 @@ import difflib
 import importlib
 import inspect
 import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from mtlsign.errors import ModelError
+from mtlsign.errors import ModelError, MTLSignError
 from mtlsign.taps import (
     TappedLayer,
     batch_norm_types,
@@ -37,6 +38,7 @@ __all__ = [
     "batch_norm_types",
     "build",
     "call_accepting",
+    "call_factory",
     "default_taps",
     "forward_to_taps",
     "graph_for",
@@ -171,7 +173,7 @@ def build(graph: Mapping[str, object], *, factories: Mapping[str, Factory] | Non
             "(a factory is never imported from a kit, claim or config)",
             field="model",
         )
-    model = call_accepting(factory, options)
+    model = call_factory(arch[4:], factory, options, field="model")
     if not isinstance(model, nn.Module):
         raise ModelError(f"the factory {arch[4:]!r} must return a torch.nn.Module: change it", field="model")
     return model
@@ -209,13 +211,14 @@ def _build_timm(name: str, options: Mapping[str, object]) -> nn.Module:
     return model
 
 
-def load_factory(path: str) -> Callable[..., Any]:
+def load_factory(path: str, *, field: str = "factory") -> Callable[..., Any]:
     """Import `package.module:function` — the owner's side only, because importing runs code.
 
-    Raises ModelError when the path is malformed, not importable, or names nothing callable.
+    Raises ModelError, which names the setting `field`, when the path is malformed, not importable, or names
+    nothing callable.
     """
     if not isinstance(path, str) or not _FACTORY_PATH.fullmatch(path):
-        raise ModelError(f"{str(path)[:80]!r} is no factory: write package.module:function", field="factory")
+        raise ModelError(f"{str(path)[:80]!r} is no factory: write package.module:function", field=field)
     module_name, _, name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -223,15 +226,33 @@ def load_factory(path: str) -> Callable[..., Any]:
         raise ModelError(
             f"cannot import {module_name!r} ({type(error).__name__}: {str(error)[:120]}): "
             "install it or put its folder on PYTHONPATH",
-            field="factory",
+            field=field,
         ) from error
     factory = getattr(module, name, None)
     if not callable(factory):
         names = [n for n in dir(module) if callable(getattr(module, n, None))]
         near = difflib.get_close_matches(name, names, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "define it as a function"
-        raise ModelError(f"{module_name!r} has no callable {name!r}: {hint}", field="factory")
+        raise ModelError(f"{module_name!r} has no callable {name!r}: {hint}", field=field)
     return factory  # type: ignore[no-any-return]
+
+
+def call_factory(path: str, factory: Callable[..., Any], options: Mapping[str, object], *, field: str) -> Any:
+    """What somebody's own factory gives for `options`.
+
+    Raises ModelError, which names the setting `field` and the line, for whatever the factory raises.
+    """
+    try:
+        return call_accepting(factory, options)
+    except MTLSignError:
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ModelError(
+            f"the factory {path!r} raised {type(error).__name__}: {str(error)[:200]} "
+            f"({last.filename.rpartition('/')[2]}, line {last.lineno}): mend it",
+            field=field,
+        ) from error
 
 
 def call_accepting(function: Callable[..., Any], options: Mapping[str, object]) -> Any:

@@ -43,7 +43,7 @@ def graph_of(s: EmbedSettings, shape: TaskShape) -> dict[str, object]:
 def owner_factories(graph: Mapping[str, object]) -> dict[str, backbone.Factory]:
     """The owner's own architecture, imported on the owner's side only (design decision 7)."""
     arch = str(graph["arch"])
-    return {arch[4:]: backbone.load_factory(arch[4:])} if arch.startswith("own/") else {}
+    return {arch[4:]: backbone.load_factory(arch[4:], field="model")} if arch.startswith("own/") else {}
 
 
 def initial(s: EmbedSettings, graph: Mapping[str, object]) -> Tensors:

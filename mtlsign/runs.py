@@ -90,16 +90,18 @@ class Run:
             raise SettingsError(
                 f"no run {self.name!r} in {self.storage.uri}; check --storage and the name", field="resume"
             )
-        if self.folder.exists(MANIFEST):
-            raise SettingsError(
-                f"run {self.name!r} is finished; its result lies in {self.folder.uri}", field="resume"
-            )
         try:
             kept = EmbedSettings.of(json.loads(self.folder.read(SETTINGS, 1024**2)))
         except (ValueError, TypeError):
             raise ArtifactError(
                 f"{SETTINGS} of run {self.name!r} is damaged; start a new run", field="resume"
             ) from None
+        if self.folder.exists(MANIFEST):
+            if not kept.keep_checkpoints:
+                self._clear()  # what a crash between the manifest and the deletion left behind
+            raise SettingsError(
+                f"run {self.name!r} is finished; its result lies in {self.folder.uri}", field="resume"
+            )
         given = s.model_fields_set - CHANGEABLE
         for field in sorted(given):
             if getattr(s, field) != getattr(kept, field):

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from mtlsign.backbone import call_accepting, load_factory
+from mtlsign.backbone import call_factory, load_factory
 from mtlsign.errors import DataError
 from mtlsign.tasks.task import SPLITS, Batch, Split, Task, carve, cross_entropy, generator, is_right, spread
 from mtlsign.tasks.tensors import Recipe, TensorSplit, tensor_splits
@@ -31,7 +31,8 @@ def load_own(path: str, *, seed: int, options: Mapping[str, object] | None = Non
     `loss` (out, y) -> mean, `metric` (out, y) -> one number or one per sample, `classes` and `name`. Raises
     ModelError when the factory cannot be imported and DataError when what it returns cannot be used.
     """
-    made = call_accepting(load_factory(path), {"seed": seed, **(options or {})})
+    factory = load_factory(path, field="task")
+    made = call_factory(path, factory, {"seed": seed, **(options or {})}, field="task")
     if isinstance(made, Task):
         return made
     if not isinstance(made, Mapping):

@@ -287,3 +287,20 @@ def test_layers_are_found_in_inference_mode_too() -> None:
     with torch.inference_mode():
         layers = tapped_layers(narrow(), ["layer1"], torch.rand(1, 1, 32, 32))
     assert all(layer.bn for layer in layers)
+
+
+def _broken(**_: object) -> None:
+    raise KeyError("no such layer")
+
+
+def test_a_factory_that_raises_is_told_in_one_line_with_its_place() -> None:
+    with pytest.raises(
+        ModelError, match=r"model: .*my:make.*KeyError.*no such layer.*test_backbone\.py, line"
+    ):
+        build({"arch": "own/my:make"}, factories={"my:make": _broken})
+
+
+@pytest.mark.parametrize("field", ["model", "task"])
+def test_a_bad_factory_path_names_the_setting_that_held_it(field: str) -> None:
+    with pytest.raises(ModelError, match=f"^{field}: "):
+        load_factory("json:dumpz", field=field)

@@ -180,3 +180,14 @@ def test_an_unwritable_place_is_told_before_anything_runs(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError):
         Run.open(settings(str(tmp_path / "file" / "store")))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_a_crash_left_of_a_finished_run_goes_when_somebody_resumes_it(folder: str, keep: bool) -> None:
+    run = begun(folder, run="a", keep_checkpoints=keep)
+    run.keep_checkpoint("mark", {"model": {}})
+    run.finish({}, {}, "page", keep=True)  # as if the deletion had not happened any more
+    with pytest.raises(SettingsError, match="finished"):
+        Run.open(settings(folder, resume="a"))
+    assert (Path(folder) / "runs/a/plain/mark.pt").exists() == keep
+    assert (Path(folder) / "runs/a/result.json").exists()
