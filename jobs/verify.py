@@ -1,4 +1,7 @@
-"""Check models against an owner kit: `python jobs/verify.py --model PLACE [--model PLACE] --kit KIT`."""
+"""Check models against an owner kit: `python jobs/verify.py --model PLACE [--model PLACE] --kit KIT`.
+
+Or a claim's bundle, without any network: `python jobs/verify.py --bundle FILE --head FILE`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ from mtlsign.settings import VerifySettings
 
 def main(argv: Sequence[str]) -> None:
     """Settings → one verdict per model. A failed claim is an answer, not an error."""
+    if any(word.split("=")[0] == "--bundle" for word in argv):
+        bundle(argv)
+        return
     s = cli.parse(VerifySettings, argv, description=__doc__ or "", aliases={"model": "append"})
     from mtlsign.kits import verify_with_kit
 
@@ -27,6 +33,19 @@ def main(argv: Sequence[str]) -> None:
         print(f"{place}\n  {verdict.sentence()}")
         for name, accuracies in verdict.controls.items():
             print(f"  control {name}: " + ", ".join(f"{a:.1%}" for a in accuracies))
+
+
+def bundle(argv: Sequence[str]) -> None:
+    """Settings → the claim's verdict and standing, from one file and a head that the verifier pins."""
+    from mtlsign.claims.offline import verify_bundle
+    from mtlsign.settings_claims import BundleSettings
+
+    s = cli.parse(BundleSettings, argv, description=__doc__ or "")
+    done = verify_bundle(s)
+    if s.json_output:
+        cli.print_json(done)
+        return
+    print(f"{s.bundle}\n  {done['standing']}: {done['sentence']}\n  {done['caveat']}")
 
 
 if __name__ == "__main__":

@@ -45,3 +45,11 @@ class StorageError(MTLSignError):
 
 class ClusterError(MTLSignError):
     """The Ray cluster cannot hold what was asked for, or training failed past its retries."""
+
+
+class ClaimError(MTLSignError):
+    """A statement, envelope, proof, bundle or claim is malformed, or not of the kind that is asked for."""
+
+
+class LedgerError(MTLSignError):
+    """A ledger is unreachable, refuses a write, or is not what it was: truncated, forked or rewritten."""

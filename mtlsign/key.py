@@ -41,6 +41,7 @@ __all__ = [
     "Identity",
     "KeyOpening",
     "Spec",
+    "check_public_key",
     "decimal_digits",
     "integers",
     "keystream",
@@ -52,6 +53,7 @@ __all__ = [
     "read_passphrase",
     "sign_spec",
     "signs",
+    "verifies",
 ]
 
 OPENING_FORMAT = "mtlsign/key-opening/v0"
@@ -73,6 +75,27 @@ def _check_public_key(public_key: bytes) -> None:
             "is of small order or not canonical and so binds nobody; use a key of Identity.generate",
             field="public_key",
         )
+
+
+def verifies(public_key: bytes, signature: bytes, message: bytes) -> bool:
+    """Whether an Ed25519 signature holds by the rules of `docs/format.md`, section "Key".
+
+    False too for a public key that is of small order or not canonical, and for a signature that is not 64
+    bytes or whose S is not below the group's order.
+    """
+    try:
+        _check_public_key(public_key)
+        if len(signature) != 64 or int.from_bytes(signature[32:], "little") >= _L:
+            return False
+        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
+    except (InvalidSignature, KeyMaterialError, ValueError):
+        return False
+    return True
+
+
+def check_public_key(public_key: bytes) -> None:
+    """Raises KeyMaterialError for a public key that is not 32 bytes, not canonical or of small order."""
+    _check_public_key(public_key)
 
 
 def _signed_message(spec: bytes, public_key: bytes) -> bytes:

@@ -106,6 +106,15 @@ def _integer(fields: Mapping[str, object], name: str, low: int, high: int, where
     return value
 
 
+def plain_text(value: object, where: str) -> str:
+    """`value` as a name or remark that shows what it says: 1 to 128 code points of the format's *text*.
+
+    Raises:
+        KeyMaterialError: it holds a control, an invisible or a direction-changing character, or is no text.
+    """
+    return _text(value, where, _TEXT)
+
+
 def _text(value: object, where: str, pattern: re.Pattern[str]) -> str:
     if not isinstance(value, str) or not pattern.fullmatch(value):
         refuse(where, "must be a string of the length and characters that docs/format.md allows here")

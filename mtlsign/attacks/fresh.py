@@ -24,8 +24,8 @@ from mtlsign.attacks.protocol import (
 from mtlsign.backbone import default_taps, tapped_parameters
 from mtlsign.errors import ModelError
 from mtlsign.losses import distillation_loss
-from mtlsign.phases import one_cycle
 from mtlsign.tasks import Task
+from mtlsign.training import one_cycle
 
 Stages = Annotated[int, Field(ge=1, le=3)]
 

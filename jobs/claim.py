@@ -1,0 +1,36 @@
+"""Open one key against a suspect: `python jobs/claim.py --kit KIT --model SUSPECT --ledger URI`.
+
+The suspect is archived and registered first. The opened key is spent: it supports nothing registered later.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+from mtlsign import cli
+from mtlsign.settings_claims import ClaimSettings
+
+
+def main(argv: Sequence[str]) -> None:
+    """Settings → one claim in the ledger; the council's votes say what it is worth."""
+    s = cli.parse(ClaimSettings, argv, description=__doc__ or "")
+    from mtlsign.claims.commands import claim
+
+    done = claim(s)
+    if s.json_output:
+        cli.print_json(done)
+        return
+    print(f"claim {done['claim']}\n  entry {done['index']}, key {done['key']} of entry {done['publication']}")
+    if not done["registration_counted"]:
+        print("  the registration is not yet under a head that counts (--wait waits for it before opening)")
+    if not done["marked_archived"]:
+        print("  your marked model is not in the archive: without it no lineage (--marked)")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,41 @@
+"""One member of the council: `python jobs/council.py --identity FILE --ledger URI [--once]`.
+
+A round checks the whole ledger, co-signs its heads, verifies each new claim and appends this member's vote.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+from mtlsign import cli
+from mtlsign.settings_claims import CouncilSettings
+
+
+def main(argv: Sequence[str]) -> None:
+    """Settings → rounds. A ledger that is not what this member saw is an error, and nothing is signed."""
+    s = cli.parse(CouncilSettings, argv, description=__doc__ or "")
+    from mtlsign.claims.commands import council
+
+    def show(done: dict[str, Any]) -> None:
+        if s.json_output:
+            cli.print_json(done)
+            return
+        for vote in done["votes"]:
+            print(
+                f"claim {vote['claim']}: {vote['status']} ({vote['matches']} of {vote['n']}) {vote['reason']}"
+            )
+        for remark in done["remarks"]:
+            print(f"remark: {remark}")
+        print(f"head of {done['head']['entries']} entries, co-signed {done['cosigned']}", flush=True)
+
+    council(s, show=show)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,34 @@
+"""Commit to a marked model before it leaves: `jobs/publish.py --kit KIT --model MODEL --ledger URI`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+from mtlsign import cli
+from mtlsign.settings_claims import PublishSettings
+
+
+def main(argv: Sequence[str]) -> None:
+    """Settings → one entry of the ledger. Give the model away only when `counted` is true."""
+    s = cli.parse(PublishSettings, argv, description=__doc__ or "")
+    from mtlsign.claims.commands import publish
+
+    done = publish(s)
+    if s.json_output:
+        cli.print_json(done)
+        return
+    print(f"published as entry {done['index']} of {s.ledger}")
+    if not done["counted"]:
+        print("  not yet under a head that counts: keep the model until enough of the council co-signed")
+    elif done["self_attested"]:
+        print("  attested by nobody but you: others must co-sign before this says when it was")
+    print(done["head"]["note"])
+
+
+if __name__ == "__main__":
+    cli.run(main)

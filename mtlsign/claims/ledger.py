@@ -1,0 +1,200 @@
+"""What a ledger is: an append-only list of envelopes, the Merkle tree over them, and co-signatures of its
+heads.
+
+Both backends store entries, the hashes of complete subtrees, and co-signatures. None of them is trusted:
+whoever can write to the store can also rewrite it, so readers check proofs against heads, and witnesses
+(`witness`) recompute the tree from the entries and refuse to co-sign what does not extend what they saw.
+"""
+
+from __future__ import annotations
+
+import abc
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from mtlsign.claims import merkle
+from mtlsign.claims.envelope import MAX_ENVELOPE
+from mtlsign.claims.heads import Cosignature, Head
+from mtlsign.errors import LedgerError
+
+T = TypeVar("T")
+Nodes = dict[tuple[int, int], bytes]
+
+
+@dataclass(frozen=True)
+class Freshness:
+    """How far a reader may trust that it saw the newest entries.
+
+    Attributes:
+        current: the answer came through a majority (or from the one local file), so nothing acknowledged is
+            missing.
+        note: one sentence for a person; what is known when it is not current.
+    """
+
+    current: bool
+    note: str
+
+
+class Ledger(abc.ABC):
+    """One ledger. Methods raise LedgerError when the store cannot be reached, is damaged or refuses."""
+
+    uri: str
+
+    @abc.abstractmethod
+    def append(self, envelope: bytes) -> int:
+        """Add an entry and return its index. The same bytes again: the index they already have.
+
+        When it returns, the entry is durable. After a LedgerError it may or may not be there: call it again.
+        """
+
+    @abc.abstractmethod
+    def get(self, index: int) -> bytes:
+        """The entry's bytes."""
+
+    @abc.abstractmethod
+    def scan(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        """Entries start … stop-1 (default: all there are now), in order, none missing."""
+
+    @abc.abstractmethod
+    def find(self, leaf: bytes) -> int | None:
+        """Index of the entry whose leaf hash this is."""
+
+    @abc.abstractmethod
+    def size(self) -> int:
+        """Number of entries."""
+
+    @abc.abstractmethod
+    def node(self, level: int, index: int) -> bytes:
+        """Stored hash of a complete subtree, 32 bytes, as `merkle.Node`."""
+
+    @abc.abstractmethod
+    def nodes(self) -> Iterator[tuple[int, int, bytes]]:
+        """All stored nodes as (level, index, hash), for `check`."""
+
+    @abc.abstractmethod
+    def cosign(self, head: Head, line: Cosignature) -> None:
+        """Store a co-signature; a second one of the same head under the same name is left out."""
+
+    @abc.abstractmethod
+    def cosignatures(self, origin: bytes) -> list[tuple[Head, Cosignature]]:
+        """All stored co-signatures by size, as heads of the ledger `origin`. Nothing is verified."""
+
+    @abc.abstractmethod
+    def freshness(self) -> Freshness:
+        """How far the answers of this object may be behind."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Let go of files and connections."""
+
+    def origin(self) -> bytes:
+        """Hash of entry 0, which names this ledger."""
+        if self.size() == 0:
+            raise LedgerError("is empty: found it first (jobs/ledger.py found)", field="ledger")
+        return merkle.leaf_hash(self.get(0))
+
+    def head(self, size: int | None = None) -> Head:
+        """The tree over the first `size` entries (default: all), from the stored hashes."""
+        count = self.size() if size is None else size
+        return Head(self.origin(), count, self._computed(lambda node: merkle.tree_root(node, count)))
+
+    def fetch(self, wanted: Sequence[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
+        """Several stored nodes by (level, index); a backend that is far away gets them at once."""
+        return {(level, index): self.node(level, index) for level, index in wanted}
+
+    def _computed(self, compute: Callable[[merkle.Node], T]) -> T:
+        """`compute` with the nodes that it asks for, which it may not choose by what they hold."""
+        wanted: dict[tuple[int, int], bytes] = {}
+        compute(lambda level, index: wanted.setdefault((level, index), bytes(32)))
+        found = self.fetch(list(wanted))
+        return compute(lambda level, index: found[level, index])
+
+    def prove(self, index: int, size: int) -> list[bytes]:
+        """Inclusion path of entry `index` in the tree of `size`. Raises LedgerError when it is not in it."""
+        if not 0 <= index < size <= self.size():
+            raise LedgerError(f"entry {index} is not in a tree of {size}; ask for another", field="index")
+        return self._computed(lambda node: merkle.inclusion_path(node, index, size))
+
+    def prove_consistency(self, old: int, new: int) -> list[bytes]:
+        """Proof that the tree of `new` extends the tree of `old`."""
+        if not 0 <= old <= new <= self.size():
+            raise LedgerError(f"a tree of {new} does not extend one of {old}; ask for others", field="size")
+        return self._computed(lambda node: merkle.consistency_path(node, old, new))
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def check(ledger: Ledger) -> Head:
+    """Recompute the whole tree from the entries and compare every stored node with it; returns the head.
+
+    Raises:
+        LedgerError: a node is missing, superfluous or not what the entries make.
+    """
+    size, tree = ledger.size(), merkle.Frontier()
+    wanted: Nodes = {}
+    for envelope in ledger.scan(0, size):
+        wanted.update({(level, i): found for level, i, found in tree.append(merkle.leaf_hash(envelope))})
+    compare_nodes(ledger, wanted, size)
+    return Head(ledger.origin(), size, tree.root())
+
+
+def compare_nodes(ledger: Ledger, wanted: Nodes, size: int) -> None:
+    """Compare the stored nodes of the first `size` entries with the right ones, all of which `wanted` holds.
+
+    Raises:
+        LedgerError: as `check`.
+    """
+    left = set(wanted)
+    for level, index, found in ledger.nodes():
+        if (index + 1) << level <= size:
+            if wanted.get((level, index)) != found:
+                raise LedgerError(
+                    f"has a node ({level}/{index}) that its entries do not make; rebuild it", field="ledger"
+                )
+            left.discard((level, index))
+    if left:
+        raise LedgerError(f"lacks {len(left)} nodes of its tree; restore a copy", field="ledger")
+
+
+def check_size(envelope: bytes) -> None:
+    """Raises LedgerError for an entry that is empty or over 64 KiB."""
+    if not 1 <= len(envelope) <= MAX_ENVELOPE:
+        raise LedgerError(f"an entry has 1 to {MAX_ENVELOPE} bytes, not {len(envelope)}", field="entry")
+
+
+@dataclass(frozen=True)
+class Tls:
+    """Client's files for etcd's mutual TLS: the authority's certificate, our certificate, our key."""
+
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+
+
+def open_ledger(uri: str, *, tls: Tls | None = None, create: bool = False) -> Ledger:
+    """The ledger at `sqlite:///PATH` or `etcd://HOST:PORT[,HOST:PORT…][/PREFIX]`.
+
+    Args:
+        uri: where; PATH is taken as it is, so an absolute one makes four slashes.
+        tls: etcd's files; else ETCDCTL_CACERT, ETCDCTL_CERT, ETCDCTL_KEY, etcd's own names.
+        create: make an SQLite file that is not there; an etcd ledger is made by its first entry.
+
+    Raises:
+        LedgerError: another scheme, no such file, TLS files missing, or the servers cannot be reached.
+    """
+    if uri.startswith("sqlite:///") and len(uri) > len("sqlite:///") and "\0" not in uri:
+        from mtlsign.claims.sqlite_ledger import SqliteLedger
+
+        return SqliteLedger(Path(os.path.expanduser(uri.removeprefix("sqlite:///"))), create=create)
+    if uri.startswith("etcd://"):
+        from mtlsign.claims.etcd_ledger import open_etcd
+
+        return open_etcd(uri, tls or Tls())
+    raise LedgerError("knows no such place; give sqlite:///PATH or etcd://HOST:PORT[,…]", field="ledger")
