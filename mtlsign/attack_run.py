@@ -9,7 +9,6 @@ storage's own `models/`.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
@@ -26,6 +25,7 @@ from mtlsign.folder import MANIFEST, write_folder
 from mtlsign.settings import dump
 from mtlsign.settings_attack import CHANGEABLE, AttackSettings
 from mtlsign.storage import Storage, open_storage
+from mtlsign.tables import csv_of
 from mtlsign.tensors import read_tensors
 
 SETTINGS, ROWS, CSV = "settings.json", "rows", "attacks.csv"
@@ -180,7 +180,7 @@ class AttackRun:
 
     def write_table(self, rows: Sequence[Row]) -> None:
         """`attacks.csv` of the rows so far."""
-        self.folder.write(CSV, csv_bytes(rows))
+        self.folder.write(CSV, csv_of(rows, COLUMNS))
 
     def finish(self, result: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
         """Write what remains, the manifest last; returns `result` with its places."""
@@ -192,7 +192,7 @@ class AttackRun:
         places = {key: self.folder.child(name).uri for key, name in names.items()}
         whole = {"run": self.name, **result, **places}
         files = {
-            CSV: csv_bytes(rows),
+            CSV: csv_of(rows, COLUMNS),
             names["parquet"]: parquet_bytes(rows),
             names["report"]: render_attack_report(whole).encode(),
             names["result"]: json.dumps(whole, indent=1, allow_nan=False).encode(),
@@ -202,19 +202,8 @@ class AttackRun:
         return whole
 
 
-def csv_bytes(rows: Sequence[Row]) -> bytes:
-    """RFC 4180 but for plain line feeds: a header, empty for None, true and false in lower case."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row in rows:
-        values = (row[column] for column in COLUMNS)
-        writer.writerow([str(v).lower() if isinstance(v, bool) else "" if v is None else v for v in values])
-    return buffer.getvalue().encode()
-
-
 def parquet_bytes(rows: Sequence[Row]) -> bytes:
-    """The same rows as one Parquet file, typed."""
+    """The same rows as one Parquet file whose types do not depend on the rows: `removed` may be empty."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
