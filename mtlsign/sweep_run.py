@@ -86,7 +86,8 @@ class InTurn:
 
 def told(row: Mapping[str, Any] | None, config: Mapping[str, Any]) -> str:
     """A cell in one line."""
-    names = ", ".join(f"{name} {config[name]:g}" for name in ("lambda1", "lambda2") if name in config)
+    values = config if row is None else row
+    names = ", ".join(f"{name} {values[name]}" for name in ("lambda1", "lambda2") if name in values)
     if row is None:
         return f"{names} · stopped early"
     if row["status"] != "ok":

@@ -95,7 +95,7 @@ BAD = {
     "unknown snapshot": ("--snapshots noise,rotated", "snapshots: "),
     "unknown task": ("--task dogs", "task: "),
     "unknown model": ("--model resnet19", "model: "),
-    "model that nobody wrote": ("--model no_such_package.models:make", "factory: "),
+    "model that nobody wrote": ("--model no_such_package.models:make", "model: "),
     "tap that does not exist": ("--taps layer9", "taps: "),
     "one tap that does not exist": ("--taps layer1,layer1.0.conv7", "taps: "),
     "control characters in the name": ("--name a\x07b", "spec.name: "),

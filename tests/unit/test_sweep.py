@@ -332,3 +332,9 @@ def test_tables_keep_types_and_gaps() -> None:
         {"a": 1.0, "b": True, "c": None, "d": "x,y"},
         {"a": 2.5, "b": None, "c": None, "d": "3"},
     ]
+
+
+def test_a_cell_is_told_whatever_its_settings_were_written_as() -> None:
+    assert sweep_run.told(None, {"lambda1": "0.02"}) == "lambda1 0.02 · stopped early"
+    row = {"lambda1": 0.02, "lambda2": 1.0, "status": "failed", "reason": "why"}
+    assert sweep_run.told(row, {"lambda1": "0.02"}) == "lambda1 0.02, lambda2 1.0 · failed: why"
