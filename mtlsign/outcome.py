@@ -81,11 +81,7 @@ def conclude(
     tapped = {name: w0[name] for name in (*probe.graph.kernels, *probe.graph.gammas.values()) if name in w0}
     digest = model_digest(tensor_bytes(marked.tensors))
     verdict = verify(marked.tensors, probe, controls=5, w0=tapped, model_digest=digest)
-    deltas = {
-        name: float((tensor.double() - w0[name].double()).norm())
-        for name, tensor in marked.tensors.items()
-        if tensor.is_floating_point()
-    }
+    deltas = moved(w0, marked.tensors)
     result: dict[str, Any] = {
         "task": s.task, "model": s.model, "name": s.name, "width": s.width, "head": s.head, "seed": s.seed,
         "lambda1": s.lambda1, "lambda2": s.lambda2, "snapshots": s.snapshots, "steps": s.steps,
@@ -110,6 +106,15 @@ def conclude(
     scores = dict(zip(("marked", "w0"), scores_of_all(probe, [marked.tensors, tapped]), strict=False))
     scores |= dict(zip(("wrong_key",), scores_of_all(probe.control(0), [marked.tensors]), strict=False))
     return Embedded(marked.tensors, kit, verdict, result, {"phase1": rows, "phase2": marked.rows}, scores)
+
+
+def moved(w0: Mapping[str, Tensor], marked: Mapping[str, Tensor]) -> dict[str, float]:
+    """‖W − W0‖₂ of every parameter; batch norms' running statistics are none."""
+    return {
+        name: float((tensor.double() - w0[name].double()).norm())
+        for name, tensor in marked.items()
+        if tensor.is_floating_point() and name.rpartition(".")[2] not in ("running_mean", "running_var")
+    }
 
 
 def _card(result: Mapping[str, Any], graph: Mapping[str, object]) -> str:

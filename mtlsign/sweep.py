@@ -29,6 +29,7 @@ from mtlsign.campaign import Target, compared, strike
 from mtlsign.errors import ArtifactError, ModelError, SettingsError
 from mtlsign.key import Identity
 from mtlsign.network import TaskShape, graph_of, initial, owner_factories
+from mtlsign.outcome import moved
 from mtlsign.progress import Alone, State
 from mtlsign.runs import load_state, state_bytes
 from mtlsign.settings import EmbedSettings, nearest
@@ -275,17 +276,12 @@ def _measure(s: EmbedSettings, cell: Cell, shared: Shared, kept: Storage, show: 
     marked = embedding.mark_phase(s, w0, opening, reference, rank)
     probe = Probe(opening, reference, head=marked.head, factories=factories)
     verdict = verify(marked.tensors, probe, bits=shared.bits, w0=w0)
-    moved = (
-        float((t.double() - w0[n].double()).square().sum())
-        for n, t in marked.tensors.items()
-        if t.is_floating_point()
-    )
     row: Row = {
         **{name: marked.measured[name] for name in _MEASURED},
         "drop_points": 100 * (marked.measured["validation_clean"] - marked.measured["validation_marked"]),
         "wm_accuracy": verdict.accuracy, "evidence_bits": verdict.evidence_bits,
         "wm_accuracy_on_clean": verdict.controls.get("w0", [None])[0],
-        "deviation_l2": math.sqrt(sum(moved)),
+        "deviation_l2": math.sqrt(sum(d * d for d in moved(w0, marked.tensors).values())),
         "seconds_mark": round(sum(r["seconds"] for r in marked.rows), 3),
     }  # fmt: skip
     started, left = time.monotonic(), [verdict.evidence_bits]

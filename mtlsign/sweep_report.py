@@ -55,8 +55,14 @@ def _headline(result: Mapping[str, Any]) -> str:
     chosen = ", ".join(f"{_symbol(name)} = {_plain(best[name])}" for name in result["vary"])
     return (
         f"Recommended: {chosen}. {best['evidence_bits_attacked']:,.0f} bits are left after the attacks, "
-        f"and the task loses {best['drop_points']:+.2f} points on validation data."
+        f"and the task {_change(best['drop_points'])} on validation data."
     )
+
+
+def _change(points: float) -> str:
+    if round(points, 2) == 0:
+        return "keeps its accuracy"
+    return f"{'loses' if points > 0 else 'gains'} {abs(points):.2f} points"
 
 
 def _symbol(name: str) -> str:
@@ -148,7 +154,9 @@ def _heat(
     xs, ys = sorted({b for _, b in places}), sorted({a for a, _ in places})
     missing = float("nan")
     grid = [[float(places[y, x][name]) if (y, x) in places else missing for x in xs] for y in ys]
-    image = ax.imshow(grid, origin="lower", aspect="auto", cmap="viridis" if more else "viridis_r")
+    # Squares drawn one by one: an image would be a data: URI, which the page's own policy forbids.
+    edges = [[i - 0.5 for i in range(len(axis) + 1)] for axis in (xs, ys)]
+    ax.pcolormesh(*edges, grid, cmap="viridis" if more else "viridis_r")
     found = [value for line in grid for value in line if value == value]
     low, high = min(found), max(found)
     small = 10 if len(xs) <= 5 else 7
@@ -170,7 +178,6 @@ def _heat(
     ax.set_xlabel("λ₂ (survive changes)")
     ax.set_ylabel("λ₁ (stay near W0)")
     ax.grid(False)
-    ax.figure.colorbar(image, ax=ax, shrink=0.85)
 
 
 def _front(

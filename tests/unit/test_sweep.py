@@ -285,6 +285,7 @@ def test_a_sweep_writes_its_tables_and_forgets_w0(tmp_path: Path) -> None:
     assert len([line for line in said if "of the bits" in line]) == 4
     page = (place / "report.html").read_text()
     assert "Recommended" in page and "<script" not in page and page.count("<svg") == 5
+    assert "<image" not in page and "data:" not in page, "the page's own policy forbids images"
     with pytest.raises(SettingsError, match="finished"):
         SweepRun.open(tiny(storage=str(tmp_path), resume="s"))
 
