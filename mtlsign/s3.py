@@ -117,6 +117,19 @@ class S3Storage(Storage):
             raise StorageError(f"{place} came with {len(data)} of {size} bytes; try again", field="storage")
         return data
 
+    @contextmanager
+    def open_read(self, name: str, limit: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+        """A file's size, known and checked before anything is read, and its bytes in pieces of 1 MiB."""
+        key = self._key(name)
+        with self._errors("read", key):
+            answer = self.connection.client.get_object(Bucket=self.bucket, Key=key)
+            with answer["Body"] as body:
+                size = answer.get("ContentLength")
+                if size is None:
+                    raise StorageError(f"s3://{self.bucket}/{key} came without its size; use another server")
+                check_size(f"s3://{self.bucket}/{key}", size, limit)
+                yield size, body.iter_chunks(2**20)
+
     def exists(self, name: str) -> bool:  # noqa: D102
         try:
             with self._errors("read", self._key(name)):

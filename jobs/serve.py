@@ -1,0 +1,37 @@
+"""Start the verification service and keep it running: `python jobs/serve.py --allow s3://BUCKET/PREFIX`.
+
+Settings come from flags, below them `MTLSIGN_*`, below them `--config FILE`. Ctrl-C stops it. A token for a
+caller: `python -m mtlsign.service token NAME --scopes verify,ledger`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+from mtlsign import cli
+from mtlsign.settings_service import ServiceSettings
+
+
+def main(argv: Sequence[str]) -> None:
+    """Settings → a service that answers until it is stopped."""
+    given = cli.parse(ServiceSettings, argv, description=__doc__ or "")
+    s = ServiceSettings.merged(given)
+    from mtlsign.distributed import serve
+
+    serve.start(s)
+    print(f"http://{s.host}:{s.port}/ answers; its state lies in {s.state.absolute()}", flush=True)
+    try:
+        while True:
+            time.sleep(3600)
+    finally:
+        serve.stop()
+
+
+if __name__ == "__main__":
+    cli.run(main)

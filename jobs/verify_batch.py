@@ -1,0 +1,38 @@
+"""Verify many claims at once: `python jobs/verify_batch.py --claims claims.jsonl --out results.jsonl`.
+
+Each line is one claim, {"model": POINTER, "bundle": {…} or POINTER}; each line of the result is its verdict
+or problem, in order, with the signed verdict beside it. Verifying replicas live only as long as the job.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+from mtlsign import cli
+from mtlsign.settings_service import BatchSettings
+
+
+def main(argv: Sequence[str]) -> None:
+    """Settings and claims in, one result line for each out."""
+    s = BatchSettings.merged(cli.parse(BatchSettings, argv, description=__doc__ or ""))
+    from mtlsign.service.lines import read_claims, tally, write_results
+
+    claims = read_claims(s.claims)
+    from mtlsign.distributed import serve
+
+    results = serve.batch(s, claims)
+    write_results(s.out, results)
+    found = tally(results) | {"out": str(s.out)}
+    if s.json_output:
+        cli.print_json(found)
+    elif not s.quiet:
+        print(", ".join(f"{count} {name}" for name, count in found.items() if name != "out") + f" → {s.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

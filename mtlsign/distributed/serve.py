@@ -1,0 +1,287 @@
+"""The verification service on Ray Serve: an ingress that holds `mtlsign.service`, and verifying replicas.
+
+Ray places, restarts, scales and routes; what is asked and answered is `mtlsign.service`'s. A verifying
+replica has limits of its own on memory and time: whatever a hostile claim does to it, it dies alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import resource
+import sys
+import threading
+import time
+from typing import Any
+
+from mtlsign.distributed import cluster  # first: what it sets must stand before Ray is imported
+
+import ray  # isort: skip
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+from ray.util import metrics as ray_metrics
+from starlette.middleware import Middleware
+
+from mtlsign.errors import ClusterError
+from mtlsign.service.app import make_app
+from mtlsign.service.limits import Limits
+from mtlsign.service.metrics import METRICS
+from mtlsign.service.office import Office
+from mtlsign.service.problems import Problem
+from mtlsign.service.verifier import Answer, Lost, Task, Verifier
+from mtlsign.settings_service import MIB, ServiceSettings
+
+APP = "mtlsign"
+#: Ray's name for the setting that puts `proxy_middlewares` into its HTTP proxy; read when a cluster starts.
+PROXY_SETTING = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+PROXY_VALUE = "mtlsign.distributed.serve:proxy_middlewares"
+LOST = 70
+BOUNDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
+
+
+def proxy_middlewares() -> list[Middleware]:
+    """What Ray's proxy runs before it reads a body, which it would else read whole, whatever its size."""
+    return [Middleware(Limits, s=ServiceSettings.load(), proxy=True)]
+
+
+class RayMetrics:
+    """Figures for Prometheus, through Ray's own exporter on every node."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+        for name, (kind, text, label) in METRICS.items():
+            keys = (label,) if label else ()
+            if kind == "histogram":
+                self._made[name] = ray_metrics.Histogram(name, text, boundaries=BOUNDS, tag_keys=keys)
+            else:
+                made = ray_metrics.Counter if kind == "counter" else ray_metrics.Gauge
+                self._made[name] = made(name, text, tag_keys=keys)
+
+    def add(self, name: str, value: float = 1.0, label: str = "") -> None:
+        """Count, observe or set."""
+        kind, _, key = METRICS[name]
+        tags = {key: label or "none"} if key else None
+        if kind == "counter":
+            if value > 0:
+                self._made[name].inc(value, tags)
+        elif kind == "gauge":
+            self._made[name].set(value, tags)
+        else:
+            self._made[name].observe(value, tags)
+
+
+class Replicas:
+    """A backend of verifying replicas; claims on one model go to the replica that has it."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    async def verify(self, task: Task) -> Answer:
+        """Ask one replica. Raises Lost, or Problem `busy`."""
+        name = hashlib.sha256(task.model.encode()).hexdigest()[:32]
+        try:
+            answer: Answer = await self._handle.options(multiplexed_model_id=name).verify.remote(task)
+            return answer
+        except BackPressureError:
+            raise Problem("busy", "all verifiers are busy", retry_after=2) from None
+        except (RayError, RayServeException) as error:
+            raise Lost(type(error).__name__) from None
+
+    async def ready(self) -> bool:
+        """Whether a replica answers within two seconds."""
+        try:
+            return bool(await asyncio.wait_for(self._handle.alive.remote(), 2.0))
+        except (RayError, RayServeException, TimeoutError):
+            return False
+
+
+class Verify:
+    """A verifying replica."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        import torch
+
+        self._s = ServiceSettings.of(settings)
+        torch.set_num_threads(self._s.threads)
+        self._verifier = Verifier(self._s)
+        _bound_memory(self._s.memory_mb * MIB)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(0.5)
+            since = self._verifier.busy_since
+            if since is not None and time.monotonic() - since > self._s.claim_s:
+                _log().error('{"event": "claim_too_long"}')
+                os._exit(LOST)  # a thread inside a kernel cannot be stopped otherwise
+
+    @serve.multiplexed(max_num_models_per_replica=64)  # type: ignore[untyped-decorator]
+    async def _hold(self, name: str) -> str:
+        """Tell Ray's router that this replica has the model; the verifier keeps it."""
+        return name
+
+    async def verify(self, task: Task) -> Answer:
+        """Answer one task."""
+        await self._hold(serve.get_multiplexed_model_id())
+        return await asyncio.to_thread(self._answer, task)
+
+    def _answer(self, task: Task) -> Answer:
+        import torch
+
+        torch.set_num_threads(self._s.threads)  # OpenMP keeps the number for each thread
+        return self._verifier.answer(task)
+
+    async def alive(self) -> bool:
+        """Yes."""
+        return True
+
+
+class Gate:
+    """The ingress: one process with the service's file. It never touches a model."""
+
+    def __init__(self, settings: dict[str, Any], handle: DeploymentHandle[Any]) -> None:
+        logger = _log()
+        logger.setLevel(logging.INFO)
+        self._office = Office.open(ServiceSettings.load(base=settings), Replicas(handle), RayMetrics())
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """The app, made in the replica."""
+        return make_app(self._office)
+
+
+def _log() -> logging.Logger:
+    logger = logging.getLogger("mtlsign.service")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    return logger
+
+
+def _bound_memory(more: int) -> None:
+    """Let this process take at most `more` bytes beyond what it has; a larger claim fails, or its process."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        now = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData"))
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = now + more if hard == resource.RLIM_INFINITY else min(now + more, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def _plain(s: ServiceSettings) -> dict[str, Any]:
+    """Settings as they travel: absolute, and without the signing key, which each ingress reads itself."""
+    found = s.model_dump(mode="json", exclude={"signing_key"}, exclude_none=True, by_alias=True)
+    return found | {"state": str(s.state.absolute())}
+
+
+def verifiers(s: ServiceSettings) -> serve.Application:
+    """The verifying deployment alone."""
+    options: dict[str, Any] = {
+        "name": "verify",
+        "max_ongoing_requests": 2,  # one computes while the other's model is fetched
+        "max_queued_requests": 8 * max(s.verifiers, s.max_verifiers),
+        "health_check_period_s": 2,
+        "graceful_shutdown_timeout_s": 5,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "ray_actor_options": {
+            "num_cpus": s.threads,
+            "num_gpus": s.gpus,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(s.threads)}},
+        },
+    }
+    if s.max_verifiers > s.verifiers:
+        options["autoscaling_config"] = {
+            "min_replicas": s.verifiers, "max_replicas": s.max_verifiers, "target_ongoing_requests": 1.5,
+            "upscale_delay_s": 5, "downscale_delay_s": 120,
+        }  # fmt: skip
+    else:
+        options["num_replicas"] = s.verifiers
+    return serve.deployment(**options)(Verify).bind(_plain(s))
+
+
+def build(args: ServiceSettings) -> serve.Application:
+    """The service as `serve deploy jobs/serve.yaml` wants it; `MTLSIGN_*` win over the file's `args`."""
+    s = ServiceSettings.load(base=args.model_dump(exclude_unset=True, by_alias=True))
+    gate = serve.deployment(
+        name="gate",
+        num_replicas=1,
+        max_ongoing_requests=1000,
+        max_queued_requests=1000,
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_wait_loop_s=0.5,
+        ray_actor_options={"num_cpus": 0.5},
+    )(serve.ingress()(Gate))
+    return gate.bind(_plain(s), verifiers(s))
+
+
+# Ray looks at the annotation itself, which the import above turned into text.
+build.__annotations__ = {"args": ServiceSettings, "return": Any}
+
+
+def start(s: ServiceSettings) -> None:
+    """Start the service on the cluster that is there, or on this machine; returns once it answers.
+
+    Raises: ClusterError.
+    """
+    os.environ.setdefault(PROXY_SETTING, PROXY_VALUE)
+    cluster.connect()
+    options = {"host": s.host, "port": s.port, "request_timeout_s": max(s.upload_s, s.max_wait_s + 60)}
+    quiet = {"enable_access_log": False}
+    try:
+        serve.start(proxy_location="EveryNode", http_options=options, logging_config=quiet)
+        serve.run(build(s), name=APP, route_prefix="/", logging_config=quiet)
+    except (RuntimeError, RayError, RayServeException, ValueError) as error:
+        raise ClusterError(f"the service does not start ({str(error)[:300]})", field="serve") from None
+
+
+def stop() -> None:
+    """Take the service down."""
+    serve.shutdown()  # type: ignore[no-untyped-call]
+    ray.shutdown()
+
+
+async def _batch(
+    s: ServiceSettings, handle: DeploymentHandle[Any], claims: list[Any]
+) -> list[dict[str, Any]]:
+    from mtlsign.service import tokens
+
+    office = Office.open(s, Replicas(handle))
+    token = tokens.check(office.store, tokens.issue(office.store, "batch", ["verify"], 24 * 365))
+    await office.desk.start()
+    try:
+        results: list[dict[str, Any]] = []
+        for at in range(0, len(claims), s.max_claims):
+            job = await office.desk.submit(token, claims[at : at + s.max_claims], None)
+            job = await office.desk.wait(job, float("inf"))
+            answer = await office.desk.answer(job)
+            for result in answer["results"]:
+                if "id" in result:
+                    name, _, place = result["id"].partition(".")
+                    result["envelope"] = (office.store.envelope(name, int(place)) or b"").decode()
+            results += answer["results"]
+        return results
+    finally:
+        await office.desk.stop()
+        tokens.revoke(office.store, token.id)
+        office.store.close()
+
+
+def batch(s: ServiceSettings, claims: list[Any]) -> list[dict[str, Any]]:
+    """Verify many claims with a short-lived app of verifying replicas alone; results in order, each signed.
+
+    Raises: ClusterError, KeyMaterialError.
+    """
+    cluster.connect()
+    name = f"{APP}-batch-{os.getpid()}"
+    try:
+        handle = serve.run(verifiers(s), name=name, route_prefix=None)
+        return asyncio.run(_batch(s, handle, claims))
+    except (RayError, RayServeException) as error:
+        raise ClusterError(f"the verifiers do not start ({str(error)[:300]})", field="serve") from None
+    finally:
+        serve.delete(name)

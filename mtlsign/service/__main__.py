@@ -1,0 +1,47 @@
+"""The operator's commands: `python -m mtlsign.service token NAME --scopes verify`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mtlsign import cli
+from mtlsign.errors import SettingsError
+from mtlsign.service import tokens
+from mtlsign.service.problems import Problem
+from mtlsign.service.store import Store
+from mtlsign.settings_service import ServiceSettings
+
+
+def main(argv: Sequence[str]) -> None:
+    """`token NAME` makes one and prints it, `tokens` lists them, `revoke ID` ends one."""
+    parser = argparse.ArgumentParser(prog="python -m mtlsign.service", description=__doc__)
+    parser.add_argument("action", choices=["token", "tokens", "revoke"])
+    parser.add_argument("name", nargs="?", default="", help="token: its name; revoke: its id")
+    parser.add_argument(
+        "--scopes", default="verify,ledger", help="some of verify, ledger, admin, with commas"
+    )
+    parser.add_argument("--hours", type=float, help="life of the token")
+    parser.add_argument(
+        "--state", type=Path, help="the service's state folder [MTLSIGN_STATE, mtlsign-service]"
+    )
+    given = parser.parse_args(list(argv))
+    s = ServiceSettings.load(base={"state": given.state} if given.state else None)
+    store = Store((given.state or s.state) / "service.sqlite")
+    try:
+        if given.action == "token":
+            scopes = [scope.strip() for scope in given.scopes.split(",") if scope.strip()]
+            print(tokens.issue(store, given.name, scopes, given.hours or s.token_hours))
+        elif given.action == "tokens":
+            cli.print_json(tokens.known(store))
+        elif not tokens.revoke(store, given.name):
+            raise SettingsError("there is no such token, or it is revoked already", field="revoke")
+    except Problem as problem:
+        raise SettingsError(problem.detail, field=given.action) from None
+    finally:
+        store.close()
+
+
+if __name__ == "__main__":
+    cli.run(main)

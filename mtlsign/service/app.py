@@ -1,0 +1,107 @@
+"""The whole service as one ASGI app: routes, problems, limits, health. It knows nothing of Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from mtlsign.service import api, metrics, pages
+from mtlsign.service.limits import Limits
+from mtlsign.service.office import Office
+from mtlsign.service.problems import Problem
+from mtlsign.service.schemas import problems
+
+log = logging.getLogger("mtlsign.service")
+_OF_STATUS = {404: "not-found", 405: "wrong-method", 413: "too-large", 415: "wrong-media-type"}
+
+
+def make_app(office: Office) -> FastAPI:
+    """The app of one process. Its lifespan starts and stops the desk."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await office.desk.start()
+        if office.ledger is not None and office.s.announce:
+            try:
+                await asyncio.to_thread(office.ledger.announce, office.keys.current)
+            except Problem as problem:
+                metrics.event("not_announced", reason=problem.detail)
+        yield
+        await office.desk.stop()
+
+    app = FastAPI(
+        title="MTLSign verification", version="1", lifespan=lifespan, redoc_url=None,
+        description="Claims in, signed verdicts out. Errors are RFC 9457 problem details.",
+    )  # fmt: skip
+    app.state.office = office
+    app.include_router(api.router)
+    app.include_router(pages.router)
+    app.add_middleware(Limits, s=office.s)
+
+    @app.get("/healthz", responses=problems())
+    async def healthz() -> JSONResponse:
+        """This process answers."""
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/readyz", responses=problems())
+    async def readyz() -> JSONResponse:
+        """Claims would be answered: the file can be written to and a verifier is there. Else 503."""
+        await asyncio.to_thread(office.store.change, "DELETE FROM sessions WHERE expires<0")
+        if not await office.backend.ready():
+            raise Problem("not-ready", "no verifier is there yet", retry_after=2)
+        return JSONResponse({"status": "ready"})
+
+    @app.exception_handler(Problem)
+    async def on_problem(request: Request, problem: Problem) -> Response:
+        office.metrics.add("mtlsign_refusals", 1, problem.kind)
+        if _for_people(request):
+            return pages.show("wrong", status=problem.status, token=None, problem=problem.document())
+        return api.answer_problem(problem)
+
+    @app.exception_handler(HTTPException)
+    async def on_http(request: Request, error: HTTPException) -> Response:
+        kind = _OF_STATUS.get(error.status_code, "malformed-request")
+        return await on_problem(request, Problem(kind, f"{request.method} is not served at this address"))
+
+    @app.exception_handler(Exception)
+    async def on_bug(request: Request, error: Exception) -> Response:
+        log.error("bug", exc_info=error, extra={"event": "bug"})
+        return await on_problem(request, Problem("internal", "this is a defect; it was logged"))
+
+    @app.middleware("http")
+    async def tell(request: Request, follow: Callable[[Request], Awaitable[Response]]) -> Response:
+        start = time.perf_counter()
+        answer = await follow(request)
+        route = getattr(request.scope.get("route"), "path", None)  # the pattern, never what stands in it
+        metrics.event(
+            "request", method=request.method, route=route, status=answer.status_code,
+            seconds=round(time.perf_counter() - start, 4),
+        )  # fmt: skip
+        return answer
+
+    _describe(app)
+    return app
+
+
+def _for_people(request: Request) -> bool:
+    return not request.url.path.startswith("/v1/") and "text/html" in request.headers.get("accept", "")
+
+
+def _describe(app: FastAPI) -> None:
+    """Add the bearer scheme to the OpenAPI document."""
+    made = app.openapi
+
+    def openapi() -> dict[str, object]:
+        found = made()
+        components = found.setdefault("components", {})
+        components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+        return found
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way

@@ -1,0 +1,125 @@
+"""Bounds on bodies, as ASGI middleware: bytes, seconds, pace, and all bodies together.
+
+It stands before the app, and, because Ray's HTTP proxy reads a body as fast as it comes, whatever becomes of
+it, also inside that proxy (`mtlsign.distributed.serve.proxy_middlewares`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from mtlsign.service.problems import MEDIA, Problem
+from mtlsign.settings_service import MIB, ServiceSettings
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+_UPLOAD = re.compile(r"/v1/models/[^/]+")
+GRACE_S = 5.0
+SLOWEST = 1024
+"""Bytes a second that a body must have on average after the grace period."""
+
+
+class Limits:
+    """Wraps an ASGI app.
+
+    Args:
+        app: what is behind.
+        s: the limits.
+        proxy: inside Ray's proxy: hold uploads back to `upload_mb_s`, as the proxy itself never does.
+    """
+
+    def __init__(self, app: App, s: ServiceSettings, proxy: bool = False) -> None:
+        self.app, self.s, self.proxy, self.held = app, s, proxy, 0
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = False
+
+        async def tell(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        bound = _Bounded(self, scope, receive)
+        try:
+            bound.check_length()
+            await self.app(scope, bound.receive, tell)
+        except Problem as problem:
+            if not started:
+                await refuse(problem, send)
+        finally:
+            self.held -= bound.held
+
+
+class _Bounded:
+    """One body."""
+
+    def __init__(self, limits: Limits, scope: MutableMapping[str, Any], receive: Receive) -> None:
+        s = limits.s
+        self._limits, self._receive = limits, receive
+        self._headers = {k.lower(): v for k, v in scope.get("headers", ())}
+        self._upload = scope["method"] == "PUT" and bool(_UPLOAD.fullmatch(scope["path"]))
+        self._most = s.model_limit if self._upload else s.body_limit
+        self._seconds = s.upload_s if self._upload else s.body_s
+        self._pace = s.upload_mb_s * MIB if self._upload and limits.proxy else 0.0
+        self._start, self._seen, self._ended, self.held = time.monotonic(), 0, False, 0
+
+    def check_length(self) -> None:
+        text = self._headers.get(b"content-length", b"0")
+        if not text.isdigit() or len(text) > 15:
+            raise Problem("malformed-request", "Content-Length is no number")
+        if int(text) > self._most:
+            raise Problem("too-large", f"{int(text)} bytes were announced, {self._most} are allowed here")
+        if self._headers.get(b"content-encoding", b"identity") != b"identity":
+            raise Problem("wrong-media-type", "compressed bodies are not read; send the plain bytes")
+
+    async def receive(self) -> Message:
+        if self._ended:
+            return await self._receive()
+        left = self._start + self._seconds - time.monotonic()
+        try:
+            message = await asyncio.wait_for(self._receive(), max(left, 0.001))
+        except TimeoutError:
+            raise Problem("too-slow", f"the body did not come within {self._seconds:g} seconds") from None
+        if message["type"] != "http.request":
+            return message
+        size = len(message.get("body", b""))
+        self._seen += size
+        self._ended = not message.get("more_body", False)
+        if self._seen > self._most:
+            raise Problem("too-large", f"over {self._most} bytes came; that many are allowed here")
+        passed = time.monotonic() - self._start
+        if not self._ended and passed > GRACE_S and self._seen < SLOWEST * passed:
+            raise Problem("too-slow", f"the body comes with under {SLOWEST} bytes a second")
+        if not self._upload:
+            self.held += size
+            self._limits.held += size
+            if self._limits.held > 8 * self._most:
+                raise Problem("busy", "too many bodies are coming in at once; try again", retry_after=2)
+        if self._pace:
+            await asyncio.sleep(max(0.0, self._seen / self._pace - passed))
+        return message
+
+
+async def refuse(problem: Problem, send: Send) -> None:
+    """Answer with a problem, and close: the rest of the body is not wanted."""
+    body = json.dumps(problem.document()).encode()
+    headers = [
+        (b"content-type", MEDIA.encode()), (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]  # fmt: skip
+    if problem.retry_after is not None:
+        headers.append((b"retry-after", str(max(1, round(problem.retry_after))).encode()))
+    await send({"type": "http.response.start", "status": problem.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,51 @@
+"""What the service counts. `mtlsign.distributed.serve` hands these to Ray's Prometheus."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections import defaultdict
+from typing import Any, Protocol
+
+#: name → (kind, description, label)
+METRICS: dict[str, tuple[str, str, str]] = {
+    "mtlsign_claims": ("counter", "Claims taken in", ""),
+    "mtlsign_answers": ("counter", "Claims answered", "status"),
+    "mtlsign_refusals": ("counter", "Requests and claims refused", "reason"),
+    "mtlsign_stage_seconds": ("histogram", "Seconds by stage of a task", "stage"),
+    "mtlsign_request_seconds": ("histogram", "Seconds from request to last answer", ""),
+    "mtlsign_cache": ("counter", "Tasks whose model was here already, or not", "hit"),
+    "mtlsign_retries": ("counter", "Claims tried again after a verifier was lost", ""),
+    "mtlsign_waiting": ("gauge", "Claims waiting", ""),
+}
+
+
+class Metrics(Protocol):
+    """Where figures go. Labels are from closed lists, never from a request."""
+
+    def add(self, name: str, value: float = 1.0, label: str = "") -> None:
+        """Count, observe or set `value` under a name of `METRICS`."""
+
+
+class Kept:
+    """Figures in this process: sums by (name, label)."""
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[str, str], float] = defaultdict(float)
+        self._lock = threading.Lock()
+
+    def add(self, name: str, value: float = 1.0, label: str = "") -> None:  # noqa: D102
+        if name not in METRICS:
+            raise KeyError(name)
+        with self._lock:
+            self.sums[name, label] += value
+
+
+_log = logging.getLogger("mtlsign.service")
+
+
+def event(name: str, **fields: Any) -> None:
+    """One structured line: who asked what. Callers pass ids and counts, never tokens, keys or pointers."""
+    line = {"event": name, **{k: v for k, v in fields.items() if v is not None}}
+    _log.info(json.dumps(line, sort_keys=True, default=str), extra={"mtlsign": line})

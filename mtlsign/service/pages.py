@@ -1,0 +1,236 @@
+"""The page for people: plain forms and links, rendered here; it works without a script and from the keyboard.
+
+A token is exchanged for a session in a cookie (HttpOnly, SameSite=Strict); forms are taken only from this
+very page (Origin). The content security policy allows this service's own style sheet and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+import jinja2
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import HTMLResponse, RedirectResponse
+from markupsafe import Markup
+
+from mtlsign.report import format_p
+from mtlsign.service import metrics, tokens
+from mtlsign.service.api import ENVELOPE, signed
+from mtlsign.service.office import Office, office_of
+from mtlsign.service.pictures import matches_needed, null_picture
+from mtlsign.service.problems import Problem
+from mtlsign.service.tokens import Token
+from mtlsign.verification import Verdict
+
+router = APIRouter(include_in_schema=False)
+COOKIE = "mtlsign_session"
+SECURE = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",  # with no-referrer, browsers send forms with Origin: null
+    "Cache-Control": "no-store",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+
+
+@lru_cache(maxsize=1)
+def _templates() -> jinja2.Environment:
+    made = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.PackageLoader("mtlsign", "templates/service"),
+    )  # fmt: skip
+    made.filters["when"] = _when
+    return made
+
+
+def _when(seconds: float | None) -> str:
+    if seconds is None:
+        return "not yet attested"
+    return time.strftime("%d %B %Y, %H:%M UTC", time.gmtime(seconds))
+
+
+def show(name: str, *, status: int = 200, refresh: bool = False, **values: Any) -> HTMLResponse:
+    """One page."""
+    text = _templates().get_template(f"{name}.html.j2").render(refresh=refresh, **values)
+    return HTMLResponse(text, status, headers=SECURE)
+
+
+async def visitor(request: Request) -> tuple[Office, Token | None]:
+    """The office and whoever's session this is."""
+    office = office_of(request)
+    token = await asyncio.to_thread(tokens.session, office.store, request.cookies.get(COOKIE))
+    return office, token
+
+
+async def form(request: Request) -> dict[str, str]:
+    """The fields of a form that this page sent. Raises Problem."""
+    origin, host = request.headers.get("origin"), request.headers.get("host", "")
+    if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none") or (
+        origin is not None and urlsplit(origin).netloc != host
+    ):
+        raise Problem("forbidden", "this form was sent from another site; open this service's own page")
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/x-www-form-urlencoded":
+        raise Problem("wrong-media-type", "forms are sent as application/x-www-form-urlencoded")
+    try:
+        text = (await request.body()).decode("utf-8")
+        return dict(
+            parse_qsl(text, keep_blank_values=True, strict_parsing=True, max_num_fields=10, errors="strict")
+        )
+    except ValueError:
+        raise Problem("malformed-request", "the form cannot be read") from None
+
+
+@router.get("/")
+async def home(request: Request) -> HTMLResponse:
+    """The form, or the door before it."""
+    _, token = await visitor(request)
+    return show("home" if token else "door", token=token, wrong="", model="", bundle="")
+
+
+@router.post("/session")
+async def sign_in(request: Request) -> Response:
+    """Exchange a token for a session."""
+    office = office_of(request)
+    given = (await form(request)).get("token", "")
+    try:
+        secret = await asyncio.to_thread(tokens.open_session, office.store, given)
+    except Problem as problem:
+        return show("door", status=problem.status, token=None, wrong=problem.detail)
+    answer = RedirectResponse("/", 303, headers=SECURE)
+    secure = office.s.public_url.startswith("https://")
+    answer.set_cookie(
+        COOKIE, secret, max_age=int(tokens.SESSION_S), httponly=True, samesite="strict", secure=secure
+    )
+    return answer
+
+
+@router.post("/leave")
+async def sign_out(request: Request) -> Response:
+    """End the session."""
+    await form(request)
+    office = office_of(request)
+    await asyncio.to_thread(tokens.close_session, office.store, request.cookies.get(COOKIE))
+    answer = RedirectResponse("/", 303, headers=SECURE)
+    answer.delete_cookie(COOKIE)
+    return answer
+
+
+@router.post("/checks")
+async def check(request: Request) -> Response:
+    """Take one claim and lead to its page."""
+    office, token = await visitor(request)
+    if token is None:
+        return RedirectResponse("/", 303, headers=SECURE)
+    fields = await form(request)
+    model, text = fields.get("model", "").strip(), fields.get("bundle", "").strip()
+    try:
+        token.need("verify")
+        bundle: object = text
+        if text.startswith("{"):
+            try:
+                bundle = json.loads(text)
+            except (ValueError, RecursionError):
+                raise Problem("bad-bundle", "the opened claim is no JSON; paste the whole of it") from None
+        if not model or not text:
+            raise Problem("bad-claim", "both fields are needed")
+        job = await office.desk.submit(token, [{"model": model, "bundle": bundle}], None)
+    except Problem as problem:
+        return show(
+            "home", status=problem.status, token=token, wrong=problem.detail, model=model, bundle=text
+        )
+    await office.desk.wait(job, 1.0)
+    return RedirectResponse(f"/checks/{job.id}", 303, headers=SECURE)
+
+
+@router.get("/checks/{name}")
+async def checked(request: Request, name: str) -> Response:
+    """One request: what is known of it so far."""
+    office, token = await visitor(request)
+    if token is None:
+        return RedirectResponse("/", 303, headers=SECURE)
+    try:
+        job = await asyncio.to_thread(office.store.job, name[:64], token.id)
+    except Problem as problem:
+        return show("wrong", status=problem.status, token=token, problem=problem.document())
+    found = await asyncio.to_thread(office.store.outcomes, job.id)
+    results = [
+        await asyncio.to_thread(_result, office, found.get(at), f"{job.id}.{at}") for at in range(job.count)
+    ]
+    done = job.finished is not None
+    return show("check", refresh=not done, token=token, job=job, done=done, results=results)
+
+
+def _result(office: Office, outcome: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
+    if outcome is None or "problem" in outcome:
+        return outcome
+    fields = outcome["verdict"]
+    verdict = Verdict(**fields)
+    facts: dict[str, Any] | None = None
+    if outcome.get("claim") and office.ledger is not None:
+        try:
+            facts = office.ledger.claim(outcome["claim"])
+        except Problem as problem:
+            metrics.event("ledger_unread", reason=problem.kind)
+    needed = matches_needed(verdict.n, verdict.bits_required) if verdict.statistic == "count" else None
+    tone = {"accepted": "good", "rejected": "bad"}.get(verdict.status, "open")
+    seen = verdict.status != "not_verifiable"
+    picture = null_picture(verdict.matches, verdict.n, needed) if seen else ""
+    return {
+        "id": name, "verdict": fields, "tone": tone, "sentence": verdict.sentence(), "needed": needed,
+        "facts": facts, "picture": picture,
+        "p": _power(fields["evidence_bits"]), "key": outcome["key"],
+    }  # fmt: skip
+
+
+def _power(bits: float | None) -> Markup:
+    base, caret, exponent = format_p(bits).partition("^")
+    raised = Markup("<sup>{}</sup>").format(exponent.replace("-", "−"))
+    return Markup.escape(base) + (raised if caret else "")
+
+
+@router.get("/verdicts/{name}")
+async def download(request: Request, name: str) -> Response:
+    """The signed verdict as a file."""
+    office, token = await visitor(request)
+    if token is None:
+        return RedirectResponse("/", 303, headers=SECURE)
+    envelope = await asyncio.to_thread(signed, office, token, name)
+    attached = {"Content-Disposition": f'attachment; filename="verdict-{name[:8]}.dsse.json"'}
+    return Response(envelope, media_type=ENVELOPE, headers={**SECURE, **attached})
+
+
+@router.get("/ledger")
+async def ledger(request: Request) -> Response:
+    """The newest entries of the ledger."""
+    office, token = await visitor(request)
+    if token is None:
+        return RedirectResponse("/", 303, headers=SECURE)
+    try:
+        token.need("ledger")
+        desk = office.need_ledger()
+        head, entries = await asyncio.to_thread(desk.head), await asyncio.to_thread(desk.recent)
+    except Problem as problem:
+        return show("wrong", status=problem.status, token=token, problem=problem.document())
+    return show("ledger", token=token, head=head, entries=entries)
+
+
+@router.get("/style.css")
+async def style() -> Response:
+    """The style sheet."""
+    text = resources.files("mtlsign").joinpath("templates", "service", "style.css").read_text("utf-8")
+    return Response(text, media_type="text/css", headers={**SECURE, "Cache-Control": "max-age=3600"})
+
+
+@router.get("/icon.svg")
+async def icon() -> Response:
+    """The page's mark in a tab."""
+    text = resources.files("mtlsign").joinpath("templates", "service", "icon.svg").read_text("utf-8")
+    return Response(text, media_type="image/svg+xml", headers={**SECURE, "Cache-Control": "max-age=86400"})

@@ -1,0 +1,203 @@
+"""What the service must not forget, in its own SQLite file: requests until they are answered, results,
+tokens, uploads, signed verdicts (WAL, full synchronisation: an answer given is an answer kept).
+
+A request is leased to the process that works on it. When that process dies the lease runs out and another
+takes the request up where it was left: every outcome is kept as it comes.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtlsign.service.problems import Problem
+
+APPLICATION_ID = 0x4D544C56  # "MTLV"
+VERSION = 1
+BUSY_MS = 30_000
+
+_SCHEMA = """
+CREATE TABLE tokens(id TEXT PRIMARY KEY, hash BLOB NOT NULL UNIQUE, name TEXT NOT NULL, scopes TEXT NOT NULL,
+                    created REAL NOT NULL, expires REAL NOT NULL, revoked REAL);
+CREATE TABLE sessions(hash BLOB PRIMARY KEY, token TEXT NOT NULL, expires REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE jobs(id TEXT PRIMARY KEY, token TEXT NOT NULL, created REAL NOT NULL, finished REAL,
+                  count INTEGER NOT NULL, sealed BLOB, idem TEXT, digest BLOB NOT NULL,
+                  owner TEXT, lease REAL NOT NULL DEFAULT 0, UNIQUE(token, idem));
+CREATE INDEX open_jobs ON jobs(finished, lease);
+CREATE TABLE results(job TEXT NOT NULL, at INTEGER NOT NULL, outcome TEXT NOT NULL, envelope BLOB,
+                     PRIMARY KEY(job, at)) WITHOUT ROWID;
+CREATE TABLE uploads(token TEXT NOT NULL, sha256 TEXT NOT NULL, size INTEGER NOT NULL, expires REAL NOT NULL,
+                     PRIMARY KEY(token, sha256)) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request: `sealed` are its claims, encrypted, None once all are answered."""
+
+    id: str
+    token: str
+    created: float
+    finished: float | None
+    count: int
+    sealed: bytes | None
+    digest: bytes
+
+
+class Store:
+    """One file, one connection behind a lock; other processes may have it open too."""
+
+    def __init__(self, path: Path, *, clock: Any = time.time) -> None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.clock = clock
+        self._lock = threading.RLock()
+        self._db = sqlite3.connect(
+            path, timeout=BUSY_MS / 1000, isolation_level=None, check_same_thread=False, cached_statements=256
+        )
+        path.chmod(0o600)
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={BUSY_MS}", "secure_delete=ON"):
+            self._db.execute(f"PRAGMA {pragma}")
+        with self._write() as db:
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                for statement in filter(None, (part.strip() for part in _SCHEMA.split(";"))):
+                    db.execute(statement)
+                db.execute(f"PRAGMA application_id={APPLICATION_ID}")
+                db.execute(f"PRAGMA user_version={VERSION}")
+            elif version != VERSION:
+                raise Problem("not-ready", f"the service's file has version {version}; update mtlsign")
+
+    def close(self) -> None:
+        """Let go of the file."""
+        with self._lock:
+            self._db.close()
+
+    @contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """What a query finds."""
+        with self._lock:
+            return self._db.execute(query, values).fetchall()
+
+    def change(self, query: str, *values: Any) -> int:
+        """Run one statement; number of rows it changed."""
+        with self._write() as db:
+            return db.execute(query, values).rowcount
+
+    # requests
+    def add(self, job: Job, idem: str | None, owner: str, lease: float) -> Job:
+        """Keep a new request; the same idempotency key of the same token: the request that is there.
+
+        Raises: Problem `conflicting-key` when that one had another body.
+        """
+        with self._write() as db:
+            if idem is not None:
+                found = db.execute("SELECT id, digest FROM jobs WHERE token=? AND idem=?", (job.token, idem))
+                for known, digest in found.fetchall():
+                    if digest != job.digest:
+                        raise Problem("conflicting-key", "this Idempotency-Key came with another body before")
+                    return self.job(known, job.token)
+            db.execute(
+                "INSERT INTO jobs(id,token,created,count,sealed,idem,digest,owner,lease) "
+                "VALUES(?,?,?,?,?,?,?,?,?)",
+                (job.id, job.token, job.created, job.count, job.sealed, idem, job.digest, owner, lease),
+            )
+        return job
+
+    def job(self, name: str, token: str | None) -> Job:
+        """A request of that token (None: of anybody). Raises Problem `not-found`, also for another's."""
+        found = self.rows("SELECT id,token,created,finished,count,sealed,digest FROM jobs WHERE id=?", name)
+        if not found or (token is not None and found[0][1] != token):
+            raise Problem("not-found", "this token has no such request")
+        return Job(*found[0])
+
+    def outcomes(self, job: str) -> dict[int, dict[str, Any]]:
+        """Outcomes so far, by the claims' places."""
+        return {
+            at: json.loads(text) for at, text in self.rows("SELECT at,outcome FROM results WHERE job=?", job)
+        }
+
+    def keep(self, job: str, found: Iterable[tuple[int, dict[str, Any], bytes | None]]) -> None:
+        """Keep outcomes (place, outcome, signed envelope); the first one of a place stays."""
+        rows = [(job, at, json.dumps(outcome, allow_nan=False), envelope) for at, outcome, envelope in found]
+        with self._write() as db:
+            db.executemany("INSERT OR IGNORE INTO results(job,at,outcome,envelope) VALUES(?,?,?,?)", rows)
+
+    def finish(self, job: str) -> None:
+        """All claims are answered: the opened keys are wiped."""
+        self.change("UPDATE jobs SET finished=?, sealed=NULL, owner=NULL WHERE id=?", self.clock(), job)
+
+    def envelope(self, job: str, at: int) -> bytes | None:
+        """The signed verdict of one claim."""
+        found = self.rows("SELECT envelope FROM results WHERE job=? AND at=?", job, at)
+        return found[0][0] if found else None
+
+    def adopt(self, owner: str, lease: float, but: Sequence[str] = ()) -> list[Job]:
+        """Take over requests whose worker's lease has run out."""
+        now = self.clock()
+        with self._write() as db:
+            found = db.execute(
+                "SELECT id FROM jobs WHERE finished IS NULL AND lease<? ORDER BY created", (now,)
+            )
+            names = [name for (name,) in found.fetchall() if name not in but]
+            for name in names:
+                db.execute("UPDATE jobs SET owner=?, lease=? WHERE id=?", (owner, now + lease, name))
+        return [self.job(name, None) for name in names]
+
+    def renew(self, owner: str, lease: float) -> None:
+        """Say that this process still works on what it has."""
+        self.change("UPDATE jobs SET lease=? WHERE finished IS NULL AND owner=?", self.clock() + lease, owner)
+
+    def waiting(self, token: str | None = None) -> int:
+        """Claims not yet answered, of a token or of all."""
+        where = "AND token=?" if token else ""
+        found = self.rows(
+            f"SELECT coalesce(sum(count),0) FROM jobs WHERE finished IS NULL {where}",
+            *([token] if token else []),
+        )
+        return int(found[0][0])
+
+    # uploads
+    def add_upload(self, token: str, sha256: str, size: int, expires: float, quota: int) -> None:
+        """Count an upload. Raises Problem `quota` when the token would have more than `quota` bytes here."""
+        with self._write() as db:
+            query = "SELECT coalesce(sum(size),0) FROM uploads WHERE token=? AND sha256<>? AND expires>?"
+            used = db.execute(query, (token, sha256, self.clock())).fetchone()[0]
+            if used + size > quota:
+                raise Problem("quota", f"{used} of {quota} bytes are used; wait until earlier uploads expire")
+            db.execute("INSERT OR REPLACE INTO uploads VALUES(?,?,?,?)", (token, sha256, size, expires))
+
+    def upload(self, token: str, sha256: str) -> tuple[int, float] | None:
+        """(size, expiry) of an upload of that token."""
+        query = "SELECT size, expires FROM uploads WHERE token=? AND sha256=? AND expires>?"
+        found = self.rows(query, token, sha256, self.clock())
+        return (found[0][0], found[0][1]) if found else None
+
+    def clean(self, keep_s: float) -> list[str]:
+        """Drop what has expired; returns the digests of files that no upload needs any more."""
+        now = self.clock()
+        with self._write() as db:
+            gone = [d for (d,) in db.execute("SELECT DISTINCT sha256 FROM uploads WHERE expires<=?", (now,))]
+            db.execute("DELETE FROM uploads WHERE expires<=?", (now,))
+            db.execute("DELETE FROM sessions WHERE expires<=?", (now,))
+            old = "SELECT id FROM jobs WHERE finished IS NOT NULL AND finished<?"
+            db.execute(f"DELETE FROM results WHERE job IN ({old})", (now - keep_s,))
+            db.execute("DELETE FROM jobs WHERE finished IS NOT NULL AND finished<?", (now - keep_s,))
+            left = {d for (d,) in db.execute("SELECT DISTINCT sha256 FROM uploads")}
+        return [digest for digest in gone if digest not in left]

@@ -1,0 +1,97 @@
+"""From an opened claim to its test: what the claim would cost is known before any of it is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from mtlsign import backbone
+from mtlsign.errors import MTLSignError
+from mtlsign.reference import Reference
+from mtlsign.service.bundles import OpenedClaim
+from mtlsign.service.problems import Problem, of_error
+from mtlsign.settings_service import ServiceSettings
+from mtlsign.spec import Spec
+from mtlsign.taps import forward_to_taps
+from mtlsign.verification import Probe
+
+MAX_IMAGES = 2**26
+"""Numbers in a key set's images: 256 MiB of float32."""
+
+
+class _NoDraw(TorchFunctionMode):
+    """Networks are built without drawing their values, which the verifier's graph never uses."""
+
+    _DRAWS = frozenset({torch.Tensor.normal_, torch.Tensor.uniform_, torch.nn.init.kaiming_normal_,
+                        torch.nn.init.kaiming_uniform_, torch.nn.init.trunc_normal_})  # fmt: skip
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._DRAWS:
+            return args[0] if args else (kwargs or {}).get("tensor")
+        return func(*args, **(kwargs or {}))
+
+
+def check_work(
+    spec: Spec, s: ServiceSettings, factories: Mapping[str, backbone.Factory] | None = None
+) -> float:
+    """Build the claim's architecture on the meta device, where it costs nothing, and bound what it will cost.
+
+    Returns the work of one claim in 10^9 operations. Raises: Problem `architecture-refused`.
+    """
+    c = spec.carrier
+    if spec.n * c.channels * c.height * c.width > MAX_IMAGES:
+        raise Problem("architecture-refused", f"the key set has over {MAX_IMAGES} numbers; verify it at home")
+    largest = 0
+
+    def measure(module: Any, args: Any, output: Any) -> None:
+        nonlocal largest
+        if isinstance(output, torch.Tensor):
+            largest = max(largest, output.numel())
+
+    try:
+        with torch.device("meta"):
+            net = backbone.build(spec.graph, factories=factories).train()
+            images = torch.empty(spec.n, c.channels, c.height, c.width)
+        if sum(p.numel() for p in net.parameters()) > backbone.MAX_PARAMETERS:
+            raise Problem("architecture-refused", f"over {backbone.MAX_PARAMETERS:,} parameters")
+        handles = [module.register_forward_hook(measure) for module in net.modules()]
+        with torch.no_grad(), FlopCounterMode(display=False) as work:
+            forward_to_taps(net, images, spec.taps)
+        for handle in handles:
+            handle.remove()
+    except MTLSignError as error:
+        raise Problem("architecture-refused", str(error)) from None
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        raise Problem(
+            "architecture-refused", f"it cannot run on its key set ({type(error).__name__})"
+        ) from None
+    gflop = float(work.get_total_flops()) / 1e9
+    if largest > s.max_numbers or gflop > s.max_gflop:
+        raise Problem(
+            "architecture-refused",
+            f"it takes {gflop:,.0f} GFLOP and a feature map of {largest:,} numbers; {s.max_gflop:,.0f} and "
+            f"{s.max_numbers:,} are allowed here",
+        )
+    return gflop
+
+
+def probe_of(
+    opened: OpenedClaim, factories: Mapping[str, backbone.Factory] | None = None, *, device: str = "cpu"
+) -> Probe:
+    """The claim's test. `check_work` comes first. Raises: Problem."""
+    try:
+        with _NoDraw():
+            return Probe(
+                opened.opening, Reference.from_bytes(opened.reference), head=opened.head, device=device,
+                factories=factories,
+            )  # fmt: skip
+    except MTLSignError as error:
+        raise of_error(error, about="bundle") from None
+    except (RuntimeError, ValueError) as error:
+        raise Problem(
+            "bad-bundle", f"the claim does not fit its architecture ({type(error).__name__})"
+        ) from None

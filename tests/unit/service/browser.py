@@ -1,0 +1,126 @@
+"""Real headless Chromium over its own debugging protocol: navigate, press keys, look, take pictures."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+from websockets.sync.client import connect
+
+BINARY = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+KEYS = {"Tab": 9, "Enter": 13}
+
+
+class Browser:
+    """One tab. It talks to loopback only, and its profile is thrown away."""
+
+    def __init__(self, folder: Path) -> None:
+        assert BINARY is not None
+        command = [
+            BINARY, "--headless=new", "--disable-gpu", "--no-first-run", "--remote-debugging-port=0",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            "--disable-dev-shm-usage",
+            "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1", f"--user-data-dir={folder}",
+        ]  # fmt: skip
+        if os.geteuid() == 0:
+            command.append("--no-sandbox")
+        self._process = subprocess.Popen(
+            [*command, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        port = folder / "DevToolsActivePort"
+        end = time.monotonic() + 60
+        while not (port.exists() and port.read_text().count("\n")):
+            assert time.monotonic() < end and self._process.poll() is None, "Chromium does not start"
+            time.sleep(0.05)
+        number, path = port.read_text().splitlines()[:2]
+        self._stack = ExitStack()
+        url = f"ws://127.0.0.1:{number}{path}"
+        self._socket = self._stack.enter_context(connect(url, max_size=2**26, proxy=None))
+        self._id, self._session = 0, None
+        self.events: list[dict[str, Any]] = []
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self.send(f"{domain}.enable")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        self._process.terminate()
+        self._process.wait(20)
+
+    def send(self, method: str, **params: Any) -> dict[str, Any]:
+        self._id += 1
+        message = {"id": self._id, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        self._socket.send(json.dumps(message))
+        while True:
+            answer = json.loads(self._socket.recv(timeout=60))
+            if answer.get("id") == self._id:
+                assert "error" not in answer, answer
+                return dict(answer["result"])
+            self.events.append(answer)
+
+    def evaluate(self, expression: str) -> Any:
+        """The value of an expression on the page."""
+        return self.send("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def until(self, expression: str, seconds: float = 30) -> Any:
+        """Wait until an expression is true; pages may come and go meanwhile."""
+        end = time.monotonic() + seconds
+        while not (value := self.evaluate(expression)):
+            assert time.monotonic() < end, (expression, self.evaluate("document.body.innerText"))
+            time.sleep(0.05)
+        return value
+
+    def go(self, url: str) -> None:
+        self.send("Page.navigate", url=url)
+        self.until(
+            f"document.readyState == 'complete' && location.href.startswith('{url}')".replace(
+                "startswith", "startsWith"
+            )
+        )
+
+    def key(self, name: str) -> None:
+        text = {"text": "\r"} if name == "Enter" else {}
+        for kind in ("keyDown", "keyUp"):
+            self.send(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=name,
+                code=name,
+                windowsVirtualKeyCode=KEYS[name],
+                **text,
+            )
+
+    def type(self, text: str) -> None:
+        self.send("Input.insertText", text=text)
+
+    def picture(self, file: Path, width: int) -> None:
+        """The whole page as PNG at a window of that width."""
+        self.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=width < 500,
+        )
+        data = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(base64.b64decode(data))
+
+    def complaints(self) -> list[str]:
+        """What the browser logged as an error (a violated content security policy is one)."""
+        self.evaluate("1")
+        entries = [e["params"]["entry"] for e in self.events if e.get("method") == "Log.entryAdded"]
+        return [e["text"] for e in entries if e["level"] == "error"]

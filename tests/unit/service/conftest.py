@@ -1,0 +1,72 @@
+"""One service in this process: a marked model, its opened claim, its own store, an in-process verifier."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from serving import Goods, Service, Start  # type: ignore[import-not-found]
+
+from mtlsign.artifact import model_bytes
+from mtlsign.key import Identity, make_spec, sign_spec
+from mtlsign.service.app import make_app
+from mtlsign.service.bundles import to_json
+from mtlsign.service.office import Office
+from mtlsign.service.verifier import Backend, Here, Verifier
+from mtlsign.settings_service import ServiceSettings
+
+
+def opened(kit: Any) -> dict[str, Any]:
+    return to_json(kit.opening, kit.reference, kit.head)
+
+
+@pytest.fixture(scope="session")
+def goods(marked: Any, owner: Identity, tmp_path_factory: pytest.TempPathFactory) -> Goods:
+    _, done = marked
+    kit = done.kit
+    fields = json.loads(kit.opening.spec)
+    fields["nonce"] = "11" * 32
+    other = to_json(sign_spec(owner, make_spec(**fields)), kit.reference)
+    data = model_bytes(done.tensors)
+    found = Goods(
+        tmp_path_factory.mktemp("goods"), opened(kit), other, hashlib.sha256(data).hexdigest(), data
+    )
+    found.put("marked.safetensors", data)
+    return found
+
+
+@pytest.fixture
+def start(tmp_path: Path, goods: Goods) -> Iterator[Start]:
+    """Start a service; settings, `backend` and the fetching parts may be overridden."""
+    running: list[TestClient] = []
+
+    def make(
+        *, backend: Backend | None = None, resolver: Any = None, transport: Any = None, state: str = "state",
+        **settings: Any,
+    ) -> Service:  # fmt: skip
+        s = ServiceSettings.of({"state": tmp_path / state, "allow": f"file://{goods.folder}", **settings})
+        more = {k: v for k, v in (("resolver", resolver), ("transport", transport)) if v is not None}
+        verifier = Verifier(s, **more)
+        office = Office.open(s, backend or Here(verifier))
+        app: FastAPI = make_app(office)
+        client = TestClient(
+            app, base_url="http://testserver", follow_redirects=False, raise_server_exceptions=False
+        )
+        client.__enter__()
+        running.append(client)
+        return Service(office, client, verifier)
+
+    yield make
+    for client in running:
+        client.__exit__(None, None, None)
+
+
+@pytest.fixture
+def service(start: Start) -> Service:
+    return start()

@@ -1,0 +1,59 @@
+"""What the service's tests share: a marked model with its opened claims, and a service in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi.testclient import TestClient
+
+from mtlsign.service import tokens
+from mtlsign.service.office import Office
+from mtlsign.service.verifier import Verifier
+
+
+@dataclass
+class Goods:
+    """Files below one allowed folder, and opened claims."""
+
+    folder: Path
+    right: dict[str, Any]
+    wrong: dict[str, Any]
+    digest: str
+    marked: bytes
+
+    def put(self, name: str, data: bytes) -> str:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return self.pointer(name)
+
+    def pointer(self, name: str = "marked.safetensors") -> str:
+        return f"file://{self.folder}/{name}"
+
+    def claim(self, model: str | None = None, bundle: Any = None) -> dict[str, Any]:
+        return {"model": model or self.pointer(), "bundle": bundle or self.right}
+
+
+@dataclass
+class Service:
+    """A running service and how to talk to it."""
+
+    office: Office
+    client: TestClient
+    verifier: Verifier
+
+    def token(self, *scopes: str, name: str = "somebody", hours: float = 1) -> str:
+        return tokens.issue(self.office.store, name, scopes or ("verify", "ledger"), hours)
+
+    def headers(self, *scopes: str, **more: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token(*scopes)}", **more}
+
+    def ask(self, *claims: Any, headers: dict[str, str] | None = None, wait_s: float = 30) -> Any:
+        body = {"claims": list(claims), "wait_s": wait_s}
+        return self.client.post("/v1/verifications", json=body, headers=headers or self.headers())
+
+
+Start = Callable[..., Service]

@@ -1,0 +1,206 @@
+"""Claims in, verdicts out: order, neighbours, durability, idempotency, isolation, pressure."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import Goods, Service, Start  # type: ignore[import-not-found]
+
+from mtlsign.errors import ClaimError
+from mtlsign.service.problems import Problem
+from mtlsign.service.signing import read_verdict
+from mtlsign.service.verifier import Answer, Lost, Task
+
+
+def kinds(answer: Any) -> list[str]:
+    return [
+        r["verdict"]["status"] if "verdict" in r else r["problem"]["type"].rpartition(":")[2]
+        for r in answer.json()["results"]
+    ]
+
+
+def test_results_in_order_and_a_bad_claim_fails_no_neighbour(service: Service, goods: Goods) -> None:
+    bad_reference = {**goods.right, "reference": base64.b64encode(b"other").decode()}
+    claims = [
+        goods.claim(), goods.claim(bundle=goods.wrong), {"model": 5}, None, goods.claim(bundle=bad_reference),
+        goods.claim("file:///etc/passwd"), goods.claim(), goods.claim(bundle={**goods.right, "kit": "x"}),
+        {**goods.claim(), "sha256": "00" * 32},
+    ]  # fmt: skip
+    answer = service.ask(*claims)
+    assert answer.status_code == 200, answer.text
+    assert kinds(answer) == [
+        "accepted", "rejected", "bad-claim", "bad-claim", "bad-bundle", "pointer-refused", "accepted",
+        "kit-refused", "wrong-digest",
+    ]  # fmt: skip
+    first = answer.json()["results"][0]["verdict"]
+    assert first["model_digest"] == goods.digest and first["n"] == 128 and first["bits_required"] == 120
+    assert first.keys() >= {"matches", "accuracy", "p_value", "evidence_bits", "controls", "near_zero"}
+    assert service.verifier.library.downloads == 1 and len(service.verifier._suspects) == 1
+
+
+def test_claims_on_one_model_share_download_and_load(service: Service, goods: Goods) -> None:
+    service.ask(goods.claim(), goods.claim(bundle=goods.wrong))
+    (suspect,) = service.verifier._suspects.values()
+    loads = suspect.loads
+    assert 0 < loads < len(suspect)  # only what is tapped is ever read
+    service.ask(*[goods.claim() for _ in range(5)])
+    assert service.verifier.library.downloads == 1 and suspect.loads == loads
+
+
+def test_a_verdict_is_signed_and_says_what_was_answered(service: Service, goods: Goods) -> None:
+    headers = service.headers()
+    result = service.ask(goods.claim(), headers=headers).json()["results"][0]
+    answer = service.client.get(f"/v1/verdicts/{result['id']}", headers=headers)
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith(
+        "application/vnd.in-toto+json"
+    )
+    key = service.client.get("/v1/keys").json()["keys"][0]["public_key"]
+    said = read_verdict(answer.content, trusted=[key])
+    assert said["suspect"] == goods.digest and said["status"] == "accepted" and said["key"] == result["key"]
+    assert said["matches"] == result["verdict"]["matches"] and said["millibits"] > 120_000
+    with pytest.raises(ClaimError):
+        read_verdict(answer.content, trusted=["00" * 32])
+    envelope = json.loads(answer.content)
+    payload = base64.b64decode(envelope["payload"]).replace(b'"accepted"', b'"rejected"')
+    envelope["payload"] = base64.b64encode(payload).decode()
+    with pytest.raises(ClaimError):
+        read_verdict(json.dumps(envelope, separators=(",", ":")).encode())
+
+
+def test_another_token_sees_nothing(service: Service, goods: Goods) -> None:
+    mine, theirs = service.headers(), service.headers()
+    answer = service.ask(goods.claim(), headers=mine).json()
+    for path in (f"/v1/verifications/{answer['id']}", f"/v1/verdicts/{answer['results'][0]['id']}"):
+        assert service.client.get(path, headers=mine).status_code == 200
+        refused = service.client.get(path, headers=theirs)
+        assert refused.status_code == 404 and refused.json()["type"].endswith("not-found")
+
+
+def test_idempotency_is_per_token_and_per_body(service: Service, goods: Goods) -> None:
+    mine = service.headers(**{"Idempotency-Key": "k1"})
+    first = service.ask(goods.claim(), headers=mine).json()
+    assert service.ask(goods.claim(), headers=mine).json()["id"] == first["id"]
+    assert service.ask(goods.claim(bundle=goods.wrong), headers=mine).status_code == 409
+    other = service.headers(**{"Idempotency-Key": "k1"})
+    assert service.ask(goods.claim(), headers=other).json()["id"] != first["id"]
+
+
+class Slow:
+    """A backend that a test holds back; it may lose tasks."""
+
+    def __init__(self, lose: int = 0) -> None:
+        self.go = asyncio.Event()
+        self.tasks: list[Task] = []
+        self.lose = lose
+        self.poison: str | None = None
+
+    async def verify(self, task: Task) -> Answer:
+        self.tasks.append(task)
+        if self.lose or (
+            self.poison and any(self.poison.encode() in (q.bundle or b"") for q in task.questions)
+        ):
+            self.lose -= bool(self.lose)
+            raise Lost
+        await self.go.wait()
+        verdict = {
+            "status": "rejected", "matches": 1, "n": 128, "evidence_bits": 0.0, "bits_required": 120.0,
+            "near_zero": 0, "statistic": "count", "reason": None, "model_digest": "00" * 32,
+        }  # fmt: skip
+        return Answer([{"verdict": verdict, "key": "00" * 32, "claim": None} for _ in task.questions])
+
+    async def ready(self) -> bool:
+        return self.go.is_set()
+
+
+def test_later_answers_and_a_process_that_died(start: Start, goods: Goods) -> None:
+    slow = Slow()
+    service = start(backend=slow)
+    headers = service.headers(**{"Idempotency-Key": "once"})
+    answer = service.ask(goods.claim(), headers=headers, wait_s=0)
+    assert answer.status_code == 202 and answer.json()["results"] == [None]
+    assert answer.headers["location"] == f"/v1/verifications/{answer.json()['id']}"
+    assert int(answer.headers["retry-after"]) >= 1
+    store = service.office.store
+    (sealed,) = store.rows("SELECT sealed FROM jobs")[0]
+    raw = Path(store.rows("PRAGMA database_list")[0][2])
+    signature = goods.right["opening"]["signature"].encode()
+    for place in raw.parent.glob("service.sqlite*"):
+        assert signature not in place.read_bytes()
+    assert signature in service.office.keys.unseal(sealed)
+    service.client.__exit__(None, None, None)  # the process dies with the claim unanswered
+    store.change("UPDATE jobs SET lease=0")
+    again = start()
+    again.client.headers.update(headers)
+    end = time.monotonic() + 20
+    while (found := again.client.get(answer.headers["location"])).status_code == 202:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert kinds(found) == ["accepted"]
+    assert again.office.store.rows("SELECT sealed FROM jobs") == [(None,)]  # wiped once answered
+    service.client.__enter__()
+
+
+def test_lost_verifiers_are_the_service_s_matter(start: Start, goods: Goods) -> None:
+    slow = Slow(lose=1)
+    slow.go.set()
+    service = start(backend=slow)
+    answer = service.ask(*[goods.claim() for _ in range(3)])
+    assert kinds(answer) == ["rejected"] * 3 and [len(t.questions) for t in slow.tasks] == [3, 1, 1, 1]
+
+
+def test_a_claim_that_kills_verifiers_takes_none_along(start: Start, goods: Goods) -> None:
+    slow = Slow()
+    slow.go.set()
+    slow.poison = "poison"
+    service = start(backend=slow, attempts=3)
+    answer = service.ask(goods.claim(), goods.claim(bundle={"poison": 1}), goods.claim())
+    assert kinds(answer) == ["rejected", "verifier-lost", "rejected"]
+
+
+def test_backpressure_comes_before_memory_suffers(start: Start, goods: Goods) -> None:
+    service = start(backend=Slow(), queue_claims=3, token_claims=2)
+    one, two = service.headers(), service.headers()
+    assert service.ask(goods.claim(), goods.claim(), headers=one, wait_s=0).status_code == 202
+    refused = service.ask(goods.claim(), headers=one, wait_s=0)
+    assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+    refused = service.ask(goods.claim(), goods.claim(), headers=two, wait_s=0)
+    assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+    assert service.ask(goods.claim(), headers=two, wait_s=0).status_code == 202
+    ready = service.client.get("/readyz")
+    assert ready.status_code == 503 and ready.headers["retry-after"]
+    assert service.client.get("/healthz").status_code == 200
+
+
+def test_rotation_keeps_old_verdicts_and_sealed_requests(start: Start, goods: Goods, tmp_path: Path) -> None:
+    from mtlsign.key import Identity
+
+    old = start(backend=Slow())
+    headers = old.headers()
+    place = old.ask(goods.claim(), headers=headers, wait_s=0).headers["location"]
+    old.client.__exit__(None, None, None)
+    old.office.store.change("UPDATE jobs SET lease=0")
+    Identity.generate().save(tmp_path / "new.json", None)
+    new = start(identity=tmp_path / "new.json", former=str(tmp_path / "state" / "identity.json"))
+    end = time.monotonic() + 20
+    while (found := new.client.get(place, headers=headers)).status_code == 202:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert kinds(found) == ["accepted"]
+    listed = new.client.get("/v1/keys").json()["keys"]
+    assert [one["current"] for one in listed] == [True, False]
+    envelope = new.client.get(f"/v1/verdicts/{found.json()['results'][0]['id']}", headers=headers).content
+    assert read_verdict(envelope)["signer"] == listed[0]["public_key"]
+    old.client.__enter__()
+
+
+def test_problems_survive_pickling() -> None:
+    import pickle
+
+    problem = pickle.loads(pickle.dumps(Problem("busy", "later", retry_after=3, more=1)))
+    assert problem.document()["more"] == 1 and problem.retry_after == 3 and problem.status == 503
