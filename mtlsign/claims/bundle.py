@@ -132,11 +132,9 @@ def _blobs(view: View, entry: Entry, claim: Claim) -> tuple[list[bytes], list[by
 
 
 def _lines(head: Head, signed: Iterable[tuple[Head, Cosignature]], council: Membership) -> list[Cosignature]:
-    found: dict[str, Cosignature] = {}
-    for at, line in signed:
-        if at == head and any(line.holds(head.body(), member) for member in council.members):
-            found.setdefault(line.name, line)
-    return list(found.values())
+    stored = [line for at, line in signed if at == head]
+    lines = [heads.first_of(head, stored, member) for member in council.members]
+    return [line for line in lines if line is not None]
 
 
 def _write(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
@@ -237,10 +235,17 @@ def check_bundle(path: Path, judge: Judge, *, pinned: bytes | None = None) -> Ch
             signed += [(earlier, line) for line in more]
             roots[earlier.size] = earlier.root
         trusted = _pinned(pinned, head, roots) if pinned is not None else head
+        stated = list(signed)
         if pinned is not None:
             signed += [(trusted, line) for line in heads.parse_note(pinned)[1]]
         raw = _entries(bundle, head)
+        for name in bundle.members:
+            if name.startswith("blobs/"):
+                bundle.get(bytes.fromhex(name.removeprefix("blobs/")), MAX_MODEL)
         view = View.assemble(raw, signed, roots)
+        for at, line in stated:  # in a bundle every line must hold: a lost one would move an entry's time
+            if not any(line.holds(at.body(), member) for member in view.council(at.size).members):
+                raise _damaged(f"has a co-signature of {at.size} entries that does not hold")
         if view.origin != head.origin or trusted not in [counted.head for counted in view.heads]:
             raise ClaimError(
                 f"the head of {trusted.size} entries is not co-signed by enough of its council", field="head"
@@ -275,7 +280,7 @@ def _pinned(note: bytes, head: Head, roots: dict[int, bytes]) -> Head:
         raise ClaimError(
             "the bundle is from a forked ledger: its tree is not the pinned one"
             if known
-            else f"the bundle proves nothing about a head of {found.size} entries; ask for one written against it",
+            else f"the bundle proves nothing about a head of {found.size} entries; ask for one against it",
             field="head",
         )
     return found

@@ -90,13 +90,9 @@ def note_of(ledger: Ledger, view: View) -> bytes:
     """The newest head that counts as a signed note (or the bare tree), with the council's lines."""
     head = view.heads[-1].head if view.heads else ledger.head()
     council = view.council(head.size)
-    lines = []
-    for member in council.members:
-        for at, line in ledger.cosignatures(view.origin):
-            if at == head and line.holds(head.body(), member):
-                lines.append(line)
-                break
-    return heads.note(head, lines)
+    stored = [line for at, line in ledger.cosignatures(view.origin) if at == head]
+    lines = [heads.first_of(head, stored, member) for member in council.members]
+    return heads.note(head, [line for line in lines if line is not None])
 
 
 def publish(s: PublishSettings) -> dict[str, Any]:

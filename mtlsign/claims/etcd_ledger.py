@@ -4,7 +4,7 @@
     PREFIX/e/<index>            an entry's bytes
     PREFIX/l/<leaf hash>        its index: the same bytes are never appended twice, however often one retries
     PREFIX/n/<level>/<index>    hash of a complete subtree
-    PREFIX/c/<size>/<root>/<co-signer>   a co-signature
+    PREFIX/c/<size>/<root>/<hash of the line>   a co-signature
 
 One transaction writes all that an entry needs or nothing. Raft is not Byzantine: whoever may write can
 delete and rewrite, which witnesses notice and readers see in proofs.
@@ -185,8 +185,8 @@ class EtcdLedger(Ledger):
             yield _number(level.encode()), _number(index.encode()), value
 
     def cosign(self, head: Head, line: Cosignature) -> None:  # noqa: D102
-        who = hashlib.sha256(line.name.encode()).hexdigest()[:32]
-        key = self._key("c", f"{head.size:012d}", head.root.hex(), who)
+        what = hashlib.sha256(line.line().encode()).hexdigest()
+        key = self._key("c", f"{head.size:012d}", head.root.hex(), what)
         self.client.call(
             "/v3/kv/txn",
             {

@@ -143,6 +143,13 @@ def parse_note(data: bytes) -> tuple[Head, tuple[Cosignature, ...]]:
     return found, tuple(parse_line(line) for line in rest[:-1])
 
 
+def first_of(head: Head, lines: Iterable[Cosignature], member: bytes) -> Cosignature | None:
+    """A member's earliest line that holds, among lines that anybody may have stored; None: there is none."""
+    body = head.body()
+    held = [line for line in lines if line.holds(body, member)]
+    return min(held, key=lambda line: (line.time, line.signature), default=None)
+
+
 def times(head: Head, lines: Sequence[Cosignature], members: Iterable[bytes]) -> dict[bytes, int]:
     """Who of `members` co-signed this head, and when by each one's clock. Strangers' lines are ignored.
 

@@ -76,7 +76,7 @@ class Ledger(abc.ABC):
 
     @abc.abstractmethod
     def cosign(self, head: Head, line: Cosignature) -> None:
-        """Store a co-signature; a second one of the same head under the same name is left out."""
+        """Store a co-signature. Anybody's line is kept, so nobody can keep another's place."""
 
     @abc.abstractmethod
     def cosignatures(self, origin: bytes) -> list[tuple[Head, Cosignature]]:

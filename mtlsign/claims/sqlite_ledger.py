@@ -26,8 +26,7 @@ _PAGE = 256
 _SCHEMA = """
 CREATE TABLE entries(idx INTEGER PRIMARY KEY, leaf BLOB NOT NULL UNIQUE, envelope BLOB NOT NULL);
 CREATE TABLE nodes(level INTEGER, idx INTEGER, hash BLOB NOT NULL, PRIMARY KEY(level, idx)) WITHOUT ROWID;
-CREATE TABLE cosignatures(size INTEGER, root BLOB, name TEXT, line TEXT NOT NULL,
-                          PRIMARY KEY(size, root, name)) WITHOUT ROWID;
+CREATE TABLE cosignatures(size INTEGER, root BLOB, line TEXT, PRIMARY KEY(size, root, line)) WITHOUT ROWID;
 CREATE TRIGGER next_entry BEFORE INSERT ON entries
 WHEN NEW.idx IS NOT (SELECT coalesce(max(idx), -1) + 1 FROM entries)
 BEGIN SELECT RAISE(ABORT, 'entries are appended one by one'); END;
@@ -97,7 +96,7 @@ class SqliteLedger(Ledger):
                 "holds it",
                 field="ledger",
             ) from None
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
             raise LedgerError(f"{self.path}: {error}; restore it from a copy", field="ledger") from None
 
     @contextmanager
@@ -178,23 +177,23 @@ class SqliteLedger(Ledger):
         with self._guard():
             rows = self._db.execute("SELECT level, idx, hash FROM nodes ORDER BY level, idx").fetchall()
         for level, index, found in rows:
-            yield int(level), int(index), _blob(found)
+            yield _integer(level), _integer(index), _blob(found)
 
     def cosign(self, head: Head, line: Cosignature) -> None:  # noqa: D102
-        row = (head.size, head.root, line.name, line.line())
+        row = (head.size, head.root, line.line())
         with self._guard(), self._writing():
-            self._db.execute("INSERT OR IGNORE INTO cosignatures VALUES (?, ?, ?, ?)", row)
+            self._db.execute("INSERT OR IGNORE INTO cosignatures VALUES (?, ?, ?)", row)
 
     def cosignatures(self, origin: bytes) -> list[tuple[Head, Cosignature]]:  # noqa: D102
         with self._guard():
             rows = self._db.execute(
-                "SELECT size, root, line FROM cosignatures ORDER BY size, root, name"
+                "SELECT size, root, line FROM cosignatures ORDER BY size, root, line"
             ).fetchall()
         found = []
         for size, root, line in rows:
             try:  # what does not parse is nobody's co-signature
                 found.append((Head(origin, int(size), _blob(root)), parse_line(str(line))))
-            except (ClaimError, ValueError):
+            except (ClaimError, ValueError, OverflowError):
                 continue
         return found
 
@@ -225,3 +224,9 @@ def _checked(index: int, leaf: object, envelope: object) -> bytes:
 
 def _blob(value: object) -> bytes:
     return value if isinstance(value, bytes) else str(value).encode()
+
+
+def _integer(value: object) -> int:
+    if not isinstance(value, int):
+        raise LedgerError("holds a number that is none; restore it from a copy", field="ledger")
+    return value

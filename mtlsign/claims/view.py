@@ -161,9 +161,10 @@ class Reader:
     def view(self) -> View:
         """The picture now. Raises LedgerError when what was there before is not there any more."""
         signed = self.ledger.cosignatures(self.ledger.origin())  # first, so that none is younger than entries
-        size = self.ledger.size()
+        size, fresh = self.ledger.size(), self.ledger.freshness()
         if size < self._tree.size:
-            raise LedgerError("is shorter than it was; trust it no more", field="ledger")
+            what = "is shorter than it was; trust it no more" if fresh.current else fresh.note
+            raise LedgerError(what, field="ledger")
         for envelope in self.ledger.scan(self._tree.size, size):
             self._raw.append(envelope)
             self._tree.append(merkle.leaf_hash(envelope))
@@ -180,13 +181,8 @@ def _unsealed(data: bytes) -> tuple[Statement, tuple[bytes, ...]]:
 
 def _times(head: Head, lines: Sequence[Cosignature], council: Membership) -> dict[bytes, int]:
     """As `heads.times`, but one bad line beside good ones (anybody can write some) only drops itself."""
-    found: dict[bytes, int] = {}
-    body = head.body()
-    for member in council.members:
-        held = [line.time for line in lines if line.holds(body, member)]
-        if held:
-            found[member] = max(held)
-    return found
+    found = {member: heads.first_of(head, lines, member) for member in council.members}
+    return {member: line.time for member, line in found.items() if line is not None}
 
 
 def _in_force(councils: Sequence[tuple[int, Membership]], index: int) -> Membership:

@@ -154,10 +154,12 @@ class Witness:
         size: int,
         remarks: list[str],
     ) -> Step:
-        mine = heads.MEMBER + self.identity.public_key.hex()
-        have = {head.size for head, line in others if line.name == mine}
+        me = self.identity.public_key
+        have = {head.size for head, line in others if line.holds(head.body(), me)}
         seen = 0 if old is None else old.tree.size
         sizes = sorted(s for s in trees if s >= max(seen, 1) and s not in have)[-MAX_CATCH_UP:]
+        if not self.ledger.freshness().current:
+            raise self._alarm("is not read from a majority of its servers")
         now = int(self.clock())
         if old is not None and now < old.time:
             remarks.append(f"our own clock went back by {old.time - now} s; {old.time} is signed instead")
@@ -169,6 +171,9 @@ class Witness:
         return Step(Head(self.origin, size, roots[size]), tuple(sizes), tuple(remarks))
 
     def _alarm(self, what: str) -> LedgerError:
+        fresh = self.ledger.freshness()
+        if not fresh.current:  # an old copy looks like a truncated ledger and is none
+            return LedgerError(f"{fresh.note}; nothing was signed: try again later", field="ledger")
         fix = f"nothing was signed: keep {self.path} and ask the other members"
         return LedgerError(f"{what}; {fix}", field="ledger")
 

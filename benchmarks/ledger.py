@@ -1,0 +1,152 @@
+"""How fast a ledger is: `uv run benchmarks/ledger.py [--etcd] [--sizes 1000,10000,100000,1000000] [--json]`.
+
+publish/s: sign, append, durable, one client. verify/s: envelopes opened, every signature and field checked.
+Then, for each size, an inclusion proof of 32-byte hashes: its length and the medians of `prove` and
+`verify_inclusion` over random entries. Large SQLite ledgers are loaded in bulk (they hold 100-byte rows, a
+proof does not look at them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests" / "services")]
+
+from mtlsign.claims import merkle
+from mtlsign.claims.ledger import Ledger, open_ledger
+from mtlsign.claims.parsing import seal, unseal
+from mtlsign.claims.sqlite_ledger import SqliteLedger
+from mtlsign.claims.statements import Publish
+from mtlsign.identity import Identity
+
+
+def publishes(identity: Identity) -> Iterator[bytes]:
+    """Signed publications without end, each another."""
+    for number in range(2**31):
+        h = number.to_bytes(32, "big")
+        yield seal(
+            Publish(
+                signer=identity.public_key, ledger=bytes(32), time=int(time.time()), nonce=h, keys_root=h,
+                keys_count=1, heads=h, model=h, licence="CC-BY-4.0",
+            ),
+            identity,
+        )  # fmt: skip
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def speed(ledger: Ledger, count: int) -> dict[str, float]:
+    """publish/s with signing, and verify/s of what was written."""
+    source = publishes(Identity.generate())
+    begin = time.perf_counter()
+    for envelope in islice(source, count):
+        ledger.append(envelope)
+    middle = time.perf_counter()
+    rows = list(ledger.scan(0, count))
+    checked = timed(lambda: [unseal(row) for row in rows])
+    return {
+        "publish_per_s": count / (middle - begin),
+        "verify_per_s": count / checked,
+        "entry_bytes": len(rows[0]),
+    }
+
+
+def proofs(ledger: Ledger, size: int, samples: int) -> dict[str, Any]:
+    """Length and times of inclusion proofs in the tree of `size`, and of a consistency proof from half of
+    it.
+    """
+    root, spent, checks, lengths = ledger.head(size).root, [], [], []
+    for _ in range(samples):
+        index = random.randrange(size)
+        leaf = merkle.leaf_hash(ledger.get(index))
+        begin = time.perf_counter()
+        path = ledger.prove(index, size)
+        spent.append(time.perf_counter() - begin)
+        checks.append(timed(lambda i=index, p=path, h=leaf: merkle.verify_inclusion(h, i, size, p, root)))
+        assert merkle.verify_inclusion(leaf, index, size, path, root)
+        lengths.append(len(path))
+    return {
+        "size": size,
+        "hashes": max(lengths),
+        "bytes": 32 * max(lengths),
+        "prove_ms": 1000 * statistics.median(spent),
+        "verify_us": 1e6 * statistics.median(checks),
+        "consistency_hashes": len(ledger.prove_consistency(size // 2 + 1, size)),
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--etcd", action="store_true", help="three etcd nodes over mutual TLS instead of SQLite"
+    )
+    parser.add_argument(
+        "--sizes", default=None, help="trees to prove in [1000,…,1000000; etcd: 100,1000,10000]"
+    )
+    parser.add_argument("--publishes", type=int, default=300)
+    parser.add_argument("--samples", type=int, default=50)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    sizes = [
+        int(s)
+        for s in (options.sizes or ("100,1000,10000" if options.etcd else "1000,10000,100000,1000000")).split(
+            ","
+        )
+    ]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mtlsign-ledger-")))
+        if options.etcd:
+            import etcd
+
+            from mtlsign.claims.etcd_ledger import open_etcd
+
+            cluster = stack.enter_context(etcd.running(folder))
+            ledger: Ledger = open_etcd(cluster.uri("/bench"), cluster.tls)
+        else:
+            ledger = open_ledger(f"sqlite:///{folder}/ledger.db", create=True)
+        result: dict[str, Any] = {"backend": "etcd" if options.etcd else "sqlite"} | speed(
+            ledger, options.publishes
+        )
+        result["proofs"] = []
+        for size in sizes:
+            rows = (b"%-100d" % i for i in range(ledger.size(), size))
+            if isinstance(ledger, SqliteLedger):
+                while chunk := list(islice(rows, 50_000)):
+                    ledger.append_many(chunk)
+            else:
+                for row in rows:
+                    ledger.append(row)
+            result["proofs"].append(proofs(ledger, size, options.samples))
+    if options.json:
+        print(json.dumps(result, indent=1))
+        return
+    print(f"{result['backend']}: {result['publish_per_s']:.0f} publishes/s", end=", ")
+    print(f"{result['verify_per_s']:.0f} verified/s, {result['entry_bytes']} bytes an entry")
+    for row in result["proofs"]:
+        print(
+            "  " + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        )
+
+
+if __name__ == "__main__":
+    main()

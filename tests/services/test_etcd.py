@@ -1,0 +1,280 @@
+"""The ledger on a real three-node etcd over mutual TLS: order, retries, faults, thieves with credentials."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import etcd
+import pytest
+
+from mtlsign.claims import merkle, owner
+from mtlsign.claims.admission import find_claim
+from mtlsign.claims.council import tally
+from mtlsign.claims.etcd_client import encode
+from mtlsign.claims.etcd_ledger import EtcdLedger, open_etcd
+from mtlsign.claims.ledger import Tls, check, open_ledger
+from mtlsign.claims.parsing import seal
+from mtlsign.claims.statements import Register
+from mtlsign.errors import LedgerError
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "unit" / "claims"))
+from world import ALICE, Town, kit_of, person
+
+pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[etcd.Cluster]:
+    found, reason = etcd.program()
+    if found is None:
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory(prefix="mtlsign-etcd-") as folder, etcd.running(Path(folder)) as running:
+        yield running
+
+
+@pytest.fixture
+def fresh(cluster: etcd.Cluster) -> Iterator[Callable[[], EtcdLedger]]:
+    """Opens clients of one new, empty ledger."""
+    prefix, opened = f"/test/{secrets.token_hex(4)}", []
+
+    def make() -> EtcdLedger:
+        opened.append(open_etcd(cluster.uri(prefix), cluster.tls))
+        return opened[-1]
+
+    yield make
+    for one in opened:
+        one.close()
+
+
+def test_it_is_the_same_tree_as_sqlite(fresh: Callable[[], EtcdLedger], tmp_path: Path) -> None:
+    ledger, local = fresh(), open_ledger(f"sqlite:///{tmp_path}/l.db", create=True)
+    assert ledger.size() == 0
+    rows = [b"entry %d" % i * (1 + i % 7 * 800) for i in range(60)]
+    for i, row in enumerate(rows):
+        assert ledger.append(row) == local.append(row) == i
+    assert ledger.append(rows[7]) == local.append(rows[7]) == 7 and ledger.size() == local.size() == 60
+    assert list(ledger.scan()) == rows and list(ledger.scan(40, 55)) == rows[40:55]
+    assert ledger.get(59) == rows[59] and ledger.find(merkle.leaf_hash(rows[9])) == 9
+    for size in (1, 2, 59, 60):
+        head = ledger.head(size)
+        assert head == local.head(size)
+        for index in {0, size // 2, size - 1}:
+            path = ledger.prove(index, size)
+            assert path == local.prove(index, size)
+            assert merkle.verify_inclusion(merkle.leaf_hash(rows[index]), index, size, path, head.root)
+        proof = ledger.prove_consistency(size // 2, size)
+        assert merkle.verify_consistency(size // 2, local.head(size // 2).root, size, head.root, proof)
+    assert check(ledger) == check(local)
+    for wrong in (lambda: ledger.get(60), lambda: ledger.prove(60, 60), lambda: ledger.append(b""),
+                  lambda: ledger.append(bytes(65_537)), lambda: list(ledger.scan(50, 70))):  # fmt: skip
+        with pytest.raises(LedgerError):
+            wrong()
+    assert fresh().append(b"last") == 60 and ledger.append(b"after") == 61
+
+
+def test_racing_writers_lose_and_double_nothing(fresh: Callable[[], EtcdLedger]) -> None:
+    fresh().append(b"founding")
+    same = [b"same %d" % i for i in range(10)]
+    got: dict[int, list[tuple[int, bytes]]] = {}
+
+    def write(number: int) -> None:
+        ledger = fresh()
+        rows = [item for i in range(10) for item in (b"of %d, %d" % (number, i), same[i])]
+        got[number] = [(ledger.append(row), row) for row in rows]
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    rows = list(fresh().scan())
+    assert len(rows) == 1 + 4 * 10 + 10 == len(set(rows))
+    assert all(rows[index] == row for pairs in got.values() for index, row in pairs)
+    for pairs in got.values():
+        own = [index for index, row in pairs if row.startswith(b"of")]
+        assert own == sorted(own)
+    check(fresh())
+
+
+def test_the_whole_way_on_etcd(fresh: Callable[[], EtcdLedger], tmp_path: Path) -> None:
+    town = Town(tmp_path, ledger=fresh())
+    kit, model = kit_of(ALICE)
+    owner.publish(town.owner(ALICE), [kit])
+    entry, claim = owner.claim(town.owner(ALICE), [kit], town.archive, model + b" tuned", marked=model)
+    view = town.vote()
+    assert tally(view, *find_claim(view, entry.leaf.hex())).counts == {"accepted": 5}
+    assert town.dispute(entry.leaf.hex()).standings[0].standing == "in_the_weights"
+    assert claim.publish.index == 1 and town.ledger.freshness().current
+
+
+def put(ledger: EtcdLedger, key: str, value: bytes) -> None:
+    ledger.client.call("/v3/kv/put", {"key": encode(f"{ledger.prefix}/{key}"), "value": encode(value)})
+
+
+def delete(ledger: EtcdLedger, key: str) -> None:
+    ledger.client.call("/v3/kv/deleterange", {"key": encode(f"{ledger.prefix}/{key}")})
+
+
+def rebuild(ledger: EtcdLedger, rows: list[bytes]) -> None:
+    """What somebody with etcd's credentials can do: replace the whole ledger, its tree included."""
+    base = f"{ledger.prefix}/"
+    for part in ("h", "e/", "l/", "n/"):
+        key = base + part
+        end = base + part[:-1] + "0" if part.endswith("/") else key + "\0"
+        ledger.client.call("/v3/kv/deleterange", {"key": encode(key), "range_end": encode(end)})
+    ledger._known = None
+    for row in rows:
+        ledger.append(row)
+
+
+@pytest.mark.parametrize(
+    "crime", ["rewrite", "entry alone", "truncate", "reorder", "fork", "node", "replace"]
+)
+def test_a_thief_with_credentials_is_noticed(
+    fresh: Callable[[], EtcdLedger], tmp_path: Path, crime: str
+) -> None:
+    ledger = fresh()
+    town = Town(tmp_path, ["1", "2"], ledger=ledger)
+    who = {"signer": ALICE.public_key, "ledger": town.view().origin, "time": 1_790_000_000}
+    rows = [ledger.get(0)] + [
+        seal(Register(**who, models=((f"m{i}", bytes([i]) * 32),)), ALICE) for i in range(6)
+    ]
+    for row in rows[1:]:
+        ledger.append(row)
+    town.attest()
+    assert town.view().time(6) is not None
+    if crime == "rewrite":
+        rebuild(ledger, [*rows[:2], b"forged", *rows[3:]])
+    elif crime == "entry alone":
+        put(ledger, f"e/{2:012d}", rows[3])
+    elif crime == "truncate":
+        rebuild(ledger, rows[:5])
+    elif crime == "reorder":
+        rebuild(ledger, [*rows[:3], rows[4], rows[3], *rows[5:]])
+    elif crime == "fork":
+        rebuild(ledger, [*rows[:5], b"another", b"future", b"longer"])
+    elif crime == "node":
+        put(ledger, f"n/01/{1:012d}", bytes(32))
+    else:
+        other = Town(tmp_path / "other", ["1", "2"])
+        rebuild(ledger, [other.ledger.get(0), *rows[1:], b"more"])
+    with pytest.raises(LedgerError) as caught:
+        town.witness(0, fresh()).step()
+    assert "nothing was signed" in str(caught.value)
+    if crime != "replace":  # a reader sees it too, from the members' old co-signatures
+        with pytest.raises(LedgerError):
+            from mtlsign.claims.view import read_view
+
+            read_view(fresh())
+
+
+def test_a_stranger_gets_in_nowhere(cluster: etcd.Cluster, tmp_path: Path) -> None:
+    stranger = etcd.Authority(tmp_path, "stranger")
+    good, bad = cluster.tls, stranger.issue("nobody")
+    for files in (Tls(good.ca, bad.cert, bad.key), Tls(bad.ca, good.cert, good.key)):
+        with pytest.raises(LedgerError) as caught:
+            open_etcd(cluster.uri(), files).size()
+        assert "ledger: " in str(caught.value) and "certificate" in str(caught.value)
+
+
+def test_a_minority_refuses_writes_and_says_how_old_its_answers_are(
+    cluster: etcd.Cluster, fresh: Callable[[], EtcdLedger]
+) -> None:
+    ledger = fresh()
+    for i in range(5):
+        ledger.append(b"%d" % i)
+    cluster.kill(0)
+    assert ledger.append(b"two of three are enough") == 5 and ledger.freshness().current
+    cluster.kill(1)
+    try:
+        begin = time.monotonic()
+        with pytest.raises(LedgerError, match=r"no majority of .* answers .*nothing was acknowledged"):
+            ledger.append(b"refused")
+        assert time.monotonic() - begin < 20
+        reader = fresh()
+        assert reader.size() == 6 and list(reader.scan())[5] == b"two of three are enough"
+        fresh_of = reader.freshness()
+        assert not fresh_of.current and "copy at revision" in fresh_of.note and "never" in fresh_of.note
+        ledger.size()
+        assert "s ago" in ledger.freshness().note
+    finally:
+        cluster.start(0, 1)
+    deadline = time.monotonic() + 20
+    while not reader.freshness().current and time.monotonic() < deadline:
+        time.sleep(0.5)
+        reader.size()
+    rows = list(reader.scan())
+    assert reader.freshness().current and rows[:6] == [
+        *(b"%d" % i for i in range(5)),
+        b"two of three are enough",
+    ]
+    again = ledger.append(b"refused")
+    assert list(reader.scan()).count(b"refused") == 1 and again == 6
+    check(reader)
+
+
+@pytest.mark.slow
+def test_the_leader_is_killed_under_1000_publishes_of_4_clients(
+    cluster: etcd.Cluster, fresh: Callable[[], EtcdLedger], tmp_path: Path
+) -> None:
+    town = Town(tmp_path, ["1", "2", "3"], ledger=fresh())
+    origin, acknowledged, kills = town.view().origin, {}, []
+    done = threading.Event()
+
+    def publish(number: int) -> None:
+        ledger, me = fresh(), person(f"client {number}")
+        for i in range(250):
+            digest = secrets.token_bytes(32)
+            said = Register(
+                signer=me.public_key, ledger=origin, time=int(time.time()), models=((f"{i}", digest),)
+            )
+            data = seal(said, me)
+            while True:
+                try:
+                    acknowledged[data] = ledger.append(data)
+                    break
+                except LedgerError:  # unknown outcome: the same bytes again
+                    continue
+
+    def kill() -> None:
+        for _ in range(3):
+            if done.wait(1.5):
+                return
+            leader = cluster.leader()
+            if leader is not None:
+                cluster.kill(leader)
+                kills.append(len(acknowledged))
+                time.sleep(3)
+                cluster.start(leader)
+
+    clients = [threading.Thread(target=publish, args=(i,)) for i in range(4)]
+    killer = threading.Thread(target=kill)
+    begin = time.monotonic()
+    for thread in (*clients, killer):
+        thread.start()
+    for thread in clients:
+        thread.join()
+    done.set()
+    killer.join()
+    print(f"1000 publishes in {time.monotonic() - begin:.1f} s, leader killed after {kills}")
+    assert kills and kills[0] < 1000
+    ledger = fresh()
+    rows = list(ledger.scan())
+    assert len(rows) == 1001 == len(set(rows)) and len(acknowledged) == 1000
+    assert all(rows[index] == data for data, index in acknowledged.items())
+    head = check(ledger)
+    for index in range(0, 1001, 97):
+        path = ledger.prove(index, 1001)
+        assert merkle.verify_inclusion(merkle.leaf_hash(rows[index]), index, 1001, path, head.root)
+    town.ledger = ledger
+    view = town.attest()
+    assert view.heads[-1].head == head and not view.remarks
+    cluster.stop()
+    cluster.start()
+    assert check(fresh()) == head and list(fresh().scan()) == rows

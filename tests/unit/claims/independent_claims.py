@@ -1,0 +1,199 @@
+"""A second reader of `docs/claims.md`, written from that text: standard library and `cryptography` only.
+
+It shares no code with the package. From entries and co-signatures it finds the kinds, the councils, which
+heads count, the entries' times, what a claim opens, and the votes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+KINDS = {
+    "publish": {"nonce", "keys", "head", "licence", "recipient"},
+    "register": set(),
+    "claim": {"publish", "register", "opening", "key", "head", "model"},
+    "vote": {"claim", "key", "status", "matches", "n", "millibits", "bits", "reason"},
+    "exhibit": {"claim", "stamp", "salt"},
+    "membership": {"members", "threshold", "bits", "window", "previous"},
+}
+
+
+def sha256(*parts: bytes) -> bytes:
+    return hashlib.sha256(b"".join(parts)).digest()
+
+
+def lp(x: bytes) -> bytes:
+    return len(x).to_bytes(8, "big") + x
+
+
+def verify(key: bytes, signature: bytes, message: bytes) -> bool:
+    try:
+        return Ed25519PublicKey.from_public_bytes(key).verify(signature, message) is None
+    except (InvalidSignature, ValueError):
+        return False
+
+
+# --- RFC 6962, as the RFC writes it ---
+
+
+def leaf(data: bytes) -> bytes:
+    return sha256(b"\0", data)
+
+
+def root(leaves: list[bytes]) -> bytes:
+    if len(leaves) < 2:
+        return leaves[0] if leaves else sha256()
+    k = 1 << (len(leaves) - 1).bit_length() - 1
+    return sha256(b"\1", root(leaves[:k]), root(leaves[k:]))
+
+
+def from_path(hashed: bytes, index: int, size: int, path: list[bytes]) -> bytes:
+    if size == 1:
+        return hashed if not path else b""
+    k = 1 << (size - 1).bit_length() - 1
+    if not path:
+        return b""
+    if index < k:
+        return sha256(b"\1", from_path(hashed, index, k, path[:-1]), path[-1])
+    return sha256(b"\1", path[-1], from_path(hashed, index - k, size - k, path[:-1]))
+
+
+def consistency(old: int, leaves: list[bytes], whole: bool = True) -> list[bytes]:
+    if old == len(leaves):
+        return [] if whole else [root(leaves)]
+    k = 1 << (len(leaves) - 1).bit_length() - 1
+    if old <= k:
+        return [*consistency(old, leaves[:k], whole), root(leaves[k:])]
+    return [*consistency(old - k, leaves[k:], False), root(leaves[:k])]
+
+
+# --- envelopes and statements ---
+
+
+def open_envelope(data: bytes) -> tuple[dict[str, Any], set[str]] | None:
+    """The statement and its signers, or None where the entry means nothing."""
+    try:
+        envelope = json.loads(data)
+        payload = base64.b64decode(envelope["payload"], validate=True)
+        kind = envelope["payloadType"].encode()
+        pae = b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
+        signers = set()
+        for one in envelope["signatures"]:
+            if not verify(bytes.fromhex(one["keyid"]), base64.b64decode(one["sig"]), pae):
+                return None
+            signers.add(one["keyid"])
+        if json.dumps(envelope, separators=(",", ":")).encode() != data or len(data) > 65536:
+            return None
+        statement = json.loads(payload)
+        name = statement["predicateType"].removeprefix("urn:mtlsign:v0:")
+        fields = statement["predicate"].keys() - {"signer", "ledger", "time"}
+        if statement["_type"] != "https://in-toto.io/Statement/v1" or fields != KINDS[name]:
+            return None
+        if statement["predicate"]["signer"] not in signers:
+            return None
+        return statement | {"kind": name}, signers
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def read(rows: list[bytes], cosignatures: list[dict[str, Any]]) -> dict[str, Any]:
+    """Everything that a ledger says."""
+    leaves = [leaf(row) for row in rows]
+    origin, councils, kinds, said = leaves[0].hex(), [], [], []
+    for index, row in enumerate(rows):
+        found = open_envelope(row)
+        statement = found[0] if found else None
+        if statement and statement["predicate"]["ledger"] != (None if index == 0 else origin):
+            statement = None
+        if statement and found and statement["kind"] == "membership" and index:
+            at, now = councils[-1]
+            enough = len(found[1] & set(now["members"])) >= now["threshold"]
+            follows = statement["predicate"]["previous"] == {"index": at, "leaf": leaves[at].hex()}
+            statement = statement if enough and follows else None
+        if statement and statement["kind"] == "membership":
+            councils.append((index, statement["predicate"]))
+        kinds.append(statement["kind"] if statement else None)
+        said.append(statement)
+    counted = heads(origin, leaves, councils, cosignatures)
+    times = []
+    for index in range(len(rows)):
+        later = [time for size, time in counted if size > index]
+        times.append(later[0] if later else None)
+    return {"origin": origin, "kinds": kinds, "times": times, "said": said, "councils": councils,
+            "leaves": [one.hex() for one in leaves]}  # fmt: skip
+
+
+def heads(
+    origin: str, leaves: list[bytes], councils: list[Any], cosignatures: list[dict[str, Any]]
+) -> list[tuple[int, int]]:
+    """(size, time) of each head that counts."""
+    signed: dict[int, dict[str, int]] = {}
+    for one in cosignatures:
+        size = one["size"]
+        body = f"mtlsign/ledger/v0/{origin}\n{size}\n{base64.b64encode(root(leaves[:size])).decode()}\n"
+        _, name, blob = one["line"].split(" ")
+        raw, key = base64.b64decode(blob), bytes.fromhex(name.removeprefix("mtlsign/member/"))
+        time = int.from_bytes(raw[4:12], "big")
+        right_id = raw[:4] == sha256(name.encode(), b"\n\x04", key)[:4]
+        if right_id and verify(key, raw[12:], f"cosignature/v1\ntime {time}\n{body}".encode()):
+            signed.setdefault(size, {})[key.hex()] = time
+    counted, now = [], 0
+    for size in sorted(signed):
+        council = [c for index, c in councils if index < size][-1]
+        times = sorted(t for member, t in signed[size].items() if member in council["members"])
+        if len(times) >= council["threshold"]:
+            now = max(now, times[len(times) // 2])
+            counted.append((size, now))
+    return counted
+
+
+def key_of(claim: dict[str, Any]) -> bytes:
+    """The opened key (`docs/format.md`)."""
+    opening = claim["predicate"]["opening"]
+    spec, public = base64.b64decode(opening["spec"]), bytes.fromhex(opening["public_key"])
+    signature = bytes.fromhex(opening["signature"])
+    assert verify(public, signature, b"mtlsign/v0/spec" + lp(spec) + lp(public))
+    return sha256(b"mtlsign/v0/key", lp(spec), lp(public), lp(signature))
+
+
+def hide(kind: str, salt: str, *parts: bytes) -> bytes:
+    return sha256(lp(b"mtlsign/v0/hiding/" + kind.encode()), lp(bytes.fromhex(salt)), *map(lp, parts))
+
+
+def opens(claim: dict[str, Any], publication: dict[str, Any]) -> bool:
+    """Whether a claim opens what its publication committed: key, heads and marked model."""
+    p, c = publication["predicate"], claim["predicate"]
+    path = [bytes.fromhex(step) for step in c["key"]["path"]]
+    hidden = leaf(hide("key", c["key"]["salt"], key_of(claim)))
+    named = [b"keyed" if head is None else bytes.fromhex(head) for head in c["head"]["sha256"]]
+    model = publication["subject"][0]["digest"]["mtlsignHidingV0"]
+    return (
+        from_path(hidden, c["key"]["index"], p["keys"]["count"], path).hex() == p["keys"]["root"]
+        and hide("head", c["head"]["salt"], *named).hex() == p["head"]
+        and hide("model", c["model"]["salt"], bytes.fromhex(c["model"]["sha256"])).hex() == model
+        and p["signer"] == c["signer"] == c["opening"]["public_key"]
+    )
+
+
+def votes(ledger: dict[str, Any], index: int) -> dict[str, int]:
+    """Counted votes on the claim at `index`, by status."""
+    council = [c for at, c in ledger["councils"] if at < index][-1]
+    claim, came, counts, done = ledger["said"][index], ledger["times"][index], dict[str, int](), set()
+    for at, vote in enumerate(ledger["said"]):
+        if not vote or vote["kind"] != "vote":
+            continue
+        v, when = vote["predicate"], ledger["times"][at]
+        right = v["claim"] == {"index": index, "leaf": ledger["leaves"][index]} and at > index
+        right = right and v["key"] == key_of(claim).hex() and vote["subject"] == claim["subject"]
+        in_time = when is not None and came is not None and when <= came + council["window"]
+        ours = v["bits"] == council["bits"] and v["signer"] in council["members"]
+        if right and in_time and ours and v["signer"] not in done:
+            done.add(v["signer"])
+            counts[v["status"]] = counts.get(v["status"], 0) + 1
+    return counts

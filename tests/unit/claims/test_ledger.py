@@ -1,0 +1,423 @@
+"""SQLite ledger, heads, witnesses: durability, proofs, and everything that somebody may do to the file."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from world import ALICE, BOB, Town, kit_of, person
+
+from mtlsign.claims import heads, merkle, owner
+from mtlsign.claims.heads import Cosignature, Head
+from mtlsign.claims.ledger import check, open_ledger
+from mtlsign.claims.parsing import seal
+from mtlsign.claims.sqlite_ledger import SqliteLedger
+from mtlsign.claims.statements import Membership, Ref, Register
+from mtlsign.claims.view import Reader, View, read_view
+from mtlsign.claims.witness import Witness
+from mtlsign.errors import ClaimError, KeyMaterialError, LedgerError, MTLSignError
+from mtlsign.key import verifies
+
+
+@pytest.fixture
+def town(tmp_path: Path) -> Town:
+    return Town(tmp_path, ["1", "2", "3"])
+
+
+def stamp(town: Town, name: str, **more: Any) -> int:
+    who = {"signer": ALICE.public_key, "ledger": town.view().origin, "time": int(town.clock())} | more
+    return town.ledger.append(seal(Register(**who, models=((name, person(name).public_key),)), ALICE))
+
+
+# --- heads: pinned against C2SP ---
+
+SPEC_LINE = (
+    "— witness.example.com/w1 jWbPPwAAAABkGFDLEZMHwSRaJNiIDoe9DYn/zXcrtPHeolMI5OWXEhZCB9dlrDJsX3b2oyin1nPZ"
+    "qhf5nNo0xUe+mbIUBkBIfZ+qnA=="
+)
+SPEC_BODY = "example.com/behind-the-sofa\n20852163\nCsUYapGGPo4dkMgIAUqom/Xajj7h2fB2MPA3j2jxq2I=\n"
+
+
+def test_the_specifications_example_line() -> None:
+    line = heads.parse_line(SPEC_LINE)
+    assert (line.name, line.key_id.hex(), line.time) == ("witness.example.com/w1", "8d66cf3f", 1679315147)
+    assert line.line() == SPEC_LINE and len(line.signature) == 64
+    assert heads.message(SPEC_BODY, line.time) == b"cosignature/v1\ntime 1679315147\n" + SPEC_BODY.encode()
+
+
+def test_key_ids_and_signatures_of_a_public_log() -> None:
+    """A published verifier key and checkpoint of the transparency-dev witness project's tests (type 0x01)."""
+    blob = base64.b64decode("AULaJMvTtDLHPUcUrjdDad9vDlh/PTfC2VV60JUtCfWT")
+    assert heads.key_id("monkeys", blob[1:], 0x01).hex() == "db4d9f7e"
+    body = "monkeys\n5\n41smjBUiAU70EtKlT6lIOIYtRTYxYXsDB+XHfcvu/BE=\n"
+    signature = base64.b64decode(
+        "202fftzGl3LVoqjXfwCFZZXs8I+5G22+Ek2K0AOyBuSJ/8/CZawNF+6fNlTKOCd622pbzJNkkJFWuw9DbicZCkEx9AY="
+    )
+    assert signature[:4].hex() == "db4d9f7e" and verifies(blob[1:], signature[4:], body.encode())
+
+
+def test_a_head_there_and_back() -> None:
+    head = Head(bytes(range(32)), 20852163, bytes(range(32, 64)))
+    lines = [heads.cosign(who, head, 1_790_000_000 + i) for i, who in enumerate((ALICE, BOB))]
+    note = heads.note(head, lines)
+    assert heads.parse_note(note) == (head, tuple(sorted(lines, key=lambda line: line.name)))
+    members = [ALICE.public_key, BOB.public_key]
+    assert heads.times(head, lines, members) == {members[0]: 1_790_000_000, members[1]: 1_790_000_001}
+    assert heads.times(head, lines, [person("x").public_key]) == {}
+    assert heads.median([5, 1, 3]) == 3 and heads.median([1, 9]) == 9
+    other = Head(head.origin, head.size + 1, head.root)
+    for bad in (lines * 2, [heads.cosign(ALICE, other, 5)]):
+        with pytest.raises(ClaimError, match="does not hold"):
+            heads.times(head, bad, members)
+    stolen = Cosignature(
+        heads.MEMBER + BOB.public_key.hex(), lines[0].key_id, lines[0].time, lines[0].signature
+    )
+    assert heads.times(head, [stolen], members) == {}  # Alice's line under Bob's name
+
+
+@settings(max_examples=500)
+@given(st.data())
+def test_every_flipped_bit_of_a_head_is_detected(data: st.DataObject) -> None:
+    head = Head(bytes(range(32)), 12345, bytes(range(32, 64)))
+    good = heads.times(head, [heads.cosign(who, head, 1_790_000_000) for who in (ALICE, BOB)], _BOTH)
+    note = bytearray(heads.note(head, [heads.cosign(who, head, 1_790_000_000) for who in (ALICE, BOB)]))
+    bit = data.draw(st.integers(0, 8 * len(note) - 1))
+    note[bit // 8] ^= 1 << bit % 8
+    try:
+        found, lines = heads.parse_note(bytes(note))
+        assert heads.times(found, lines, _BOTH) != good  # a line that went to nobody: one co-signer fewer
+    except ClaimError:
+        pass
+
+
+_BOTH = [ALICE.public_key, BOB.public_key]
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        b"", b"\n\n", b"mtlsign/ledger/v0/00\n1\nAAAA\n\n", b"\xff\n\n", b"a\nb\nc\n\n" * 20_000,
+        b"mtlsign/ledger/v0/" + b"0" * 64 + b"\n01\n" + base64.b64encode(bytes(32)) + b"\n\n",
+        b"mtlsign/ledger/v0/" + b"A" * 64 + b"\n1\n" + base64.b64encode(bytes(32)) + b"\n\n",
+        b"mtlsign/ledger/v0/" + b"0" * 64 + b"\n1\n" + base64.b64encode(bytes(32)) + b"\next\n\n",
+        b"mtlsign/ledger/v0/" + b"0" * 64 + b"\n1\n" + base64.b64encode(bytes(32)) + b"\n\n\xe2\x80\x94\n",
+        b"mtlsign/ledger/v0/" + b"0" * 64 + b"\n\xd9\xa1\n" + base64.b64encode(bytes(32)) + b"\n\n",
+    ],
+)  # fmt: skip
+def test_what_is_no_head_is_refused(note: bytes) -> None:
+    with pytest.raises(ClaimError):
+        heads.parse_note(note)
+
+
+# --- the SQLite file ---
+
+
+def test_entries_are_appended_once_and_proven(tmp_path: Path) -> None:
+    ledger = open_ledger(f"sqlite:///{tmp_path}/sub/l.db", create=True)
+    rows = [b"row %d" % i for i in range(300)]
+    assert isinstance(ledger, SqliteLedger)
+    assert ledger.append_many(rows[:200]) == list(range(200))
+    assert [ledger.append(row) for row in rows[195:210]] == list(range(195, 210))
+    again = open_ledger(ledger.uri)
+    assert list(again.scan()) == rows[:210] and again.size() == 210 and list(again.scan(250)) == []
+    for size in (1, 64, 65, 210):
+        head = again.head(size) if size else None
+        for index in range(0, size, 13):
+            path = again.prove(index, size)
+            assert head and merkle.verify_inclusion(
+                merkle.leaf_hash(rows[index]), index, size, path, head.root
+            )
+    assert check(again).root == merkle.root_of(merkle.leaf_hash(row) for row in rows[:210])
+    for statement in (
+        "UPDATE entries SET envelope = 'x' WHERE idx = 1",
+        "DELETE FROM entries WHERE idx = 209",
+        "INSERT OR REPLACE INTO entries VALUES (3, x'00', x'00')",
+        "INSERT INTO entries VALUES (300, x'01', x'00')",
+        "REPLACE INTO nodes VALUES (0, 0, x'00')",
+        "DELETE FROM nodes",
+    ):
+        with pytest.raises(sqlite3.IntegrityError):
+            again._db.execute(statement)  # type: ignore[attr-defined]
+    check(again)
+
+
+def test_what_is_no_ledger_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello")
+    sqlite3.connect(tmp_path / "other.db").execute("CREATE TABLE a(b)").connection.close()
+    for uri in (
+        "sqlite:///", "sqlite://x", "postgres://x", "etcd://", "etcd://nowhere", f"sqlite:///{tmp_path}/none.db",
+        f"sqlite:///{tmp_path}/text", f"sqlite:///{tmp_path}/other.db", f"sqlite:///{tmp_path}",
+    ):  # fmt: skip
+        with pytest.raises(LedgerError, match="ledger: "):
+            open_ledger(uri)
+    empty = open_ledger(f"sqlite:///{tmp_path}/new.db", create=True)
+    with pytest.raises(LedgerError, match="found it first"):
+        read_view(empty)
+    empty.append(b"junk first")
+    with pytest.raises(LedgerError, match="does not begin"):
+        read_view(empty)
+
+
+# --- views ---
+
+
+def test_junk_and_repeats_mean_nothing_and_stay_visible(town: Town) -> None:
+    index = town.ledger.append(b"\x00 not even JSON")
+    stamp(town, "a")
+    view = town.attest()
+    assert view.entries[index].statement is None and view.entries[index].problem
+    assert view.time(index) is not None and view.time(index + 1) is not None
+    repeated = View.of([*town.ledger.scan(), town.ledger.get(2)], [])
+    assert repeated.entries[3].problem == "repeats entry 2"
+
+
+def test_a_council_changes_only_by_its_own_threshold(town: Town) -> None:
+    origin, new = town.view().origin, [person("4"), person("5")]
+    changed = Membership(
+        signer=town.members[0].public_key, ledger=origin, time=0, previous=Ref(0, origin), threshold=2,
+        members=tuple(sorted(m.public_key for m in new)),
+    )  # fmt: skip
+    founder = replace(changed, signer=person("founder").public_key)
+    alone = town.ledger.append(seal(changed, town.members[0]))
+    by_founder = town.ledger.append(seal(founder, person("founder")))
+    strangers = town.ledger.append(seal(changed, town.members[0], *new))
+    assert len(town.view().councils) == 1
+    assert all("fewer than 2" in str(town.view().entries[i].problem) for i in (alone, by_founder, strangers))
+    good = town.ledger.append(seal(changed, *town.members[:2]))
+    assert [i for i, _ in town.view().councils] == [0, good]
+    town.attest()  # the old members are no longer asked
+    assert town.view().time(good) is None
+    first, town.members = town.members[0], new
+    assert town.attest().time(good) is not None
+    late = town.ledger.append(
+        seal(replace(changed, time=1), first, *new)
+    )  # follows the founding, not the council in force
+    assert town.view().entries[late].problem == "does not follow the membership in force"
+
+
+def test_a_head_needs_the_threshold(town: Town) -> None:
+    index = stamp(town, "a")
+    town.witness(0).step()
+    assert town.view().time(index) is None
+    for stranger in ("x", "y", "z"):
+        town.witness(person(stranger)).step()
+    assert town.view().time(index) is None
+    town.witness(1).step()
+    first = town.view().time(index)
+    town.witness(2).step()
+    assert first is not None and town.view().time(index) == sorted(town.view().heads[0].times.values())[1]
+
+
+# --- witnesses ---
+
+
+def tamper(town: Town, *statements: str) -> None:
+    """What the owner of the file can do: drop the triggers and edit."""
+    path = Path(town.ledger.uri.removeprefix("sqlite:///"))
+    with sqlite3.connect(path) as db:
+        for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+            db.execute(f"DROP TRIGGER {name}")
+        for statement in statements:
+            db.execute(statement)
+    db.close()
+
+
+def rebuild(town: Town, rows: list[bytes]) -> None:
+    """The whole file anew, tree and all, keeping the co-signatures."""
+    tamper(town, "DELETE FROM entries", "DELETE FROM nodes")
+    path = Path(town.ledger.uri.removeprefix("sqlite:///"))
+    with sqlite3.connect(path) as db:
+        tree = merkle.Frontier()
+        for index, row in enumerate(rows):
+            db.execute("INSERT INTO entries VALUES (?, ?, ?)", (index, merkle.leaf_hash(row), row))
+            db.executemany("INSERT INTO nodes VALUES (?, ?, ?)", tree.append(merkle.leaf_hash(row)))
+    db.close()
+
+
+@pytest.mark.parametrize("crime", ["truncate", "rewrite", "reorder", "node", "row", "replace", "roll back"])
+def test_a_witness_notices(town: Town, crime: str) -> None:
+    for i in range(6):
+        stamp(town, f"m{i}")
+    saved = town.folder / "saved.db"
+    town.ledger._db.execute("VACUUM INTO ?", (str(saved),))  # type: ignore[attr-defined]
+    town.attest()
+    for i in range(3):
+        stamp(town, f"n{i}")
+    town.attest()
+    rows = list(town.ledger.scan())
+    if crime == "truncate":
+        rebuild(town, rows[:8])
+    elif crime == "rewrite":
+        rebuild(town, [*rows[:3], b"forged", *rows[4:], b"and", b"longer"])
+    elif crime == "reorder":
+        rebuild(town, [*rows[:5], rows[6], rows[5], *rows[7:]])
+    elif crime == "node":
+        tamper(town, "UPDATE nodes SET hash = zeroblob(32) WHERE level = 1 AND idx = 1")
+    elif crime == "row":
+        tamper(town, "UPDATE entries SET envelope = x'00' WHERE idx = 4")
+    elif crime == "replace":
+        rebuild(town, [Town(town.folder / "other", ["1"]).ledger.get(0), *rows[1:]])
+    else:
+        path = Path(town.ledger.uri.removeprefix("sqlite:///"))
+        town.ledger.close()
+        for ending in ("", "-wal", "-shm"):
+            path.with_name(path.name + ending).unlink(missing_ok=True)
+        shutil.copy(saved, path)
+    again = open_ledger(town.ledger.uri)
+    with pytest.raises(LedgerError):
+        town.witness(0, again).step()
+    if crime not in ("replace", "roll back"):
+        with pytest.raises(LedgerError):
+            read_view(again)
+            check(again)
+
+
+def test_a_reader_that_stays_notices_too(town: Town) -> None:
+    stamp(town, "a")
+    reader = Reader(town.ledger)
+    reader.view()
+    rows = list(town.ledger.scan())
+    rebuild(town, [rows[0], b"forged", b"longer"])
+    with pytest.raises(LedgerError, match="not what it was"):
+        reader.view()
+
+
+def test_a_member_who_signs_another_tree_is_named(town: Town) -> None:
+    stamp(town, "a")
+    liar = town.members[2]
+    lie = Head(town.view().origin, 2, bytes(32))
+    town.ledger.cosign(lie, heads.cosign(liar, lie, 5))
+    step = town.witness(0).step()
+    assert step.cosigned and any("FORK" in r and liar.public_key.hex()[:16] in r for r in step.remarks)
+    town.witness(1).step()
+    view = town.view()
+    assert view.time(1) is not None and any(liar.public_key.hex()[:16] in remark for remark in view.remarks)
+    second = town.members[1]
+    town.ledger.cosign(lie, heads.cosign(second, lie, 6))
+    with pytest.raises(LedgerError, match="co-signed another tree"):
+        town.view()
+
+
+def test_nobody_can_keep_a_members_place(town: Town) -> None:
+    """Somebody with the store's credentials writes rubbish under a member's name before the member signs."""
+    index = stamp(town, "a")
+    head, me = town.ledger.head(), town.members[0]
+    for rubbish in (b"\0" * 64, heads.cosign(me, Head(head.origin, 99, head.root), 5).signature):
+        name = heads.MEMBER + me.public_key.hex()
+        town.ledger.cosign(head, Cosignature(name, heads.key_id(name, me.public_key), 5, rubbish))
+    assert town.witness(0).step().cosigned == (2,) and town.witness(0).step().cosigned == ()
+    assert town.attest().time(index) is not None
+
+
+def test_clocks(town: Town) -> None:
+    town.attest()
+    back = stamp(town, "back-dated", time=1_000_000_000)
+    ahead = stamp(town, "ahead", time=2_000_000_000)
+    step = town.witness(0).step()
+    assert any(f"entry {back} is back-dated" in remark for remark in step.remarks)
+    assert any(f"entry {ahead} says that it comes from" in remark for remark in step.remarks)
+    town.witness(1).step()
+    assert (
+        town.view().time(back) or 0
+    ) > 1_789_000_000  # by the co-signers' clocks, whatever the sender says
+    town.clock.now = 1_600_000_000
+    stamp(town, "after our own clock went back")
+    step = town.witness(0).step()
+    assert any("our own clock went back" in remark for remark in step.remarks)
+    town.clock.now = 1_500_000_000
+    view = town.attest()
+    times = [view.time(index) for index in view.entries]
+    assert times == sorted(times)  # type: ignore[type-var]
+
+
+def test_a_witness_survives_a_crash_between_memory_and_publication(town: Town, monkeypatch: Any) -> None:
+    stamp(town, "a")
+    witness = town.witness(0)
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(town.ledger, "cosign", crash)
+    with pytest.raises(KeyboardInterrupt):
+        witness.step()
+    monkeypatch.undo()
+    assert town.witness(0).step().cosigned == (2,) and town.witness(0).step().cosigned == ()
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_every_flipped_bit_of_a_witness_memory_is_detected(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "memory.json"
+    ledger = open_ledger(f"sqlite:///{tmp_path}/m.db", create=True)
+    if ledger.size() == 0:
+        owner.found(owner.Owner(ALICE, ledger, path), [ALICE.public_key])
+        (tmp_path / "good").write_bytes(path.read_bytes())
+    good = (tmp_path / "good").read_bytes()
+    bit = data.draw(st.integers(0, 8 * len(good) - 1))
+    bad = bytearray(good)
+    bad[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(bad)
+    witness = Witness(ALICE, ledger, path)
+    with pytest.raises(MTLSignError):
+        witness._load()
+    ledger.close()
+
+
+def test_anothers_memory_is_refused(town: Town) -> None:
+    town.attest()
+    with pytest.raises(KeyMaterialError, match="another witness's"):
+        Witness(town.members[0], town.ledger, town.memory(town.members[1])).step()
+
+
+def _picture(path: Path) -> Any:
+    ledger = open_ledger(f"sqlite:///{path}")
+    try:
+        check(ledger)
+        view = read_view(ledger)
+        return view.entries, view.heads, [ledger.prove(i, view.heads[-1].head.size) for i in range(3)]
+    finally:
+        ledger.close()
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, Any]:
+    folder = tmp_path_factory.mktemp("stored")
+    town = Town(folder, ["1", "2", "3"])
+    kit, model = kit_of(ALICE)
+    owner.publish(town.owner(ALICE), [kit])
+    owner.claim(town.owner(ALICE), [kit], town.archive, model, marked=model)
+    town.vote()
+    town.ledger._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # type: ignore[attr-defined]
+    town.ledger.close()
+    path = folder / "ledger.db"
+    return path, path.read_bytes(), _picture(path)
+
+
+@settings(max_examples=400)
+@given(st.data())
+def test_every_flipped_bit_of_the_file_is_detected_or_means_nothing(
+    stored: tuple[Path, bytes, Any], data: st.DataObject
+) -> None:
+    path, good, picture = stored
+    bit = data.draw(st.integers(0, 8 * len(good) - 1))
+    bad = bytearray(good)
+    bad[bit // 8] ^= 1 << bit % 8
+    copy = path.with_name("flipped.db")
+    for ending in ("-wal", "-shm"):
+        copy.with_name(copy.name + ending).unlink(missing_ok=True)
+    copy.write_bytes(bad)
+    try:
+        entries, counted, proofs = _picture(copy)
+    except LedgerError:
+        return
+    assert entries == picture[0] and proofs == picture[2]
+    assert [c.head for c in counted] == [c.head for c in picture[1]][-len(counted) :] or len(counted) < len(
+        picture[1]
+    )
