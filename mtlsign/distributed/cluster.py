@@ -78,9 +78,10 @@ def connect() -> None:
             # One process less to start: nobody takes a node of this machine away.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             cpus = os.cpu_count() or 1
-            # "local": without it Ray would join whatever cluster somebody else's `ray start` left on this machine.
+            # "local": else Ray joins whatever cluster somebody's `ray start` left on this machine.
             ray.init(
-                address="local", num_cpus=max(cpus, 1), include_dashboard=True, dashboard_port=0, runtime_env=environment,
+                address="local", num_cpus=max(cpus, 1), include_dashboard=True, dashboard_port=0,
+                runtime_env=environment,
                 object_store_memory=max(256 * 2**20, min(2 * 2**30, _memory() // 5)), **quiet,
             )  # fmt: skip
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
