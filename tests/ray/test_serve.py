@@ -26,7 +26,7 @@ from mtlsign.service import tokens
 from mtlsign.service.signing import read_verdict
 from mtlsign.service.store import Store
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def free_port() -> int:
@@ -54,7 +54,7 @@ class Running:
         port = self.url.rpartition(":")[2]
         self.job: Job = jobs.python(
             "jobs/serve.py", "--port", port, "--verifiers", "2", *self.flags,
-            MTLSIGN_MAX_BODY_MB="4", PYTHONUNBUFFERED="1",
+            "--max-body-mb", "4", PYTHONUNBUFFERED="1",
         )  # fmt: skip
         self.job.until(lambda: "answers" in self.job.out, 300)
         store = Store(self.state / "service.sqlite")
