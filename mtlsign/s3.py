@@ -123,12 +123,12 @@ class S3Storage(Storage):
         key = self._key(name)
         with self._errors("read", key):
             answer = self.connection.client.get_object(Bucket=self.bucket, Key=key)
-            with answer["Body"] as body:
+            with answer["Body"]:
                 size = answer.get("ContentLength")
                 if size is None:
                     raise StorageError(f"s3://{self.bucket}/{key} came without its size; use another server")
                 check_size(f"s3://{self.bucket}/{key}", size, limit)
-                yield size, body.iter_chunks(2**20)
+                yield size, answer["Body"].iter_chunks(2**20)
 
     def exists(self, name: str) -> bool:  # noqa: D102
         try:
