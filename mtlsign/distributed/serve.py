@@ -24,28 +24,21 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.util import metrics as ray_metrics
-from starlette.middleware import Middleware
 
 from mtlsign.errors import ClusterError
 from mtlsign.service.app import make_app
-from mtlsign.service.limits import Limits
 from mtlsign.service.metrics import METRICS
 from mtlsign.service.office import Office
 from mtlsign.service.problems import Problem
 from mtlsign.service.verifier import Answer, Lost, Task, Verifier
-from mtlsign.settings_service import MIB, ServiceSettings
+from mtlsign.settings_service import MIB, PREFIX, ServiceSettings
 
 APP = "mtlsign"
-#: Ray's name for the setting that puts `proxy_middlewares` into its HTTP proxy; read when a cluster starts.
+#: Ray's name for the setting that puts our limits into its HTTP proxy; read when a cluster starts.
 PROXY_SETTING = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-PROXY_VALUE = "mtlsign.distributed.serve:proxy_middlewares"
+PROXY_VALUE = "mtlsign.service.limits:proxy_middlewares"
 LOST = 70
 BOUNDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
-
-
-def proxy_middlewares() -> list[Middleware]:
-    """What Ray's proxy runs before it reads a body, which it would else read whole, whatever its size."""
-    return [Middleware(Limits, s=ServiceSettings.load(), proxy=True)]
 
 
 class RayMetrics:
@@ -214,7 +207,7 @@ def build(args: ServiceSettings) -> serve.Application:
         health_check_period_s=2,
         graceful_shutdown_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.5,
-        ray_actor_options={"num_cpus": 0.5},
+        ray_actor_options={"num_cpus": 0},  # it waits for others; verifiers get the CPUs
     )(serve.ingress()(Gate))
     return gate.bind(_plain(s), verifiers(s))
 
@@ -229,6 +222,9 @@ def start(s: ServiceSettings) -> None:
     Raises: ClusterError.
     """
     os.environ.setdefault(PROXY_SETTING, PROXY_VALUE)
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # a busy machine starts it slowly
+    for name in ("max_body_mb", "body_s", "upload_s", "upload_mb_s", "max_model_mb"):  # the proxy reads these
+        os.environ[PREFIX + name.upper()] = str(getattr(s, name))
     cluster.connect()
     options = {"host": s.host, "port": s.port, "request_timeout_s": max(s.upload_s, s.max_wait_s + 60)}
     quiet = {"enable_access_log": False}

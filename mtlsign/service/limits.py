@@ -1,7 +1,7 @@
 """Bounds on bodies, as ASGI middleware: bytes, seconds, pace, and all bodies together.
 
 It stands before the app, and, because Ray's HTTP proxy reads a body as fast as it comes, whatever becomes of
-it, also inside that proxy (`mtlsign.distributed.serve.proxy_middlewares`).
+it, also inside that proxy (`proxy_middlewares`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+
+from starlette.middleware import Middleware
 
 from mtlsign.service.problems import MEDIA, Problem
 from mtlsign.settings_service import MIB, ServiceSettings
@@ -44,17 +46,29 @@ class Limits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started = False
+        started = refused = False
 
         async def tell(message: Message) -> None:
             nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(message)
+            if not refused:
+                started = started or message["type"] == "http.response.start"
+                await send(message)
+
+        async def receive_for_proxy() -> Message:
+            """Ray's proxy makes a 500 of what is raised here: answer in its stead and end."""
+            nonlocal refused
+            try:
+                return await bound.receive()
+            except Problem as problem:
+                if not started:
+                    await refuse(problem, send)
+                refused = True
+                return {"type": "http.disconnect"}
 
         bound = _Bounded(self, scope, receive)
         try:
             bound.check_length()
-            await self.app(scope, bound.receive, tell)
+            await self.app(scope, receive_for_proxy if self.proxy else bound.receive, tell)
         except Problem as problem:
             if not started:
                 await refuse(problem, send)
@@ -123,3 +137,8 @@ async def refuse(problem: Problem, send: Send) -> None:
         headers.append((b"retry-after", str(max(1, round(problem.retry_after))).encode()))
     await send({"type": "http.response.start", "status": problem.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def proxy_middlewares() -> list[Middleware]:
+    """What Ray's proxy runs before it reads a body. This module is light: the proxy has seconds to start."""
+    return [Middleware(Limits, s=ServiceSettings.load(), proxy=True)]

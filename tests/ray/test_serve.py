@@ -56,7 +56,7 @@ class Running:
             "jobs/serve.py", "--port", port, "--verifiers", "2", *self.flags,
             "--max-body-mb", "4", PYTHONUNBUFFERED="1",
         )  # fmt: skip
-        self.job.until(lambda: "answers" in self.job.out, 300)
+        self.job.until(lambda: "answers" in self.job.out, 600)
         store = Store(self.state / "service.sqlite")
         self.token = tokens.issue(store, "test", ["verify", "ledger"], 1)
         store.close()
