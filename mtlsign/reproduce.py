@@ -1,29 +1,19 @@
-"""The paper's studies, repeated with seeds and spread: Fig. 5, Table 3, and the band of random guesses.
+"""The paper's studies, repeated with seeds and spread: Fig. 5, Table 3, the band of random guesses, and ours:
+the table of attacks and the controls of R_DA.
 
-The first two are sweeps (`sweep_run`) over a few settings with the attacks that the paper names; here is what
-they consist of and how their rows become the paper's tables.
+All but the band are sweeps (`sweep_run`) over a few settings; here is what they consist of and how their rows
+become tables.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from mtlsign import embedding, null
-from mtlsign.backbone import build
 from mtlsign.figures import number
-from mtlsign.key import Identity
-from mtlsign.network import TaskShape, cpu_state, graph_of
-from mtlsign.settings import EmbedSettings
 from mtlsign.settings_reproduce import ReproduceSettings
 from mtlsign.settings_sweep import SweepSettings
-from mtlsign.tasks import load_task
-from mtlsign.verification import Probe, agreement
 
 Row = dict[str, Any]
 
@@ -81,8 +71,35 @@ def overwriting_space() -> dict[str, Any]:
     return {"head": heads, "snapshots": "tuned", "lambda1": ON, "lambda2": ON}
 
 
+def attacks_space() -> dict[str, Any]:
+    """The defaults with and without R_DA, for both heads."""
+    return {"head": {"grid_search": ["keyed", "free"]}, "lambda2": {"grid_search": [1.0, 0.0]}}
+
+
+def controls_space() -> dict[str, Any]:
+    """What each kind of copy in R_DA does: all but the last take two watermark gradients a step; with noise 0
+    the copy is the model itself.
+    """
+    kinds = ({"snapshots": "tuned"}, {"snapshots": "noise"}, {"snapshots": "pruned"}, {"noise": 0.0})
+    return {"head": "keyed", "arm": {"grid_search": [*kinds, {"lambda2": 0.0}]}}
+
+
+#: The table of docs/attacks.md: every attack of the catalogue but `average`, which needs further copies.
+TABLE = (
+    "ftll,ftal:lr=quarter/full,rtll,rtal,annealed,prune:ratio=0.3/0.5/0.7,prune:ratio=0.7,bn=recalibrated,"
+    "prune_channels:ratio=0.3,prune_until:points=10,prune_until:points=10,bn=recalibrated,fine_prune:ratio=0.5,"
+    "fine_prune_channels:ratio=0.3,overwrite:epochs=50/350,images=256,spoil:steps=20/60/200,"
+    "scrub:steps=40/100/300,fresh_early:stages=1/2/3,noise:sigma=0.2/0.4,int8,int4,bn_gauge,bn_fold,scale_rows,"
+    "scale_inner,scale_stream,permute_channels:which=inner/both,transpose_input,negate_input,forge_head"
+)
+#: What the controls of R_DA meet.
+CONTROLS = "ftal:lr=quarter/full,annealed,prune:ratio=0.6,fine_prune:ratio=0.5,spoil:steps=60,scrub:steps=40"
+
+
 def attacks(s: ReproduceSettings) -> str:
     """What every embedding of the study meets."""
+    if s.study in ("attacks", "controls"):
+        return s.attacks or (TABLE if s.study == "attacks" else CONTROLS)
     if s.study == "ablation":
         return f"prune:ratio={'/'.join(f'{r:g}' for r in RATIOS)},fine_prune:ratio=0.5"
     heads = s.heads.split(",")
@@ -95,7 +112,9 @@ def attacks(s: ReproduceSettings) -> str:
 def table(s: ReproduceSettings, rows: Sequence[Row]) -> list[Row]:
     """The study's table: one row for each setting with mean and standard deviation over seeds."""
     finished = [row for row in rows if row["status"] == "ok"]
-    return _ablation(finished) if s.study == "ablation" else _overwriting(finished, s.task)
+    if s.study == "overwriting":
+        return _overwriting(finished, s.task)
+    return _ablation(finished) if s.study == "ablation" else _attacked(finished)
 
 
 def _groups(rows: Sequence[Row], names: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
@@ -148,6 +167,7 @@ def _column(row: Mapping[str, Any], start: str) -> str:
 
 def _overwriting(rows: Sequence[Row], task: str) -> list[Row]:
     found = []
+    papers = TABLE_3.get(task.partition("@")[0], {})
     for (head,), group in sorted(_groups(rows, ("head",)).items()):
         columns = [name for name in group[0] if name.startswith("wm overwrite ")]
         for column in columns:
@@ -159,69 +179,47 @@ def _overwriting(rows: Sequence[Row], task: str) -> list[Row]:
                 {
                     "owner's head": head, "adversary's head": words.get("head"), "epochs": epochs,
                     "n": len(falls), **_spread("points of wm accuracy lost", falls),
-                    "the paper": TABLE_3.get(task, {}).get(epochs), **_spread("bits left", bits),
+                    "the paper": papers.get(epochs), **_spread("bits left", bits),
                 }
             )  # fmt: skip
     return found
 
 
-# -- the band of random guesses --------------------------------
-
-
-def guesses(
-    s: ReproduceSettings, head: str, w0: Mapping[str, torch.Tensor], *, done: Sequence[float] = (),
-    tick: Callable[[list[float]], None] = lambda _: None,
-) -> list[float]:  # fmt: skip
-    """Accuracies of `s.keys` random keys on an unmarked network; a free head is untrained, as in the paper.
-
-    `done` are accuracies of an interrupted call; `tick` gets the list every 100 keys.
+def _attacked(rows: Sequence[Row]) -> list[Row]:
+    """For every arm and attack: what is left of the mark, and the points that it cost the attacker
+    (test part; for `none`, what the mark cost the owner).
     """
-    e = EmbedSettings.of(
-        {"task": s.task, "data": s.data, "model": s.model, "width": s.width, "head": head, "seed": s.seed,
-         "insecure_test_key": True}
-    ).resolved()  # fmt: skip
-    task = load_task(e.task, data=e.data, download=s.download, seed=e.seed)
-    graph = graph_of(e, TaskShape(task.channels, task.height, task.width, task.classes))
-    network = build(graph)
-    network.load_state_dict(dict(w0))
-    owner = Identity(bytes(31) + b"\x01", bytes(32))
-    geometry = (task.channels, task.height, task.width)
-    opening, reference = embedding.commit(build(graph), cpu_state(network), graph, geometry, e, owner)
-    probe = Probe(opening, reference)
-    found = list(done)
-    tensors = cpu_state(network)
-    for index in range(len(found), s.keys):
-        other = probe.control(index)
-        scores, _ = other.scores(tensors)
-        assert scores is not None, "an unmarked network of the spec's own architecture can be read"
-        found.append(float(agreement(scores, other.labels).float().mean()))
-        if len(found) % 100 == 0:
-            tick(found)
+    found = []
+    for (head, copies), group in _groups([row | arm_of(row) for row in rows], ("head", "R_DA")).items():
+        names = [name.removeprefix("wm ") for name in group[0] if name.startswith("wm ")]
+        for name in ("none", *names):
+            wm, bits = ("wm_accuracy", "evidence_bits") if name == "none" else (f"wm {name}", f"bits {name}")
+            left = [row[bits] for row in group if row.get(bits) is not None]
+            lost = [
+                100 * (row["primary_clean"] - row["primary_marked"])
+                if name == "none"
+                else row.get(f"points lost {name}")
+                for row in group
+            ]
+            found.append(
+                {
+                    "head": head, "R_DA": copies, "attack": name, "n": len(left),
+                    **_spread("wm accuracy", [row.get(wm) for row in group]), **_spread("bits", left),
+                    "fewest bits": min(left, default=None),
+                    **_spread("points lost", lost),
+                }
+            )  # fmt: skip
     return found
 
 
-def band(accuracies: Sequence[float], n: int) -> Row:
-    """Random guesses beside the exact binomial: mean, sd, extremes, and a χ² test of the counts."""
-    from scipy import stats
-
-    counts = [round(a * n) for a in accuracies]
-    keys = len(counts)
-    low, high = null.wrong_band(n, 1 / keys)
-    # Cells of about equal probability, at least 20 keys in each.
-    cells = max(2, min(40, keys // 20))
-    edges = sorted({int(stats.binom.ppf(i / cells, n, 0.5)) for i in range(1, cells)})
-    chances = [float(x) for x in stats.binom.cdf([*edges, n], n, 0.5)]
-    expected = [keys * (b - a) for a, b in itertools.pairwise([0.0, *chances])]
-    seen = [sum(a < c <= b for c in counts) for a, b in itertools.pairwise([-1, *edges, n])]
-    test = stats.chisquare(seen, expected)
-    return {
-        "keys": keys, "N": n, "mean": statistics.fmean(accuracies),
-        "sd of keys": statistics.pstdev(accuracies),
-        "sd of Binomial(N, 1/2)": math.sqrt(0.25 / n), "lowest": min(accuracies), "highest": max(accuracies),
-        "one key in all is expected outside": f"{low / n:.4f} ... {high / n:.4f}",
-        "the paper's band": "0.425 ... 0.575 (N = 600, 5,000 keys)",
-        "chi square": float(test.statistic), "degrees of freedom": len(seen) - 1, "p": float(test.pvalue),
-    }  # fmt: skip
+def arm_of(row: Mapping[str, Any]) -> Row:
+    """The arm of a row: its head, and the copies that R_DA looked at."""
+    copies = str(row.get("snapshots", "noise"))
+    if row["lambda2"] == 0:
+        copies = "none"
+    elif copies == "noise" and row.get("noise") == 0:
+        copies = "the model itself"
+    return {"head": row.get("head", "keyed"), "R_DA": copies}
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

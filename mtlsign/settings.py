@@ -127,7 +127,7 @@ class EmbedSettings(Settings):
 
     def resolved(self) -> Self:
         """Fill in what depends on the task or head."""
-        recipe = RECIPES.get(self.task, {})
+        recipe = RECIPES.get(self.task.partition("@")[0], {})
         filled = {
             name: value
             for name, value in {"width": 64, "stem": "stock", "epochs": 10, "steps": 800, **recipe}.items()

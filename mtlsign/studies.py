@@ -8,14 +8,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mtlsign import reproduce
+from mtlsign import guesses, reproduce
 from mtlsign.artifact import RUNS
 from mtlsign.errors import ArtifactError, SettingsError
 from mtlsign.folder import MANIFEST, write_folder
 from mtlsign.settings import dump
 from mtlsign.settings_reproduce import ReproduceSettings
+from mtlsign.space import Cell
 from mtlsign.storage import Storage, open_storage
-from mtlsign.sweep import CLEAN, Cell, train_shared
+from mtlsign.sweep import CLEAN, train_shared
 from mtlsign.sweep_run import Fleet, InTurn, Say, run
 from mtlsign.tables import csv_of
 from mtlsign.tensors import read_tensors
@@ -86,9 +87,9 @@ def _thresholds(s: ReproduceSettings, say: Say) -> dict[str, Any]:
             folder.write(kept, json.dumps(found).encode())
             say(f"{head} head · {len(found):,} of {s.keys:,} keys")
 
-        found = reproduce.guesses(s, head, w0, done=done, tick=tick)
+        found = guesses.guesses(s, head, w0, done=done, tick=tick)
         folder.write(kept, json.dumps(found).encode())
-        rows.append({"head": head, **reproduce.band(found, 1024 if head == "keyed" else 600)})
+        rows.append({"head": head, **guesses.band(found, 1024 if head == "keyed" else 600)})
     place = folder.child(TABLE).uri.removesuffix(TABLE)
     answer = _answer(s, rows, place, folder.child("result.json").uri)
     write_folder(folder, {**_files(rows), "result.json": json.dumps(answer, indent=1).encode()})

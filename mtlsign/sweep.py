@@ -8,13 +8,10 @@ rebuilt, so a sweep that was killed loses no finished cell.
 from __future__ import annotations
 
 import hashlib
-import importlib
-import itertools
 import json
 import math
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -26,14 +23,14 @@ from mtlsign import backbone, embedding
 from mtlsign.artifact import Kit
 from mtlsign.attacks import Order, parse
 from mtlsign.campaign import Target, compared, strike
-from mtlsign.errors import ArtifactError, ModelError, SettingsError
+from mtlsign.errors import ArtifactError, ModelError
 from mtlsign.key import Identity
 from mtlsign.network import TaskShape, graph_of, initial, owner_factories
 from mtlsign.outcome import moved
 from mtlsign.progress import Alone, State
 from mtlsign.runs import load_state, state_bytes
-from mtlsign.settings import EmbedSettings, nearest
-from mtlsign.settings_sweep import SweepSettings
+from mtlsign.settings import EmbedSettings
+from mtlsign.space import Cell
 from mtlsign.storage import Storage
 from mtlsign.tasks import Task, load_task
 from mtlsign.tensors import read_tensors, tensor_bytes
@@ -42,20 +39,7 @@ from mtlsign.verification import Probe, verify
 Row = dict[str, Any]
 Show = Callable[[Mapping[str, Any]], None]
 
-#: Settings that phase 1 depends on: cells that agree in them start from the same W0.
-CLEAN_FIELDS = (
-    *("task", "data", "model", "width", "stem", "init", "epochs", "batch", "lr", "weight_decay"),
-    *("amp", "seed"),
-)
-#: What a space may not set: the sweep's own settings say it.
-RESERVED = frozenset(
-    (
-        *("owner", "passphrase_file", "endpoint", "json", "quiet", "data", "download", "workers"),
-        *("cpus_per_worker", "gpus_per_worker", "cluster_wait", "max_failures", "storage", "run", "resume"),
-        *("keep_checkpoints", "insecure_test_key", "name"),
-    )
-)
-RESULT, STATE, CELLS, CLEAN = "result.json", "state.pt", "cells", "clean"
+RESULT, STATE, STRUCK, CELLS, CLEAN = "result.json", "state.pt", "attacks.json", "cells", "clean"
 #: Columns of `cells.csv`, before one pair (bits, points lost) for each attack.
 COLUMNS = (
     "cell", "lambda1", "lambda2", "seed", "status", "primary_clean", "primary_marked", "validation_clean",
@@ -63,123 +47,6 @@ COLUMNS = (
     "deviation_l2", "wm_accuracy_on_clean", "seconds_mark", "seconds_attacks", "reason",
 )  # fmt: skip
 _LIMIT = 2**20
-
-
-# -- the space --------------------------------
-
-
-def load_space(s: SweepSettings) -> dict[str, Any]:
-    """The search space, with the sweep's own settings put over it, as plain data for Ray Tune.
-
-    Raises: SettingsError for an unknown space, or one that sets what is not a cell's to set.
-    """
-    space = _named(s.space)
-    space |= {k: v for k, v in (("task", s.task), ("model", s.model), ("width", s.width)) if v is not None}
-    space |= _fixed(s.fixed)
-    known = set(EmbedSettings.model_fields) - RESERVED
-    for name in space:
-        if not isinstance(name, str) or name not in known:
-            raise SettingsError(f"the space sets {name!r}; {nearest(str(name), known)}", field="space")
-    if "seed" not in space:
-        drawn = any(not is_plain(v) for v in space.values())
-        count = 1 if drawn else s.num_samples
-        space["seed"] = {"grid_search": list(range(s.seed, s.seed + count))} if count > 1 else s.seed
-    for name in CLEAN_FIELDS:
-        if name in space and not is_plain(space[name]):
-            raise SettingsError(
-                f"the space draws {name!r}, which needs a phase 1 for every draw; give values or a grid",
-                field="space",
-            )
-    for cell in cells_of(space, s):  # refuses what no cell could run, before anything is written
-        _ = cell.name
-    return space
-
-
-def _named(name: str) -> dict[str, Any]:
-    module, _, function = name.partition(":")
-    try:
-        make = getattr(importlib.import_module(module if function else "tune_spaces"), function or module)
-        space = make()
-    except Exception as error:  # an own space is the user's code: whatever it raises is told in one line
-        hint = "write smoke, paper_grid, paper_ablation, or package.module:function"
-        raise SettingsError(
-            f"{name[:100]!r} gives no space ({type(error).__name__}: {str(error)[:120]}); {hint}",
-            field="space",
-        ) from None
-    if not isinstance(space, dict):
-        raise SettingsError(f"{name[:100]!r} gives no mapping of settings", field="space")
-    return dict(space)
-
-
-def _fixed(text: str) -> dict[str, str]:
-    pairs = {}
-    # a value may hold commas itself: snapshots=noise,tuned,steps=300
-    for part in re.split(r",(?=\s*[A-Za-z0-9_-]+\s*=)", text) if text.strip() else []:
-        name, equals, value = part.partition("=")
-        if not equals or not name.strip():
-            raise SettingsError(f"{part[:60]!r} is not NAME=VALUE", field="fixed")
-        pairs[name.strip().replace("-", "_")] = value.strip()
-    return pairs
-
-
-def _is_grid(value: object) -> bool:
-    return isinstance(value, Mapping) and set(value) == {"grid_search"} and bool(value["grid_search"])
-
-
-def is_plain(value: object) -> bool:
-    """Whether it is a value or a grid of values, not a draw."""
-    return value is None or isinstance(value, str | int | float | bool) or _is_grid(value)
-
-
-def grid_of(space: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every combination of the space's grids; draws are left out (they have defaults)."""
-    plain = {name: value for name, value in space.items() if is_plain(value)}
-    choices = [value["grid_search"] if _is_grid(value) else [value] for value in plain.values()]
-    for values in itertools.product(*choices):
-        yield dict(zip(plain, values, strict=True))
-
-
-# -- one cell --------------------------------
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One combination: its settings, and names that follow from what it computes."""
-
-    config: Mapping[str, Any]
-    data: Path | None
-    download: bool
-
-    @property
-    def settings(self) -> EmbedSettings:
-        """Complete settings. Raises `SettingsError`."""
-        fixed = {"data": self.data, "download": self.download, "workers": 0, "insecure_test_key": True}
-        return EmbedSettings.of({**self.config, **fixed}).resolved()
-
-    @property
-    def name(self) -> str:
-        """16 hex digits of the settings that change what is computed."""
-        return _digest(self.settings, None)
-
-    @property
-    def clean_name(self) -> str:
-        """16 hex digits of what phase 1 depends on."""
-        return _digest(self.settings, CLEAN_FIELDS)
-
-
-def _digest(s: EmbedSettings, fields: Sequence[str] | None) -> str:
-    left_out = RESERVED | {"json_output"}
-    chosen = {
-        name: value
-        for name, value in s.model_dump(mode="json").items()
-        if (name in fields if fields is not None else name not in left_out) and name != "data"
-    }
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def cells_of(space: Mapping[str, Any], s: SweepSettings) -> list[Cell]:
-    """The cells of the space's grids."""
-    return [Cell(config, s.data, s.download) for config in grid_of(space)]
 
 
 @dataclass(frozen=True)
@@ -241,7 +108,7 @@ def run_cell(cell: Cell, shared: Shared, show: Show | None = None) -> Row:
     """Phase 2, then every attack: the cell's row, which is kept before it is returned.
 
     A cell that is finished returns its kept row at once; one that was interrupted goes on from its last
-    checkpoint. A cell whose training diverges is a row that says so.
+    checkpoint and after its last attack. A cell whose training diverges is a row that says so.
     """
     kept = shared.folder.child(CELLS).child(cell.name)
     if (row := finished(kept)) is not None:
@@ -249,13 +116,14 @@ def run_cell(cell: Cell, shared: Shared, show: Show | None = None) -> Row:
     s = cell.settings
     row = dict.fromkeys(COLUMNS) | {"cell": cell.name, "status": "ok"}
     row |= {name: getattr(s, name) for name in ("lambda1", "lambda2", "seed")}
-    row |= {name: value for name, value in cell.config.items() if name not in row}
+    row |= {name: value for name, value in cell.flat.items() if name not in row}
     try:
         row |= _measure(s, cell, shared, kept, show)
     except ModelError as error:
         row |= {"status": "diverged" if "diverged" in str(error) else "failed", "reason": str(error)}
     kept.write(RESULT, json.dumps(row, allow_nan=False).encode())
     kept.delete(STATE)
+    kept.delete(STRUCK)
     return row
 
 
@@ -292,8 +160,12 @@ def _measure(s: EmbedSettings, cell: Cell, shared: Shared, kept: Storage, show: 
         split_seed=s.seed, extra=0.0, lr=s.lr or 0.1, copies=(), bits=shared.bits,
     )  # fmt: skip
     unattacked = {"primary_after": row["primary_marked"], "evidence_bits": verdict.evidence_bits}
+    done = json.loads(kept.read(STRUCK, _LIMIT)) if kept.exists(STRUCK) else {}
     for order in parse(shared.attacks):
-        struck = compared(strike(target, order, s.seed, device).row, unattacked, shared.bits)
+        if order.text() not in done:
+            done[order.text()] = strike(target, order, s.seed, device).row
+            kept.write(STRUCK, json.dumps(done).encode())
+        struck = compared(done[order.text()], unattacked, shared.bits)
         name = label(order)
         for column in ("wm_accuracy", "evidence_bits", "points_lost"):
             row[f"{_SHORT[column]} {name}"] = struck[column]

@@ -21,17 +21,16 @@ from mtlsign.errors import ArtifactError, SettingsError
 from mtlsign.folder import MANIFEST, write_folder
 from mtlsign.settings import dump
 from mtlsign.settings_sweep import CHANGEABLE, SweepSettings
+from mtlsign.space import ARM, cells_of, is_plain, load_space
 from mtlsign.storage import Storage, open_storage
 from mtlsign.sweep import (
     CLEAN,
     COLUMNS,
     STATE,
+    STRUCK,
     Row,
     Shared,
-    cells_of,
     in_order,
-    is_plain,
-    load_space,
     rows_of,
     run_cell,
     train_shared,
@@ -222,7 +221,7 @@ class SweepRun:
         for name in (CLEAN, *sorted(t for t in tops if t.startswith("tune-"))):
             self.folder.delete(name)
         for name in self.folder.list("cells"):
-            if name.endswith(f"/{STATE}"):
+            if name.endswith((f"/{STATE}", f"/{STRUCK}")):
                 self.folder.delete(name)
 
 
@@ -231,6 +230,8 @@ _STATES = ("ok", "diverged", "failed", "stopped")
 
 def varying(rows: Sequence[Row], space: Mapping[str, Any]) -> list[str]:
     """Settings in which the cells differ, the seed apart: λ1 and λ2 first, and always."""
-    names = [name for name in space if name not in ("lambda1", "lambda2", "seed")]
+    arms = space.get(ARM, {}).get("grid_search", ())
+    names = dict.fromkeys([*space, *(name for arm in arms for name in arm)])
+    names = [name for name in names if name not in ("lambda1", "lambda2", "seed", ARM)]
     differ = [name for name in names if len({json.dumps(row.get(name)) for row in rows}) > 1]
     return ["lambda1", "lambda2", *differ]

@@ -25,8 +25,9 @@ from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialSchedule
 from mtlsign.errors import ClusterError, MTLSignError
 from mtlsign.settings_reproduce import ReproduceSettings
 from mtlsign.settings_sweep import SweepSettings
+from mtlsign.space import Cell, cells_of, is_plain
 from mtlsign.studies import study
-from mtlsign.sweep import Cell, Row, Shared, cells_of, is_plain, run_cell, train_shared
+from mtlsign.sweep import Row, Shared, run_cell, train_shared
 from mtlsign.sweep_run import Say, SweepRun, run, told
 from mtlsign.tasks import load_task
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision import datasets
 
 from mtlsign.errors import DataError
-from mtlsign.tasks.task import Task, carve
+from mtlsign.tasks.task import Task, carve, generator, spread
 from mtlsign.tasks.tensors import Recipe, tensor_splits
 
 _IDX = (
@@ -71,8 +71,10 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def load_images(name: str, root: Path, *, download: bool, seed: int) -> Task:
+def load_images(name: str, root: Path, *, download: bool, seed: int, share: float = 1.0) -> Task:
     """The task `name` of `SOURCES` from torchvision's layout under `root`; test is the official test part.
+
+    `share` below 1 keeps so much of both official parts, the same for every seed, classes in proportion.
 
     Raises DataError when files are missing or damaged, or a download fails.
     """
@@ -82,8 +84,15 @@ def load_images(name: str, root: Path, *, download: bool, seed: int) -> Task:
         raise DataError(_how_to_get(name, source, root, missing), field="data")
     x, y = _read(name, source, root, train=True, download=bool(missing))
     test = _read(name, source, root, train=False, download=False)
+    if share < 1:
+        name, (x, y), test = f"{name}@{share:g}", _part(name, x, y, share), _part(name, *test, share)
     splits = tensor_splits(x, y, carve(y, seed), source.recipe, test)
     return Task(name, source.channels, source.side, source.side, source.classes, splits)
+
+
+def _part(name: str, x: Tensor, y: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    rows = spread(y, generator("mtlsign/share", name))[: max(10, round(share * len(y)))]
+    return x[rows].contiguous(), y[rows]
 
 
 def _how_to_get(name: str, source: Source, root: Path, missing: list[str]) -> str:

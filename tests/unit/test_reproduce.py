@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from mtlsign import reproduce, studies
-from mtlsign.attacks import parse
+from mtlsign import guesses, reproduce, studies
+from mtlsign.attacks import ATTACKS, parse
 from mtlsign.errors import SettingsError
 from mtlsign.settings_reproduce import ReproduceSettings
-from mtlsign.sweep import cells_of, load_space
+from mtlsign.space import cells_of, load_space
 from mtlsign.tasks import Task
 
 FIXED = "width=8,key_size=128,epochs=1,steps=12,batch=16,primary_batch=16,inner_steps=1"
@@ -79,20 +79,59 @@ def test_overwritings_table_stands_beside_the_papers() -> None:
     assert found[1]["points of wm accuracy lost"] == pytest.approx(3.5) and found[1]["bits left"] == 250
 
 
+def test_the_table_of_attacks_has_both_heads_with_and_without_r_da() -> None:
+    s = reproduce.sweep_settings(of(study="attacks"))
+    cells = [cell.settings for cell in cells_of(load_space(s), s)]
+    assert {(c.head, c.lambda2) for c in cells} == {(a, b) for a in ("keyed", "free") for b in (0, 1)}
+    assert len(cells) == 12
+    left_out = set(ATTACKS) - {order.name for order in parse(s.attacks)}
+    assert left_out == {"none", "average"}
+
+
+def test_the_controls_differ_in_their_copies_alone() -> None:
+    s = reproduce.sweep_settings(of(study="controls", heads="keyed", seeds=1, attacks="int8"))
+    assert s.attacks == "int8"
+    rows = [{"lambda2": c.lambda2, "snapshots": c.snapshots, "noise": c.noise, "head": c.head}
+            for c in (cell.settings for cell in cells_of(load_space(s), s))]  # fmt: skip
+    kinds = [reproduce.arm_of(row)["R_DA"] for row in rows]
+    assert sorted(kinds) == sorted(["tuned", "noise", "pruned", "the model itself", "none"])
+
+
+def test_what_the_caller_fixes_leaves_fewer_arms() -> None:
+    s = reproduce.sweep_settings(of(study="controls", heads="keyed", fixed="lambda2=0.5", seeds=1))
+    found = [cell.settings for cell in cells_of(load_space(s), s)]
+    assert {c.lambda2 for c in found} == {0.5} and len({c.noise for c in found}) == 2
+
+
+def test_the_table_of_attacks_has_means_per_arm() -> None:
+    rows = [
+        {"status": "ok", "lambda2": 1.0, "seed": i, "wm_accuracy": 1.0, "evidence_bits": 1000.0 + i,
+         "primary_clean": 0.91, "primary_marked": 0.9, "wm int8": 0.9, "bits int8": 500.0 + 100 * i,
+         "points lost int8": 0.5}
+        for i in range(3)
+    ]  # fmt: skip
+    found = reproduce.table(of(study="attacks"), rows)
+    assert [(r["head"], r["R_DA"], r["attack"], r["n"]) for r in found] == [
+        ("keyed", "noise", "none", 3), ("keyed", "noise", "int8", 3),
+    ]  # fmt: skip
+    assert found[0]["points lost"] == pytest.approx(1.0)
+    assert found[1]["bits"] == 600 and found[1]["sd bits"] == 100 and found[1]["fewest bits"] == 500
+
+
 def test_the_band_tells_fair_coins_from_loaded_ones() -> None:
     draw = random.Random(1)
 
     def keys(p: float) -> list[float]:
         return [sum(draw.random() < p for _ in range(600)) / 600 for _ in range(400)]
 
-    fair, loaded = reproduce.band(keys(0.5), 600), reproduce.band(keys(0.51), 600)
+    fair, loaded = guesses.band(keys(0.5), 600), guesses.band(keys(0.51), 600)
     assert fair["p"] > 0.001 > loaded["p"] and fair["keys"] == 400
     assert fair["sd of Binomial(N, 1/2)"] == pytest.approx(0.0204, abs=1e-4)
 
 
 @pytest.fixture
 def _tiny(monkeypatch: pytest.MonkeyPatch, tiny_task: Task) -> None:
-    for module in ("sweep", "sweep_run", "campaign", "embedding", "reproduce"):
+    for module in ("sweep", "sweep_run", "campaign", "embedding", "guesses"):
         monkeypatch.setattr(f"mtlsign.{module}.load_task", lambda *_, **__: tiny_task)
 
 
@@ -111,7 +150,7 @@ def test_a_study_runs_and_keeps_its_table(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_tiny")
 def test_random_keys_are_resumed_and_end_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     s = of(study="thresholds", width=8, keys=120, heads="keyed", storage=str(tmp_path), run="t")
-    real, calls = reproduce.guesses, []
+    real, calls = guesses.guesses, []
 
     def cut(*args: Any, **options: Any) -> list[float]:
         calls.append(len(options["done"]))
@@ -125,8 +164,8 @@ def test_random_keys_are_resumed_and_end_the_same(tmp_path: Path, monkeypatch: p
             options["tick"] = die
         return real(*args, **options)
 
-    monkeypatch.setattr(reproduce, "guesses", cut)
-    monkeypatch.setattr("mtlsign.sweep.Cell.settings", _short)
+    monkeypatch.setattr(guesses, "guesses", cut)
+    monkeypatch.setattr("mtlsign.space.Cell.settings", _short)
     with pytest.raises(KeyboardInterrupt):
         studies.study(s)
     answer = studies.study(of(study="thresholds", storage=str(tmp_path), resume="t"))

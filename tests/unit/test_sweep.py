@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from mtlsign import front, sweep, sweep_run, tables
 from mtlsign.errors import ArtifactError, ModelError, SettingsError
 from mtlsign.settings_sweep import SweepSettings
+from mtlsign.space import Cell, cells_of, load_space
 from mtlsign.storage import open_storage
-from mtlsign.sweep import Cell, Shared, cells_of, finished, load_space, rows_of, run_cell, train_shared
+from mtlsign.sweep import Shared, finished, rows_of, run_cell, train_shared
 from mtlsign.sweep_run import InTurn, SweepRun
 from mtlsign.tasks import Task
 
@@ -147,6 +148,43 @@ def test_an_interrupted_cell_goes_on_and_gives_the_same_row(folder: Path, tmp_pa
     assert {k: again[k] for k in timeless} == {k: whole[k] for k in timeless}
     assert rows_of(shared.folder) == [again]
     assert not shared.folder.exists(f"cells/{cell.name}/state.pt")
+
+
+def test_an_attack_that_was_done_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = tiny()
+    cell = cells_of(load_space(s), s)[0]
+    shared, real, seen = shared_of(tmp_path, cell), sweep.strike, []
+
+    def strike(*args: Any) -> Any:
+        seen.append(args[1].name)
+        if len(seen) == 2:
+            raise Killed
+        return real(*args)
+
+    monkeypatch.setattr(sweep, "strike", strike)
+    with pytest.raises(Killed):
+        run_cell(cell, shared)
+    row = run_cell(cell, shared)
+    assert seen == ["bn_gauge", "prune", "prune"]
+    assert row["bits bn_gauge"] is not None and row["bits prune ratio=0.3 bn=kept"] is not None
+    assert not shared.folder.exists(f"cells/{cell.name}/attacks.json")
+
+
+def test_arms_are_settings_that_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = [{"snapshots": "tuned"}, {"lambda2": 0.0}]
+    space = {"task": "digits", "arm": {"grid_search": arms}, "lambda1": {"grid_search": [0.0, 0.1]}}
+    monkeypatch.setattr("tune_spaces.smoke", lambda: space)
+    s = tiny()
+    found = [cell.settings for cell in cells_of(load_space(s), s)]
+    assert [(c.snapshots, c.lambda2, c.lambda1) for c in found] == [
+        ("tuned", 1, 0), ("tuned", 1, 0.1), ("noise", 0, 0), ("noise", 0, 0.1),
+    ]  # fmt: skip
+    for arm, says in ((3, "mappings"), ({"stepz": 1}, "steps"), ({"storage": "x"}, "storage")):
+        monkeypatch.setattr("tune_spaces.smoke", lambda arm=arm: {"arm": {"grid_search": [arm]}})
+        with pytest.raises(SettingsError, match=says):
+            load_space(s)
 
 
 def test_a_row_holds_what_others_rely_on_and_no_secret(folder: Path) -> None:

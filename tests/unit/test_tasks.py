@@ -195,6 +195,22 @@ def test_idx_files(tmp_path: Path, name: str, folder: str) -> None:
         load_task(name, data=tmp_path)
 
 
+def test_a_share_of_a_task_is_the_same_for_every_seed(tmp_path: Path) -> None:
+    write_idx(tmp_path, "MNIST")
+    a, b = (load_task("mnist@0.5", data=tmp_path, seed=seed) for seed in (0, 1))
+    assert a.name == "mnist@0.5" and a.size("test") == 10
+    assert sum(a.size(part) for part in ("train", "validation", "attacker")) == 20
+    x, y = (t.splits["test"].batch(torch.arange(10))[0] for t in (a, b))
+    assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("name", ["mnist@", "mnist@2", "mnist@0", "mnist@nan", "mnist@x", "digits@0.5"])
+def test_impossible_shares(tmp_path: Path, name: str) -> None:
+    write_idx(tmp_path, "MNIST")
+    with pytest.raises(DataError, match="task"):
+        load_task(name, data=tmp_path)
+
+
 def write_cifar(root: Path, folder: str, files: dict[str, int], key: str, classes: int) -> dict[str, str]:
     where = root / folder
     where.mkdir(parents=True)
