@@ -231,7 +231,7 @@ _STATES = ("ok", "diverged", "failed", "stopped")
 def varying(rows: Sequence[Row], space: Mapping[str, Any]) -> list[str]:
     """Settings in which the cells differ, the seed apart: λ1 and λ2 first, and always."""
     arms = space.get(ARM, {}).get("grid_search", ())
-    names = dict.fromkeys([*space, *(name for arm in arms for name in arm)])
-    names = [name for name in names if name not in ("lambda1", "lambda2", "seed", ARM)]
+    known = dict.fromkeys([*space, *(name for arm in arms for name in arm)])
+    names = [name for name in known if name not in ("lambda1", "lambda2", "seed", ARM)]
     differ = [name for name in names if len({json.dumps(row.get(name)) for row in rows}) > 1]
     return ["lambda1", "lambda2", *differ]
