@@ -33,14 +33,18 @@ TABLE_3 = {
 
 
 def sweep_settings(s: ReproduceSettings) -> SweepSettings:
-    """The sweep that a study consists of (`ablation`, `overwriting`)."""
+    """The sweep that a study consists of (all but `thresholds`); of a resumed one, only what is said anew."""
     values = {name: getattr(s, name) for name in _SHARED if getattr(s, name) is not None}
-    return SweepSettings.of(
-        {
-            **values, "space": f"mtlsign.reproduce:{s.study}_space", "fixed": _fixed(s),
-            "attacks": attacks(s), "num_samples": s.seeds, "json": s.json_output,
-        }
-    )  # fmt: skip
+    derived = {"fixed": _fixed(s), "attacks": attacks(s), "num_samples": s.seeds}
+    if s.resume is not None:
+        said = s.model_fields_set
+        values = {name: value for name, value in values.items() if name in said}
+        sources = {
+            "fixed": {"fixed", "heads"}, "attacks": {"attacks", "epochs"}, "num_samples": {"seeds"},
+        }  # fmt: skip
+        derived = {name: value for name, value in derived.items() if said & sources[name]}
+    space = f"mtlsign.reproduce:{s.study}_space"
+    return SweepSettings.of({**values, **derived, "space": space, "json": s.json_output})
 
 
 _SHARED = (
@@ -113,7 +117,8 @@ def table(s: ReproduceSettings, rows: Sequence[Row]) -> list[Row]:
     """The study's table: one row for each setting with mean and standard deviation over seeds."""
     finished = [row for row in rows if row["status"] == "ok"]
     if s.study == "overwriting":
-        return _overwriting(finished, s.task)
+        task = finished[0].get("task", s.task) if finished else s.task
+        return _overwriting(finished, str(task))
     return _ablation(finished) if s.study == "ablation" else _attacked(finished)
 
 

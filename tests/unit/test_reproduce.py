@@ -148,6 +148,25 @@ def test_a_study_runs_and_keeps_its_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_tiny")
+def test_a_study_is_resumed_by_its_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {"study": "attacks", "storage": str(tmp_path), "workers": 0}
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr("mtlsign.sweep_run.InTurn.sweep", _killed)
+        studies.study(of(**given, heads="keyed", seeds=1, attacks="int8", fixed=FIXED, run="a"))
+    for other, field in (({"study": "controls"}, "space"), ({"seeds": 2}, "num-samples")):
+        with pytest.raises(SettingsError, match=field):
+            studies.study(of(**{**given, **other}, resume="a"))
+    answer = studies.study(of(**given, resume="a"))
+    assert [(r["R_DA"], r["attack"], r["n"]) for r in answer["rows"]] == [
+        (copies, attack, 1) for copies in ("noise", "none") for attack in ("none", "int8")
+    ]
+
+
+def _killed(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("_tiny")
 def test_random_keys_are_resumed_and_end_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     s = of(study="thresholds", width=8, keys=120, heads="keyed", storage=str(tmp_path), run="t")
     real, calls = guesses.guesses, []
