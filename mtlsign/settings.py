@@ -56,7 +56,7 @@ class EmbedSettings(Settings):
 
     # fmt: off
     # what is marked
-    task: str = Field("digits", min_length=1, max_length=200, description="digits, mnist, fashion-mnist, cifar10, cifar100, or package.module:factory")
+    task: str = Field("digits", min_length=1, max_length=200, description="digits, mnist, fashion-mnist, cifar10, cifar100 (NAME@0.1: a tenth of its data), or package.module:factory")
     data: Path | None = Field(None, description="data root in torchvision's layout, on every node")
     download: bool = Field(False, description="let torchvision download missing data")
     model: str = Field("resnet18", min_length=1, max_length=200, description="resnet18/34/50, timm/NAME, or package.module:factory")
