@@ -18,6 +18,7 @@ class LedgerSettings(Settings):
     ledger: str = Field(min_length=1, max_length=4096, description="sqlite:///PATH or etcd://HOST:PORT[,HOST:PORT]")
     archive: str | None = Field(None, max_length=65_536, description=f"where the bytes behind claims lie: folder or s3://, {LIST} [PATH.archive beside an SQLite ledger]")
     memory: Path | None = Field(None, description="file in which this witness remembers what it co-signed [beside the default identity]")
+    origin: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="refuse any other ledger: hash of its entry 0, as `ledger.py head` shows it")
     etcd_ca: Path | None = Field(None, description="etcd: certificate of the authority [ETCDCTL_CACERT]")
     etcd_cert: Path | None = Field(None, description="etcd: our certificate [ETCDCTL_CERT]")
     etcd_key: Path | None = Field(None, description="etcd: our private key [ETCDCTL_KEY]")

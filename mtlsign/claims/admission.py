@@ -78,7 +78,7 @@ def faults(view: View, entry: Entry, claim: Claim) -> tuple[Fault, ...]:
             "key_not_committed": lambda: not key_is_committed(claim, publication),
             "head_not_committed": lambda: not _head_is_committed(claim, publication),
             "model_not_committed": lambda: (
-                hiding.hide_model(claim.model_salt, claim.model) != publication.model
+                hiding.hide_model(claim.model_salt, claim.signer, claim.model) != publication.model
             ),
             "key_out_of_order": lambda: not _in_order(view, entry, claim),
         }
@@ -107,7 +107,7 @@ def _head_is_committed(claim: Claim, publication: Publish) -> bool:
     free = claim.opening.parse().head.kind == "free"
     if free != (claim.heads[claim.key_index] is not None):
         return False
-    return hiding.hide_heads(claim.heads_salt, claim.heads) == publication.heads
+    return hiding.hide_heads(claim.heads_salt, claim.signer, claim.heads) == publication.heads
 
 
 def _registered(view: View, ref: Ref, digest: bytes, before: int) -> Register | None:

@@ -94,8 +94,10 @@ def write_bundle(path: Path, ledger: Ledger, view: View, entry: Entry, archive: 
                 proof = ledger.prove_consistency(counted.head.size, head.size)
                 files.append((f"heads/{counted.head.size}.proof", b"".join(proof)))
     for index in wanted:
-        files.append((f"entries/{index}", ledger.get(index)))
-        files.append((f"entries/{index}.path", b"".join(ledger.prove(index, head.size))))
+        data, path_up = ledger.get(index), ledger.prove(index, head.size)
+        if not merkle.verify_inclusion(merkle.leaf_hash(data), index, head.size, path_up, head.root):
+            raise LedgerError(f"does not prove entry {index} under its own head; check it", field="ledger")
+        files += [(f"entries/{index}", data), (f"entries/{index}.path", b"".join(path_up))]
     needed, useful = _blobs(view, entry, claim)
     files += [(f"blobs/{digest.hex()}", archive.get(digest, MAX_MODEL)) for digest in dict.fromkeys(needed)]
     for digest in dict.fromkeys(useful):

@@ -36,8 +36,18 @@ from mtlsign.settings_claims import (
 
 
 def open_from(s: LedgerSettings, *, create: bool = False) -> Ledger:
-    """The ledger that the settings name."""
-    return open_ledger(s.ledger, tls=Tls(s.etcd_ca, s.etcd_cert, s.etcd_key), create=create)
+    """The ledger that the settings name. Raises LedgerError also when its origin is not the one they name."""
+    ledger = open_ledger(s.ledger, tls=Tls(s.etcd_ca, s.etcd_cert, s.etcd_key), create=create)
+    try:
+        if s.origin is not None and ledger.origin().hex() != s.origin:
+            raise LedgerError(
+                f"is not the one that you named: this ledger's is {ledger.origin().hex()}; use the right one",
+                field="origin",
+            )
+    except BaseException:
+        ledger.close()
+        raise
+    return ledger
 
 
 def archive_of(s: LedgerSettings) -> Archive:

@@ -50,6 +50,10 @@ class EtcdLedger(Ledger):
         self._lock = threading.Lock()
         self._known: _State | None = None
 
+    @property
+    def place(self) -> str:  # noqa: D102
+        return f"etcd://{','.join(sorted(self.client.hosts))}{self.prefix}"
+
     def _key(self, *parts: str) -> str:
         return encode("/".join((self.prefix, *parts)))
 
@@ -159,9 +163,12 @@ class EtcdLedger(Ledger):
         if start != end:
             raise LedgerError(f"entry {start} is missing: it was cut or damaged", field="ledger")
 
-    def size(self) -> int:  # noqa: D102
+    def state(self) -> merkle.Frontier:  # noqa: D102
         found = self._one("h")
-        return 0 if found is None else _tree(found).size
+        return merkle.Frontier() if found is None else _tree(found)
+
+    def size(self) -> int:  # noqa: D102
+        return self.state().size
 
     def node(self, level: int, index: int) -> bytes:  # noqa: D102
         return self.fetch([(level, index)])[level, index]
@@ -179,10 +186,12 @@ class EtcdLedger(Ledger):
                 found[level, index] = rows[0][1]
         return found
 
-    def nodes(self) -> Iterator[tuple[int, int, bytes]]:  # noqa: D102
-        for name, value in self._many("n", _PAGE_SMALL):
-            level, _, index = name.partition("/")
-            yield _number(level.encode()), _number(index.encode()), value
+    def nodes(self, level: int, start: int, stop: int) -> list[bytes]:  # noqa: D102
+        names = (f"{level:02d}/{start:012d}", f"{level:02d}/{stop:012d}")
+        rows = list(self._many("n", _PAGE_SMALL, *names))
+        if [name for name, _ in rows] != [f"{level:02d}/{index:012d}" for index in range(start, stop)]:
+            raise LedgerError(f"the stored tree lacks nodes of level {level}; restore a copy", field="ledger")
+        return [found for _, found in rows]
 
     def cosign(self, head: Head, line: Cosignature) -> None:  # noqa: D102
         what = hashlib.sha256(line.line().encode()).hexdigest()

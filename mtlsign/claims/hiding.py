@@ -2,6 +2,9 @@
 
     hide(kind, salt, part…) = SHA-256( lp("mtlsign/v0/hiding/" ‖ kind) ‖ lp(salt) ‖ lp(part) … )
 
+The author's public key is a part (of a key it is one already): a commitment copied by somebody else opens for
+nobody, also after its salt was shown.
+
 Salts are 32 bytes. An owner derives them from the identity's kit key and the publication's random nonce, so
 that identity and kit are all that a claim will need, and nothing else has to be kept (or can be lost).
 """
@@ -43,14 +46,14 @@ def hide_key(salt: bytes, key: bytes) -> bytes:
     return hide("key", salt, key)
 
 
-def hide_heads(salt: bytes, heads: Sequence[bytes | None]) -> bytes:
+def hide_heads(salt: bytes, author: bytes, heads: Sequence[bytes | None]) -> bytes:
     """hash(c_WM) of the paper: SHA-256 of each key's free head, None for a head derived from its key."""
-    return hide("head", salt, *(KEYED if head is None else head for head in heads))
+    return hide("head", salt, author, *(KEYED if head is None else head for head in heads))
 
 
-def hide_model(salt: bytes, digest: bytes) -> bytes:
+def hide_model(salt: bytes, author: bytes, digest: bytes) -> bytes:
     """The marked model, by its digest."""
-    return hide("model", salt, digest)
+    return hide("model", salt, author, digest)
 
 
 def keys_root(hidden: Sequence[bytes]) -> bytes:

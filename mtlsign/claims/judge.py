@@ -80,7 +80,9 @@ class AlgorithmOne:
             found = self.verdict(claim, reference, head, model, bits)
         except (ArtifactError, KeyMaterialError, CarrierError) as error:
             return Finding("inadmissible", reason=_short(error))
-        except (MTLSignError, RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
+        except (
+            MTLSignError, RuntimeError, ValueError, ArithmeticError, MemoryError, LookupError, TypeError,
+        ) as error:  # fmt: skip
             return Finding("not_verifiable", reason=_short(error))  # a hostile file never stops a council
         return Finding(found.status, found.matches, found.n, found.evidence_bits, _short(found.reason or ""))
 

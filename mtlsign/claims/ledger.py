@@ -2,8 +2,9 @@
 heads.
 
 Both backends store entries, the hashes of complete subtrees, and co-signatures. None of them is trusted:
-whoever can write to the store can also rewrite it, so readers check proofs against heads, and witnesses
-(`witness`) recompute the tree from the entries and refuse to co-sign what does not extend what they saw.
+whoever can write to the store can also rewrite it, so no proof is handed out unchecked, readers recompute the
+tree from the entries (`recompute`), and witnesses (`witness`) refuse to co-sign what does not extend what
+they saw.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from mtlsign.claims.heads import Cosignature, Head
 from mtlsign.errors import LedgerError
 
 T = TypeVar("T")
-Nodes = dict[tuple[int, int], bytes]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class Ledger(abc.ABC):
     """One ledger. Methods raise LedgerError when the store cannot be reached, is damaged or refuses."""
 
     uri: str
+
+    @property
+    def place(self) -> str:
+        """The store, however its URI was spelled: what a witness pins an origin to."""
+        return self.uri
 
     @abc.abstractmethod
     def append(self, envelope: bytes) -> int:
@@ -67,12 +72,16 @@ class Ledger(abc.ABC):
         """Number of entries."""
 
     @abc.abstractmethod
+    def state(self) -> merkle.Frontier:
+        """The tree that the next append goes on from. As stored: compare it (`recompute`)."""
+
+    @abc.abstractmethod
     def node(self, level: int, index: int) -> bytes:
         """Stored hash of a complete subtree, 32 bytes, as `merkle.Node`."""
 
     @abc.abstractmethod
-    def nodes(self) -> Iterator[tuple[int, int, bytes]]:
-        """All stored nodes as (level, index, hash), for `check`."""
+    def nodes(self, level: int, start: int, stop: int) -> list[bytes]:
+        """Stored hashes start … stop-1 of one level. Raises LedgerError when one is missing."""
 
     @abc.abstractmethod
     def cosign(self, head: Head, line: Cosignature) -> None:
@@ -113,16 +122,37 @@ class Ledger(abc.ABC):
         return compute(lambda level, index: found[level, index])
 
     def prove(self, index: int, size: int) -> list[bytes]:
-        """Inclusion path of entry `index` in the tree of `size`. Raises LedgerError when it is not in it."""
+        """Inclusion path of entry `index` in the tree of `size`, checked against the entry and `head(size)`.
+
+        Raises:
+            LedgerError: the entry is not in it, or the stored nodes do not prove it.
+        """
         if not 0 <= index < size <= self.size():
             raise LedgerError(f"entry {index} is not in a tree of {size}; ask for another", field="index")
-        return self._computed(lambda node: merkle.inclusion_path(node, index, size))
+        path, root = self._computed(
+            lambda node: (merkle.inclusion_path(node, index, size), merkle.tree_root(node, size))
+        )
+        if not merkle.verify_inclusion(merkle.leaf_hash(self.get(index)), index, size, path, root):
+            raise _bad_tree(f"prove entry {index}")
+        return path
 
     def prove_consistency(self, old: int, new: int) -> list[bytes]:
-        """Proof that the tree of `new` extends the tree of `old`."""
+        """Proof that the tree of `new` extends that of `old`, checked against `head(old)` and `head(new)`.
+
+        Raises:
+            LedgerError: there are no such trees, or the stored nodes do not prove it.
+        """
         if not 0 <= old <= new <= self.size():
             raise LedgerError(f"a tree of {new} does not extend one of {old}; ask for others", field="size")
-        return self._computed(lambda node: merkle.consistency_path(node, old, new))
+        path, roots = self._computed(
+            lambda node: (
+                merkle.consistency_path(node, old, new),
+                (merkle.tree_root(node, old), merkle.tree_root(node, new)),
+            )
+        )
+        if not merkle.verify_consistency(old, roots[0], new, roots[1], path):
+            raise _bad_tree(f"prove that {new} entries extend {old}")
+        return path
 
     def __enter__(self) -> Ledger:
         return self
@@ -131,36 +161,12 @@ class Ledger(abc.ABC):
         self.close()
 
 
-def check(ledger: Ledger) -> Head:
-    """Recompute the whole tree from the entries and compare every stored node with it; returns the head.
-
-    Raises:
-        LedgerError: a node is missing, superfluous or not what the entries make.
-    """
-    size, tree = ledger.size(), merkle.Frontier()
-    wanted: Nodes = {}
-    for envelope in ledger.scan(0, size):
-        wanted.update({(level, i): found for level, i, found in tree.append(merkle.leaf_hash(envelope))})
-    compare_nodes(ledger, wanted, size)
-    return Head(ledger.origin(), size, tree.root())
-
-
-def compare_nodes(ledger: Ledger, wanted: Nodes, size: int) -> None:
-    """Compare the stored nodes of the first `size` entries with the right ones, all of which `wanted` holds.
-
-    Raises:
-        LedgerError: as `check`.
-    """
-    left = set(wanted)
-    for level, index, found in ledger.nodes():
-        if (index + 1) << level <= size:
-            if wanted.get((level, index)) != found:
-                raise LedgerError(
-                    f"has a node ({level}/{index}) that its entries do not make; rebuild it", field="ledger"
-                )
-            left.discard((level, index))
-    if left:
-        raise LedgerError(f"lacks {len(left)} nodes of its tree; restore a copy", field="ledger")
+def _bad_tree(what: str) -> LedgerError:
+    return LedgerError(
+        f"its stored tree does not {what}: a node was damaged or changed; run jobs/ledger.py check, then "
+        "restore a copy",
+        field="ledger",
+    )
 
 
 def check_size(envelope: bytes) -> None:

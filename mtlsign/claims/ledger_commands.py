@@ -14,8 +14,9 @@ from mtlsign.claims.archive import read_bytes
 from mtlsign.claims.bundle import write_bundle
 from mtlsign.claims.commands import archive_of, head_json, note_of, open_from, owner_of
 from mtlsign.claims.heads import parse_note, times
-from mtlsign.claims.ledger import Ledger, check
+from mtlsign.claims.ledger import Ledger
 from mtlsign.claims.parsing import parse, seal, unseal
+from mtlsign.claims.recompute import check
 from mtlsign.claims.statements import Membership, Ref
 from mtlsign.claims.view import View, read_view
 from mtlsign.errors import ClaimError, LedgerError, SettingsError

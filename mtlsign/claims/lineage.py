@@ -97,11 +97,15 @@ def _cell(view: View, case: _Case, model: bytes, archive: Archive, judge: Judge)
 def _edge(a: _Case, b: _Case, matrix: Matrix) -> Edge:
     """X→Y when key X passes on Y's committed model and key Y fails on X's.
 
-    Only what is in the weights makes an edge: a trained head can be made to fit a rival's model as well.
+    Only what is in the weights makes an edge: a trained head can be made to fit a rival's model as well. And
+    only a claim whose own committed model is seen to carry its key: else whoever withholds a model, or
+    commits to junk, could blur a rival's standing.
     """
     pair = (a.id, b.id)
     if a.faults or b.faults:
         return Edge(pair, "unrelated", "one of the claims is not admissible, so its model says nothing")
+    if not all(matrix[case.id][case.claim.model.hex()].passes for case in (a, b)):
+        return Edge(pair, "unrelated", "one claim's own committed model is not seen to carry its key")
     a_on_b, b_on_a = matrix[a.id][b.claim.model.hex()], matrix[b.id][a.claim.model.hex()]
     if "not_verifiable" in (a_on_b.status, b_on_a.status):
         return Edge(pair, "undecided", "a committed model could not be verified")
@@ -186,12 +190,18 @@ def _reason(
 
 
 def _exhibit(view: View, case: _Case, archive: Archive, judge: Judge) -> tuple[str, dict[str, object]] | None:
-    """What exhibits show: the earliest-stamped model of the accused side on which this claim's key passes."""
+    """What exhibits show: the earliest-stamped model of the accused side on which this claim's key passes.
+
+    The claim's own committed model, and what the claimant herself stamped (an earlier suspect), show nothing.
+    """
     bits = view.council(case.entry.index).bits
     found = []
     for entry, shown in view.all(Exhibit):
         stamp = shown.stamp.index
         if shown.claim != case.entry.ref or view.time(entry.index) is None or not _stamped(view, shown):
+            continue
+        stamped_by = view.entries[stamp].statement
+        if shown.model == case.claim.model or stamped_by is None or stamped_by.signer == case.claim.signer:
             continue
         if stamp < case.claim.register.index and look(judge, archive, case.claim, shown.model, bits).accepted:
             found.append(stamp)
@@ -208,4 +218,4 @@ def _stamped(view: View, shown: Exhibit) -> bool:
     published = view.at(shown.stamp, Publish)
     if published is None or published.signer != shown.signer:
         return False
-    return hiding.hide_model(shown.salt, shown.model) == published.model
+    return hiding.hide_model(shown.salt, shown.signer, shown.model) == published.model

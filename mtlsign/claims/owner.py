@@ -18,6 +18,7 @@ from mtlsign.claims.admission import find_claim, opened_keys
 from mtlsign.claims.archive import Archive
 from mtlsign.claims.exposure import seen_in
 from mtlsign.claims.ledger import Ledger
+from mtlsign.claims.memory import refuse_known_place
 from mtlsign.claims.parsing import seal
 from mtlsign.claims.statements import Claim, Exhibit, Membership, Publish, Ref, Register, Statement
 from mtlsign.claims.view import Entry, Reader, View
@@ -66,10 +67,12 @@ def found(
     """Make an empty ledger ours: its first entry names the council. Default threshold: more than half.
 
     Raises:
-        LedgerError: the ledger has entries already.
+        LedgerError: the ledger has entries already, or its place is one where we are a witness of another.
     """
     if owner.ledger.size():
         raise LedgerError("is founded already; change its council with a membership", field="ledger")
+    if owner.identity.public_key in members:
+        refuse_known_place(owner.identity, owner.ledger.place, owner.memory)
     statement = Membership(
         signer=owner.identity.public_key,
         ledger=None,
@@ -108,8 +111,8 @@ def publish(
         nonce=nonce,
         keys_root=hiding.keys_root(_hidden(owner, nonce, keys)),
         keys_count=len(keys),
-        heads=hiding.hide_heads(_salt(owner, nonce, "head"), _heads(kits)),
-        model=hiding.hide_model(_salt(owner, nonce, "model"), _model(kits)),
+        heads=hiding.hide_heads(_salt(owner, nonce, "head"), owner.identity.public_key, _heads(kits)),
+        model=_hidden_model(owner, nonce, _model(kits)),
         licence=licence,
         recipient=recipient,
     )
@@ -211,9 +214,8 @@ def exhibit(owner: Owner, archive: Archive, claim_id: str, model: bytes) -> Ref:
     salt: bytes | None = None
     stamp: Ref | None = None
     for entry, old in view.all(Publish):
-        opened = _salt(owner, old.nonce, "model")
-        if old.signer == owner.identity.public_key and hiding.hide_model(opened, digest) == old.model:
-            stamp, salt = entry.ref, opened
+        if old.signer == owner.identity.public_key and _hidden_model(owner, old.nonce, digest) == old.model:
+            stamp, salt = entry.ref, _salt(owner, old.nonce, "model")
             break
     for entry, seen in view.all(Register):
         if digest in [d for _, d in seen.models] and (stamp is None or entry.index < stamp.index):
@@ -307,10 +309,14 @@ def _hidden(owner: Owner, nonce: bytes, keys: Sequence[bytes]) -> list[bytes]:
     return [hiding.hide_key(_salt(owner, nonce, "key", key), key) for key in keys]
 
 
+def _hidden_model(owner: Owner, nonce: bytes, digest: bytes) -> bytes:
+    return hiding.hide_model(_salt(owner, nonce, "model"), owner.identity.public_key, digest)
+
+
 def _is_of(owner: Owner, old: Publish, keys: Sequence[bytes], kits: Sequence[Kit]) -> bool:
     return (
         old.signer == owner.identity.public_key
         and old.keys_count == len(keys)
         and old.keys_root == hiding.keys_root(_hidden(owner, old.nonce, keys))
-        and old.model == hiding.hide_model(_salt(owner, old.nonce, "model"), _model(kits))
+        and old.model == _hidden_model(owner, old.nonce, _model(kits))
     )

@@ -115,7 +115,7 @@ class SqliteLedger(Ledger):
     def append_many(self, envelopes: Iterable[bytes]) -> list[int]:
         """Add many entries in one transaction: all of them or none."""
         with self._guard(), self._writing():
-            tree, found = self._frontier(), []
+            tree, found = self.state(), []
             for envelope in envelopes:
                 check_size(envelope)
                 leaf = merkle.leaf_hash(envelope)
@@ -129,7 +129,7 @@ class SqliteLedger(Ledger):
                 found.append(index)
         return found
 
-    def _frontier(self) -> merkle.Frontier:
+    def state(self) -> merkle.Frontier:  # noqa: D102
         size = self.size()
         levels = [level for level in range(size.bit_length() - 1, -1, -1) if size >> level & 1]
         return merkle.Frontier(size, [self.node(level, (size >> level) - 1) for level in levels])
@@ -173,11 +173,13 @@ class SqliteLedger(Ledger):
             raise LedgerError(f"the stored tree lacks node {level}/{index}; restore a copy", field="ledger")
         return _blob(row[0])
 
-    def nodes(self) -> Iterator[tuple[int, int, bytes]]:  # noqa: D102
+    def nodes(self, level: int, start: int, stop: int) -> list[bytes]:  # noqa: D102
+        query = "SELECT idx, hash FROM nodes WHERE level = ? AND idx >= ? AND idx < ? ORDER BY idx"
         with self._guard():
-            rows = self._db.execute("SELECT level, idx, hash FROM nodes ORDER BY level, idx").fetchall()
-        for level, index, found in rows:
-            yield _integer(level), _integer(index), _blob(found)
+            rows = self._db.execute(query, (level, start, stop)).fetchall()
+        if [index for index, _ in rows] != list(range(start, stop)):
+            raise LedgerError(f"the stored tree lacks nodes of level {level}; restore a copy", field="ledger")
+        return [_blob(found) for _, found in rows]
 
     def cosign(self, head: Head, line: Cosignature) -> None:  # noqa: D102
         row = (head.size, head.root, line.line())
@@ -224,9 +226,3 @@ def _checked(index: int, leaf: object, envelope: object) -> bytes:
 
 def _blob(value: object) -> bytes:
     return value if isinstance(value, bytes) else str(value).encode()
-
-
-def _integer(value: object) -> int:
-    if not isinstance(value, int):
-        raise LedgerError("holds a number that is none; restore it from a copy", field="ledger")
-    return value

@@ -46,12 +46,12 @@ REASONS: dict[str, tuple[str, str]] = {
     ),
     "exhibit_before_registration": (
         "inherited",
-        "The key is also in a model that the accused side had stamped (entry {stamp}) before the "
-        "accused model was registered (entry {registered}): the mark came along with that one.",
+        "The key is also in a model that somebody else had stamped (entry {stamp}) before the accused "
+        "model was registered (entry {registered}): the accused model may have the mark from that one.",
     ),
     "exhibit_before_publication": (
         "prior_art",
-        "The key is also in a model that the accused side had stamped (entry {stamp}) before this key"
+        "The key is also in a model that somebody else had stamped (entry {stamp}) before this key"
         " was committed (entry {publication}).",
     ),
     "earlier_commitment": (

@@ -17,6 +17,7 @@ from mtlsign.claims import heads, merkle
 from mtlsign.claims.heads import Cosignature, Head
 from mtlsign.claims.ledger import Ledger
 from mtlsign.claims.parsing import unseal
+from mtlsign.claims.recompute import Recomputed
 from mtlsign.claims.statements import Membership, Ref, Statement
 from mtlsign.errors import ClaimError, LedgerError
 
@@ -159,18 +160,25 @@ class Reader:
         self._tree = merkle.Frontier()
 
     def view(self) -> View:
-        """The picture now. Raises LedgerError when what was there before is not there any more."""
+        """The picture now, its tree made anew from the entries.
+
+        Raises:
+            LedgerError: what was there before is not there any more, or a stored node is not what the entries
+                make.
+        """
         signed = self.ledger.cosignatures(self.ledger.origin())  # first, so that none is younger than entries
-        size, fresh = self.ledger.size(), self.ledger.freshness()
-        if size < self._tree.size:
+        state, fresh = self.ledger.state(), self.ledger.freshness()
+        if state.size < self._tree.size:
             what = "is shorter than it was; trust it no more" if fresh.current else fresh.note
             raise LedgerError(what, field="ledger")
-        for envelope in self.ledger.scan(self._tree.size, size):
-            self._raw.append(envelope)
-            self._tree.append(merkle.leaf_hash(envelope))
-        if self.ledger.head(size).root != self._tree.root():
-            raise LedgerError("is not what it was, or its stored tree is damaged; check it", field="ledger")
-        return View.of(self._raw, signed)
+        rows, again = list(self._raw), Recomputed(self.ledger, self._tree)
+        for envelope in self.ledger.scan(self._tree.size, state.size):
+            rows.append(envelope)
+            again.add(envelope)
+        again.finish(state)
+        view = View.of(rows, signed)
+        self._raw, self._tree = rows, again.tree  # only now: what failed is looked at again
+        return view
 
 
 @lru_cache(maxsize=16_384)

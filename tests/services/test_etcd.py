@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import sys
 import tempfile
@@ -18,9 +19,12 @@ from mtlsign.claims.admission import find_claim
 from mtlsign.claims.council import tally
 from mtlsign.claims.etcd_client import encode
 from mtlsign.claims.etcd_ledger import EtcdLedger, open_etcd
-from mtlsign.claims.ledger import Tls, check, open_ledger
+from mtlsign.claims.ledger import Tls, open_ledger
 from mtlsign.claims.parsing import seal
+from mtlsign.claims.recompute import check
 from mtlsign.claims.statements import Register
+from mtlsign.claims.view import read_view
+from mtlsign.claims.witness import Witness
 from mtlsign.errors import LedgerError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "unit" / "claims"))
@@ -134,15 +138,7 @@ def rebuild(ledger: EtcdLedger, rows: list[bytes]) -> None:
 
 
 @pytest.mark.parametrize(
-    "crime",
-    [
-        *("rewrite", "entry alone", "truncate", "reorder", "fork"),
-        # OPEN, found by the last run of the session (docs/log.md): to be mended with issue 5.
-        pytest.param(
-            "node", marks=pytest.mark.xfail(reason="a reader does not see a bad inner node", strict=True)
-        ),
-        pytest.param("replace", marks=pytest.mark.xfail(reason="another origin is not noticed", strict=True)),
-    ],
+    "crime", ["rewrite", "entry alone", "truncate", "reorder", "fork", "node", "state", "replace", "empty"]
 )
 def test_a_thief_with_credentials_is_noticed(
     fresh: Callable[[], EtcdLedger], tmp_path: Path, crime: str
@@ -156,6 +152,8 @@ def test_a_thief_with_credentials_is_noticed(
     for row in rows[1:]:
         ledger.append(row)
     town.attest()
+    pinned = Witness(town.members[0], fresh())  # memory at its default place, which pins the origin
+    pinned.step()
     assert town.view().time(6) is not None
     if crime == "rewrite":
         rebuild(ledger, [*rows[:2], b"forged", *rows[3:]])
@@ -169,17 +167,41 @@ def test_a_thief_with_credentials_is_noticed(
         rebuild(ledger, [*rows[:5], b"another", b"future", b"longer"])
     elif crime == "node":
         put(ledger, f"n/01/{1:012d}", bytes(32))
+        with pytest.raises(LedgerError, match="stored tree does not prove entry 1"):
+            fresh().prove(1, 7)
+    elif crime == "state":
+        tree = merkle.Frontier(7, [bytes(32)] * 3)
+        found = {"size": 7, "frontier": [h.hex() for h in tree.hashes]}
+        put(ledger, "h", json.dumps(found).encode())
+    elif crime == "empty":
+        rebuild(ledger, [])
     else:
-        other = Town(tmp_path / "other", ["1", "2"])
+        other = Town(tmp_path / "other", ["1", "2"], bits=99)
         rebuild(ledger, [other.ledger.get(0), *rows[1:], b"more"])
-    with pytest.raises(LedgerError) as caught:
-        town.witness(0, fresh()).step()
-    assert "nothing was signed" in str(caught.value)
-    if crime != "replace":  # a reader sees it too, from the members' old co-signatures
+    words = "was there before" if crime == "empty" else "nothing was signed"
+    for path in (town.memory(town.members[0]), None):
+        with pytest.raises(LedgerError, match=words):
+            Witness(town.members[0], fresh(), path, clock=town.clock).step()
+    if crime != "replace":  # a reader sees it too, from the nodes, or from the members' old co-signatures
         with pytest.raises(LedgerError):
-            from mtlsign.claims.view import read_view
-
             read_view(fresh())
+
+
+def test_deleted_cosignatures_come_back(fresh: Callable[[], EtcdLedger], tmp_path: Path) -> None:
+    """Somebody deletes the heads between two publications, so that nobody could tell which came first."""
+    town = Town(tmp_path, ["1", "2", "3"], ledger=fresh())
+    for name in ("a", "b"):
+        owner.register(town.owner(name), town.archive, [(name, name.encode())])
+        town.attest()
+    before = town.view()
+    key = f"{town.ledger.prefix}/c/"  # type: ignore[attr-defined]
+    body = {"key": encode(key), "range_end": encode(key[:-1] + "0")}
+    town.ledger.client.call("/v3/kv/deleterange", body)  # type: ignore[attr-defined]
+    assert town.view().time(1) is None
+    steps = [town.witness(i).step() for i in range(3)]
+    assert all("were gone; they are back" in step.remarks[0] for step in steps)
+    after = town.view()
+    assert [after.time(i) for i in range(3)] == [before.time(i) for i in range(3)]
 
 
 def test_a_stranger_gets_in_nowhere(cluster: etcd.Cluster, tmp_path: Path) -> None:

@@ -93,11 +93,9 @@ def open_envelope(data: bytes) -> tuple[dict[str, Any], set[str]] | None:
         statement = json.loads(payload)
         name = statement["predicateType"].removeprefix("urn:mtlsign:v0:")
         fields = statement["predicate"].keys() - {"signer", "ledger", "time"}
-        if statement["_type"] != "https://in-toto.io/Statement/v1" or fields != KINDS[name]:
-            return None
-        if statement["predicate"]["signer"] not in signers:
-            return None
-        return statement | {"kind": name}, signers
+        right = statement["_type"] == "https://in-toto.io/Statement/v1" and fields == KINDS[name]
+        known = statement["predicate"]["signer"] in signers
+        return (statement | {"kind": name}, signers) if right and known else None
     except (ValueError, KeyError, TypeError):
         return None
 
@@ -139,10 +137,10 @@ def heads(
         body = f"mtlsign/ledger/v0/{origin}\n{size}\n{base64.b64encode(root(leaves[:size])).decode()}\n"
         _, name, blob = one["line"].split(" ")
         raw, key = base64.b64decode(blob), bytes.fromhex(name.removeprefix("mtlsign/member/"))
-        time = int.from_bytes(raw[4:12], "big")
-        right_id = raw[:4] == sha256(name.encode(), b"\n\x04", key)[:4]
-        if right_id and verify(key, raw[12:], f"cosignature/v1\ntime {time}\n{body}".encode()):
-            signed.setdefault(size, {})[key.hex()] = time
+        time, right_id = int.from_bytes(raw[4:12], "big"), sha256(name.encode(), b"\n\x04", key)[:4]
+        if raw[:4] == right_id and verify(key, raw[12:], f"cosignature/v1\ntime {time}\n{body}".encode()):
+            times = signed.setdefault(size, {})
+            times[key.hex()] = min(time, times.get(key.hex(), time))  # a member's earliest line
     counted, now = [], 0
     for size in sorted(signed):
         council = [c for index, c in councils if index < size][-1]
@@ -171,12 +169,13 @@ def opens(claim: dict[str, Any], publication: dict[str, Any]) -> bool:
     p, c = publication["predicate"], claim["predicate"]
     path = [bytes.fromhex(step) for step in c["key"]["path"]]
     hidden = leaf(hide("key", c["key"]["salt"], key_of(claim)))
+    author = bytes.fromhex(c["signer"])
     named = [b"keyed" if head is None else bytes.fromhex(head) for head in c["head"]["sha256"]]
     model = publication["subject"][0]["digest"]["mtlsignHidingV0"]
     return (
         from_path(hidden, c["key"]["index"], p["keys"]["count"], path).hex() == p["keys"]["root"]
-        and hide("head", c["head"]["salt"], *named).hex() == p["head"]
-        and hide("model", c["model"]["salt"], bytes.fromhex(c["model"]["sha256"])).hex() == model
+        and hide("head", c["head"]["salt"], author, *named).hex() == p["head"]
+        and hide("model", c["model"]["salt"], author, bytes.fromhex(c["model"]["sha256"])).hex() == model
         and p["signer"] == c["signer"] == c["opening"]["public_key"]
     )
 
