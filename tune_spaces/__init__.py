@@ -6,7 +6,8 @@ which is what ``ray.tune.grid_search`` itself returns; so spaces are read, print
 
 from __future__ import annotations
 
+from tune_spaces.defaults import defaults
 from tune_spaces.paper_grid import paper_ablation, paper_grid
 from tune_spaces.smoke import smoke
 
-__all__ = ["paper_ablation", "paper_grid", "smoke"]
+__all__ = ["defaults", "paper_ablation", "paper_grid", "smoke"]
