@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from mtlsign.artifact import MODEL_FILE
 from mtlsign.errors import ArtifactError, StorageError
 from mtlsign.folder import GIB, read_folder
 from mtlsign.storage import Storage, open_file, open_storage
@@ -76,6 +75,8 @@ def read_bytes(location: str, *, endpoint: str | None = None) -> bytes:
     Raises:
         ArtifactError, StorageError: missing, damaged, too large, or unreachable.
     """
+    from mtlsign.artifact import MODEL_FILE
+
     path = location.partition("?")[0] if location.startswith("s3:") else location
     if path.endswith(".safetensors"):
         storage, name = open_file(location, endpoint=endpoint)

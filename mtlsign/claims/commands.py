@@ -1,5 +1,5 @@
 """What the jobs around the ledger do: settings in, a JSON-ready result out. A notebook may call each of
-them.
+them. What needs PyTorch is imported where it is needed: a look at a ledger should not take seconds.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mtlsign import backbone
-from mtlsign.artifact import MODELS, Kit, read_kit, read_model
 from mtlsign.claims import exposure, heads, owner
 from mtlsign.claims.archive import MAX_MODEL, Archive, read_bytes
 from mtlsign.claims.bundle import write_bundle
@@ -33,6 +31,9 @@ from mtlsign.settings_claims import (
     LedgerSettings,
     PublishSettings,
 )
+
+if TYPE_CHECKING:
+    from mtlsign.artifact import Kit
 
 
 def open_from(s: LedgerSettings, *, create: bool = False) -> Ledger:
@@ -63,6 +64,8 @@ def owner_of(s: LedgerSettings, ledger: Ledger) -> owner.Owner:
 
 def kits_of(s: KitSettings, identity: Identity) -> list[Kit]:
     """The kits that the settings name, opened."""
+    from mtlsign.artifact import read_kit
+
     if s.kit_passphrase_file is not None:
         secret = Secret.from_passphrase(read_passphrase(s.kit_passphrase_file))
     else:
@@ -73,7 +76,11 @@ def kits_of(s: KitSettings, identity: Identity) -> list[Kit]:
 
 def factories_of(factory: str | None) -> Mapping[str, object] | None:
     """Architectures beyond the allow-list that this operator trusts."""
-    return {factory: backbone.load_factory(factory)} if factory else None
+    if not factory:
+        return None
+    from mtlsign.backbone import load_factory
+
+    return {factory: load_factory(factory)}
 
 
 def head_json(ledger: Ledger, view: View) -> dict[str, Any]:
@@ -112,6 +119,8 @@ def publish(s: PublishSettings) -> dict[str, Any]:
     Raises:
         ClaimError: the model is not the kit's, or is out already and `already_public` was not given.
     """
+    from mtlsign.artifact import read_model
+
     new = s.ledger.startswith("sqlite:///") and not Path(s.ledger.removeprefix("sqlite:///")).exists()
     model = read_model(s.model, endpoint=s.endpoint)
     identity, _, _ = load_or_create_identity(s.owner, s.passphrase_file)
@@ -196,6 +205,8 @@ def _marked(s: ClaimSettings, kits: Sequence[Kit], archive: Archive) -> bytes | 
     """The marked model's bytes: as given, else from `models/<digest>` of the storage in which the kit
     lies.
     """
+    from mtlsign.artifact import MODELS
+
     if s.marked is not None:
         return read_bytes(s.marked, endpoint=s.endpoint)
     digest = str(kits[0].info.get("model_digest"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mtlsign.artifact import MODEL_FILE
 from mtlsign.claims.statements import Claim, Exhibit, Register
 from mtlsign.claims.view import View
 from mtlsign.errors import StorageError
@@ -42,6 +41,7 @@ def is_public(location: str, *, endpoint: str | None = None) -> bool:
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
+    from mtlsign.artifact import MODEL_FILE
     from mtlsign.s3 import S3Storage
 
     path, mark, query = location.partition("?")

@@ -11,8 +11,8 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mtlsign.artifact import Kit
 from mtlsign.claims import hiding
 from mtlsign.claims.admission import find_claim, opened_keys
 from mtlsign.claims.archive import Archive
@@ -25,6 +25,9 @@ from mtlsign.claims.view import Entry, Reader, View
 from mtlsign.claims.witness import Witness
 from mtlsign.errors import ClaimError, KeyMaterialError, LedgerError
 from mtlsign.identity import Identity
+
+if TYPE_CHECKING:
+    from mtlsign.artifact import Kit
 
 Clock = Callable[[], float]
 POLL_S = 0.5
