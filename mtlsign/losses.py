@@ -17,6 +17,11 @@ def watermark_loss(scores: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(scores, labels)
 
 
+def correlation_loss(a: Tensor, b: Tensor) -> Tensor:
+    """Mean over coordinates of the squared correlation of standardised features, float32 [n, d] each."""
+    return (a * b).mean(0).square().mean()
+
+
 def add_r_func_gradient(parameters: Sequence[Tensor], anchors: Sequence[Tensor], lambda1: float) -> float:
     """Add the gradient of λ1·R_func = λ1·Σ‖W−W0‖² (eq. 8) to `.grad` in closed form; returns ‖W−W0‖₂."""
     squares = []

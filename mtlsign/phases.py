@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,16 +23,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtlsign.errors import ModelError
-from mtlsign.losses import (
-    InnerTuning,
-    add_r_func_gradient,
-    distillation_loss,
-    noise_snapshot,
-    pruned_snapshot,
-    watermark_loss,
-)
+from mtlsign.losses import add_r_func_gradient, distillation_loss, watermark_loss
 from mtlsign.progress import Rank, State
 from mtlsign.settings import EmbedSettings
+from mtlsign.snapshots import Snapshots
 from mtlsign.tasks import Task
 from mtlsign.training import (
     average_buffers,
@@ -43,7 +36,6 @@ from mtlsign.training import (
     laid_out_as,
     mixed_precision,
     normalise_by_batch,
-    number_of,
     on_device,
     one_cycle,
     reseed,
@@ -168,7 +160,7 @@ def watermark(
         history = list(saved["history"])
         for p, value in zip(head, saved["head"], strict=True):
             p.data.copy_(value)
-    tuning = _inner_tuning(model, task, probe, s, rank)
+    copies = Snapshots(model, task, probe, s, CHECKPOINT_STEPS)
     done, steps = history[-1]["step"] if history else 0, known(s.steps)
     names = ("wm_loss", "wm_accuracy", "snapshot_loss", "snapshot_accuracy", "distillation_loss")
     sums = torch.zeros(2 * len(names), dtype=torch.float64, device=rank.device)
@@ -181,9 +173,7 @@ def watermark(
         for term, (weight, kind) in enumerate(terms(step, s)):
             if term % rank.world != rank.index:
                 continue
-            generator = torch.Generator().manual_seed(number_of(s.seed, kind, step, term))
-            perturbed = _snapshot(kind, kernels, s, generator, tuning, step)
-            scores = probe.scores_of(perturbed, differentiable=True)
+            scores = probe.scores_of(copies.of(kind, kernels, step, term), differentiable=True)
             loss = watermark_loss(scores, probe.labels.float())
             (weight * loss).backward()
             _count(
@@ -244,47 +234,6 @@ def terms(step: int, s: EmbedSettings) -> list[tuple[float, str]]:
     count = s.snapshots_per_step
     kinds = [s.kinds[(step * count + j) % len(s.kinds)] for j in range(count)]
     return [(1.0, "clean"), *((s.lambda2 / count, kind) for kind in kinds)]
-
-
-def _snapshot(
-    kind: str,
-    kernels: Mapping[str, Tensor],
-    s: EmbedSettings,
-    generator: torch.Generator,
-    tuning: InnerTuning | None,
-    step: int,
-) -> Mapping[str, Tensor]:
-    if kind == "noise":
-        return noise_snapshot(kernels, s.noise, generator)
-    if kind == "pruned":
-        return pruned_snapshot(kernels, s.prune, generator)
-    if kind == "tuned":
-        assert tuning is not None
-        # Windows start anew at every checkpoint, so that a resumed run tunes from the same W.
-        window = step // CHECKPOINT_STEPS * CHECKPOINT_STEPS + step % CHECKPOINT_STEPS // s.inner_every
-        if tuning.refreshed != window:
-            tuning.refresh(window)
-        return tuning.snapshot(kernels, step)
-    return kernels
-
-
-def _inner_tuning(
-    model: nn.Module, task: Task, probe: Probe, s: EmbedSettings, rank: Rank
-) -> InnerTuning | None:
-    if not s.lambda2 or "tuned" not in s.kinds:
-        return None
-
-    def batches(index: int) -> Iterator[tuple[Tensor, Tensor]]:
-        first = index * s.inner_steps
-        size = min(s.primary_batch, len(task.splits["inner"]))
-        pairs = (
-            task.batch_at("inner", size, first + i, seed=s.seed, augment=True) for i in range(s.inner_steps)
-        )
-        return on_device(rank.device, pairs)
-
-    return InnerTuning(
-        model, list(probe.graph.kernels), task.loss, batches, steps=s.inner_steps, lr=known(s.inner_lr)
-    )
 
 
 def _state(

@@ -51,6 +51,10 @@ class Settings(BaseModel):
             raise SettingsError(f"{first['msg']}{shown}", field=field.replace("_", "-")) from None
 
 
+#: Snapshots of R_DA (`mtlsign.snapshots`).
+KINDS = ("noise", "pruned", "tuned", "scrubbed", "spoiled")
+
+
 class EmbedSettings(Settings):
     """What `jobs/embed.py` and `mtlsign.embed` take."""
 
@@ -83,13 +87,14 @@ class EmbedSettings(Settings):
     steps: int | None = Field(None, ge=1, le=1_000_000, description="key-batch steps of phase 2 [800; digits 600]")
     wm_lr: float | None = Field(None, gt=0, le=10, description="peak learning rate of phase 2 (Adam, one-cycle) [0.002 at width 16, falling with its root]")
     deep_lr: float = Field(0.3, ge=0, le=100, description="learning rate of the layers past the taps, as a multiple of wm-lr")
-    snapshots: str = Field("noise", max_length=200, description="kinds taken in turn: noise, tuned, pruned")
+    snapshots: str = Field("noise", max_length=200, description="kinds taken in turn: noise, pruned, tuned, scrubbed, spoiled")
     snapshots_per_step: int = Field(1, ge=1, le=64, description="perturbed copies a step")
     noise: float = Field(0.3, ge=0, le=10, description="noise snapshots: sigma in units of each tensor's sd")
     prune: float = Field(0.7, ge=0, lt=1, description="pruned snapshots: largest ratio, drawn from 0.1 up")
-    inner_steps: int = Field(8, ge=1, le=10_000, description="tuned snapshots: inner tuning steps on D'")
-    inner_every: int = Field(8, ge=1, le=10_000, description="tuned snapshots: steps between inner tunings")
+    inner_steps: int = Field(8, ge=1, le=10_000, description="tuned, scrubbed, spoiled snapshots: inner steps")
+    inner_every: int = Field(8, ge=1, le=10_000, description="tuned, scrubbed, spoiled snapshots: steps after which they begin anew")
     inner_lr: float | None = Field(None, gt=0, le=100, description="tuned snapshots: learning rate [that of phase 1]")
+    inner_rate: float = Field(0.03, gt=0, le=10, description="scrubbed, spoiled snapshots: Adam's rate in units of each tensor's sd")
     distillation: float = Field(4.0, ge=0, le=1e6, description="weight of KL(W0 || W) on primary data")
     temperature: float = Field(2.0, gt=0, le=1000, description="temperature of the distillation")
     primary_batch: int = Field(128, ge=1, le=65_536, description="primary images a step of phase 2, over all workers")
@@ -114,8 +119,8 @@ class EmbedSettings(Settings):
     def _kinds(cls, value: str) -> str:
         kinds = [part.strip() for part in value.split(",") if part.strip()]
         for kind in kinds:
-            if kind not in ("noise", "tuned", "pruned"):
-                raise ValueError(f"unknown kind {kind!r}: choose among noise, tuned, pruned")
+            if kind not in KINDS:
+                raise ValueError(f"unknown kind {kind!r}: choose among {', '.join(KINDS)}")
         if not kinds:
             raise ValueError("name at least one kind; lambda2 = 0 turns snapshots off")
         return ",".join(kinds)

@@ -29,6 +29,7 @@ from mtlsign.carriers import qr
 from mtlsign.errors import ModelError
 from mtlsign.graph import VerifierGraph
 from mtlsign.key import integers
+from mtlsign.losses import correlation_loss
 from mtlsign.reference import make_reference
 from mtlsign.tasks import Task
 from mtlsign.tasks.task import generator
@@ -72,7 +73,7 @@ def scrub(
             before = graph.features(fixed, shown).standardised
         optimizer.zero_grad(set_to_none=True)
         framed = graph.into_frame(graph.read(parameters), differentiable_rounds=2)
-        loss = strength * correlation(before, graph.features(framed, shown).standardised)
+        loss = strength * correlation_loss(before, graph.features(framed, shown).standardised)
         if distillation:
             loss = loss + distillation * kept_task(scrubbed, teacher, x)
         loss.backward()
@@ -81,11 +82,6 @@ def scrub(
         budget.tick(step + 1, steps)
     count = steps * (codes + (batch if distillation else 0))
     return Attacked(recalibrate(scrubbed, data), steps, count)
-
-
-def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Mean over coordinates of the squared correlation of standardised features float32 [n, d]."""
-    return (a * b).mean(0).square().mean()
 
 
 def _graph(model: nn.Module, data: Task, seed: int, stages: int) -> tuple[VerifierGraph, Tensor]:
