@@ -8,6 +8,7 @@ are of first order: taken at W + (W^t − W) and applied to W.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -85,10 +86,11 @@ class Snapshots:
 
     def _scrub(self, start: Kernels, index: int) -> Loss:
         """Correlation, per coordinate, of the features over random codes with those at the start."""
-        graph, key = self._probe.graph, (b"mtlsign/scrubbed" * 2)[:32]
+        graph, spec = self._probe.graph, self._probe.spec
         if self._pool is None:
-            drawn = qr.images(integers(key, POOL), self._probe.spec.carrier)
-            self._pool = drawn.to(self._probe.device)
+            keys = (i.to_bytes(32) for i in range(math.ceil(POOL / spec.n)))  # nobody's keys
+            drawn = [qr.images(integers(key, spec.n), spec.carrier) for key in keys]
+            self._pool = torch.cat(drawn)[:POOL].to(self._probe.device)
         pool, framed = self._pool, graph.into_frame(start)
 
         def loss(kernels: Mapping[str, Tensor], step: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtlsign import embedding, losses, network, phases, training
+from mtlsign import embedding, losses, network, phases, snapshots, training
 from mtlsign.errors import ModelError
 from mtlsign.key import Identity
 from mtlsign.progress import Alone, State
@@ -82,7 +82,12 @@ def test_phase_1_resumes_bit_for_bit(tiny_task: Task, tiny_settings: Settings, t
 @pytest.mark.parametrize(
     "options",
     [
-        {"snapshots": "noise,tuned,pruned", "lambda2": 1.0, "snapshots_per_step": 2, "inner_every": 2},
+        {
+            "snapshots": "noise,tuned,pruned,scrubbed,spoiled",
+            "lambda2": 1.0,
+            "snapshots_per_step": 2,
+            "inner_every": 2,
+        },
         {"snapshots": "tuned", "lambda2": 0.5, "inner_every": 3},
         {"head": "free", "hidden": 8, "features": "pooled", "snapshots": "noise", "lambda2": 1.0},
         {"lambda2": 0},
@@ -122,7 +127,8 @@ def test_phase_2_leaves_affine_statistics_and_the_head_past_the_taps_sane(
     affine = {n for n in norms if n.endswith(("weight", "bias"))}
     assert len(norms) == 100 and len(affine) == 40
     for distillation, kept in ((0, norms), (1, affine)):
-        s = tiny_settings(steps=5, lambda2=1.0, snapshots="noise,tuned,pruned", distillation=distillation)
+        kinds = "noise,tuned,pruned,scrubbed,spoiled"
+        s = tiny_settings(steps=5, lambda2=1.0, snapshots=kinds, distillation=distillation)
         model = tiny_model()
         _, measured = phases.watermark(model, tiny_task, probe_of(s), s, Alone())
         after = network.cpu_state(model)
@@ -144,8 +150,9 @@ def test_lambda2_zero_asks_for_no_snapshot(
         raise AssertionError("a snapshot was made")
 
     for name in ("noise_snapshot", "pruned_snapshot"):
-        monkeypatch.setattr(phases, name, never)
-    monkeypatch.setattr(losses.InnerTuning, "refresh", never)
+        monkeypatch.setattr(snapshots, name, never)
+    for inner in (losses.InnerTuning, snapshots.InnerAttack):
+        monkeypatch.setattr(inner, "refresh", never)
     s = tiny_settings(steps=2, snapshots="noise,tuned,pruned")
     assert [phases.terms(i, s) for i in range(3)] == [[(1.0, "clean")]] * 3
     rows, _ = phases.watermark(tiny_model(), tiny_task, probe_of(s), s, Alone())
@@ -153,6 +160,32 @@ def test_lambda2_zero_asks_for_no_snapshot(
     with pytest.raises(AssertionError, match="a snapshot was made"):
         s = tiny_settings(steps=2, snapshots="noise", lambda2=1.0)
         phases.watermark(tiny_model(), tiny_task, probe_of(s), s, Alone())
+
+
+@pytest.mark.parametrize("kind", ["scrubbed", "spoiled"])
+def test_an_inner_attack_tears_at_the_mark_and_leaves_the_model_alone(
+    kind: str, tiny_task: Task, tiny_settings: Settings, tiny_model: Maker, probe_of: Any
+) -> None:
+    s = tiny_settings(steps=60, snapshots=kind, lambda2=1.0, inner_steps=12)
+    model, probe = tiny_model(), probe_of(s)
+    phases.watermark(model, tiny_task, probe, s.model_copy(update={"lambda2": 0.0}), Alone())
+    before = network.cpu_state(model)
+    kernels = probe.graph.read(dict(model.named_parameters()))
+    bits = probe.labels.float()
+
+    def loss(of: Any) -> float:
+        return float(losses.watermark_loss(probe.scores_of(of), bits).detach())
+
+    copies = snapshots.Snapshots(model, tiny_task, probe, s, 50)
+    attacked = [copies.of(kind, kernels, step, 1) for step in (49, 0, 1, s.inner_every)]
+    assert all(loss(copy) > loss(kernels) + 0.01 for copy in attacked)
+    sizes = [{n: float((c[n] - k).detach().norm()) for n, k in kernels.items()} for c in attacked[1:]]
+    assert sizes[0] != sizes[1] and all(size > 0 for found in sizes for size in found.values())
+    again = snapshots.Snapshots(model, tiny_task, probe, s, 50).of(kind, kernels, 0, 1)
+    assert all(torch.equal(again[n], attacked[1][n]) for n in kernels)
+    assert_equal(network.cpu_state(model), before)
+    grads = torch.autograd.grad(probe.scores_of(again, differentiable=True).sum(), list(kernels.values()))
+    assert all(torch.isfinite(g).all() for g in grads) and any(g.any() for g in grads)
 
 
 def test_terms_take_turns_and_share_lambda2(tiny_settings: Settings) -> None:
@@ -188,7 +221,7 @@ class Threaded(Alone):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("kind", ["noise", "tuned", "pruned"])
+@pytest.mark.parametrize("kind", ["noise", "tuned", "pruned", "scrubbed", "spoiled"])
 def test_ranks_share_the_terms_and_their_sum_is_the_gradient_of_one_rank(
     world: int, kind: str, tiny_task: Task, tiny_settings: Settings, tiny_model: Maker, probe_of: Any
 ) -> None:
