@@ -160,10 +160,10 @@ class Witness:
         and are stored again: without them entries would lose their time.
         """
         me, back = self.identity.public_key, []
-        stored = {(head.size, line.line()) for head, line in others}
+        stored = {(head.size, head.root, line.line()) for head, line in others}
         have = {head.size for head, line in others if line.holds(head.body(), me)}
         for size, text in ours:
-            if (size, text) in stored or size not in roots:
+            if size not in roots or (size, roots[size], text) in stored:
                 continue
             head = Head(self.origin, size, roots[size])
             try:

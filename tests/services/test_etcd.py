@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import secrets
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -202,6 +204,53 @@ def test_deleted_cosignatures_come_back(fresh: Callable[[], EtcdLedger], tmp_pat
     assert all("were gone; they are back" in step.remarks[0] for step in steps)
     after = town.view()
     assert [after.time(i) for i in range(3)] == [before.time(i) for i in range(3)]
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(600, marks=pytest.mark.slow)])
+def test_flipped_bits_of_stored_values(fresh: Callable[[], EtcdLedger], tmp_path: Path, count: int) -> None:
+    """Somebody with etcd's credentials flips one bit of one value: a reader or a witness notices."""
+    ledger = fresh()
+    town = Town(tmp_path, ["1", "2", "3"], ledger=ledger)
+    for i in range(5):
+        owner.register(town.owner(ALICE), town.archive, [(f"m{i}", b"%d" % i)])
+    town.attest()
+    rows = [ledger.get(i) for i in range(6)]
+
+    def picture() -> object:
+        seen = fresh()
+        view = read_view(seen)
+        proofs = [seen.prove(i, 6) for i in range(6)]
+        places = [seen.append(row) for row in rows]  # a retry finds its entry
+        for member in town.members:
+            step = town.witness(member, seen).step()
+            if step.remarks or step.cosigned:
+                raise LedgerError("a co-signature was gone")
+        seen.close()
+        return view.entries, [(c.head, c.time) for c in view.heads], proofs, places
+
+    good, rng, noticed = picture(), random.Random(count), Counter[str]()
+    stored = [(name, value) for part in "elnc" for name, value in ledger._many(part, 100)
+              for name, value in [(f"{part}/{name}", value)]]  # fmt: skip
+    stored.append(("h", ledger._one("h") or b""))
+    for _ in range(count):
+        name, value = rng.choice(stored)
+        bad = bytearray(value)
+        bit = rng.randrange(8 * len(bad))
+        bad[bit // 8] ^= 1 << bit % 8
+        put(ledger, name, bytes(bad))
+        try:
+            assert picture() == good, f"{name}: bit {bit} unnoticed"
+            noticed[f"without meaning: {name[0]}"] += 1
+        except LedgerError:
+            noticed[f"detected: {name[0]}"] += 1
+        put(ledger, name, value)
+        if name.startswith("c/"):  # what the witnesses put back beside it
+            base = f"{ledger.prefix}/{name.rpartition('/')[0]}/"
+            for other, _ in list(ledger._many(name.rpartition("/")[0], 100)):
+                if f"{base.removeprefix(ledger.prefix + '/')}{other}" not in dict(stored):
+                    delete(ledger, f"{base.removeprefix(ledger.prefix + '/')}{other}")
+    print(dict(noticed))
+    assert picture() == good and not [what for what in noticed if what.startswith("without")]
 
 
 def test_a_stranger_gets_in_nowhere(cluster: etcd.Cluster, tmp_path: Path) -> None:
