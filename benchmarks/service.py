@@ -1,161 +1,314 @@
-"""The service under load: throughput against bare tapped forwards, a further claim's cost, latencies.
+"""The whole service under load: every answer checked, stages, memory, throughput against bare forwards.
 
-    python -m benchmarks.service --verifiers 1 --claims 200 --models 20           # here, without Ray
-    python -m benchmarks.service --url http://127.0.0.1:8000 --token TOKEN …      # a running service
+    python -m benchmarks.service                     # 1,000 claims, 20 models in a real S3 on loopback
+    python -m benchmarks.service --quick             # 60 claims, 4 models
+    python -m benchmarks.service --kill verifier     # or ingress: killed again and again under that load
+    python -m benchmarks.service --only further      # one process: a further claim on a model that is here
 
-It makes its own models (ResNet-18 of `--width`, random: cost does not depend on the mark) and openings.
+It marks one network, writes copies that differ in an untapped tensor (half of the models) and others that are
+unmarked, and starts `jobs/serve.py` as the README says. Everything runs on the cores of this process's
+affinity, S3, client and ingress too, so `throughput` counts what they cost (`taskset -c 1 python -m …`).
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import copy
 import json
-import resource
+import os
+import random
+import signal
 import statistics
+import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 
-from mtlsign import backbone
-from mtlsign.carriers import qr
-from mtlsign.client import Client, claim_of
-from mtlsign.key import Identity, make_spec, sign_spec
-from mtlsign.reference import make_reference
-from mtlsign.service.bundles import take_bundle
-from mtlsign.service.verifier import Question, Task, Verifier
-from mtlsign.service.work import probe_of
-from mtlsign.settings_service import ServiceSettings
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "services")]
+
+import mtlsign  # noqa: E402
+from benchmarks.measure import hardware  # noqa: E402
+from mtlsign import backbone  # noqa: E402
+from mtlsign.artifact import model_bytes, write_model  # noqa: E402
+from mtlsign.client import Client, claim_of  # noqa: E402
+from mtlsign.key import Identity, KeyOpening, make_spec, sign_spec  # noqa: E402
+from mtlsign.service import tokens  # noqa: E402
+from mtlsign.service.bundles import take_bundle  # noqa: E402
+from mtlsign.service.store import Store  # noqa: E402
+from mtlsign.service.verifier import Question, Task, Verifier  # noqa: E402
+from mtlsign.service.work import probe_of  # noqa: E402
+from mtlsign.settings_service import ServiceSettings  # noqa: E402
+from mtlsign.storage import Storage, open_storage  # noqa: E402
+from mtlsign.taps import forward_to_taps  # noqa: E402
+from mtlsign.tasks import from_tensors  # noqa: E402
 
 
-def goods(
-    folder: Path, models: int, keys: int, width: int, n: int, side: int
-) -> tuple[list[str], list[dict[str, Any]]]:
-    """Pointers to random models and opened claims, all of one architecture."""
-    graph = backbone.graph_for("resnet18", channels=1, classes=10, width=width, stem="stock")
-    torch.manual_seed(0)
-    net = backbone.build(graph).eval()
-    reference = make_reference(net, ["layer1"], torch.zeros(1, 1, side, side))
-    pointers = []
-    for i in range(models):
-        torch.manual_seed(i)
-        path = folder / f"m{i}.safetensors"
-        save_file(dict(backbone.build(graph).state_dict()), path)
-        pointers.append(f"file://{path}")
-    identity, made = Identity.generate(), []
-    for _ in range(keys):
-        spec = make_spec(
-            name="benchmark", n=n, carrier=qr.make_carrier(n, 1, side, side), taps=["layer1"],
-            head={"kind": "keyed"}, statistic="count", graph=graph, reference=reference.digest,
+@dataclass
+class Goods:
+    """One marked network, its right key and others."""
+
+    graph: dict[str, object]
+    tensors: dict[str, Tensor]
+    right: KeyOpening
+    others: list[KeyOpening]
+    reference: bytes
+
+    @classmethod
+    def make(cls, width: int, n: int, side: int, keys: int) -> Goods:
+        """Mark a network well enough for 120 bits, no more: the cost of a claim does not depend on it."""
+        graph = backbone.graph_for("resnet18", channels=1, classes=4, width=width, stem="stock")
+        torch.manual_seed(0)
+        model, gen = backbone.build(graph).eval(), torch.Generator().manual_seed(0)
+        y = torch.arange(64) % 4
+        x = torch.rand(4, 1, side, side, generator=gen)[y] + 0.3 * torch.randn(
+            64, 1, side, side, generator=gen
+        )
+        owner = Identity.generate()
+        done = mtlsign.embed(
+            model, from_tensors(x, y), trained=True, identity=owner, graph=graph, key_size=n, steps=100,
+            lambda2=0, batch=16, primary_batch=16, wm_lr=0.01,
         )  # fmt: skip
-        made.append(claim_of("", sign_spec(identity, spec), reference.data)["bundle"])
-    return pointers, made
+        assert done.kit is not None
+        fields = json.loads(done.kit.opening.spec)
+        others = [sign_spec(owner, make_spec(**fields | {"nonce": f"{i:064x}"})) for i in range(keys)]
+        return cls(graph, dict(done.tensors), done.kit.opening, others, done.kit.reference)
+
+    def write(self, place: Storage, count: int, size: int) -> list[str]:
+        """`count` models, every second one marked; their names below `place`."""
+        names = []
+        for i in range(count):
+            torch.manual_seed(i)
+            fresh = {k: v.clone() for k, v in backbone.build(self.graph).state_dict().items()}
+            tensors = fresh if i % 2 else self.tensors | {"fc.weight": fresh["fc.weight"]}
+            names.append(f"models/{write_model(place, tensors, {}, '')}")
+        nan = self.tensors | {"conv1.weight": torch.full_like(self.tensors["conv1.weight"], float("nan"))}
+        place.write("nan.safetensors", model_bytes(nan))
+        place.write("junk.safetensors", b"\x80\x04 no model")
+        place.write("huge.safetensors", b"x" * (size + 1))
+        return names
+
+    def claims(self, count: int, base: str, names: Sequence[str]) -> tuple[list[Any], list[str]]:
+        """Mixed claims, one in twenty broken, and the right answers."""
+        dice, asked, wanted = random.Random(0), [], []
+        broken: list[Any] = [
+            ("bad-bundle", lambda c: c["bundle"].update(reference="AAAA")),
+            ("kit-refused", lambda c: c["bundle"].update(kit="x")),
+            ("bad-claim", lambda c: c.pop("bundle")),
+            ("pointer-refused", lambda c: c.update(model="file:///etc/passwd")),
+            ("unreachable", lambda c: c.update(model=f"{base}/none.safetensors")),
+            ("not-a-model", lambda c: c.update(model=f"{base}/junk.safetensors")),
+            ("too-large", lambda c: c.update(model=f"{base}/huge.safetensors")),
+            ("wrong-digest", lambda c: c.update(sha256="0" * 64)),
+            ("not_verifiable", lambda c: c.update(model=f"{base}/nan.safetensors")),
+        ]
+        for i in range(count):
+            which, right = dice.randrange(len(names)), dice.random() < 0.5
+            opening = self.right if right else dice.choice(self.others)
+            claim = copy.deepcopy(claim_of(f"{base}/{names[which]}", opening, self.reference))
+            answer = "accepted" if right and which % 2 == 0 else "rejected"
+            if i % 20 == 7:
+                answer, spoil = broken[(i // 20) % len(broken)]
+                spoil(claim)
+            asked.append(claim)
+            wanted.append(answer)
+        return asked, wanted
 
 
-def bare(pointer: str, bundle: dict[str, Any], repeats: int) -> list[float]:
-    """Seconds of a tapped forward alone: what no service can do without."""
-    from mtlsign.artifact import read_model
-
-    probe = probe_of(take_bundle(bundle))
-    tensors = read_model(pointer.removeprefix("file://")).tensors
-    kernels = {name: tensors[name].float() for name in probe.graph.kernels}
+def bare(goods: Goods, repeats: int) -> list[float]:
+    """Seconds of plain forwards of a key set to the last tap, channels last: what no service can spare."""
+    probe = probe_of(take_bundle(claim_of("", goods.right, goods.reference)["bundle"]))
+    net = backbone.build(goods.graph).train().to(memory_format=torch.channels_last)
     found = []
     with torch.no_grad():
-        for _ in range(repeats + 1):
+        for _ in range(repeats + 2):
             start = time.perf_counter()
-            probe.head(probe.graph.features(kernels, probe.images))
+            forward_to_taps(net, probe.images, probe.spec.taps)
             found.append(time.perf_counter() - start)
-    return found[1:]
+    return found[2:]
 
 
-def further(verifier: Verifier, pointer: str, bundles: Sequence[dict[str, Any]]) -> list[float]:
-    """Seconds of one further claim, each with a key not seen before, on a model that is here already."""
-    found = []
-    for i, bundle in enumerate(bundles):
+def further(goods: Goods, folder: Path, repeats: int) -> dict[str, float]:
+    """A further claim, each with a key not seen before, on a model that is here; in turn, bare forwards."""
+    (folder / "m.safetensors").write_bytes(model_bytes(goods.tensors))
+    verifier = Verifier(ServiceSettings.of({"state": folder / "state", "allow": f"file://{folder}"}))
+    pairs = []
+    for opening in goods.others[: repeats + 2]:
+        data = json.dumps(claim_of("", opening, goods.reference)["bundle"]).encode()
+        task = Task(f"file://{folder}/m.safetensors", None, (Question(data),))
         start = time.perf_counter()
-        answer = verifier.answer(Task(pointer, None, (Question(json.dumps(bundle).encode()),)))
-        assert "verdict" in answer.outcomes[0], answer.outcomes
-        if i:
-            found.append(time.perf_counter() - start)
-    return found
+        assert verifier.answer(task).outcomes[0]["verdict"]["status"] == "rejected"
+        pairs.append((time.perf_counter() - start, statistics.median(bare(goods, 3))))
+    ratios = sorted(a / b for a, b in pairs[2:])
+    found = {
+        "further_claim_s": statistics.median(a for a, _ in pairs[2:]),
+        "forward_s": statistics.median(b for _, b in pairs[2:]),
+        "further_over_forward": statistics.median(ratios),
+    }
+    return found | {"low": ratios[0], "high": ratios[-1], "pairs": len(ratios)}
 
 
-def load(url: str, token: str, claims: Sequence[dict[str, Any]], batch: int, clients: int) -> dict[str, Any]:
-    """Throughput and latencies of whole requests over `clients` connections."""
-    parts = [claims[at : at + batch] for at in range(0, len(claims), batch)]
+def memory(pid: int, name: str) -> float:
+    """MiB from a process's status."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
-    def one(part: Sequence[dict[str, Any]]) -> tuple[float, int]:
-        with Client(url, token) as client:
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Median and 99th percentile."""
+    found = sorted(values)
+    return {"p50": statistics.median(found), "p99": found[min(len(found) - 1, int(0.99 * len(found)))]}
+
+
+def replicas(job: Any, name: str) -> list[int]:
+    """Process ids of a deployment's replicas."""
+    return [pid for pid, said in job.family().items() if f"ServeReplica:mtlsign:{name}" in said]
+
+
+def said(result: dict[str, Any]) -> str:
+    """A result in one word."""
+    if "verdict" in result:
+        return str(result["verdict"]["status"])
+    return str(result["problem"]["type"]).rpartition(":")[2]
+
+
+def stages(logs: Path) -> dict[str, dict[str, float]]:
+    """Seconds by stage from the service's own log: fetch and load of a task, the rest of one claim."""
+    found: dict[str, list[float]] = {}
+    for path in logs.glob("worker-*.err"):
+        for line in path.read_text(errors="replace").splitlines():
+            if '"event": "asked"' in line and line.startswith("{"):
+                event = json.loads(line)
+                for stage, seconds in event["seconds"].items():
+                    share = event["claims"] if stage in ("prepare", "forward") else 1
+                    if seconds:
+                        found.setdefault(stage, []).append(seconds / share)
+    return {stage: quantiles(values) for stage, values in found.items()}
+
+
+def under_load(a: argparse.Namespace, goods: Goods, folder: Path) -> dict[str, Any]:
+    """Start S3 and the service, send all claims, check every answer."""
+    import seaweed  # type: ignore[import-not-found]
+    from job_process import Jobs  # type: ignore[import-not-found]
+
+    for name in ("s3", "goods"):
+        (folder / name).mkdir()
+    jobs = Jobs(folder / "jobs", folder)
+    with seaweed.running(folder / "s3") as s3:
+        os.environ.update(s3.env)
+        names = goods.write(
+            open_storage(f"s3://{s3.bucket}/goods", endpoint=s3.endpoint), a.models, a.limit << 20
+        )
+        base = f"s3://{s3.bucket}/goods"
+        asked, wanted = goods.claims(a.claims, base, names)
+        (port,) = seaweed.free_ports(1)
+        started = time.perf_counter()
+        job = jobs.python(
+            "jobs/serve.py", "--port", str(port), "--verifiers", str(a.verifiers),
+            "--state", str(folder / "state"), "--allow", base, "--endpoint", s3.endpoint,
+            "--max-model-mb", str(a.limit), "--pointer-s", "600",
+            PYTHONUNBUFFERED="1", PYTHONPATH=str(ROOT), **s3.env,
+        )  # fmt: skip
+        try:
+            job.until(lambda: "answers" in job.out, 900)
+            result: dict[str, Any] = {"start_s": time.perf_counter() - started}
+            store = Store(folder / "state" / "service.sqlite")
+            token = tokens.issue(store, "benchmark", ["verify"], 24)
+            before = {n: [memory(p, "VmRSS") for p in replicas(job, n)] for n in ("gate", "verify")}
+            result |= send(a, f"http://127.0.0.1:{port}", token, asked, wanted, job)
+            for n in ("gate", "verify"):
+                pids = replicas(job, n)
+                result[f"{n}_mib"] = {"start": before[n], "peak": [memory(p, "VmHWM") for p in pids]}
+            result["stages"] = stages(folder / "ray" / "session_latest" / "logs")
+            forwards = sum(w in ("accepted", "rejected") for w in wanted)
+            each = statistics.median(bare(goods, 15))
+            cores = len(os.sched_getaffinity(0))
+            result |= {"forward_s": each, "forwards": forwards, "cores": cores}
+            result["throughput"] = forwards * each / (result["seconds"] * cores)
+            return result
+        finally:
+            jobs.end()
+
+
+def send(
+    a: argparse.Namespace, url: str, token: str, asked: Sequence[Any], wanted: Sequence[str], job: Any
+) -> dict[str, Any]:
+    """All claims over `--clients` connections, perhaps with a process killed every few seconds."""
+    parts = [list(asked[at : at + a.batch]) for at in range(0, len(asked), a.batch)]
+    over, killed = threading.Event(), 0
+
+    def kill() -> None:
+        nonlocal killed
+        while not over.wait(a.every):
+            for pid in replicas(job, {"verifier": "verify", "ingress": "gate"}[a.kill])[:1]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed += 1
+
+    def one(part: list[Any]) -> tuple[float, list[dict[str, Any]]]:
+        with Client(url, token, patience_s=3600) as client:
             start = time.perf_counter()
             results = client.verify(part, wait_s=30)
-            return time.perf_counter() - start, sum("verdict" in r for r in results)
+            return time.perf_counter() - start, results
 
+    killer = threading.Thread(target=kill, daemon=True)
+    if a.kill:
+        killer.start()
     start = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
+    with ThreadPoolExecutor(a.clients) as pool:
         done = list(pool.map(one, parts))
     seconds = time.perf_counter() - start
-    times = sorted(t for t, _ in done)
+    over.set()
+    answers = [said(result) for _, results in done for result in results]
+    wrong = [(i, w, got) for i, (w, got) in enumerate(zip(wanted, answers, strict=False)) if w != got]
     return {
-        "claims": len(claims), "verdicts": sum(k for _, k in done), "seconds": seconds,
-        "claims_per_s": len(claims) / seconds, "p50_s": statistics.median(times),
-        "p99_s": times[min(len(times) - 1, int(0.99 * len(times)))],
+        "claims": len(asked), "answers": len(answers), "wrong": len(wrong), "first_wrong": wrong[:5],
+        "kinds": dict(Counter(answers)), "killed": killed, "seconds": seconds,
+        "claims_per_s": len(asked) / seconds, "request_s": quantiles([t for t, _ in done]),
     }  # fmt: skip
 
 
-async def _here(verifier: Verifier, claims: Sequence[dict[str, Any]]) -> float:
-    """Seconds for all claims through the desk's grouping, in this process."""
-    groups: dict[str, list[Question]] = {}
-    for claim in claims:
-        groups.setdefault(claim["model"], []).append(Question(json.dumps(claim["bundle"]).encode()))
-    start = time.perf_counter()
-    for model, questions in groups.items():
-        for at in range(0, len(questions), 16):
-            await asyncio.to_thread(verifier.answer, Task(model, None, tuple(questions[at : at + 16])))
-    return time.perf_counter() - start
-
-
-def main() -> None:
+def main() -> int:
+    """Run and print JSON; exit code 1 when an answer is wrong or missing."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in (
-        ("claims", 200), ("models", 20), ("keys", 20), ("width", 64), ("n", 1024), ("side", 32),
-        ("batch", 50), ("clients", 4), ("verifiers", 1), ("repeats", 5),
+    for name, default, text in (
+        ("claims", 1000, "claims"), ("models", 20, "models in S3"), ("keys", 20, "wrong keys"),
+        ("width", 16, "of the ResNet-18"), ("n", 1024, "bits of a key"), ("side", 28, "pixels"),
+        ("batch", 50, "claims in a request"), ("clients", 4, "requests at a time"),
+        ("verifiers", 1, "replicas"), ("repeats", 9, "pairs for a further claim"),
+        ("limit", 16, "MiB that a model may have"),
     ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--url", help="a running service; its `allow` must cover --folder")
-    parser.add_argument("--token", default="")
-    parser.add_argument("--folder", type=Path, help="where the models are written")
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} [{default}]")
+    parser.add_argument("--kill", choices=["verifier", "ingress"], help="what is killed under the load")
+    parser.add_argument("--every", type=float, default=10.0, help="seconds between kills [10]")
+    parser.add_argument("--only", choices=["further", "load"], help="one half")
+    parser.add_argument("--quick", action="store_true", help="60 claims, 4 models")
     a = parser.parse_args()
+    if a.quick:
+        a.claims, a.models, a.keys, a.batch, a.repeats = 60, 4, 6, 15, 3
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = (a.folder or Path(temporary) / "goods").absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        pointers, bundles = goods(folder, a.models, a.keys, a.width, a.n, a.side)
-        claims = [{"model": pointers[i % a.models], "bundle": bundles[i % a.keys]} for i in range(a.claims)]
-        forward = statistics.median(bare(pointers[0], bundles[0], a.repeats))
-        result: dict[str, Any] = {"forward_s": forward}
-        s = ServiceSettings.of(
-            {"state": Path(temporary) / "state", "allow": f"file://{folder}", "threads": 1}
-        )
-        one_more = statistics.median(further(Verifier(s), pointers[0], bundles[: a.repeats + 1]))
-        result |= {"further_claim_s": one_more, "further_over_forward": one_more / forward}
-        if a.url:
-            result |= load(a.url, a.token, claims, a.batch, a.clients)
-            result["efficiency"] = forward * result["claims_per_s"] / a.verifiers
-        else:
-            seconds = asyncio.run(_here(Verifier(s), claims))
-            result |= {"claims": a.claims, "seconds": seconds, "claims_per_s": a.claims / seconds}
-            result["efficiency"] = forward * a.claims / seconds
-        result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps(result, indent=1))
+    with tempfile.TemporaryDirectory(prefix="mtlsign-", ignore_cleanup_errors=True) as temporary:
+        goods = Goods.make(a.width, a.n, a.side, max(a.keys, a.repeats + 2))
+        result: dict[str, Any] = {"hardware": hardware()}
+        if a.only != "load":
+            result |= further(goods, Path(temporary), a.repeats)
+        if a.only != "further":
+            result |= under_load(a, goods, Path(temporary))
+    print(json.dumps(result, indent=1))
+    return int(result.get("wrong", 0) > 0 or result.get("answers", 0) != result.get("claims", 0))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -25,7 +25,8 @@ def main(argv: Sequence[str]) -> None:
     from mtlsign.distributed import serve
 
     serve.start(s)
-    print(f"http://{s.host}:{s.port}/ answers; its state lies in {s.state.absolute()}", flush=True)
+    scheme = "https" if s.tls_cert else "http"
+    print(f"{scheme}://{s.host}:{s.port}/ answers; its state lies in {s.state.absolute()}", flush=True)
     try:
         while True:
             time.sleep(3600)

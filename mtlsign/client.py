@@ -151,7 +151,7 @@ class Client:
                     raise ClusterError("the answer is over 64 MiB; ask for fewer claims", field="service")
                 if answer.status < 300:
                     return urllib3.HTTPResponse(data, status=answer.status, headers=answer.headers)
-                if answer.status not in _AGAIN:
+                if answer.status not in _AGAIN and not _of_a_proxy(answer):
                     raise Refused(_problem(answer.status, data))
                 why = f"answers {answer.status}"
                 given = answer.headers.get("Retry-After", "")
@@ -168,6 +168,12 @@ def _again(data: IO[bytes]) -> Iterator[bytes]:
     data.seek(0)
     while piece := data.read(2**20):
         yield piece
+
+
+def _of_a_proxy(answer: urllib3.BaseHTTPResponse) -> bool:
+    """A 500 that is not the service's own: the process with the request died. What we send is idempotent."""
+    kind = answer.headers.get("Content-Type", "")
+    return answer.status == 500 and not kind.startswith("application/problem+json")
 
 
 def _document(answer: urllib3.BaseHTTPResponse) -> dict[str, Any]:

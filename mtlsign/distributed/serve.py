@@ -14,6 +14,7 @@ import resource
 import sys
 import threading
 import time
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from mtlsign.distributed import cluster  # first: what it sets must stand before Ray is imported
@@ -21,7 +22,7 @@ from mtlsign.distributed import cluster  # first: what it sets must stand before
 import ray  # isort: skip
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.util import metrics as ray_metrics
 
@@ -30,13 +31,19 @@ from mtlsign.service.app import make_app
 from mtlsign.service.metrics import METRICS
 from mtlsign.service.office import Office
 from mtlsign.service.problems import Problem
-from mtlsign.service.verifier import Answer, Lost, Task, Verifier
+from mtlsign.service.verifier import GRACE_S, Answer, Lost, Outcome, Task, Verifier
 from mtlsign.settings_service import MIB, PREFIX, ServiceSettings
 
 APP = "mtlsign"
 #: Ray's name for the setting that puts our limits into its HTTP proxy; read when a cluster starts.
 PROXY_SETTING = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 PROXY_VALUE = "mtlsign.service.limits:proxy_middlewares"
+#: What every head node has, and no other.
+HEAD = "node:__internal_head__"
+#: Feature maps are large and short-lived: returned to the system, each costs its page faults again.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_ARENA_MAX": "1",
+}  # fmt: skip
 LOST = 70
 BOUNDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
 
@@ -76,13 +83,21 @@ class Replicas:
     async def verify(self, task: Task) -> Answer:
         """Ask one replica. Raises Lost, or Problem `busy`."""
         name = hashlib.sha256(task.model.encode()).hexdigest()[:32]
+        handle: Any = self._handle.options(multiplexed_model_id=name, stream=True)
+        told: list[Outcome] = []
+        begun = False
         try:
-            answer: Answer = await self._handle.options(multiplexed_model_id=name).verify.remote(task)
-            return answer
-        except BackPressureError:
+            async for one in handle.verify.remote(task):
+                if isinstance(one, Answer):
+                    return one
+                begun = True
+                if one is not None:
+                    told.append(one)
+        except (BackPressureError, DeploymentUnavailableError):
             raise Problem("busy", "all verifiers are busy", retry_after=2) from None
-        except (RayError, RayServeException) as error:
-            raise Lost(type(error).__name__) from None
+        except (RayError, RayServeException):
+            raise Lost(told, begun) from None
+        raise Lost(told, begun)
 
     async def ready(self) -> bool:
         """Whether a replica answers within two seconds."""
@@ -99,6 +114,7 @@ class Verify:
         import torch
 
         self._s = ServiceSettings.of(settings)
+        _log()
         torch.set_num_threads(self._s.threads)
         self._verifier = Verifier(self._s)
         _bound_memory(self._s.memory_mb * MIB)
@@ -108,7 +124,7 @@ class Verify:
         while True:
             time.sleep(0.5)
             since = self._verifier.busy_since
-            if since is not None and time.monotonic() - since > self._s.claim_s:
+            if since is not None and time.monotonic() - since > self._s.claim_s + GRACE_S:
                 _log().error('{"event": "claim_too_long"}')
                 os._exit(LOST)  # a thread inside a kernel cannot be stopped otherwise
 
@@ -117,16 +133,30 @@ class Verify:
         """Tell Ray's router that this replica has the model; the verifier keeps it."""
         return name
 
-    async def verify(self, task: Task) -> Answer:
-        """Answer one task."""
+    async def verify(self, task: Task) -> AsyncIterator[Outcome | Answer | None]:
+        """Answer one task. As each claim begins the outcome of the one before it is told, at last the answer:
+        whoever asked knows at which claim this process died.
+        """
         await self._hold(serve.get_multiplexed_model_id())
-        return await asyncio.to_thread(self._answer, task)
+        told: asyncio.Queue[Outcome | Answer | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
 
-    def _answer(self, task: Task) -> Answer:
+        def tell(one: Outcome | None) -> None:
+            loop.call_soon_threadsafe(told.put_nowait, one)
+
+        work = asyncio.create_task(asyncio.to_thread(self._answer, task, tell))
+        work.add_done_callback(lambda _: told.put_nowait(None))
+        while not work.done() or not told.empty():
+            one = await told.get()
+            if not work.done():
+                yield one
+        yield work.result()
+
+    def _answer(self, task: Task, tell: Callable[[Outcome | None], None]) -> Answer:
         import torch
 
         torch.set_num_threads(self._s.threads)  # OpenMP keeps the number for each thread
-        return self._verifier.answer(task)
+        return self._verifier.answer(task, tell)
 
     async def alive(self) -> bool:
         """Yes."""
@@ -137,8 +167,7 @@ class Gate:
     """The ingress: one process with the service's file. It never touches a model."""
 
     def __init__(self, settings: dict[str, Any], handle: DeploymentHandle[Any]) -> None:
-        logger = _log()
-        logger.setLevel(logging.INFO)
+        _log()
         self._office = Office.open(ServiceSettings.load(base=settings), Replicas(handle), RayMetrics())
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -153,6 +182,7 @@ def _log() -> logging.Logger:
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
         logger.propagate = False
+        logger.setLevel(logging.INFO)
     return logger
 
 
@@ -183,7 +213,7 @@ def verifiers(s: ServiceSettings) -> serve.Application:
         "ray_actor_options": {
             "num_cpus": s.threads,
             "num_gpus": s.gpus,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(s.threads)}},
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(s.threads), **KEEP_MEMORY}},
         },
     }
     if s.max_verifiers > s.verifiers:
@@ -207,7 +237,8 @@ def build(args: ServiceSettings) -> serve.Application:
         health_check_period_s=2,
         graceful_shutdown_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.5,
-        ray_actor_options={"num_cpus": 0},  # it waits for others; verifiers get the CPUs
+        # It waits for others, verifiers get the CPUs; and its file is on the head, which outlives workers.
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD: 0.001}},
     )(serve.ingress()(Gate))
     return gate.bind(_plain(s), verifiers(s))
 
@@ -227,6 +258,8 @@ def start(s: ServiceSettings) -> None:
         os.environ[PREFIX + name.upper()] = str(getattr(s, name))
     cluster.connect()
     options = {"host": s.host, "port": s.port, "request_timeout_s": max(s.upload_s, s.max_wait_s + 60)}
+    for option, file in (("ssl_certfile", s.tls_cert), ("ssl_keyfile", s.tls_key)):
+        options |= {option: str(file)} if file else {}
     quiet = {"enable_access_log": False}
     try:
         serve.start(proxy_location="EveryNode", http_options=options, logging_config=quiet)

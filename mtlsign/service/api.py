@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
+from contextlib import nullcontext
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 
 from mtlsign.service import metrics, tokens
 from mtlsign.service.office import Office, office_of
+from mtlsign.service.parse import read_json
 from mtlsign.service.problems import MEDIA, Problem
 from mtlsign.service.schemas import (
     LEDGER,
@@ -50,27 +51,13 @@ async def body_of(request: Request) -> dict[str, Any]:
         raise Problem("wrong-media-type", "send application/json")
     raw = await request.body()
     try:
-        found = await asyncio.to_thread(_parse, raw)
-    except (ValueError, RecursionError):
-        raise Problem("malformed-request", "the body is no UTF-8 JSON with each field once") from None
+        found = await asyncio.to_thread(read_json, raw)
+    except ValueError:
+        detail = "the body is no UTF-8 JSON with each field once and a sane number of values"
+        raise Problem("malformed-request", detail) from None
     if not isinstance(found, dict):
         raise Problem("malformed-request", "the body must be a JSON object")
     return found
-
-
-def _parse(raw: bytes) -> Any:
-    return json.loads(raw.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a field twice")
-    return found
-
-
-def _refuse(_: str) -> Any:
-    raise ValueError("no number")
 
 
 def _only(body: dict[str, Any], *names: str) -> None:
@@ -86,14 +73,17 @@ async def verify(request: Request) -> JSONResponse:
     idem = request.headers.get("idempotency-key")
     if idem is not None and not _IDEM.fullmatch(idem):
         raise Problem("malformed-request", "an Idempotency-Key has 1 to 128 printable ASCII characters")
-    body = await body_of(request)
-    _only(body, "claims", "wait_s")
-    claims, wait = body.get("claims"), body.get("wait_s", 10)
-    if not isinstance(claims, list):
-        raise Problem("malformed-request", "claims must be a list")
-    if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= 3600:
-        raise Problem("malformed-request", "wait_s must be a number of seconds from 0 to 3600")
-    job = await office.desk.submit(token, claims, idem)
+    large = len(await request.body()) > MIB
+    async with office.heavy if large else nullcontext():  # parsed, a body takes several times its size
+        body = await body_of(request)
+        _only(body, "claims", "wait_s")
+        claims, wait = body.get("claims"), body.get("wait_s", 10)
+        if not isinstance(claims, list):
+            raise Problem("malformed-request", "claims must be a list")
+        if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= 3600:
+            raise Problem("malformed-request", "wait_s must be a number of seconds from 0 to 3600")
+        job = await office.desk.submit(token, claims, idem)
+        del body, claims
     job = await office.desk.wait(job, min(float(wait), office.s.max_wait_s))
     return _job(await office.desk.answer(job))
 
@@ -145,24 +135,23 @@ async def upload(request: Request, sha256: str) -> JSONResponse:
     announced = request.headers.get("content-length")
     if announced is None:
         raise Problem("malformed-request", "say how much is coming: Content-Length")
-    expires = office.store.clock() + s.upload_hours * 3600
-    quota = s.upload_quota_mb * MIB
-    before = await asyncio.to_thread(office.store.upload, token.id, sha256)
-    await asyncio.to_thread(office.store.add_upload, token.id, sha256, int(announced), expires, quota)
+    size, store = int(announced), office.store
+    ticket = await asyncio.to_thread(store.reserve, token.id, size, s.upload_s + 60, s.upload_quota_mb * MIB)
     try:
         with shelf.writing() as file:
             async for piece in request.stream():
+                if file.size + len(piece) > size:
+                    raise Problem("malformed-request", f"over {size} bytes came, {size} were announced")
                 await asyncio.to_thread(file.write, piece)
-            if file.size != int(announced):
-                raise Problem("malformed-request", f"{file.size} bytes came, {announced} were announced")
+            if file.size != size:
+                raise Problem("malformed-request", f"{file.size} bytes came, {size} were announced")
             if file.digest != sha256:
                 raise Problem("wrong-digest", f"the bytes that came have the SHA-256 {file.digest}")
             await asyncio.to_thread(file.keep)
-    except BaseException:
-        if before is None:  # whoever did not send the bytes gets nothing by their digest
-            await asyncio.to_thread(
-                office.store.change, "DELETE FROM uploads WHERE token=? AND sha256=?", token.id, sha256
-            )
+        expires = store.clock() + s.upload_hours * 3600
+        await asyncio.to_thread(store.add_upload, ticket, sha256, size, expires)
+    except BaseException:  # whoever did not send the bytes gets nothing by their digest
+        await asyncio.to_thread(store.release, ticket)
         raise
     metrics.event("uploaded", token=token.id, sha256=sha256, size=file.size)
     answer = {"sha256": sha256, "model": f"sha256:{sha256}", "size": file.size, "expires": expires}

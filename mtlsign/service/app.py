@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -18,7 +17,6 @@ from mtlsign.service.office import Office
 from mtlsign.service.problems import Problem
 from mtlsign.service.schemas import problems
 
-log = logging.getLogger("mtlsign.service")
 _OF_STATUS = {404: "not-found", 405: "wrong-method", 413: "too-large", 415: "wrong-media-type"}
 
 
@@ -37,7 +35,7 @@ def make_app(office: Office) -> FastAPI:
         await office.desk.stop()
 
     app = FastAPI(
-        title="MTLSign verification", version="1", lifespan=lifespan, redoc_url=None,
+        title="MTLSign verification", version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
         description="Claims in, signed verdicts out. Errors are RFC 9457 problem details.",
     )  # fmt: skip
     app.state.office = office
@@ -72,7 +70,7 @@ def make_app(office: Office) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> Response:
-        log.error("bug", exc_info=error, extra={"event": "bug"})
+        metrics.defect("defect", error)
         return await on_problem(request, Problem("internal", "this is a defect; it was logged"))
 
     @app.middleware("http")

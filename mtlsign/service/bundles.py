@@ -16,7 +16,7 @@ import io
 import json
 import re
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mtlsign.claims.archive import MAX_REFERENCE
@@ -27,10 +27,13 @@ from mtlsign.claims.statements import Claim
 from mtlsign.errors import MTLSignError
 from mtlsign.key import KeyOpening
 from mtlsign.sealing import MAGIC as SEALED
+from mtlsign.service.parse import read_json
 from mtlsign.service.problems import Problem, of_error
+from mtlsign.spec import Spec
 
 MAX_HEAD = 64 * 2**20
 MAX_MEMBERS = 2000
+MAX_DIRECTORY = MAX_MEMBERS * 256
 _CLAIM = re.compile(r"[0-9a-f]{64}")
 
 
@@ -39,10 +42,18 @@ class OpenedClaim:
     """One opened claim, its signature checked. Secret until the claim is public; never shown by `repr`."""
 
     opening: KeyOpening = field(repr=False)
-    key_id: str
+    spec: Spec = field(repr=False)
+    key: bytes = field(repr=False)
     reference: bytes = field(repr=False)
     head: bytes | None = field(repr=False)
     claim: str | None = None
+    #: whether the opening lay in that very claim; else the claim is only named beside it
+    bound: bool = False
+
+    @property
+    def key_id(self) -> str:
+        """How verdicts name the key."""
+        return key_id(self.key)
 
 
 def key_id(key: bytes) -> str:
@@ -57,8 +68,8 @@ def read_bundle(data: bytes) -> OpenedClaim:
     if data.startswith(b"PK\x03\x04"):
         return _from_file(data)
     try:
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=_once)
-    except (ValueError, RecursionError):
+        found = read_json(data)
+    except ValueError:
         raise Problem("bad-bundle", "the bundle is no JSON object with each field once") from None
     return take_bundle(found)
 
@@ -93,7 +104,7 @@ def _checked(opening: KeyOpening, reference: bytes, head: bytes | None, claim: s
         raise Problem("bad-bundle", "the reference is not the one that the spec names")
     if (spec.head.kind == "free") != (head is not None):
         raise Problem("bad-bundle", "a trained head is opened with the claim, and only there")
-    return OpenedClaim(opening, key_id(key), reference, head, claim)
+    return OpenedClaim(opening, spec, key, reference, head, claim)
 
 
 def _from_file(data: bytes) -> OpenedClaim:
@@ -101,10 +112,11 @@ def _from_file(data: bytes) -> OpenedClaim:
     as an opening, and what the ledger says of it is read from the ledger.
     """
     try:
+        _check_directory(data)
         with zipfile.ZipFile(io.BytesIO(data)) as file:
             if len(file.infolist()) > MAX_MEMBERS:
                 raise ValueError
-            index = json.loads(_member(file, "bundle.json", 256))["claim"]
+            index = read_json(_member(file, "bundle.json", 256))["claim"]
             if type(index) is not int or index < 0:
                 raise ValueError
             envelope = _member(file, f"entries/{index}", MAX_ENVELOPE)
@@ -129,7 +141,19 @@ def _from_file(data: bytes) -> OpenedClaim:
         raise Problem("bad-bundle", "the claim file is damaged or too large; write it again") from None
     if head is not None and hashlib.sha256(head).digest() != named:
         raise Problem("bad-bundle", "the head is not the one that the claim names")
-    return _checked(claim.opening, reference, head, leaf_hash(envelope).hex())
+    return replace(_checked(claim.opening, reference, head, leaf_hash(envelope).hex()), bound=True)
+
+
+def _check_directory(data: bytes) -> None:
+    """Bound the ZIP's table of contents before zipfile makes an object of each of its (millions of) entries.
+
+    Raises: ValueError, also for what our writer never makes: comments, ZIP64.
+    """
+    end = data[-22:]
+    if len(end) != 22 or end[:4] != b"PK\x05\x06" or data[-42:-38] == b"PK\x06\x07":
+        raise ValueError("no plain end of a ZIP")
+    if int.from_bytes(end[12:16], "little") > MAX_DIRECTORY or end[20:] != b"\0\0":
+        raise ValueError("too large a table of contents, or a comment")
 
 
 def _member(file: zipfile.ZipFile, name: str, limit: int) -> bytes:
@@ -164,10 +188,3 @@ def _base64(value: object, where: str) -> bytes:
         return base64.b64decode(value, validate=True)
     except (ValueError, binascii.Error):
         raise Problem("bad-bundle", f"{where} must be base64") from None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a field twice")
-    return found

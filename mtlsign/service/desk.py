@@ -1,7 +1,7 @@
 """Takes requests in, keeps them, has every claim answered, and tells what became of them.
 
-A request that was accepted is answered, whoever dies meanwhile: claims are tried again by the service, first
-together with those on the same model, then alone, so that a claim that kills verifiers takes none along.
+A request that was accepted is answered, whoever dies meanwhile: claims are tried again by the service, and
+the one at which a verifier died alone, so that it takes no other along. Tokens take turns.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import re
 import secrets
 import time
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +25,15 @@ from mtlsign.service.metrics import Metrics
 from mtlsign.service.pointers import MAX_POINTER
 from mtlsign.service.problems import Problem
 from mtlsign.service.signing import Keys
-from mtlsign.service.store import Job, Store
+from mtlsign.service.store import Job, Room, Store
 from mtlsign.service.tokens import Token
-from mtlsign.service.verifier import Answer, Backend, Lost, Outcome, Question, Task
-from mtlsign.settings_service import ServiceSettings
+from mtlsign.service.turns import Turns
+from mtlsign.service.verifier import GRACE_S, Backend, Lost, Outcome, Question, Task
+from mtlsign.settings_service import MIB, ServiceSettings
 
 TASK_CLAIMS = 16
 LEASE_S = 15.0
+NOTHING = Question()
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -41,7 +44,7 @@ class Asked:
     at: int
     model: str = ""
     sha256: str | None = None
-    question: Question | None = None
+    question: Question = NOTHING
     problem: Problem | None = None
 
 
@@ -78,7 +81,8 @@ class Desk:
         self.s, self.store, self.keys, self.backend, self.metrics = s, store, keys, backend, figures
         self.name = secrets.token_hex(8)
         self._uploads = Shelf(s.state / "uploads")
-        self._room = asyncio.Semaphore(parallel or 2 * max(s.verifiers, s.max_verifiers))
+        self._turns = Turns(parallel or 2 * max(s.verifiers, s.max_verifiers))
+        self._room = Room(s.token_claims, s.token_mb * MIB, s.queue_claims, s.queue_mb * MIB)
         self._running: dict[str, asyncio.Task[None]] = {}
         self._keeper: asyncio.Task[None] | None = None
         self._cleaned = 0.0
@@ -103,8 +107,8 @@ class Desk:
                     self._begin(job)
                 if time.monotonic() - self._cleaned > 60 or not self._cleaned:
                     self._cleaned = time.monotonic()
-                    for digest in await asyncio.to_thread(self.store.clean, self.s.keep_days * 86_400):
-                        self._uploads.remove(digest)
+                    wanted = await asyncio.to_thread(self.store.clean, self.s.keep_days * 86_400)
+                    await asyncio.to_thread(self._uploads.sweep, wanted)
                 self.metrics.add("mtlsign_waiting", await asyncio.to_thread(self.store.waiting))
             await asyncio.sleep(LEASE_S / 3)
 
@@ -115,29 +119,28 @@ class Desk:
         """
         if not 1 <= len(claims) <= self.s.max_claims:
             raise Problem("malformed-request", f"claims must be 1 to {self.s.max_claims}, not {len(claims)}")
-        text = await asyncio.to_thread(lambda: json.dumps(list(claims)).encode())
-        digest = hashlib.sha256(text).digest()
-        if idem is None or not await asyncio.to_thread(self._known, token.id, idem):
-            await asyncio.to_thread(self._check_room, token, len(claims))
-        sealed = await asyncio.to_thread(self.keys.seal, text)
+        if await asyncio.to_thread(self.store.known, token.id, idem) is None:  # before the work of sealing
+            await asyncio.to_thread(self.store.check_room, token.id, len(claims), 0, self._room)
+        sealed, digest = await asyncio.to_thread(self._seal, claims)
         now = self.store.clock()
-        job = Job(secrets.token_hex(16), token.id, now, None, len(claims), sealed, digest)
-        kept = await asyncio.to_thread(self.store.add, job, idem, self.name, now + LEASE_S)
+        job = Job(secrets.token_hex(16), token.id, now, None, len(claims), digest)
+        kept = await asyncio.to_thread(
+            self.store.add, job, sealed, idem, self.name, now + LEASE_S, self._room
+        )
         if kept.id == job.id:
             self.metrics.add("mtlsign_claims", len(claims))
             metrics.event("accepted", job=job.id, token=token.id, claims=len(claims))
             self._begin(job)
         return kept
 
-    def _known(self, token: str, idem: str) -> bool:
-        return bool(self.store.rows("SELECT 1 FROM jobs WHERE token=? AND idem=?", token, idem))
-
-    def _check_room(self, token: Token, count: int) -> None:
-        if self.store.waiting() + count > self.s.queue_claims:
-            raise Problem("busy", f"{self.s.queue_claims} claims are waiting; try again later", retry_after=5)
-        if self.store.waiting(token.id) + count > self.s.token_claims:
-            detail = f"this token has {self.s.token_claims} claims waiting; wait for answers first"
-            raise Problem("too-many-claims", detail, retry_after=5)
+    def _seal(self, claims: Sequence[object]) -> tuple[list[bytes], bytes]:
+        """Each claim encrypted by itself, so that one at a time is opened, and a digest of all."""
+        sealed, digest = [], hashlib.sha256()
+        for claim in claims:
+            text = json.dumps(claim).encode()
+            digest.update(len(text).to_bytes(8, "big") + text)
+            sealed.append(self.keys.seal(text))
+        return sealed, digest.digest()
 
     def _begin(self, job: Job) -> None:
         task = asyncio.create_task(self._run(job))
@@ -160,88 +163,120 @@ class Desk:
         return job
 
     async def _run(self, job: Job) -> None:
-        start = time.perf_counter()
         try:
-            claims = json.loads(await asyncio.to_thread(self.keys.unseal, job.sealed or b""))
-        except KeyMaterialError as error:
-            metrics.event("unreadable", job=job.id, reason=str(error))
-            gone = Problem("internal", "the service lost the key that seals requests; send this one again")
-            claims = [None] * job.count
-            asked = [Asked(at, problem=gone) for at in range(job.count)]
-        else:
-            asked = [read_claim(at, claim) for at, claim in enumerate(claims)]
-        done = await asyncio.to_thread(self.store.outcomes, job.id)
-        groups: dict[tuple[str, str | None], list[Asked]] = {}
-        refused = []
-        for one in (one for one in asked if one.at not in done):
-            problem = one.problem or await asyncio.to_thread(self._not_theirs, job.token, one)
-            if problem is not None:
-                refused.append((one.at, {"problem": problem.document()}))
-            else:
-                groups.setdefault((one.model, one.sha256), []).append(one)
+            await self._work(job)
+        except Exception as error:  # a full disk, say: taken up again when the lease has run out
+            metrics.defect("put_down", error)
+            await asyncio.to_thread(self.store.put_down, job.id, self.store.clock() + LEASE_S)
+
+    async def _work(self, job: Job) -> None:
+        start = time.perf_counter()
+        refused, groups = await asyncio.to_thread(self._sort, job)
         if refused:
             await self._keep(job, refused)
-        parts = [g[i : i + TASK_CLAIMS] for g in groups.values() for i in range(0, len(g), TASK_CLAIMS)]
         async with asyncio.TaskGroup() as group:
-            for part in parts:
-                group.create_task(self._part(job, part))
+            for (model, digest), places in groups.items():
+                for i in range(0, len(places), TASK_CLAIMS):
+                    group.create_task(self._part(job, model, digest, places[i : i + TASK_CLAIMS]))
         await asyncio.to_thread(self.store.finish, job.id)
         self.metrics.add("mtlsign_request_seconds", time.perf_counter() - start)
         metrics.event("answered", job=job.id, token=job.token, claims=job.count)
 
+    def _sort(self, job: Job) -> tuple[list[tuple[int, Outcome]], dict[tuple[str, str | None], list[int]]]:
+        """What can be refused now, and the places of the other claims by model. Holds one claim at a time."""
+        done = self.store.outcomes(job.id)
+        refused: list[tuple[int, Outcome]] = []
+        groups: dict[tuple[str, str | None], list[int]] = {}
+        for at in range(job.count):
+            if at in done:
+                continue
+            one = self._open(job, at)
+            problem = one.problem or self._not_theirs(job.token, one)
+            if problem is not None:
+                refused.append((at, {"problem": problem.document()}))
+            else:
+                groups.setdefault((one.model, one.sha256), []).append(at)
+        return refused, groups
+
+    def _open(self, job: Job, at: int) -> Asked:
+        """One claim, decrypted."""
+        try:
+            return read_claim(at, json.loads(self.keys.unseal(self.store.sealed(job.id, at))))
+        except KeyMaterialError as error:
+            metrics.event("unreadable", job=job.id, reason=str(error))
+            detail = "the service lost the key that seals requests; send this one again"
+            return Asked(at, problem=Problem("internal", detail))
+
     def _not_theirs(self, token: str, one: Asked) -> Problem | None:
-        for pointer in (one.model, one.question.pointer if one.question else None):
+        for pointer in (one.model, one.question.pointer):
             if pointer and pointer.startswith("sha256:") and not self.store.upload(token, pointer[7:]):
-                return Problem(
-                    "not-found", "this token has no upload of that digest (any more); send it first"
-                )
+                detail = "this token has no upload of that digest (any more); send it first"
+                return Problem("not-found", detail)
         return None
 
-    async def _part(self, job: Job, part: Sequence[Asked]) -> None:
-        async with self._room:
-            outcomes = await self._answer(part, self.s.attempts)
-        await self._keep(job, [(one.at, outcome) for one, outcome in zip(part, outcomes, strict=True)])
+    async def _part(self, job: Job, model: str, digest: str | None, places: Sequence[int]) -> None:
+        """Answer claims on one model. What a verifier told before it died is kept, the claim at which it died
+        is tried again alone, and the others as if nothing had happened.
+        """
+        groups = deque([list(places)])
+        strikes: Counter[int] = Counter()
+        losses = 0
+        while groups:
+            asked = groups.popleft()
+            async with self._turns.of(job.token):
+                told, error = await self._ask(job, model, digest, asked)
+            await self._keep(job, list(zip(asked, told, strict=False)))
+            rest = asked[len(told) :]
+            if error is None or not rest:
+                continue
+            losses += 1
+            self.metrics.add("mtlsign_retries", len(rest))
+            metrics.event("lost", claims=len(rest), times=losses, reason=type(error).__name__)
+            guilty = rest[:1] if error.begun else rest if error.begun is None else []
+            strikes.update(guilty)
+            enough = [at for at in rest if strikes[at] >= self.s.attempts or losses >= 4 * self.s.attempts]
+            gone = Problem("verifier-lost", "no verifier lived to answer this claim; try it alone, later")
+            await self._keep(job, [(at, {"problem": gone.document()}) for at in enough])
+            innocent = [at for at in rest if at not in guilty and at not in enough]
+            groups.extend([innocent] if innocent else [])
+            groups.extend([at] for at in guilty if at not in enough)
+            await asyncio.sleep(min(0.1 * 2**losses, 10.0))
 
-    async def _answer(self, part: Sequence[Asked], attempts: int) -> list[Outcome]:
-        task = Task(part[0].model, part[0].sha256, tuple(one.question or Question() for one in part))
-        limit = self.s.fetch_s + self.s.claim_s * (len(part) + 1)
-        try:
-            answer = await self._ask(task, limit)
-        except Problem as problem:
-            return [{"problem": problem.document()} for _ in part]
-        except (Lost, TimeoutError) as error:
-            self.metrics.add("mtlsign_retries", len(part))
-            metrics.event("lost", claims=len(part), left=attempts - 1, reason=type(error).__name__)
-            if attempts <= 1:
-                kind = "too-long" if isinstance(error, TimeoutError) else "verifier-lost"
-                gone = Problem(
-                    kind, "no verifier lived to answer this claim; try it alone, later", retry_after=30
-                )
-                return [{"problem": gone.document()} for _ in part]
-            if len(part) == 1:
-                return await self._answer(part, attempts - 1)
-            return [(await self._answer([one], attempts - 1))[0] for one in part]
-        for stage, seconds in answer.seconds.items():
-            self.metrics.add("mtlsign_stage_seconds", seconds, stage)
-        self.metrics.add("mtlsign_cache", 1, "hit" if answer.cached else "miss")
-        if len(answer.outcomes) != len(part):
-            raise RuntimeError("a verifier answered another number of claims than it was asked")
-        return answer.outcomes
-
-    async def _ask(self, task: Task, limit: float) -> Answer:
-        """Ask until somebody has room; busy verifiers are no reason to fail what was accepted."""
+    async def _ask(
+        self, job: Job, model: str, digest: str | None, places: Sequence[int]
+    ) -> tuple[list[Outcome], Lost | None]:
+        """Outcomes from the first place on, and how the verifier was lost if they are not all there."""
+        asked = [await asyncio.to_thread(self._open, job, at) for at in places]
+        task = Task(model, digest, tuple(one.question for one in asked))
+        limit = self.s.fetch_s * (1 + sum(one.question.pointer is not None for one in asked))
+        limit += (self.s.claim_s + GRACE_S) * (len(asked) + 1)
         pause = 0.1
         while True:
             try:
-                return await asyncio.wait_for(self.backend.verify(task), limit)
+                answer = await asyncio.wait_for(self.backend.verify(task), 2 * limit)
+                break
             except Problem as problem:
-                if problem.kind != "busy":
-                    raise
+                if problem.kind != "busy":  # busy verifiers are no reason to fail what was accepted
+                    return [{"problem": problem.document()} for _ in places], None
+            except Lost as lost:
+                return lost.outcomes, lost
+            except TimeoutError:
+                return [], Lost(begun=None)
             await asyncio.sleep(pause)
             pause = min(2 * pause, 5.0)
+        rounded = {stage: round(seconds, 5) for stage, seconds in answer.seconds.items()}
+        metrics.event("asked", job=job.id, claims=len(places), cached=answer.cached, seconds=rounded)
+        for stage, seconds in answer.seconds.items():
+            self.metrics.add("mtlsign_stage_seconds", seconds, stage)
+        self.metrics.add("mtlsign_cache", 1, "hit" if answer.cached else "miss")
+        if len(answer.outcomes) != len(places):
+            raise RuntimeError("a verifier answered another number of claims than it was asked")
+        return answer.outcomes, None
 
     async def _keep(self, job: Job, found: Sequence[tuple[int, Outcome]]) -> None:
         rows = []
+        if not found:
+            return
         for at, outcome in found:
             verdict, envelope = outcome.get("verdict"), None
             if verdict is not None:

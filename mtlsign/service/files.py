@@ -12,7 +12,7 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -32,6 +32,7 @@ PARTIAL = ".part-"
 _NAME = re.compile(r"[0-9a-f]{64}")
 #: A half-written file of a process that died is removed after this many seconds.
 STALE_S = 3600
+YOUNG_S = 60
 
 
 class Shelf:
@@ -63,27 +64,37 @@ class Shelf:
         finally:
             part.unlink(missing_ok=True)
 
-    def remove(self, digest: str) -> None:
-        """Delete one file; readers that have it open keep it."""
-        self.path(digest).unlink(missing_ok=True)
+    def sweep(self, wanted: Collection[str]) -> None:
+        """Delete what is not wanted, and what a dead process left half written; readers keep what they have.
+
+        A file younger than a minute stays: whoever brings it is about to say that it is wanted.
+        """
+        now = time.time()
+        for path, status in self._entries():
+            age = STALE_S if path.name.startswith(PARTIAL) else YOUNG_S
+            if path.name not in wanted and status.st_mtime < now - age:
+                path.unlink(missing_ok=True)
 
     def trim(self, limit: int) -> None:
         """Delete the files used longest ago until at most `limit` bytes are left."""
-        found: list[tuple[float, int, Path]] = []
-        for path in self.folder.iterdir():
-            with suppress(OSError):
-                status = path.stat()
-                if path.name.startswith(PARTIAL):
-                    if status.st_mtime < time.time() - STALE_S:
-                        path.unlink(missing_ok=True)
-                elif _NAME.fullmatch(path.name):
-                    found.append((status.st_mtime, status.st_size, path))
+        now, found = time.time(), []
+        for path, status in self._entries():
+            if _NAME.fullmatch(path.name):
+                found.append((status.st_mtime, status.st_size, path))
+            elif status.st_mtime < now - STALE_S:
+                path.unlink(missing_ok=True)
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if total <= limit:
                 break
             path.unlink(missing_ok=True)
             total -= size
+
+    def _entries(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self.folder.iterdir():
+            if _NAME.fullmatch(path.name) or path.name.startswith(PARTIAL):
+                with suppress(OSError):
+                    yield path, path.stat()
 
 
 class Writing:
@@ -126,24 +137,24 @@ class Library:
         self._lock = threading.Lock()
         self.downloads = 0
 
-    def model(self, pointer: str) -> tuple[str, Path]:
-        """(digest, file) of the model behind a pointer, a folder of MTLSign or one `.safetensors` file.
+    def model(self, pointer: str) -> tuple[str, Path, bool]:
+        """(digest, file, was it here) of the model behind a pointer: a folder of ours or one `.safetensors`.
 
         Raises: Problem.
         """
         source = self.policy.source(pointer)
         if isinstance(source, Upload):
-            return source.digest, self._uploaded(source.digest)
+            return source.digest, self._uploaded(source.digest), True
         with self._alone(pointer):
             known = self._known.get(pointer)
             if known and known[0] > time.monotonic() and self.cache.has(known[1]):
                 os.utime(self.cache.path(known[1]))
-                return known[1], self.cache.path(known[1])
-            digest, path = self._fetch_model(source)
+                return known[1], self.cache.path(known[1]), True
+            digest, path, here = self._fetch_model(source, known[1] if known else None)
             self._known[pointer] = (time.monotonic() + self.s.pointer_s, digest)
             while len(self._known) > 10_000:
                 self._known.pop(next(iter(self._known)))
-            return digest, path
+            return digest, path, here
 
     def bundle(self, pointer: str) -> bytes:
         """The bytes of a bundle behind a pointer. Raises: Problem."""
@@ -175,13 +186,16 @@ class Library:
                     if len(self._locks) > 1000:
                         self._locks = {k: v for k, v in self._locks.items() if v.locked()}
 
-    def _fetch_model(self, source: Source) -> tuple[str, Path]:
+    def _fetch_model(self, source: Source, before: str | None) -> tuple[str, Path, bool]:
+        """`before`: the digest that this pointer brought earlier. Only then is a manifest's word for what
+        lies there enough: a manifest may name a digest whose bytes its writer never had.
+        """
         expected = None
         if not _last(source).endswith(".safetensors"):
             source, expected = self._in_folder(source)
-            if self.cache.has(expected):
+            if expected == before and self.cache.has(expected):
                 os.utime(self.cache.path(expected))
-                return expected, self.cache.path(expected)
+                return expected, self.cache.path(expected), True
         with self._reading(source, self.s.model_limit) as (size, pieces), self.cache.writing() as file:
             for piece in pieces:
                 file.write(piece)
@@ -192,7 +206,7 @@ class Library:
             digest, path = file.digest, file.keep()
         self.downloads += 1
         self.cache.trim(self.s.cache_mb * MIB)
-        return digest, path
+        return digest, path, False
 
     def _in_folder(self, source: Source) -> tuple[Source, str]:
         with self._reading(_below(source, MANIFEST), MANIFEST_LIMIT) as (_, pieces):

@@ -15,6 +15,7 @@ from mtlsign.claims.statements import Publish, Register
 from mtlsign.claims.view import Reader, View
 from mtlsign.errors import MTLSignError
 from mtlsign.identity import Identity
+from mtlsign.service.bundles import key_id
 from mtlsign.service.problems import Problem, of_error
 
 KEY_NAME = "service signing key"
@@ -102,10 +103,15 @@ class LedgerDesk:
                 entry, claim = admission.find_claim(view, name)
             except MTLSignError:
                 raise Problem("not-found", "the ledger has no such claim") from None
+            try:
+                key = key_id(claim.opening.key())
+            except MTLSignError:
+                key = ""
             tally = council.tally(view, entry, claim)
             published = view.at(claim.publish, Publish)
             return {
                 "claim": name,
+                "key": key,
                 "entry": entry.index,
                 "claimed": view.time(entry.index),
                 "publication": claim.publish.index if published else None,

@@ -35,7 +35,8 @@ class Limits:
     Args:
         app: what is behind.
         s: the limits.
-        proxy: inside Ray's proxy: hold uploads back to `upload_mb_s`, as the proxy itself never does.
+        proxy: inside Ray's proxy: hold uploads back to `upload_mb_s`, as the proxy itself never does, and
+            make a 503 with Retry-After of an ingress that is not there or dies, of which Ray makes a 500.
     """
 
     def __init__(self, app: App, s: ServiceSettings, proxy: bool = False) -> None:
@@ -51,7 +52,15 @@ class Limits:
         async def tell(message: Message) -> None:
             nonlocal started
             if not refused:
-                started = started or message["type"] == "http.response.start"
+                if message["type"] == "http.response.start":
+                    started = True
+                    headers = [*message["headers"]]
+                    names = {name.lower() for name, _ in headers}
+                    if self.proxy and message["status"] == 503 and b"retry-after" not in names:
+                        headers.append((b"retry-after", b"2"))  # Ray's own, without an ingress
+                    if bound.unread and b"connection" not in names:
+                        headers.append((b"connection", b"close"))  # or the rest could drip on for ever
+                    message = {**message, "headers": headers}
                 await send(message)
 
         async def receive_for_proxy() -> Message:
@@ -69,6 +78,8 @@ class Limits:
         try:
             bound.check_length()
             await self.app(scope, receive_for_proxy if self.proxy else bound.receive, tell)
+            if self.proxy and not started and not refused:  # the ingress died with the request in hand
+                raise Problem("not-ready", "the service lost this request; send it again", retry_after=2)
         except Problem as problem:
             if not started:
                 await refuse(problem, send)
@@ -88,6 +99,12 @@ class _Bounded:
         self._seconds = s.upload_s if self._upload else s.body_s
         self._pace = s.upload_mb_s * MIB if self._upload and limits.proxy else 0.0
         self._start, self._seen, self._ended, self.held = time.monotonic(), 0, False, 0
+
+    @property
+    def unread(self) -> bool:
+        """Whether more of the body is to come."""
+        announced = self._headers.get(b"content-length", b"0") != b"0"
+        return not self._ended and (announced or b"transfer-encoding" in self._headers)
 
     def check_length(self) -> None:
         text = self._headers.get(b"content-length", b"0")
@@ -119,7 +136,7 @@ class _Bounded:
         if not self._upload:
             self.held += size
             self._limits.held += size
-            if self._limits.held > 8 * self._most:
+            if self._limits.held > 4 * self._most:
                 raise Problem("busy", "too many bodies are coming in at once; try again", retry_after=2)
         if self._pace:
             await asyncio.sleep(max(0.0, self._seen / self._pace - passed))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import traceback
 from collections import defaultdict
 from typing import Any, Protocol
 
@@ -43,6 +44,12 @@ class Kept:
 
 
 _log = logging.getLogger("mtlsign.service")
+
+
+def defect(name: str, error: BaseException) -> None:
+    """One line about what should not have happened: where, and of what type. Never the error's own text."""
+    frames = traceback.extract_tb(error.__traceback__)[-12:]
+    event(name, error=type(error).__name__, at=[f"{f.filename}:{f.lineno} {f.name}" for f in frames])
 
 
 def event(name: str, **fields: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
@@ -29,6 +30,8 @@ class Office:
     desk: Desk
     shelf: Shelf
     ledger: LedgerDesk | None
+    #: large bodies are parsed one at a time
+    heavy: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
     @classmethod
     def open(cls, s: ServiceSettings, backend: Backend, figures: Metrics | None = None) -> Office:

@@ -23,8 +23,9 @@ from mtlsign.report import format_p
 from mtlsign.service import metrics, tokens
 from mtlsign.service.api import ENVELOPE, signed
 from mtlsign.service.office import Office, office_of
+from mtlsign.service.parse import read_json
 from mtlsign.service.pictures import matches_needed, null_picture
-from mtlsign.service.problems import Problem
+from mtlsign.service.problems import KINDS, Problem
 from mtlsign.service.tokens import Token
 from mtlsign.verification import Verdict
 
@@ -105,7 +106,7 @@ async def sign_in(request: Request) -> Response:
     except Problem as problem:
         return show("door", status=problem.status, token=None, wrong=problem.detail)
     answer = RedirectResponse("/", 303, headers=SECURE)
-    secure = office.s.public_url.startswith("https://")
+    secure = office.s.public_url.startswith("https://") or office.s.tls_cert is not None
     answer.set_cookie(
         COOKIE, secret, max_age=int(tokens.SESSION_S), httponly=True, samesite="strict", secure=secure
     )
@@ -136,8 +137,8 @@ async def check(request: Request) -> Response:
         bundle: object = text
         if text.startswith("{"):
             try:
-                bundle = json.loads(text)
-            except (ValueError, RecursionError):
+                bundle = read_json(text.encode())
+            except ValueError:
                 raise Problem("bad-bundle", "the opened claim is no JSON; paste the whole of it") from None
         if not model or not text:
             raise Problem("bad-claim", "both fields are needed")
@@ -165,7 +166,11 @@ async def checked(request: Request, name: str) -> Response:
         await asyncio.to_thread(_result, office, found.get(at), f"{job.id}.{at}") for at in range(job.count)
     ]
     done = job.finished is not None
-    return show("check", refresh=not done, token=token, job=job, done=done, results=results)
+    heading = "Verdict" if any(r and "verdict" in r for r in results) else "Not answered"
+    return show(
+        "check", refresh=not done, token=token, job=job, done=done, results=results,
+        heading=heading if done else "Verifying…",
+    )  # fmt: skip
 
 
 def _result(office: Office, outcome: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
@@ -177,6 +182,9 @@ def _result(office: Office, outcome: dict[str, Any] | None, name: str) -> dict[s
     if outcome.get("claim") and office.ledger is not None:
         try:
             facts = office.ledger.claim(outcome["claim"])
+            facts["other"] = facts["suspect"] != fields["model_digest"]
+            if facts["key"] != outcome["key"]:  # anybody can name anybody's claim
+                facts = None
         except Problem as problem:
             metrics.event("ledger_unread", reason=problem.kind)
     needed = matches_needed(verdict.n, verdict.bits_required) if verdict.statistic == "count" else None
@@ -220,6 +228,23 @@ async def ledger(request: Request) -> Response:
     except Problem as problem:
         return show("wrong", status=problem.status, token=token, problem=problem.document())
     return show("ledger", token=token, head=head, entries=entries)
+
+
+@router.get("/docs")
+async def docs(request: Request) -> Response:
+    """The interface for programs, drawn here: the usual viewer runs another site's script beside sessions."""
+    _, token = await visitor(request)
+    routes = []
+    for path, methods in request.app.openapi()["paths"].items():
+        for method, said in methods.items():
+            content = said.get("requestBody", {}).get("content", {}).get("application/json")
+            codes = sorted(int(code) for code in said["responses"])
+            routes.append({
+                "method": method.upper(), "path": path, "text": said.get("description", ""),
+                "body": json.dumps(content["schema"], indent=2) if content else "",
+                "good": [c for c in codes if c < 300], "bad": [c for c in codes if c >= 300],
+            })  # fmt: skip
+    return show("docs", token=token, routes=routes, kinds=KINDS)
 
 
 @router.get("/style.css")

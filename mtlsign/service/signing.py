@@ -82,7 +82,7 @@ class Keys:
             "time": time,
             "id": name,
             "key": outcome["key"],
-            "claim": outcome.get("claim"),
+            "claim": outcome.get("claim") if outcome.get("bound") else None,
             "status": verdict["status"],
             **{field: int(verdict[field]) for field in _INTS},
             "millibits": min(int(1000 * (verdict["evidence_bits"] or 0)), 10**9),

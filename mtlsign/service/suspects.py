@@ -4,7 +4,6 @@ sees the file, and only the tensors that are asked for are ever read (design dec
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mtlsign.checkpoint import MAX_NAME
+from mtlsign.service.parse import read_json
 from mtlsign.service.problems import Problem
 from mtlsign.settings_service import MIB
 
@@ -45,9 +45,9 @@ def read_header(path: Path, *, max_tensors: int) -> dict[str, tuple[str, tuple[i
     if not raw.startswith(b"{"):
         _no("is no safetensors file: its header is no JSON object")
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_once, parse_constant=_number)
-    except (ValueError, RecursionError):
-        _no("has a header that is no JSON, or names something twice")
+        header = read_json(raw, most=24 * max_tensors + 1000)  # a tensor's entry has at most 15 such marks
+    except ValueError:
+        _no("has a header that is no JSON, is too large, or names something twice")
     if not isinstance(header, dict):
         _no("has a header that is no JSON object")
     notes = header.pop("__metadata__", {})
@@ -94,17 +94,6 @@ def _whole(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**48
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name twice")
-    return found
-
-
-def _number(_: str) -> NoReturn:
-    raise ValueError("no number")
-
-
 def _no(why: str) -> NoReturn:
     raise Problem("not-a-model", f"the model {why}; save the state_dict with safetensors.torch.save_file")
 
@@ -121,6 +110,7 @@ class Suspect(Mapping[str, Tensor]):
         self.digest = digest
         self.header = read_header(path, max_tensors=max_tensors)
         self._kept: dict[str, Tensor] = {}
+        self.framed: tuple[object, dict[str, Tensor], str | None] | None = None
         self.loads = 0
         try:
             self._file = safe_open(os.fspath(path), framework="pt")
@@ -129,8 +119,14 @@ class Suspect(Mapping[str, Tensor]):
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of the tensors read so far."""
-        return sum(t.numel() * t.element_size() for t in self._kept.values())
+        """Bytes of the tensors kept so far."""
+        framed = self.framed[1] if self.framed else {}
+        return sum(t.numel() * t.element_size() for t in (*self._kept.values(), *framed.values()))
+
+    def keep_framed(self, graph: object, kernels: dict[str, Tensor], problem: str | None) -> None:
+        """Keep what was read in the frame of a graph, or why it cannot be, instead of the tensors."""
+        self.framed = graph, kernels, problem
+        self._kept.clear()
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._kept:

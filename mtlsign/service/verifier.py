@@ -7,31 +7,37 @@ the same model share one download, one digest and one load; a bad claim never to
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from mtlsign import backbone
 from mtlsign.errors import MTLSignError
+from mtlsign.service import metrics
 from mtlsign.service.bundles import OpenedClaim, read_bundle
 from mtlsign.service.files import Library
 from mtlsign.service.problems import Problem, of_error
 from mtlsign.service.suspects import Suspect
 from mtlsign.service.web import Resolver, Transport, system_resolver
-from mtlsign.service.work import check_work, probe_of
+from mtlsign.service.work import SharedProbe, check_work, probe_of
 from mtlsign.settings_service import MIB, ServiceSettings
-from mtlsign.verification import Probe, Verdict, verify
+from mtlsign.spec import Spec
+from mtlsign.verification import Verdict, verify
 
 Outcome = dict[str, Any]
-log = logging.getLogger("mtlsign.service")
-PROBES = 4
+#: Key sets that a verifier keeps, by the bytes of their images.
+PROBE_BYTES = 128 * MIB
+#: Graphs that a verifier keeps: an architecture with one W0's frame. Their weights are never written to.
+GRAPHS = 8
+#: A claim ends between two operations after `claim_s`; a verifier stuck in one is replaced this much later.
+GRACE_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,34 @@ class Backend(Protocol):
 
 
 class Lost(Exception):
-    """Whoever had the task died or was too slow; it may be tried again."""
+    """Whoever had the task died or was too slow; it may be tried again.
+
+    Args:
+        outcomes: those that were told before, in order.
+        begun: whether the claim after them had begun, so that it is the suspect; None: nobody knows.
+    """
+
+    def __init__(self, outcomes: Sequence[Outcome] = (), begun: bool | None = None) -> None:
+        super().__init__("lost")
+        self.outcomes, self.begun = list(outcomes), begun
+
+
+class OutOfTime(BaseException):
+    """A claim's time is up. No `Exception`: what reads hostile tensors turns those into verdicts."""
+
+
+class Deadline(TorchFunctionMode):
+    """Ends a computation between two operations when its time is up. Raises OutOfTime."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.end = time.monotonic() + seconds
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at the clock, then call."""
+        if time.monotonic() > self.end:
+            raise OutOfTime
+        return func(*args, **(kwargs or {}))
 
 
 class Verifier:
@@ -87,41 +120,53 @@ class Verifier:
         )
         self.device = "cuda" if s.gpus and torch.cuda.is_available() else "cpu"
         self._suspects: OrderedDict[str, Suspect] = OrderedDict()
-        self._probes: OrderedDict[str, Probe] = OrderedDict()
+        self._probes: OrderedDict[str, SharedProbe] = OrderedDict()
+        self._graphs: OrderedDict[tuple[Any, ...], SharedProbe] = OrderedDict()
         self._checked: OrderedDict[tuple[Any, ...], float] = OrderedDict()
         self._compute = threading.Lock()
         self.busy_since: float | None = None
 
-    def answer(self, task: Task) -> Answer:
-        """Answer every claim of a task; whatever is wrong with one of them is its own problem."""
+    def answer(self, task: Task, tell: Callable[[Outcome | None], None] = lambda _: None) -> Answer:
+        """Answer every claim of a task; whatever is wrong with one of them is its own problem.
+
+        `tell` is called when a claim begins, with the outcome of the one before it.
+        """
         seconds: dict[str, float] = dict.fromkeys(("fetch", "load", "prepare", "forward"), 0.0)
         start = time.perf_counter()
-        before = self.library.downloads
         try:
-            digest, path = self.library.model(task.model)
+            digest, path, cached = self.library.model(task.model)
+            seconds["fetch"] = time.perf_counter() - start
             if task.sha256 is not None and digest != task.sha256:
                 raise Problem("wrong-digest", f"the pointer leads to {digest}")
-        except Problem as problem:
-            return Answer([{"problem": problem.document()} for _ in task.questions], seconds)
-        seconds["fetch"] = time.perf_counter() - start
-        with self._compute:
-            start = time.perf_counter()
-            try:
+            with self._compute:
+                start = time.perf_counter()
                 suspect = self._suspect(digest, path)
-            except (Problem, OSError) as error:
-                lost = Problem("unreachable", "the cache lost the model; try again")
-                told = error if isinstance(error, Problem) else lost
-                return Answer([{"problem": told.document()} for _ in task.questions], seconds)
-            seconds["load"] = time.perf_counter() - start
-            outcomes = []
-            for question in task.questions:
-                self.busy_since = time.monotonic()
-                try:
-                    outcomes.append(self._one(question, suspect, seconds))
-                finally:
-                    self.busy_since = None
+                seconds["load"] = time.perf_counter() - start
+        except Exception as error:
+            return Answer([_failed(error) for _ in task.questions], seconds)
+        outcomes: list[Outcome] = []
+        for question in task.questions:
+            start = time.perf_counter()
+            try:  # without the lock: a slow host delays nobody else's claims
+                data = question.bundle
+                if data is None:
+                    data = self.library.bundle(question.pointer or "")
+            except Exception as error:
+                data = None
+                outcome = _failed(error)
+            seconds["fetch"] += time.perf_counter() - start
+            with self._compute:
+                tell(outcomes[-1] if outcomes else None)
+                if data is not None:
+                    self.busy_since = time.monotonic()
+                    try:
+                        outcome = self._one(data, suspect, seconds)
+                    finally:
+                        self.busy_since = None
+            outcomes.append(outcome)
+        with self._compute:
             self._forget()
-        return Answer(outcomes, seconds, cached=self.library.downloads == before)
+        return Answer(outcomes, seconds, cached=cached)
 
     def _suspect(self, digest: str, path: Any) -> Suspect:
         found = self._suspects.pop(digest, None) or Suspect(path, digest, max_tensors=self.s.max_tensors)
@@ -135,60 +180,71 @@ class Verifier:
         ):
             self._suspects.popitem(last=False)
 
-    def _one(self, question: Question, suspect: Suspect, seconds: dict[str, float]) -> Outcome:
+    def _one(self, data: bytes, suspect: Suspect, seconds: dict[str, float]) -> Outcome:
         start = time.perf_counter()
         try:
-            data = (
-                question.bundle
-                if question.bundle is not None
-                else self.library.bundle(question.pointer or "")
-            )
-            opened = read_bundle(data)
-            probe = self._probe(opened)
-            seconds["prepare"] += time.perf_counter() - start
-            start = time.perf_counter()
-            verdict = verify(
-                suspect, probe, bits=self.s.bits, gamma=self.s.gamma, controls=self.s.controls,
-                model_digest=suspect.digest,
-            )  # fmt: skip
-            seconds["forward"] += time.perf_counter() - start
-            return {"verdict": plain(verdict), "key": opened.key_id, "claim": opened.claim}
-        except Problem as problem:
-            return {"problem": problem.document()}
-        except MTLSignError as error:
-            return {"problem": of_error(error, about="bundle").document()}
-        except MemoryError:
+            with Deadline(self.s.claim_s):
+                opened = read_bundle(data)
+                probe = self._probe(opened)
+                seconds["prepare"] += time.perf_counter() - start
+                start = time.perf_counter()
+                verdict = verify(
+                    suspect, probe, bits=self.s.bits, gamma=self.s.gamma, controls=self.s.controls,
+                    model_digest=suspect.digest,
+                )  # fmt: skip
+                seconds["forward"] += time.perf_counter() - start
             return {
-                "problem": Problem("too-large", "the claim needs more memory than a verifier has").document()
+                "verdict": plain(verdict),
+                "key": opened.key_id,
+                "claim": opened.claim,
+                "bound": opened.bound,
             }
+        except OutOfTime:
+            detail = f"the claim took over {self.s.claim_s:g} seconds; verify it at home"
+            return {"problem": Problem("too-long", detail).document()}
         except Exception as error:  # a hostile claim never stops its neighbours
-            log.exception("claim failed", extra={"event": "claim_failed"})
-            if "alloc" in str(error).lower():
-                return {
-                    "problem": Problem(
-                        "too-large", "the claim needs more memory than a verifier has"
-                    ).document()
-                }
-            return {
-                "problem": Problem(
-                    "internal", f"the claim could not be judged ({type(error).__name__})"
-                ).document()
-            }
+            return _failed(error)
 
-    def _probe(self, opened: OpenedClaim) -> Probe:
+    def _probe(self, opened: OpenedClaim) -> SharedProbe:
         found = self._probes.pop(opened.key_id, None)
         if found is None:
-            spec = opened.opening.parse()
+            spec = opened.spec
             kind = (spec.graph_fields, spec.taps, spec.carrier, spec.n)
             if kind not in self._checked:
                 self._checked[kind] = check_work(spec, self.s, self.factories)
                 while len(self._checked) > 256:
                     self._checked.popitem(last=False)
-            found = probe_of(opened, self.factories, device=self.device)
+            found = self._built(spec, opened)
         self._probes[opened.key_id] = found
-        while len(self._probes) > PROBES:
+        while len(self._probes) > 1 and sum(one.size for one in self._probes.values()) > PROBE_BYTES:
             self._probes.popitem(last=False)
         return found
+
+    def _built(self, spec: Spec, opened: OpenedClaim) -> SharedProbe:
+        kind = (spec.graph_fields, spec.taps, spec.carrier, spec.reference)
+        if spec.head.kind != "keyed":
+            return probe_of(opened, self.factories, device=self.device)
+        shared = self._graphs.pop(kind, None)
+        found = shared.like(opened) if shared else probe_of(opened, self.factories, device=self.device)
+        self._graphs[kind] = shared or found.without_key_set()
+        while len(self._graphs) > GRAPHS:
+            self._graphs.popitem(last=False)
+        return found
+
+
+def _failed(error: Exception) -> Outcome:
+    """The problem of a claim that could not be judged."""
+    if isinstance(error, Problem):
+        return {"problem": error.document()}
+    if isinstance(error, MTLSignError):
+        return {"problem": of_error(error, about="bundle").document()}
+    if isinstance(error, MemoryError) or "alloc" in str(error).lower():
+        return {"problem": Problem("too-large", "the claim needs more memory than a verifier has").document()}
+    if isinstance(error, OSError):
+        return {"problem": Problem("unreachable", "the cache lost the model; try again").document()}
+    metrics.defect("claim_failed", error)
+    detail = f"the claim could not be judged ({type(error).__name__})"
+    return {"problem": Problem("internal", detail).document()}
 
 
 def plain(verdict: Verdict) -> dict[str, Any]:

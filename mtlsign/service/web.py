@@ -30,7 +30,9 @@ REDIRECTS = 3
 SLOWEST = 16 * 1024
 
 Resolver = Callable[[str, int], list[str]]
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_GLOBAL_V6 = ipaddress.ip_network("2000::/3")
+#: Called global by `ipaddress`, but answered inside clouds (metadata, wire server) or by relays.
+_OURS = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")))
 
 
 @dataclass
@@ -110,11 +112,14 @@ def check_address(address: str) -> str:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         raise refused("names a host without a usable address") from None
-    inner = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None)
-    if ip.version == 6 and ip in _NAT64:
-        inner = ipaddress.ip_address(int(ip) & 0xFFFFFFFF)
-    for one in filter(None, (ip, inner)):
-        if not one.is_global or one.is_multicast or one.is_reserved:
+    for one in filter(None, (ip, getattr(ip, "sixtofour", None))):
+        if (
+            not one.is_global
+            or one.is_multicast
+            or one.is_reserved
+            or any(one in net for net in _OURS if net.version == one.version)
+            or (one.version == 6 and one not in _GLOBAL_V6)  # mapped and translated addresses among them
+        ):
             raise refused("names a host whose address is private, reserved or this machine's own")
     return str(ip)
 

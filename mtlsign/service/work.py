@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtlsign import backbone
+from mtlsign.checkpoint import map_suspect
 from mtlsign.errors import MTLSignError
+from mtlsign.graph import exact_fp32
+from mtlsign.head import KeyedHead
 from mtlsign.reference import Reference
 from mtlsign.service.bundles import OpenedClaim
 from mtlsign.service.problems import Problem, of_error
+from mtlsign.service.suspects import Suspect
 from mtlsign.settings_service import ServiceSettings
 from mtlsign.spec import Spec
 from mtlsign.taps import forward_to_taps
-from mtlsign.verification import Probe
+from mtlsign.verification import Probe, key_set
 
 MAX_IMAGES = 2**26
 """Numbers in a key set's images: 256 MiB of float32."""
@@ -79,13 +86,69 @@ def check_work(
     return gflop
 
 
+class SharedProbe(Probe):
+    """A claim's test that shares what does not depend on the key: claims with one architecture and reference
+    have one graph, and a model's kernels are brought into its frame once.
+    """
+
+    def like(self, opened: OpenedClaim) -> SharedProbe:
+        """The test of another key in the same graph. Only for keyed heads."""
+        other = copy.copy(self)
+        other.key, other.spec = opened.key, opened.spec
+        images, bits = key_set(other.spec, other.key)
+        other.images, other.labels = images.to(self.device), bits.to(self.device)
+        other.head = KeyedHead(other.key, self.d, self.device)
+        return other
+
+    def without_key_set(self) -> SharedProbe:
+        """What `like` needs of this one, for keeping."""
+        other = copy.copy(self)
+        other.images, other.labels = self.images[:0], self.labels[:0]
+        return other
+
+    @property
+    def size(self) -> int:
+        """Bytes of the key set's images."""
+        return self.images.numel() * self.images.element_size()
+
+    @cached_property
+    def d(self) -> int:
+        """Width of the features."""
+        return self._width()
+
+    @torch.no_grad()
+    def scores(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor | None, str | None]:
+        """As `Probe.scores`, bit for bit; a `Suspect` keeps its kernels in the frame of the last graph."""
+        if not isinstance(tensors, Suspect):
+            return super().scores(tensors)
+        if tensors.framed is None or tensors.framed[0] is not self.graph:
+            tensors.keep_framed(self.graph, *self._framed(tensors))
+        assert tensors.framed is not None
+        _, kernels, problem = tensors.framed
+        if problem is not None:
+            return None, problem
+        with exact_fp32():
+            scores = self.head(self.graph.features(kernels, self.images, pooled=self.pooled)).cpu()
+        return (scores, None) if torch.isfinite(scores).all() else (None, "its values overflow in float32")
+
+    def _framed(self, suspect: Suspect) -> tuple[dict[str, Tensor], str | None]:
+        wanted = dict(self.graph.kernels)
+        gammas = {self.graph.gammas[name]: (wanted[name][0],) for name in self.graph.gammas}
+        mapped = map_suspect(wanted, suspect, optional=gammas)
+        if mapped.problem is not None:
+            return {}, mapped.problem
+        kernels = self.graph.read({name: t.to(self.device) for name, t in mapped.tensors.items()})
+        with exact_fp32():
+            return self.graph.into_frame(kernels), None
+
+
 def probe_of(
     opened: OpenedClaim, factories: Mapping[str, backbone.Factory] | None = None, *, device: str = "cpu"
-) -> Probe:
+) -> SharedProbe:
     """The claim's test. `check_work` comes first. Raises: Problem."""
     try:
         with _NoDraw():
-            return Probe(
+            return SharedProbe(
                 opened.opening, Reference.from_bytes(opened.reference), head=opened.head, device=device,
                 factories=factories,
             )  # fmt: skip

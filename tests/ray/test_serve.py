@@ -6,16 +6,19 @@ import base64
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import urllib3
+from certificates import certificate
 from job_process import Job, Jobs
 from safetensors.torch import save
 
@@ -26,7 +29,7 @@ from mtlsign.service import tokens
 from mtlsign.service.signing import read_verdict
 from mtlsign.service.store import Store
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 
 def free_port() -> int:
@@ -38,8 +41,10 @@ def free_port() -> int:
 class Running:
     """jobs/serve.py with claims that one knows the answers of."""
 
-    def __init__(self, jobs: Jobs, marked: Any, owner: Identity, folder: Path) -> None:
-        self.goods, self.state = folder / "goods", folder / "state"
+    def __init__(
+        self, jobs: Jobs, marked: Any, owner: Identity, folder: Path, verifiers: int = 2, *more: str
+    ) -> None:
+        self.goods, self.state, self.ray = folder / "goods", folder / "state", jobs.ray
         self.goods.mkdir()
         _, done = marked
         self.tensors, kit = done.tensors, done.kit
@@ -50,10 +55,10 @@ class Running:
         self.right, self.other = kit.opening, sign_spec(owner, make_spec(**fields))
         self.reference = kit.reference
         self.url = f"http://127.0.0.1:{free_port()}"
-        self.flags = ["--state", str(self.state), "--allow", f"file://{self.goods}"]
+        self.flags = ["--state", str(self.state), "--allow", f"file://{self.goods}", *more]
         port = self.url.rpartition(":")[2]
         self.job: Job = jobs.python(
-            "jobs/serve.py", "--port", port, "--verifiers", "2", *self.flags,
+            "jobs/serve.py", "--port", port, "--verifiers", str(verifiers), *self.flags,
             "--max-body-mb", "4", PYTHONUNBUFFERED="1",
         )  # fmt: skip
         self.job.until(lambda: "answers" in self.job.out, 600)
@@ -85,10 +90,24 @@ class Running:
             wanted.append(answer)
         return found, wanted
 
-    def pids(self, name: str) -> list[int]:
+    def replicas(self, name: str) -> list[int]:
+        """Process ids of a deployment's replicas."""
         return [
             pid for pid, command in self.job.family().items() if f"ServeReplica:mtlsign:{name}" in command
         ]
+
+    def figure(self, name: str) -> float:
+        """A sum over all labels and nodes of what Ray exports for Prometheus."""
+        found = self.ray / "ray" / "prom_metrics_service_discovery.json"
+        total, end = 0.0, time.monotonic() + 60
+        while not total and time.monotonic() < end:
+            for target in json.loads(found.read_text())[0]["targets"]:
+                text = urllib.request.urlopen(f"http://{target}/metrics").read().decode()
+                for line in text.splitlines():
+                    if re.match(rf"(ray_)?{name}(_total)?[{{ ]", line):
+                        total += float(line.rpartition(" ")[2])
+            time.sleep(1.0)
+        return total
 
 
 def said(results: list[dict[str, Any]]) -> list[str]:
@@ -102,6 +121,27 @@ def running(jobs: Jobs, marked: Any, owner: Identity, tmp_path_factory: pytest.T
     return Running(jobs, marked, owner, tmp_path_factory.mktemp("serve"))
 
 
+def test_the_service_starts_and_answers_over_tls(
+    jobs: Jobs, marked: Any, owner: Identity, tmp_path: Path
+) -> None:
+    """The smallest thing that is the whole: jobs/serve.py, a right key, a wrong key, a pointer out."""
+    cert, key = certificate(tmp_path)
+    service = Running(jobs, marked, owner, tmp_path, 1, "--tls-cert", str(cert), "--tls-key", str(key))
+    model = f"file://{service.goods}/marked.safetensors"
+    claims = [
+        claim_of(model, service.right, service.reference), claim_of(model, service.other, service.reference),
+        claim_of("file:///etc/passwd", service.right, service.reference),
+    ]  # fmt: skip
+    url = service.url.replace("http://127.0.0.1", "https://localhost")
+    with Client(url, service.token, patience_s=120, ca=cert) as client:
+        results = client.verify(claims)
+        assert said(results) == ["accepted", "rejected", "pointer-refused"]
+        verdict = read_verdict(client.verdict(results[0]["id"]), trusted=client.keys())
+    assert verdict["suspect"] == service.digest
+    service.job.end()
+
+
+@pytest.mark.slow
 def test_right_answers_signed_and_measured(running: Running) -> None:
     claims, wanted = running.claims(30)
     with Client(running.url, running.token, patience_s=120) as client:
@@ -113,6 +153,7 @@ def test_right_answers_signed_and_measured(running: Running) -> None:
         assert urllib.request.urlopen(running.url + path).status == 200
 
 
+@pytest.mark.slow
 def test_the_proxy_bounds_bodies_before_it_holds_them(running: Running) -> None:
     pool = urllib3.PoolManager(retries=False)
     headers = {"Authorization": f"Bearer {running.token}", "Content-Type": "application/json"}
@@ -139,38 +180,88 @@ def test_the_proxy_bounds_bodies_before_it_holds_them(running: Running) -> None:
     assert sent < 200 * 2**20 and resident() - before < 200 * 2**20
 
 
+def killing(running: Running, name: str, kill: threading.Event, count: int) -> threading.Thread:
+    """A thread that kills one replica after another, each stopped first: it surely dies with work in hand."""
+
+    def work() -> None:
+        for _ in range(count):
+            kill.wait(300)
+            pid = running.replicas(name)[0]
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(1.0)
+            os.kill(pid, signal.SIGKILL)
+            end = time.monotonic() + 300
+            while len(running.replicas(name)) < (2 if name == "verify" else 1) and time.monotonic() < end:
+                time.sleep(0.2)
+
+    made = threading.Thread(target=work, daemon=True)
+    made.start()
+    return made
+
+
+@pytest.mark.slow
 def test_killed_verifiers_lose_nothing(running: Running) -> None:
-    claims, wanted = running.claims(120)
-    stop = threading.Event()
-
-    def kill() -> None:
-        while not stop.wait(3):
-            for pid in running.pids("verify")[:1]:
-                os.kill(pid, signal.SIGKILL)
-                return
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    with Client(running.url, running.token, patience_s=300) as client:
-        results = [r for at in range(0, 120, 40) for r in client.verify(claims[at : at + 40], wait_s=0)]
-    stop.set()
-    killer.join()
-    assert said(results) == wanted
+    claims, wanted = running.claims(240)
+    kill = threading.Event()
+    killer = killing(running, "verify", kill, 2)
+    with Client(running.url, running.token, patience_s=600) as client:
+        kill.set()
+        documents = [client.submit(claims[at : at + 40], wait_s=0) for at in range(0, 240, 40)]
+        results = [result for document in documents for result in client.wait(document)]
+        killer.join(600)
+        assert said(results) == wanted
+        assert said(client.verify(claims[:40])) == wanted[:40]  # whoever came after the dead answers too
+    assert running.figure("mtlsign_retries") > 0
 
 
+@pytest.mark.slow
 def test_a_killed_ingress_loses_nothing(running: Running) -> None:
-    claims, wanted = running.claims(60)
-    (gate,) = running.pids("gate")
-    with Client(running.url, running.token, patience_s=300) as client:
-        document = client.submit(claims, wait_s=0, key="the-same")
-        os.kill(gate, signal.SIGKILL)
-        again = client.submit(claims, wait_s=0, key="the-same")
-        assert again["id"] == document["id"]
-        assert said(client.wait(again)) == wanted
-    end = time.monotonic() + 60
-    while not running.pids("gate") or gate in running.pids("gate"):
-        assert time.monotonic() < end
-        time.sleep(0.2)
+    """Requests that are waited for die with the ingress; the client sends them again under the same key."""
+    claims, wanted = running.claims(120)
+    kill = threading.Event()
+    (gate,) = running.replicas("gate")
+    killer = killing(running, "gate", kill, 1)
+
+    def one(part: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        with Client(running.url, running.token, patience_s=600) as client:
+            return client.verify(part, wait_s=30)
+
+    with ThreadPoolExecutor(4) as pool:
+        parts = [pool.submit(one, claims[at : at + 30]) for at in range(0, 120, 30)]
+        kill.set()
+        assert said([result for part in parts for result in part.result(600)]) == wanted
+    killer.join(600)
+    assert gate not in running.replicas("gate")
+    store = Store(running.state / "service.sqlite")
+    kept = store.rows("SELECT count(*), count(DISTINCT idem), sum(finished IS NULL) FROM jobs WHERE count=30")
+    store.close()
+    assert kept == [(4, 4, 0)]  # each was kept once, however often it was sent
+
+
+@pytest.mark.slow
+def test_figures_and_log_say_what_happened_and_no_secret(running: Running) -> None:
+    with Client(running.url, running.token, patience_s=120) as client:
+        client.verify([claim_of(running.model("logged", 77), running.right, running.reference)])
+    for name in ("mtlsign_claims", "mtlsign_answers", "mtlsign_stage_seconds_count", "mtlsign_cache"):
+        assert running.figure(name) > 0, name
+    logs = list((running.ray / "ray" / "session_latest" / "logs").rglob("*"))
+    whole = b"".join(path.read_bytes() for path in logs if path.is_file())
+    events = [
+        json.loads(line) for line in whole.decode(errors="replace").splitlines() if line.startswith('{"')
+        and '"event"' in line
+    ]  # fmt: skip
+    assert {"accepted", "asked", "answered", "request"} <= {event["event"] for event in events}
+    token = running.token.split("_")[1]
+    assert any(event.get("token") == token for event in events)
+    opening = json.loads(running.right.to_json())
+    for secret in (
+        running.token,
+        running.token.split("_")[2],
+        opening["signature"],
+        opening["spec"],
+        "logged.safe",
+    ):
+        assert secret.encode() not in whole
 
 
 @pytest.mark.slow

@@ -35,12 +35,14 @@ def test_models_in_s3(
     )
     library = Library(s)
     for pointer in (f"models/{digest}", "bare.safetensors"):
-        found, path = library.model(f"s3://{s3.bucket}/service/{pointer}")
+        found, path, _ = library.model(f"s3://{s3.bucket}/service/{pointer}")
         assert found == digest and path.read_bytes() == data
     assert library.downloads == 2
+    whole = f"s3://{s3.bucket}/service/models/{digest}"
+    library._known[whole] = (0.0, digest)  # its time is up
+    assert library.model(whole)[2] and library.downloads == 2  # the manifest names what it brought before
     library._known.clear()
-    library.model(f"s3://{s3.bucket}/service/models/{digest}")
-    assert library.downloads == 2  # the manifest names what is here already
+    assert not library.model(whole)[2] and library.downloads == 3  # else a manifest's word is not enough
     for pointer, kind in {
         f"s3://{s3.bucket}/service/other.safetensors": "too-large",
         f"s3://{s3.bucket}/service/none.safetensors": "unreachable",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,20 @@ class Service:
     def ask(self, *claims: Any, headers: dict[str, str] | None = None, wait_s: float = 30) -> Any:
         body = {"claims": list(claims), "wait_s": wait_s}
         return self.client.post("/v1/verifications", json=body, headers=headers or self.headers())
+
+
+@contextmanager
+def bounded(mib: float = 200) -> Iterator[None]:
+    """What happens within never takes `mib` MiB more of this process's memory than there was before."""
+
+    def read(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = read("VmRSS")
+    yield
+    assert read("VmHWM") - before < mib * 1024, f"grew by {(read('VmHWM') - before) / 1024:.0f} MiB"
 
 
 Start = Callable[..., Service]

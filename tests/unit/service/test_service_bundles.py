@@ -18,9 +18,11 @@ from serving import Goods, Service  # type: ignore[import-not-found]
 
 from mtlsign.carriers import qr
 from mtlsign.key import Identity, KeyOpening, make_spec, sign_spec
+from mtlsign.reference import Reference
 from mtlsign.sealing import Secret, seal
 from mtlsign.service.bundles import read_bundle, take_bundle, to_json
 from mtlsign.service.problems import Problem
+from mtlsign.verification import Probe, verify
 
 
 def kind(call: Callable[[], Any]) -> str:
@@ -118,3 +120,17 @@ def test_a_bundle_may_lie_behind_a_pointer(service: Service, goods: Goods) -> No
     ]
     assert results[0]["verdict"]["status"] == "accepted"
     assert results[1]["problem"]["type"].endswith("pointer-refused")
+
+
+def test_shared_graphs_and_frames_change_no_bit(service: Service, goods: Goods) -> None:
+    """The third claim on a model, in a graph built for another key, reads as `verify` does from nothing."""
+    asked = [goods.claim(), goods.claim(bundle=goods.wrong), goods.claim()]
+    for _ in range(2):
+        results = [r["verdict"] for r in service.ask(*asked).json()["results"]]
+        service.verifier._probes.clear()
+        for claim, found in zip(asked, results, strict=True):
+            opened = take_bundle(claim["bundle"])
+            alone = verify(load(goods.marked), Probe(opened.opening, Reference.from_bytes(opened.reference)))
+            for name in ("matches", "evidence_bits", "near_zero", "status"):
+                assert found[name] == getattr(alone, name)
+    assert len(service.verifier._graphs) == 1

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,40 @@ def test_endless_and_dripping_bodies_end(tmp_path: Path, monkeypatch: pytest.Mon
     assert run_limits(stream(1, 0.05), ServiceSettings.of({"state": tmp_path, "body_s": 100})) == 408
 
 
+def run_proxy(app: Any) -> tuple[int, dict[bytes, bytes]]:
+    """What a stranger gets through the proxy's middleware when `app` is Ray's handling of a request."""
+    seen: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"{}"}
+
+    async def send(message: Any) -> None:
+        seen.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/verifications", "headers": []}
+    asyncio.run(Limits(app, ServiceSettings.of({}), proxy=True)(scope, receive, send))
+    return seen[0]["status"], dict(seen[0]["headers"])
+
+
+def test_an_ingress_that_dies_is_a_503_with_retry_after() -> None:
+    async def nothing(scope: Any, receive: Any, send: Any) -> None:  # what Ray's proxy does then
+        await receive()
+
+    async def unavailable(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 503, "headers": [(b"content-type", b"x")]})
+
+    for app in (nothing, unavailable):
+        status, headers = run_proxy(app)
+        assert status == 503 and int(headers[b"retry-after"]) >= 1
+
+
+def test_the_interface_is_described_without_a_stranger_s_script(service: Service) -> None:
+    page = service.client.get("/docs")
+    assert page.status_code == 200 and "POST /v1/verifications" in page.text and "kit-refused" in page.text
+    assert "<script" not in page.text and "://" not in page.text.replace("s3://BUCKET", "")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+
+
 def test_uploads(start: Start, goods: Goods) -> None:
     service = start(max_model_mb=1, upload_quota_mb=1)
     mine, theirs = service.headers(), service.headers()
@@ -166,7 +201,10 @@ def test_uploads(start: Start, goods: Goods) -> None:
     problem(put(f"/v1/models/{hashlib.sha256(other).hexdigest()}", content=other, headers=mine), "quota")
     service.office.store.change("UPDATE uploads SET expires=1")
     problem(service.client.get(path, headers=mine), "not-found")
-    assert service.office.store.clean(1e9) == [goods.digest]
+    assert service.office.store.clean(1e9) == set()
+    os.utime(service.office.shelf.path(goods.digest), (0, 0))
+    service.office.shelf.sweep(set())
+    assert not service.office.shelf.has(goods.digest)
     assert not [p for p in service.office.shelf.folder.iterdir() if p.name.startswith(".part")]
 
 

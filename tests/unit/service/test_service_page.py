@@ -81,13 +81,13 @@ def test_the_picture_is_right_and_plain() -> None:
 
 
 @contextmanager
-def served(service: Service) -> Iterator[str]:
+def served(service: Service, **options: Any) -> Iterator[str]:
     """The service behind a real socket on loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     config = uvicorn.Config(
-        service.client.app, host="127.0.0.1", port=port, lifespan="off", log_level="error"
+        service.client.app, host="127.0.0.1", port=port, lifespan="off", log_level="error", **options
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -141,6 +141,10 @@ def test_a_person_with_a_keyboard(start: Start, goods: Goods, tmp_path: Path, sc
         tab.send("Emulation.setScriptExecutionDisabled", value=not script)
         tab.go(url + "/")
         look("fresh")
+        tab.go(url + "/docs")
+        tab.evaluate("document.querySelector('details').open = true")
+        look("docs")
+        tab.go(url + "/")
         tab.type(service.token())  # the field has the focus
         tab.key("Enter")
         tab.until("document.querySelector('#bundle') !== null")

@@ -113,7 +113,7 @@ def test_sizes_are_known_before_reading_and_the_cache_is_bounded(tmp_path: Path)
         found.model(f"file://{inside}/{i}.safetensors")
     assert sum(p.stat().st_size for p in found.cache.folder.iterdir()) <= 2 * 2**20
     before = found.downloads
-    found.model(f"file://{inside}/3.safetensors")
+    assert found.model(f"file://{inside}/3.safetensors")[2]
     assert found.downloads == before  # remembered
 
 

@@ -15,7 +15,9 @@ from serving import Goods, Service, Start  # type: ignore[import-not-found]
 from mtlsign.errors import ClaimError
 from mtlsign.service.problems import Problem
 from mtlsign.service.signing import read_verdict
+from mtlsign.service.turns import Turns
 from mtlsign.service.verifier import Answer, Lost, Task
+from mtlsign.settings_service import ServiceSettings
 
 
 def kinds(answer: Any) -> list[str]:
@@ -127,7 +129,7 @@ def test_later_answers_and_a_process_that_died(start: Start, goods: Goods) -> No
     assert answer.headers["location"] == f"/v1/verifications/{answer.json()['id']}"
     assert int(answer.headers["retry-after"]) >= 1
     store = service.office.store
-    (sealed,) = store.rows("SELECT sealed FROM jobs")[0]
+    (sealed,) = store.rows("SELECT sealed FROM claims")[0]
     raw = Path(store.rows("PRAGMA database_list")[0][2])
     signature = goods.right["opening"]["signature"].encode()
     for place in raw.parent.glob("service.sqlite*"):
@@ -142,7 +144,7 @@ def test_later_answers_and_a_process_that_died(start: Start, goods: Goods) -> No
         assert time.monotonic() < end
         time.sleep(0.05)
     assert kinds(found) == ["accepted"]
-    assert again.office.store.rows("SELECT sealed FROM jobs") == [(None,)]  # wiped once answered
+    assert again.office.store.rows("SELECT sealed FROM claims") == []  # wiped once answered
     service.client.__enter__()
 
 
@@ -204,3 +206,98 @@ def test_problems_survive_pickling() -> None:
 
     problem = pickle.loads(pickle.dumps(Problem("busy", "later", retry_after=3, more=1)))
     assert problem.document()["more"] == 1 and problem.retry_after == 3 and problem.status == 503
+
+
+class Dying(Slow):
+    """A backend that tells outcomes and then dies at one claim, `times` times."""
+
+    def __init__(self, at: str, times: int) -> None:
+        super().__init__()
+        self.go.set()
+        self.at, self.times = at.encode(), times
+
+    async def verify(self, task: Task) -> Answer:
+        answer = await super().verify(task)
+        for i, question in enumerate(task.questions):
+            if self.times and self.at in (question.bundle or b""):
+                self.times -= 1
+                raise Lost(answer.outcomes[:i], begun=True)
+        return answer
+
+
+def test_what_was_told_before_a_death_is_kept_and_only_the_guilty_is_alone(
+    start: Start, goods: Goods
+) -> None:
+    claims = [goods.claim(), goods.claim(bundle={"guilty": 1}), goods.claim(), goods.claim()]
+    dying = Dying("guilty", 1)
+    assert kinds(start(backend=dying, state="a").ask(*claims)) == ["rejected"] * 4
+    assert [len(t.questions) for t in dying.tasks] == [4, 2, 1]
+    dying = Dying("guilty", 10**9)
+    answer = start(backend=dying, state="b").ask(*claims)
+    assert kinds(answer) == ["rejected", "verifier-lost", "rejected", "rejected"]
+    assert [len(t.questions) for t in dying.tasks] == [4, 2, 1, 1]  # three deaths are its, nobody else's
+
+
+def test_a_full_disk_puts_a_request_down_and_it_is_taken_up_again(
+    start: Start, goods: Goods, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mtlsign.service.desk.LEASE_S", 0.3)
+    service = start()
+    keep, failures = service.office.store.keep, [OSError("disk full"), OSError("disk full")]
+
+    def sometimes(*args: Any) -> None:
+        if failures:
+            raise failures.pop()
+        keep(*args)
+
+    monkeypatch.setattr(service.office.store, "keep", sometimes)
+    headers = service.headers()
+    answer = service.ask(goods.claim(), headers=headers, wait_s=0)
+    end = time.monotonic() + 20
+    while answer.json()["state"] != "done":
+        assert time.monotonic() < end
+        time.sleep(0.05)
+        answer = service.client.get(f"/v1/verifications/{answer.json()['id']}", headers=headers)
+    assert kinds(answer) == ["accepted"] and not failures
+
+
+def test_bytes_that_wait_are_bounded_too(start: Start, goods: Goods) -> None:
+    service = start(backend=Slow(), token_mb=1, queue_mb=2)
+    heavy = goods.claim(bundle={**goods.right, "head": "x" * 700_000})
+    codes = []
+    for _ in range(3):
+        headers = service.headers()
+        codes += [service.ask(heavy, headers=headers, wait_s=0).status_code for _ in range(2)]
+    assert codes == [202, 429, 202, 429, 503, 503]
+
+
+def test_tokens_take_turns() -> None:
+    async def play() -> list[str]:
+        turns, order = Turns(1), []
+
+        async def one(name: str) -> None:
+            async with turns.of(name):
+                order.append(name)
+                await asyncio.sleep(0)
+
+        async with turns.of("holder"):
+            greedy = [asyncio.create_task(one("greedy")) for _ in range(6)]
+            await asyncio.sleep(0)
+            modest = [asyncio.create_task(one("modest")) for _ in range(2)]
+            await asyncio.sleep(0)
+            greedy[5].cancel()
+        await asyncio.gather(*greedy, *modest, return_exceptions=True)
+        async with asyncio.timeout(1), turns.of("later"):
+            order.append("later")
+        return order
+
+    order = asyncio.run(play())
+    assert order == ["greedy", "modest", "greedy", "modest", "greedy", "greedy", "greedy", "later"]
+
+
+def test_a_claim_over_its_time_ends_without_its_verifier(start: Start, goods: Goods) -> None:
+    service = start(claim_s=1e-9)
+    assert kinds(service.ask(goods.claim())) == ["too-long"]
+    assert service.verifier.busy_since is None
+    service.verifier.s = ServiceSettings.of({"state": service.office.s.state, "claim_s": 60})
+    assert kinds(service.ask(goods.claim())) == ["accepted"]
