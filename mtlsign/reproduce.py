@@ -12,10 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mtlsign.figures import number
+from mtlsign.settings import EmbedSettings
 from mtlsign.settings_reproduce import ReproduceSettings
 from mtlsign.settings_sweep import SweepSettings
 
 Row = dict[str, Any]
+
+_DEFAULT_COPIES = EmbedSettings.model_fields["snapshots"].default
 
 #: Magnitude pruning's path: Fig. 5 (ii) asks for the first ratio that takes the mark below γ.
 RATIOS = tuple(round(0.1 * i, 1) for i in range(1, 10))
@@ -84,8 +87,9 @@ def controls_space() -> dict[str, Any]:
     """What each kind of copy in R_DA does: all but the last take two watermark gradients a step; with noise 0
     the copy is the model itself.
     """
-    kinds = ({"snapshots": "tuned"}, {"snapshots": "noise"}, {"snapshots": "pruned"}, {"noise": 0.0})
-    return {"head": "keyed", "arm": {"grid_search": [*kinds, {"lambda2": 0.0}]}}
+    kinds: list[Row] = [{"snapshots": kind} for kind in ("tuned", "noise", "pruned", _DEFAULT_COPIES)]
+    itself = {"snapshots": "noise", "noise": 0.0}
+    return {"head": "keyed", "arm": {"grid_search": [*kinds, itself, {"lambda2": 0.0}]}}
 
 
 #: The table of docs/attacks.md: every attack of the catalogue but `average`, which needs further copies.
@@ -102,10 +106,12 @@ CONTROLS = "ftal:lr=quarter/full,annealed,prune:ratio=0.6,fine_prune:ratio=0.5,s
 
 def attacks(s: ReproduceSettings) -> str:
     """What every embedding of the study meets."""
-    if s.study in ("attacks", "controls"):
-        return s.attacks or (TABLE if s.study == "attacks" else CONTROLS)
     if s.study == "ablation":
         return f"prune:ratio={'/'.join(f'{r:g}' for r in RATIOS)},fine_prune:ratio=0.5"
+    if s.attacks is not None:
+        return s.attacks
+    if s.study != "overwriting":
+        return TABLE if s.study == "attacks" else CONTROLS
     heads = s.heads.split(",")
     return ",".join(f"overwrite:epochs={s.epochs},head={head}" for head in heads)
 
@@ -219,7 +225,7 @@ def _attacked(rows: Sequence[Row]) -> list[Row]:
 
 def arm_of(row: Mapping[str, Any]) -> Row:
     """The arm of a row: its head, and the copies that R_DA looked at."""
-    copies = str(row.get("snapshots", "noise"))
+    copies = str(row.get("snapshots", _DEFAULT_COPIES))
     if row["lambda2"] == 0:
         copies = "none"
     elif copies == "noise" and row.get("noise") == 0:

@@ -28,7 +28,7 @@ class ReproduceSettings(Settings):
     seeds: int = Field(3, ge=1, le=1000, description="repetitions, each with its own W0, key and attackers")
     epochs: str = Field("50/150/250/350", pattern=r"^\d{1,4}(/\d{1,4}){0,9}$", description="overwriting: epochs")
     keys: int = Field(5000, ge=10, le=1_000_000, description="thresholds: random keys")
-    attacks: str | None = Field(None, min_length=1, max_length=20_000, description="attacks, controls: what every embedding meets, as for jobs/attack.py [the table of docs/attacks.md]")
+    attacks: str | None = Field(None, min_length=1, max_length=20_000, description="attacks, controls, overwriting: what every embedding meets, as for jobs/attack.py [the study's own]")
     fixed: str = Field("", max_length=4000, description="further settings of every embedding: epochs=6,steps=300")
     # where it runs
     workers: int | None = Field(None, ge=0, le=4096, description="embeddings at a time [as many as fit]; 0 = one after the other in this process, without Ray")

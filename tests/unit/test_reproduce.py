@@ -94,7 +94,8 @@ def test_the_controls_differ_in_their_copies_alone() -> None:
     rows = [{"lambda2": c.lambda2, "snapshots": c.snapshots, "noise": c.noise, "head": c.head}
             for c in (cell.settings for cell in cells_of(load_space(s), s))]  # fmt: skip
     kinds = [reproduce.arm_of(row)["R_DA"] for row in rows]
-    assert sorted(kinds) == sorted(["tuned", "noise", "pruned", "the model itself", "none"])
+    mixed = "noise,pruned,scrubbed,spoiled"
+    assert sorted(kinds) == sorted(["tuned", "noise", "pruned", mixed, "the model itself", "none"])
 
 
 def test_what_the_caller_fixes_leaves_fewer_arms() -> None:
@@ -110,9 +111,9 @@ def test_the_table_of_attacks_has_means_per_arm() -> None:
          "points lost int8": 0.5}
         for i in range(3)
     ]  # fmt: skip
-    found = reproduce.table(of(study="attacks"), rows)
+    found, mixed = reproduce.table(of(study="attacks"), rows), "noise,pruned,scrubbed,spoiled"
     assert [(r["head"], r["R_DA"], r["attack"], r["n"]) for r in found] == [
-        ("keyed", "noise", "none", 3), ("keyed", "noise", "int8", 3),
+        ("keyed", mixed, "none", 3), ("keyed", mixed, "int8", 3),
     ]  # fmt: skip
     assert found[0]["points lost"] == pytest.approx(1.0)
     assert found[1]["bits"] == 600 and found[1]["sd bits"] == 100 and found[1]["fewest bits"] == 500
@@ -158,7 +159,9 @@ def test_a_study_is_resumed_by_its_name_alone(tmp_path: Path, monkeypatch: pytes
             studies.study(of(**{**given, **other}, resume="a"))
     answer = studies.study(of(**given, resume="a"))
     assert [(r["R_DA"], r["attack"], r["n"]) for r in answer["rows"]] == [
-        (copies, attack, 1) for copies in ("noise", "none") for attack in ("none", "int8")
+        (copies, attack, 1)
+        for copies in ("noise,pruned,scrubbed,spoiled", "none")
+        for attack in ("none", "int8")
     ]
 
 
