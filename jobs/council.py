@@ -32,6 +32,9 @@ def main(argv: Sequence[str]) -> None:
             )
         for remark in done["remarks"]:
             print(f"remark: {remark}")
+        if "failed" in done:
+            print(f"round failed, nothing was signed: {done['failed']}", flush=True)
+            return
         print(f"head of {done['head']['entries']} entries, co-signed {done['cosigned']}", flush=True)
 
     council(s, show=show)

@@ -54,6 +54,8 @@ class ClaimSettings(KitSettings):
     marked: str | None = Field(None, max_length=4096, description="our marked model, for the lineage [looked up in the archive, else beside the kit]")
     name: str = Field("suspect", min_length=1, max_length=128, description="public: how the registration calls the accused model")
     bundle: Path | None = Field(None, description="also write the claim as one file for an offline check")
+    anyway: bool = Field(False, description="open a key even if none of them is found in the accused model")
+    factory: str | None = Field(None, max_length=200, description="own architecture that you trust, package.module:function")
     wait: float = Field(0, ge=0, le=86_400, description="seconds to wait, before the key is opened, until the council co-signed the registration")
     # fmt: on
 
@@ -74,6 +76,7 @@ class DisputeSettings(LedgerSettings):
 
     # fmt: off
     claims: str = Field(min_length=1, max_length=65_536, description=f"claim ids or entry numbers, {LIST}")
+    bits: int = Field(120, ge=1, le=4096, description="least evidence that you accept, whatever the ledger's council asks for")
     factory: str | None = Field(None, max_length=200, description="own architecture that you trust, package.module:function")
     # fmt: on
 
@@ -102,6 +105,7 @@ class BundleSettings(Settings):
     # fmt: off
     bundle: Path = Field(description="a claim's bundle, checked without any network")
     head: Path | None = Field(None, description="the head (signed note) that you hold and trust; without it the bundle vouches for itself")
+    bits: int = Field(120, ge=1, le=4096, description="least evidence that you accept, whatever the ledger's council asks for")
     card: Path | None = Field(None, description="write the result into this model card, as a block of its own")
     factory: str | None = Field(None, max_length=200, description="own architecture that you trust, package.module:function")
     # fmt: on

@@ -203,15 +203,15 @@ class _Zip(Archive):
         return f"blobs/{digest.hex()}" in self.members
 
 
-def check_bundle(path: Path, judge: Judge, *, pinned: bytes | None = None) -> Checked:
+def check_bundle(path: Path, judge: Judge, *, pinned: bytes | None = None, bits: int = 0) -> Checked:
     """Check everything in a bundle without any network: signatures, proofs, co-signatures, Algorithm 1.
 
     Args:
         path: the bundle, from anybody.
         judge: decides on models, see `judge`.
         pinned: the head (signed note) that the verifier holds from elsewhere and trusts. Without it the
-            bundle
-            vouches for itself, and the result says `pinned` False.
+            bundle vouches for itself, and the result says `pinned` False.
+        bits: the least evidence that the verifier accepts, whatever the bundle's council asked for.
 
     Raises:
         ClaimError, LedgerError: it is no bundle, or it does not prove what it shows. A claim that is proven
@@ -255,7 +255,7 @@ def check_bundle(path: Path, judge: Judge, *, pinned: bytes | None = None) -> Ch
         entry, claim = find_claim(view, str(got["claim"]))
         if entry.index >= trusted.size:
             raise ClaimError("the pinned head does not hold the claim yet; pin a newer one", field="head")
-        done = dispute(view, [str(entry.index)], bundle, judge)
+        done = dispute(view, [str(entry.index)], bundle, judge, bits=bits)
         return Checked(view, entry, claim, trusted, pinned is not None, done)
 
 

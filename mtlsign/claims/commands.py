@@ -20,7 +20,7 @@ from mtlsign.claims.judge import AlgorithmOne, Judge
 from mtlsign.claims.ledger import Ledger, Tls, open_ledger
 from mtlsign.claims.lineage import Dispute, dispute
 from mtlsign.claims.view import View, read_view
-from mtlsign.errors import ArtifactError, ClaimError, LedgerError
+from mtlsign.errors import ArtifactError, ClaimError, KeyMaterialError, LedgerError, StorageError
 from mtlsign.identity import Identity, load_or_create_identity, read_passphrase
 from mtlsign.sealing import Secret
 from mtlsign.settings_claims import (
@@ -174,12 +174,18 @@ def write_card(path: Path, block: str) -> None:
 
 
 def claim(s: ClaimSettings) -> dict[str, Any]:
-    """Register a suspect and open one key against it; with `bundle` also one file for an offline check."""
+    """Register a suspect and open one key against it; with `bundle` also one file for an offline check.
+
+    Raises:
+        ClaimError: no key of the kits is in the suspect, and `anyway` was not given: nothing was opened.
+    """
     suspect = read_bytes(s.model, endpoint=s.endpoint)
     archive = archive_of(s)
     with open_from(s) as ledger:
         us = owner_of(s, ledger)
         kits = kits_of(s, us.identity)
+        if not s.anyway:
+            _worth_opening(kits, suspect, s.factory, us.view().councils[-1][1].bits)
         marked = _marked(s, kits, archive)
         entry, said = owner.claim(us, kits, archive, suspect, marked=marked, name=s.name, wait=s.wait)
         view = read_view(ledger)
@@ -199,6 +205,27 @@ def claim(s: ClaimSettings) -> dict[str, Any]:
             write_bundle(s.bundle, ledger, view, entry, archive)
             result["bundle"] = str(s.bundle)
         return result
+
+
+def _worth_opening(kits: Sequence[Kit], suspect: bytes, factory: str | None, bits: int) -> None:
+    """A claim spends a key, so look first, as any member will.
+
+    Raises:
+        ClaimError: no kit's key is in the model. ModelError: it cannot be read at all.
+    """
+    from mtlsign.kits import probe_of
+    from mtlsign.tensors import read_tensors
+    from mtlsign.verification import verify
+
+    tensors = read_tensors(suspect, max_bytes=MAX_MODEL)
+    verdicts = [verify(tensors, probe_of(kit, factory), bits=float(bits)) for kit in kits]
+    if not any(found.status in ("accepted", "needs_commitment") for found in verdicts):
+        best = max(verdicts, key=lambda found: found.evidence_bits)
+        raise ClaimError(
+            f"is not worth a key, which a claim spends: {best.sentence().rstrip('.')}; no key was opened "
+            "(--anyway claims nevertheless)",
+            field="model",
+        )
 
 
 def _marked(s: ClaimSettings, kits: Sequence[Kit], archive: Archive) -> bytes | None:
@@ -223,15 +250,28 @@ def _marked(s: ClaimSettings, kits: Sequence[Kit], archive: Archive) -> bytes | 
 def council(
     s: CouncilSettings, *, judge: Judge | None = None, show: Callable[[dict[str, Any]], None] | None = None
 ) -> dict[str, Any]:
-    """One member: a round, or rounds for ever; `show` gets each round's result as it ends."""
+    """One member: a round, or rounds for ever; `show` gets each round's result as it ends.
+
+    Raises:
+        LedgerError: in the one round that `once` asks for. Otherwise a round that fails (no majority of the
+            servers, a ledger that was rewritten) says so in its result, signs nothing, and is tried again.
+    """
     passphrase = read_passphrase(s.passphrase_file) if s.passphrase_file else None
-    identity = Identity.load(s.identity, passphrase)
+    try:
+        identity = Identity.load(s.identity, passphrase)
+    except KeyMaterialError as error:  # a member calls that file --identity
+        raise KeyMaterialError(str(error).removeprefix("owner: "), field="identity") from None
     archive = archive_of(s)
     judge = judge or AlgorithmOne(factories_of(s.factory))
     while True:
-        with open_from(s) as ledger:
-            done = take_part(identity, ledger, archive, judge, memory=s.memory)
-            result = _round_json(identity, done) | {"head": head_json(ledger, read_view(ledger))}
+        try:
+            with open_from(s) as ledger:
+                done = take_part(identity, ledger, archive, judge, memory=s.memory)
+                result = _round_json(identity, done) | {"head": head_json(ledger, read_view(ledger))}
+        except (LedgerError, StorageError) as error:
+            if s.once:
+                raise
+            result = _round_json(identity, None) | {"head": None, "failed": str(error)}
         if show is not None:
             show(result)
         if s.once:
@@ -239,7 +279,9 @@ def council(
         time.sleep(s.every)
 
 
-def _round_json(identity: Identity, done: Round) -> dict[str, Any]:
+def _round_json(identity: Identity, done: Round | None) -> dict[str, Any]:
+    if done is None:
+        return {"member": identity.public_key.hex(), "votes": [], "cosigned": [], "remarks": []}
     return {
         "member": identity.public_key.hex(),
         "votes": [asdict(finding) | {"claim": claim, "entry": at} for claim, finding, at in done.votes],
@@ -251,5 +293,8 @@ def _round_json(identity: Identity, done: Round) -> dict[str, Any]:
 def settle(s: DisputeSettings, *, judge: Judge | None = None) -> Dispute:
     """Matrix, edges and standings of the named claims, by our own verification and the ledger."""
     ids = [name.strip() for name in s.claims.split(",") if name.strip()]
+    if not ids:
+        raise ClaimError("names none; give ids or numbers, see jobs/ledger.py list", field="claims")
     with open_from(s) as ledger:
-        return dispute(read_view(ledger), ids, archive_of(s), judge or AlgorithmOne(factories_of(s.factory)))
+        judge = judge or AlgorithmOne(factories_of(s.factory))
+        return dispute(read_view(ledger), ids, archive_of(s), judge, bits=s.bits)

@@ -105,9 +105,8 @@ class EtcdLedger(Ledger):
         """Everything that the new entry needs; `tree` is moved on."""
         name, index = leaf.hex(), f"{tree.size:012d}"
         nodes = tree.append(leaf)
-        value = {"size": tree.size, "frontier": [h.hex() for h in tree.hashes]}
         puts = [("h",), ("e", index), ("l", name)]
-        values = [json.dumps(value, separators=(",", ":")).encode(), envelope, index.encode()]
+        values = [_state(tree), envelope, index.encode()]
         for level, at, found in nodes:
             puts.append(("n", f"{level:02d}", f"{at:012d}"))
             values.append(found)
@@ -230,12 +229,21 @@ def _rows(answer: Answer) -> list[tuple[str, bytes]]:
         raise LedgerError("a server's answer is damaged; check the cluster", field="ledger") from None
 
 
+def _state(tree: merkle.Frontier) -> bytes:
+    """The one spelling of `h`."""
+    value = {"size": tree.size, "frontier": [h.hex() for h in tree.hashes]}
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
 def _tree(value: bytes) -> merkle.Frontier:
     try:
         found = json.loads(value)
-        return merkle.Frontier(int(found["size"]), [bytes.fromhex(h) for h in found["frontier"]])
+        tree = merkle.Frontier(int(found["size"]), [bytes.fromhex(h) for h in found["frontier"]])
+        if _state(tree) != value:
+            raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise LedgerError("the stored head is damaged; check it", field="ledger") from None
+        raise LedgerError("the stored head is damaged; restore a copy", field="ledger") from None
+    return tree
 
 
 def _number(value: bytes) -> int:

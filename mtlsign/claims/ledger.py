@@ -107,7 +107,10 @@ class Ledger(abc.ABC):
 
     def head(self, size: int | None = None) -> Head:
         """The tree over the first `size` entries (default: all), from the stored hashes."""
-        count = self.size() if size is None else size
+        there = self.size()
+        count = there if size is None else size
+        if not 0 <= count <= there:
+            raise LedgerError(f"has {there} entries, not {count}; ask for a smaller tree", field="size")
         return Head(self.origin(), count, self._computed(lambda node: merkle.tree_root(node, count)))
 
     def fetch(self, wanted: Sequence[tuple[int, int]]) -> dict[tuple[int, int], bytes]:

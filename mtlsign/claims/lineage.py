@@ -63,35 +63,44 @@ class _Case:
     faults: tuple[Fault, ...]
     tally: Tally
     published: int | None
+    bits: int
 
     @property
     def id(self) -> str:
         return self.entry.leaf.hex()
 
 
-def dispute(view: View, ids: Sequence[str], archive: Archive, judge: Judge) -> Dispute:
+def dispute(view: View, ids: Sequence[str], archive: Archive, judge: Judge, *, bits: int = 0) -> Dispute:
     """Judge claims on their suspects and on one another's committed models, and say where each one stands.
+
+    Args:
+        view: the ledger.
+        ids: claims, by id or number.
+        archive: has the models.
+        judge: decides on models.
+        bits: the least evidence that we accept. The council's policy holds too, but a council may be the
+            claimant's invention, and so may its policy.
 
     Raises:
         ClaimError: an id names no claim of this ledger.
     """
-    cases = [_case(view, *find_claim(view, name)) for name in dict.fromkeys(ids)]
+    cases = [_case(view, *find_claim(view, name), bits) for name in dict.fromkeys(ids)]
     models = dict.fromkeys(digest for case in cases for digest in (case.claim.model, case.claim.suspect))
-    matrix = {case.id: {m.hex(): _cell(view, case, m, archive, judge) for m in models} for case in cases}
+    matrix = {case.id: {m.hex(): _cell(case, m, archive, judge) for m in models} for case in cases}
     edges = [_edge(a, b, matrix) for a, b in combinations(cases, 2)]
     standings = [_standing(view, case, matrix[case.id], edges, archive, judge) for case in cases]
     return Dispute(matrix, edges, standings)
 
 
-def _case(view: View, entry: Entry, claim: Claim) -> _Case:
-    published = view.time(claim.publish.index)
-    return _Case(entry, claim, faults(view, entry, claim), tally(view, entry, claim), published)
+def _case(view: View, entry: Entry, claim: Claim, bits: int) -> _Case:
+    published, bits = view.time(claim.publish.index), max(bits, view.council(entry.index).bits)
+    return _Case(entry, claim, faults(view, entry, claim), tally(view, entry, claim), published, bits)
 
 
-def _cell(view: View, case: _Case, model: bytes, archive: Archive, judge: Judge) -> Finding:
+def _cell(case: _Case, model: bytes, archive: Archive, judge: Judge) -> Finding:
     if case.faults:
         return Finding("inadmissible", reason=case.faults[0].code)
-    return look(judge, archive, case.claim, model, view.council(case.entry.index).bits)
+    return look(judge, archive, case.claim, model, case.bits)
 
 
 def _edge(a: _Case, b: _Case, matrix: Matrix) -> Edge:
@@ -134,7 +143,7 @@ def _standing(
         "matches": on_suspect.matches,
         "n": on_suspect.n,
         "evidence_bits": on_suspect.evidence_bits,
-        "bits_required": view.council(case.entry.index).bits,
+        "bits_required": case.bits,
         "publication": case.claim.publish.index,
         "registered": case.claim.register.index,
         "entry": case.entry.index,
@@ -194,7 +203,6 @@ def _exhibit(view: View, case: _Case, archive: Archive, judge: Judge) -> tuple[s
 
     The claim's own committed model, and what the claimant herself stamped (an earlier suspect), show nothing.
     """
-    bits = view.council(case.entry.index).bits
     found = []
     for entry, shown in view.all(Exhibit):
         stamp = shown.stamp.index
@@ -203,7 +211,10 @@ def _exhibit(view: View, case: _Case, archive: Archive, judge: Judge) -> tuple[s
         stamped_by = view.entries[stamp].statement
         if shown.model == case.claim.model or stamped_by is None or stamped_by.signer == case.claim.signer:
             continue
-        if stamp < case.claim.register.index and look(judge, archive, case.claim, shown.model, bits).accepted:
+        if (
+            stamp < case.claim.register.index
+            and look(judge, archive, case.claim, shown.model, case.bits).accepted
+        ):
             found.append(stamp)
     if not found:
         return None

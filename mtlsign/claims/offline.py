@@ -40,9 +40,9 @@ def verify_bundle(s: BundleSettings) -> dict[str, Any]:
         except OSError as error:
             raise ClaimError(f"{s.head}: {error.strerror}; give a head", field="head") from None
     judge = _Remembering(factories_of(s.factory))
-    checked = check_bundle(s.bundle, judge, pinned=pinned)
+    checked = check_bundle(s.bundle, judge, pinned=pinned, bits=s.bits)
     found = checked.dispute.matrix[checked.entry.leaf.hex()][checked.claim.suspect.hex()]
-    bits = checked.view.council(checked.entry.index).bits
+    bits = checked.dispute.standings[0].numbers["bits_required"]
     verdict = judge.kept or _without_numbers(found, checked.claim, bits)
     done = verdict.to_json() | to_json(checked)
     if s.card is not None:

@@ -72,7 +72,8 @@ def parse(payload: bytes) -> Statement:
     try:
         found = _parse(payload)
     except KeyMaterialError as error:
-        raise ClaimError(str(error)) from None
+        told = str(error).partition("; docs/format.md")
+        raise ClaimError(told[0] + ("; docs/claims.md says what belongs here" if told[1] else "")) from None
     return found
 
 

@@ -96,8 +96,14 @@ class SqliteLedger(Ledger):
                 "holds it",
                 field="ledger",
             ) from None
-        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
-            raise LedgerError(f"{self.path}: {error}; restore it from a copy", field="ledger") from None
+        except OSError as error:
+            raise LedgerError(
+                f"{self.path}: {error.strerror}; name a place that you can write", field="ledger"
+            ) from None
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            raise LedgerError(
+                f"{self.path}: {error}; mend the path, or restore it from a copy", field="ledger"
+            ) from None
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

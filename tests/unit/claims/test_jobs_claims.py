@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import json
 import os
 import shutil
@@ -14,6 +17,7 @@ import pytest
 import torch
 from world import person
 
+from mtlsign import cli
 from mtlsign.identity import Identity
 from mtlsign.sealing import Secret
 from mtlsign.storage import open_storage
@@ -23,25 +27,33 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class Desk:
-    """Calls the jobs' `main` as a user would, `--json`."""
+    """Calls the jobs' `main` as a user would."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         sys.path.insert(0, str(ROOT / "jobs"))
 
-    def __call__(self, job: str, *argv: object) -> Any:
-        import contextlib
-        import importlib.util
-        import io
-
+    def _main(self, job: str) -> Any:
         spec = importlib.util.spec_from_file_location(f"job_{job}", ROOT / "jobs" / f"{job}.py")
         assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        return module.main
+
+    def __call__(self, job: str, *argv: object) -> Any:
+        """What it prints with `--json`."""
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            module.main([str(word) for word in argv] + ["--json"])
+            self._main(job)([str(word) for word in argv] + ["--json"])
         return json.loads(out.getvalue())
+
+    def fails(self, job: str, *argv: object) -> str:
+        """The one line of an exit with code 2."""
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            cli.run(self._main(job), [str(word) for word in argv])
+        assert ended.value.code == 2 and len(err.getvalue().splitlines()) == 1, err.getvalue()
+        return err.getvalue()
 
     def identity(self, who: Identity, name: str) -> Path:
         path = self.folder / "people" / f"{name}.json"
@@ -83,8 +95,11 @@ def test_the_whole_way_through_the_jobs(
     claimed = desk("claim", "--kit", kit, "--model", suspect, "--ledger", ledger, "--owner", mine)
     for one in [*rounds, *rounds]:
         desk(*one)
-    result = desk("dispute", "--ledger", ledger, "--claims", claimed["claim"])
+    asked = ("dispute", "--ledger", ledger, "--claims", claimed["claim"])
+    result = desk(*asked, "--bits", 100)
     assert result["statuses"] == {claimed["claim"]: "in_the_weights"}
+    strict = desk(*asked, "--bits", 129)["standings"][0]  # our own policy, whatever the council's is
+    assert (strict["reason"], strict["numbers"]["bits_required"]) == ("not_in_the_weights", 129)
     assert result["standings"][0]["numbers"]["votes"] == {"accepted": 3} and result["edges"] == []
     packed, head = tmp_path / "claim.zip", tmp_path / "head.txt"
     shutil.rmtree(model)  # what is left of the owner: identity, kit, and a ledger
@@ -106,7 +121,9 @@ def test_the_whole_way_through_the_jobs(
     assert kinds == ["membership", "publish", "register", "claim", "vote", "vote", "vote"]
     shutil.rmtree(tmp_path / "ledger.db.archive")
     (tmp_path / "ledger.db").unlink()
-    offline = desk("verify", "--bundle", packed, "--head", head, "--card", tmp_path / "CARD.md")
+    offline = desk(
+        "verify", "--bundle", packed, "--head", head, "--bits", 100, "--card", tmp_path / "CARD.md"
+    )
     assert offline["standing"] == "in_the_weights" and offline["accepted"] and offline["status"] == "accepted"
     assert offline["matches"] >= 120 and offline["n"] == 128 and offline["head"]["pinned"]
     assert {
@@ -144,15 +161,60 @@ def test_a_ledger_is_founded_by_the_first_publication_and_errors_are_one_line(
     claimed = desk("claim", *common, "--model", model)
     result = desk("dispute", "--ledger", ledger, "--claims", claimed["index"])
     assert list(result["statuses"].values()) == ["self_attested"]
-    for name, argv, words in (
-        ("dispute", ["--ledger", ledger, "--claims", "77"], "claims: '77' names no claim"),
-        ("council", ["--ledger", ledger, "--identity", str(tmp_path / "none")], "none"),
-        ("ledger", ["--ledger", ledger], "action: comes first"),
-        (
-            "claim",
-            [*common, "--ledger", "etcd://127.0.0.1:1", "--archive", "a", "--model", str(model)],
-            "TLS",
-        ),
-    ):
-        failed = job(name, *argv)
-        assert failed.returncode == 2 and words in failed.stderr and len(failed.stderr.splitlines()) == 1
+
+
+def test_wrong_input_is_told_in_one_line(
+    desk: Desk, marked: tuple[Any, Any], owner: Identity, tmp_path: Path
+) -> None:
+    w0, done = marked
+    store, ledger = tmp_path / "store", f"sqlite:///{tmp_path}/l.db"
+    done.save(open_storage(str(store)), Secret.from_kit_key(owner.kit_key))
+    model, kit = Path(str(done.result["model_path"])), Path(str(done.result["kit"]))
+    mine, member = desk.identity(owner, "owner"), desk.identity(person("m"), "m")
+    desk("publish", "--kit", kit, "--model", model, "--ledger", ledger, "--owner", mine)
+    text, short, innocent = tmp_path / "text", tmp_path / "short.db", tmp_path / "innocent.safetensors"
+    text.write_text("hello")
+    short.write_bytes((tmp_path / "l.db").read_bytes()[:9000])
+    innocent.write_bytes(tensor_bytes(w0))
+    (tmp_path / "junk.safetensors").write_bytes(bytes(100))
+    huge = {}
+    for name, size in (("huge.safetensors", 3 * 2**30), ("huge.zip", 7 * 2**30), ("huge.sealed", 3 * 2**30)):
+        huge[name] = tmp_path / name
+        with open(huge[name], "wb") as file:
+            file.truncate(size)  # takes no room
+    publish = ("publish", "--model", model, "--owner", mine)
+    claim = ("claim", "--kit", kit, "--ledger", ledger, "--owner", mine)
+    at = ("--ledger", ledger)
+    cases: list[tuple[str, tuple[object, ...]]] = [
+        ("nowhere is no complete folder", (*publish, *at, "--kit", tmp_path / "nowhere")),
+        ("lacks kit.sealed", (*publish, *at, "--kit", model)),
+        ("2147485632 bytes allowed", (*publish, *at, "--kit", huge["huge.sealed"])),
+        ("kit key is wrong", (*publish, *at, "--kit", kit, "--owner", member)),
+        ("ledger: knows no such place", (*publish, "--kit", kit, "--ledger", "postgres://x")),
+        ("name a place that you can write", (*publish, "--kit", kit, "--ledger", "sqlite:////proc/no/l.db")),
+        ("is not a database", (*publish, "--kit", kit, "--ledger", f"sqlite:///{text}")),
+        ("restore it from a copy", (*publish, "--kit", kit, "--ledger", f"sqlite:///{short}")),
+        ("mutual TLS only", (*publish, "--kit", kit, "--ledger", "etcd://127.0.0.1:1")),
+        ("origin: is not the one", (*publish, "--kit", kit, *at, "--origin", "0" * 64)),
+        ("docs/claims.md says", (*publish, "--kit", kit, *at, "--licence", "a\u202eb", "--already-public")),
+        ("no complete folder", (*claim, "--model", text)),
+        ("2147483648 bytes allowed", (*claim, "--model", huge["huge.safetensors"])),
+        ("safetensors", (*claim, "--model", tmp_path / "junk.safetensors")),
+        ("no key was opened", (*claim, "--model", innocent)),
+        ("new.db is not there", (*claim, "--model", model, "--ledger", f"sqlite:///{tmp_path}/new.db")),
+        ("identity: ", ("council", *at, "--once", "--identity", tmp_path / "none")),
+        ("memory: is not UTF-8", ("council", *at, "--once", "--identity", member, "--memory", text)),
+        ("claims: '77' names no claim", ("dispute", *at, "--claims", "77")),
+        ("claims: names none", ("dispute", *at, "--claims", ",")),
+        ("action: comes first", ("ledger", *at)),
+        ("has 2 entries, not 10", ("ledger", "prove", *at, "--index", "9")),
+        ("is no head of a ledger", ("ledger", "check", *at, "--head", text)),
+        ("is founded already", ("ledger", "found", *at, "--owner", mine)),
+        ("bundle: is no readable ZIP", ("verify", "--bundle", text)),
+        ("at most 6 GiB", ("verify", "--bundle", huge["huge.zip"])),
+        ("No such file", ("verify", "--bundle", tmp_path / "none.zip")),
+    ]
+    for words, (job, *argv) in cases:
+        told = desk.fails(str(job), *argv)
+        assert words in told and len(told) < 500, told
+    assert len(desk("ledger", "list", *at)["entries"]) == 2  # nothing of all this left a trace

@@ -223,7 +223,9 @@ def rebuild(town: Town, rows: list[bytes]) -> None:
     db.close()
 
 
-@pytest.mark.parametrize("crime", ["truncate", "rewrite", "reorder", "node", "row", "replace", "roll back"])
+@pytest.mark.parametrize(
+    "crime", ["truncate", "rewrite", "reorder", "fork", "node", "row", "replace", "roll back"]
+)
 def test_a_witness_notices(town: Town, crime: str) -> None:
     for i in range(6):
         stamp(town, f"m{i}")
@@ -240,6 +242,8 @@ def test_a_witness_notices(town: Town, crime: str) -> None:
         rebuild(town, [*rows[:3], b"forged", *rows[4:], b"and", b"longer"])
     elif crime == "reorder":
         rebuild(town, [*rows[:5], rows[6], rows[5], *rows[7:]])
+    elif crime == "fork":
+        rebuild(town, [*rows[:8], b"another", b"future", b"longer"])
     elif crime == "node":
         tamper(town, "UPDATE nodes SET hash = zeroblob(32) WHERE level = 1 AND idx = 1")
     elif crime == "row":
@@ -339,6 +343,23 @@ def test_deleted_cosignatures_come_back(town: Town) -> None:
     lines.write_bytes(lines.read_bytes()[:-20] + b"\xff\n77\nx y\n")  # torn, and rubbish: costs one line
     tamper(town, "DELETE FROM cosignatures")
     assert town.witness(0).step().remarks
+
+
+def test_a_replayed_entry_is_remarked_on_and_means_nothing(town: Town) -> None:
+    """The backend gives the same bytes the same number; whoever owns the file can append them again."""
+    index = stamp(town, "a")
+    assert town.ledger.append(town.ledger.get(index)) == index
+    town.attest()
+    rows = list(town.ledger.scan())
+    tamper(
+        town,
+        "DROP TABLE entries",
+        "CREATE TABLE entries(idx INTEGER PRIMARY KEY, leaf BLOB NOT NULL, envelope BLOB NOT NULL)",
+    )
+    rebuild(town, [*rows, rows[index]])
+    with open_ledger(town.ledger.uri) as again:
+        assert f"entry {len(rows)} repeats an earlier one" in town.witness(0, again).step().remarks
+        assert read_view(again).entries[len(rows)].problem == f"repeats entry {index}"
 
 
 def test_a_reader_that_stays_notices_too(town: Town) -> None:

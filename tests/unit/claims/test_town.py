@@ -3,6 +3,7 @@ way in which a claim can fail, each with its standing and reason."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from world import ALICE, BOB, Town, keyed_opening, kit_of, person
 from mtlsign.claims import hiding, owner
 from mtlsign.claims.admission import find_claim
 from mtlsign.claims.council import Tally, tally
+from mtlsign.claims.lineage import _stamped
 from mtlsign.claims.parsing import seal
 from mtlsign.claims.standing import REASONS, STANDINGS, Standing
 from mtlsign.claims.statements import Claim, Exhibit, Membership, Publish, Ref, Register, Vote
@@ -232,8 +234,6 @@ def test_several_keys_open_in_their_order_one_per_dispute(town: Town) -> None:
     openings = [keyed_opening(ALICE, f"k{i}") for i in range(3)]
     model = b"model " + b" ".join(o.key().hex().encode() for o in openings)
     base, _ = kit_of(ALICE)
-    import hashlib
-
     digest = hashlib.sha256(model).hexdigest()
     kits = [replace(base, opening=o, info={"model_digest": digest}) for o in openings]
     alice = town.owner(ALICE)
@@ -313,9 +313,9 @@ def test_wrong_key_broken_suspect_and_missing_evidence(town: Town) -> None:
     assert counted(town, names["innocent"]).outcome == "rejected"
     assert standing(town, names["broken"]).standing == "not_verifiable"
     assert counted(town, names["broken"]).outcome == "not_verifiable"
-    (town.folder / "archive" / "blobs" / __import__("hashlib").sha256(b"innocent").hexdigest()).unlink()
+    (town.folder / "archive" / "blobs" / hashlib.sha256(b"innocent").hexdigest()).unlink()
     assert standing(town, names["innocent"]).standing == "not_verifiable"
-    town.archive.places[0].delete("blobs/" + __import__("hashlib").sha256(b"reference").hexdigest())
+    town.archive.places[0].delete("blobs/" + hashlib.sha256(b"reference").hexdigest())
     assert standing(town, names["broken"]).reason == "evidence_missing"
 
 
@@ -323,7 +323,7 @@ def test_an_archive_that_lies_is_noticed(town: Town) -> None:
     kit, model = kit_of(ALICE)
     owner.publish(town.owner(ALICE), [kit])
     name = claim_of(town, ALICE, [kit], b"innocent", marked=model)
-    town.archive.places[0].write("blobs/" + __import__("hashlib").sha256(b"innocent").hexdigest(), model)
+    town.archive.places[0].write("blobs/" + hashlib.sha256(b"innocent").hexdigest(), model)
     town.attest()
     assert standing(town, name).standing == "not_verifiable"
 
@@ -438,6 +438,61 @@ def test_exhibits_that_show_nothing(town: Town) -> None:
     town.ledger.append(seal(lie, accused.identity))
     town.attest()
     assert standing(town, name).standing == "in_the_weights"
+
+
+def test_a_copied_commitment_exhibits_nothing(town: Town) -> None:
+    """Somebody copies the hidden model out of our publication, waits until our claim shows the salt, and says
+    that he had stamped that model."""
+    kit, model = kit_of(ALICE)
+    owner.publish(town.owner(ALICE), [kit])
+    ours = town.view().entries[1].statement
+    copier = person("copier")
+    assert isinstance(ours, Publish)
+    stamp = town.ledger.append(seal(replace(ours, signer=copier.public_key, licence="mine"), copier))
+    name = claim_of(town, ALICE, [kit], model + b" stolen", marked=model)
+    entry, claim = find_claim(town.view(), name)
+    shown = Exhibit(
+        signer=copier.public_key, ledger=town.view().origin, time=0, claim=entry.ref,
+        stamp=town.view().entries[stamp].ref, model=claim.model, salt=claim.model_salt,
+    )  # fmt: skip
+    town.ledger.append(seal(shown, copier))
+    town.attest()
+    assert not _stamped(town.view(), shown) and standing(town, name).standing == "in_the_weights"
+
+
+def test_what_the_claimant_stamped_is_no_exhibit(town: Town) -> None:
+    """An earlier suspect of ours, and our own committed model, carry the key: of course."""
+    kit, model = kit_of(ALICE)
+    thief = town.owner(person("thief"))
+    owner.publish(town.owner(ALICE), [kit])
+    town.attest()
+    first, second = model + b" first", model + b" second"
+    owner.register(town.owner(ALICE), town.archive, [("first", first)])
+    owner.register(thief, town.archive, [("our model", model)])
+    name = claim_of(town, ALICE, [kit], second, marked=model)
+    for shown in (first, model):
+        owner.exhibit(thief, town.archive, name, shown)
+    town.attest()
+    assert standing(town, name).standing == "in_the_weights"
+
+
+@pytest.mark.parametrize("how", ["withheld", "broken", "unmarked"])
+def test_a_claim_whose_own_model_shows_nothing_blurs_nobodys_standing(town: Town, how: str) -> None:
+    ours, model = kit_of(ALICE)
+    thief = person("thief")
+    theirs, junk = kit_of(thief)
+    own = {"withheld": junk, "broken": b"broken", "unmarked": b"unmarked"}[how]
+    theirs = replace(theirs, info={"model_digest": hashlib.sha256(own).hexdigest()})
+    owner.publish(town.owner(ALICE), [ours])
+    owner.publish(town.owner(thief), [theirs])
+    both = model + junk
+    mine = claim_of(town, ALICE, [ours], both, marked=model)
+    other = claim_of(town, thief, [theirs], both, marked=None if how == "withheld" else own)
+    town.vote()
+    found = town.dispute(mine, other)
+    assert found.edges[0].kind == "unrelated"
+    assert found.standings[0].standing == "in_the_weights"
+    assert found.standings[1].standing == ("not_supported" if how == "unmarked" else "not_verifiable")
 
 
 def test_publish_refuses_what_is_not_ours_or_already_seen(town: Town) -> None:
