@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-BEGIN, END = "<!-- mtlsign: begin -->", "<!-- mtlsign: end -->"
+BEGIN, END = "<!-- mtlsign {}: begin -->", "<!-- mtlsign {}: end -->"
+PROVENANCE, CLAIM = "provenance", "claim"
 
 
 def publication_block(done: Mapping[str, Any]) -> str:
@@ -25,7 +26,7 @@ def publication_block(done: Mapping[str, Any]) -> str:
         "",
         f"Check it: `python jobs/ledger.py prove --ledger LEDGER --index {done['index']}`",
     ]
-    return "\n".join([BEGIN, *lines, END, ""])
+    return _block(PROVENANCE, lines)
 
 
 def claim_block(done: Mapping[str, Any]) -> str:
@@ -44,12 +45,17 @@ def claim_block(done: Mapping[str, Any]) -> str:
         "",
         "Check it: `python jobs/verify.py --bundle claim.zip --head head.txt`",
     ]
-    return "\n".join([BEGIN, *lines, END, ""])
+    return _block(CLAIM, lines)
+
+
+def _block(kind: str, lines: list[str]) -> str:
+    return "\n".join([BEGIN.format(kind), *lines, END.format(kind), ""])
 
 
 def insert(card: str, block: str) -> str:
-    """The card with the block, in place of an earlier one or at the end."""
-    before, mark, rest = card.partition(BEGIN)
-    if mark and END in rest:
-        return before + block + rest.partition(END)[2].lstrip("\n")
+    """The card with the block, in place of an earlier one of its kind or at the end."""
+    kind = next(kind for kind in (PROVENANCE, CLAIM) if block.startswith(BEGIN.format(kind)))
+    before, mark, rest = card.partition(BEGIN.format(kind))
+    if mark and END.format(kind) in rest:
+        return before + block + rest.partition(END.format(kind))[2].removeprefix("\n")
     return card.rstrip("\n") + "\n\n" + block if card.strip() else block

@@ -13,7 +13,7 @@ from world import ALICE, ByName, Town, kit_of
 
 from mtlsign.claims import bundle, heads, owner
 from mtlsign.claims.bundle import check_bundle, to_json, write_bundle
-from mtlsign.claims.card import claim_block, insert
+from mtlsign.claims.card import claim_block, insert, publication_block
 from mtlsign.claims.commands import note_of
 from mtlsign.errors import ClaimError
 
@@ -52,6 +52,10 @@ def test_it_proves_the_claim(made: Made) -> None:
     assert not to_json(check_bundle(path, ByName()))["head"]["pinned"]
     card = insert("# Model\n", claim_block(done))
     assert "in_the_weights" in card and insert(card, claim_block(done)) == card
+    head = {"origin": "o", "size": 4, "root": "r", "cosigned": ["m"]}
+    block = publication_block({"model_digest": "d", "index": 1, "id": "i", "head": head})
+    both = insert(card, block)  # a release and a claim stand beside each other
+    assert card in both and insert(insert(both, claim_block(done)), block) == both and "entry 1" in both
 
 
 def test_an_older_pinned_head_will_do_if_the_bundle_extends_it(made: Made) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 from world import person
 
 from mtlsign import cli
-from mtlsign.identity import Identity
+from mtlsign.identity import Identity, default_identity_path
 from mtlsign.sealing import Secret
 from mtlsign.storage import open_storage
 from mtlsign.tensors import tensor_bytes
@@ -46,6 +47,13 @@ class Desk:
         with contextlib.redirect_stdout(out):
             self._main(job)([str(word) for word in argv] + ["--json"])
         return json.loads(out.getvalue())
+
+    def says(self, job: str, *argv: object) -> str:
+        """What it prints for people."""
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            self._main(job)([str(word) for word in argv])
+        return out.getvalue()
 
     def fails(self, job: str, *argv: object) -> str:
         """The one line of an exit with code 2."""
@@ -161,6 +169,41 @@ def test_a_ledger_is_founded_by_the_first_publication_and_errors_are_one_line(
     claimed = desk("claim", *common, "--model", model)
     result = desk("dispute", "--ledger", ledger, "--claims", claimed["index"])
     assert list(result["statuses"].values()) == ["self_attested"]
+
+
+def test_the_walkthrough_of_the_documentation(
+    desk: Desk, marked: tuple[Any, Any], owner: Identity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command of docs/claims.md, "By hand" and "Backup", as typed."""
+    _, done = marked
+    monkeypatch.chdir(tmp_path)
+    owner.save(default_identity_path(), None)
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+    done.save(open_storage("mtlsign-store"), Secret.from_kit_key(owner.kit_key))
+    kit, model = Path(str(done.result["kit"])), Path(str(done.result["model_path"]))
+    shutil.copytree(model, "stolen")
+    names = {"ID": kit.name, "DIGEST": model.name, "SUSPECT": "stolen", "BACKUP": "backup"}
+    text = (ROOT / "docs" / "claims.md").read_text("utf-8")
+    walk = text.partition("By hand")[2].partition("\n## ")[0] + text.partition("## Backup")[2]
+    commands = re.findall(r"^(?:uv run|cp) .*$", walk, re.MULTILINE)
+    assert len(commands) > 15
+    shown = ""
+    for command in commands:
+        for name, value in names.items():
+            command = re.sub(rf"\b{name}\b", value, command)
+        words = command.replace("~/.config/mtlsign/identity.json", str(default_identity_path())).split()
+        if words[0] == "cp":
+            Path(words[-1]).parent.mkdir(exist_ok=True)
+            subprocess.run(words, check=True)
+            continue
+        assert words[:2] == ["uv", "run"] and words[2].startswith("jobs/"), command
+        shown = desk.says(Path(words[2]).stem, *words[3:])
+        if words[2] == "jobs/claim.py":
+            names["CLAIM"] = shown.split()[1]
+        if "dispute" in words[2] or "--bundle" in words:
+            assert "in_the_weights" in shown, shown
+    card = Path("CARD.md").read_text()
+    assert "## Provenance" in card and f"SHA-256 `{model.name}`" in card and "in_the_weights" in card
 
 
 def test_wrong_input_is_told_in_one_line(
