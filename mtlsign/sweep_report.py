@@ -53,8 +53,10 @@ def _headline(result: Mapping[str, Any]) -> str:
     if best is None:
         return f"None of the {result['cells']} cells finished with a result."
     chosen = ", ".join(f"{_symbol(name)} = {_plain(best[name])}" for name in result["vary"])
+    left = best["evidence_bits_attacked"]
+    short = "" if left >= result["bits_required"] else f" ({result['bits_required']:g} are asked for)"
     return (
-        f"Recommended: {chosen}. {best['evidence_bits_attacked']:,.0f} bits are left after the attacks, "
+        f"Recommended: {chosen}. {left:,.0f} bits are left after the attacks{short}, "
         f"and the task {_change(best['drop_points'])} on validation data."
     )
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtlsign import front, sweep, sweep_run, tables
+from mtlsign import front, sweep, sweep_report, sweep_run, tables
 from mtlsign.errors import ArtifactError, ModelError, SettingsError
 from mtlsign.settings_sweep import SweepSettings
 from mtlsign.space import Cell, cells_of, load_space
@@ -150,9 +150,7 @@ def test_an_interrupted_cell_goes_on_and_gives_the_same_row(folder: Path, tmp_pa
     assert not shared.folder.exists(f"cells/{cell.name}/state.pt")
 
 
-def test_an_attack_that_was_done_is_not_done_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_attack_that_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     s = tiny()
     cell = cells_of(load_space(s), s)[0]
     shared, real, seen = shared_of(tmp_path, cell), sweep.strike, []
@@ -377,3 +375,12 @@ def test_a_cell_is_told_whatever_its_settings_were_written_as() -> None:
     assert sweep_run.told(None, {"lambda1": "0.02"}) == "lambda1 0.02 · stopped early"
     row = {"lambda1": 0.02, "lambda2": 1.0, "status": "failed", "reason": "why"}
     assert sweep_run.told(row, {"lambda1": "0.02"}) == "lambda1 0.02, lambda2 1.0 · failed: why"
+
+
+@pytest.mark.parametrize(("bits", "warned"), [(50.0, True), (120.0, False)])
+def test_a_recommendation_that_is_too_weak_says_so(bits: float, warned: bool) -> None:
+    best = {"lambda1": 0.02, "lambda2": 0.1, "evidence_bits_attacked": bits, "drop_points": 0.2}
+    text = sweep_report._headline(
+        {"recommended": best, "vary": ["lambda1", "lambda2"], "bits_required": 120.0, "cells": 1}
+    )
+    assert ("(120 are asked for)" in text) == warned and "loses 0.20 points" in text
