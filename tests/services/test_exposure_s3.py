@@ -1,0 +1,55 @@
+"""`publish` asks a real S3 server, without credentials, whether anybody can read the model already."""
+
+from __future__ import annotations
+
+import json
+
+import boto3
+import pytest
+import seaweed
+from botocore.config import Config
+
+from mtlsign.claims.exposure import is_public
+from mtlsign.errors import StorageError
+from mtlsign.storage import open_storage
+
+pytestmark = pytest.mark.services
+
+
+def test_a_model_that_anybody_can_read_is_public(
+    s3: seaweed.S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    bucket = "exposure"
+    client = boto3.client(
+        "s3",
+        endpoint_url=s3.endpoint,
+        region_name="us-east-1",
+        config=Config(signature_version="s3v4", s3={"addressing_style": "path"}),
+    )
+    client.create_bucket(Bucket=bucket)
+    for folder in ("open/m", "closed/m"):
+        place = open_storage(f"s3://{bucket}/{folder}", endpoint=s3.endpoint)
+        place.write("model.safetensors", b"weights")
+    everybody = {
+        "Version": "2012-10-17",
+        "Statement": [
+            {
+                "Effect": "Allow",
+                "Principal": "*",
+                "Action": ["s3:GetObject"],
+                "Resource": [f"arn:aws:s3:::{bucket}/open/*"],
+            }
+        ],
+    }
+    for folder in ("open/m", "closed/m", "nowhere"):
+        assert not is_public(f"s3://{bucket}/{folder}", endpoint=s3.endpoint)
+    client.put_bucket_policy(Bucket=bucket, Policy=json.dumps(everybody))
+    found = [
+        is_public(f"s3://{bucket}/{place}", endpoint=s3.endpoint)
+        for place in ("open/m", "open/m/model.safetensors", "closed/m", "closed/m/model.safetensors")
+    ]
+    assert found == [True, True, False, False]
+    with pytest.raises(StorageError, match="cannot ask"):
+        is_public(f"s3://{bucket}/open/m", endpoint="http://127.0.0.1:9")
