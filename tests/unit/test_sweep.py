@@ -171,7 +171,7 @@ def test_an_attack_that_was_done_is_not_done_again(tmp_path: Path, monkeypatch: 
 
 
 def test_arms_are_settings_that_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    arms = [{"snapshots": "tuned"}, {"lambda2": 0.0}]
+    arms = [{"snapshots": "tuned"}, {"snapshots": "noise", "lambda2": 0.0}]
     space = {"task": "digits", "arm": {"grid_search": arms}, "lambda1": {"grid_search": [0.0, 0.1]}}
     monkeypatch.setattr("tune_spaces.smoke", lambda: space)
     s = tiny()
