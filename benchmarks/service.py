@@ -2,12 +2,14 @@
 
     python -m benchmarks.service                     # 1,000 claims, 20 models in a real S3 on loopback
     python -m benchmarks.service --quick             # 60 claims, 4 models
-    python -m benchmarks.service --kill verifier     # or ingress: killed again and again under that load
+    python -m benchmarks.service --kill verifier     # or ingress: killed under that load
     python -m benchmarks.service --only further      # one process: a further claim on a model that is here
 
 It marks one network, writes copies that differ in an untapped tensor (half of the models) and others that are
 unmarked, and starts `jobs/serve.py` as the README says. Everything runs on the cores of this process's
-affinity, S3, client and ingress too, so `throughput` counts what they cost (`taskset -c 1 python -m …`).
+affinity, S3, client and ingress too, so `throughput` counts what they cost (`taskset -c 1 python -m …`):
+CPU seconds of as many bare tapped forwards ÷ CPU seconds of all these processes, which a busy machine
+disturbs little; beside it the same by the wall clock.
 """
 
 from __future__ import annotations
@@ -41,8 +43,10 @@ import mtlsign  # noqa: E402
 from benchmarks.measure import hardware  # noqa: E402
 from mtlsign import backbone  # noqa: E402
 from mtlsign.artifact import model_bytes, write_model  # noqa: E402
+from mtlsign.carriers import qr  # noqa: E402
 from mtlsign.client import Client, claim_of  # noqa: E402
 from mtlsign.key import Identity, KeyOpening, make_spec, sign_spec  # noqa: E402
+from mtlsign.reference import make_reference  # noqa: E402
 from mtlsign.service import tokens  # noqa: E402
 from mtlsign.service.bundles import take_bundle  # noqa: E402
 from mtlsign.service.store import Store  # noqa: E402
@@ -65,18 +69,26 @@ class Goods:
     reference: bytes
 
     @classmethod
-    def make(cls, width: int, n: int, side: int, keys: int) -> Goods:
-        """Mark a network well enough for 120 bits, no more: the cost of a claim does not depend on it."""
+    def make(cls, width: int, n: int, side: int, keys: int, steps: int) -> Goods:
+        """Mark a network well enough for 120 bits, no more, or not at all: a claim costs the same."""
         graph = backbone.graph_for("resnet18", channels=1, classes=4, width=width, stem="stock")
         torch.manual_seed(0)
         model, gen = backbone.build(graph).eval(), torch.Generator().manual_seed(0)
+        owner = Identity.generate()
+        if not steps:
+            kept = make_reference(model, ["layer1"], torch.zeros(1, 1, side, side))
+            fields = {
+                "name": "benchmark", "n": n, "carrier": qr.make_carrier(n, 1, side, side), "taps": ["layer1"],
+                "head": {"kind": "keyed"}, "statistic": "count", "graph": graph, "reference": kept.digest,
+            }  # fmt: skip
+            right, *others = [sign_spec(owner, make_spec(**fields)) for _ in range(keys + 1)]
+            return cls(graph, dict(model.state_dict()), right, others, kept.data)
         y = torch.arange(64) % 4
         x = torch.rand(4, 1, side, side, generator=gen)[y] + 0.3 * torch.randn(
             64, 1, side, side, generator=gen
         )
-        owner = Identity.generate()
         done = mtlsign.embed(
-            model, from_tensors(x, y), trained=True, identity=owner, graph=graph, key_size=n, steps=100,
+            model, from_tensors(x, y), trained=True, identity=owner, graph=graph, key_size=n, steps=steps,
             lambda2=0, batch=16, primary_batch=16, wm_lr=0.01,
         )  # fmt: skip
         assert done.kit is not None
@@ -125,17 +137,21 @@ class Goods:
         return asked, wanted
 
 
-def bare(goods: Goods, repeats: int) -> list[float]:
-    """Seconds of plain forwards of a key set to the last tap, channels last: what no service can spare."""
+def bare(goods: Goods, repeats: int, pause: float = 0.0, over: threading.Event | None = None) -> list[float]:
+    """CPU seconds of plain forwards of a key set to the last tap, channels last: the least a claim costs.
+
+    With `pause` beside the load until it is `over`: on a shared machine CPU seconds too depend on neighbours.
+    """
     probe = probe_of(take_bundle(claim_of("", goods.right, goods.reference)["bundle"]))
     net = backbone.build(goods.graph).train().to(memory_format=torch.channels_last)
-    found = []
+    found: list[float] = []
+    torch.set_num_threads(1)  # OpenMP keeps the number for each thread
     with torch.no_grad():
-        for _ in range(repeats + 2):
-            start = time.perf_counter()
+        while len(found) < repeats + 2 and not (over and over.wait(pause)):
+            start = time.thread_time()
             forward_to_taps(net, probe.images, probe.spec.taps)
-            found.append(time.perf_counter() - start)
-    return found[2:]
+            found.append(time.thread_time() - start)
+    return found[2:] or found
 
 
 def further(goods: Goods, folder: Path, repeats: int) -> dict[str, float]:
@@ -146,13 +162,13 @@ def further(goods: Goods, folder: Path, repeats: int) -> dict[str, float]:
     for opening in goods.others[: repeats + 2]:
         data = json.dumps(claim_of("", opening, goods.reference)["bundle"]).encode()
         task = Task(f"file://{folder}/m.safetensors", None, (Question(data),))
-        start = time.perf_counter()
+        start = time.process_time()
         assert verifier.answer(task).outcomes[0]["verdict"]["status"] == "rejected"
-        pairs.append((time.perf_counter() - start, statistics.median(bare(goods, 3))))
+        pairs.append((time.process_time() - start, statistics.median(bare(goods, 3))))
     ratios = sorted(a / b for a, b in pairs[2:])
     found = {
-        "further_claim_s": statistics.median(a for a, _ in pairs[2:]),
-        "forward_s": statistics.median(b for _, b in pairs[2:]),
+        "further_claim_cpu_s": statistics.median(a for a, _ in pairs[2:]),
+        "forward_cpu_s": statistics.median(b for _, b in pairs[2:]),
         "further_over_forward": statistics.median(ratios),
     }
     return found | {"low": ratios[0], "high": ratios[-1], "pairs": len(ratios)}
@@ -162,6 +178,32 @@ def memory(pid: int, name: str) -> float:
     """MiB from a process's status."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+
+PARTS = {
+    "Replica:mtlsign:verify": "verifier",
+    "Replica:mtlsign:gate": "ingress",
+    "Proxy": "proxy",
+    "weed": "s3",
+}
+
+
+def cpu() -> Counter[str]:
+    """CPU seconds so far of this process and of all that descend from it and live, by what they are."""
+    parents: dict[int, list[tuple[int, float]]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = entry.read_text().rpartition(")")[2].split()
+            used = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")  # with children that ended
+            parents.setdefault(int(fields[1]), []).append((int(entry.parent.name), used))
+    todo, found = [os.getpid()], Counter({"client": time.process_time()})
+    while todo:
+        for pid, used in parents.get(todo.pop(), []):
+            with suppress(OSError):
+                line = Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+                found[next((kind for part, kind in PARTS.items() if part in line), "ray")] += used
+            todo.append(pid)
+    return found
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -225,23 +267,28 @@ def under_load(a: argparse.Namespace, goods: Goods, folder: Path) -> dict[str, A
             store = Store(folder / "state" / "service.sqlite")
             token = tokens.issue(store, "benchmark", ["verify"], 24)
             before = {n: [memory(p, "VmRSS") for p in replicas(job, n)] for n in ("gate", "verify")}
-            result |= send(a, f"http://127.0.0.1:{port}", token, asked, wanted, job)
+            result |= send(a, goods, f"http://127.0.0.1:{port}", token, asked, wanted, job)
             for n in ("gate", "verify"):
                 pids = replicas(job, n)
                 result[f"{n}_mib"] = {"start": before[n], "peak": [memory(p, "VmHWM") for p in pids]}
             result["stages"] = stages(folder / "ray" / "session_latest" / "logs")
-            forwards = sum(w in ("accepted", "rejected") for w in wanted)
-            each = statistics.median(bare(goods, 15))
-            cores = len(os.sched_getaffinity(0))
-            result |= {"forward_s": each, "forwards": forwards, "cores": cores}
-            result["throughput"] = forwards * each / (result["seconds"] * cores)
+            forwards, cores = sum(w in ("accepted", "rejected") for w in wanted), len(os.sched_getaffinity(0))
+            result |= {"forwards": forwards, "cores": cores}
+            result["throughput"] = forwards * result["beside_cpu_s"] / result["cpu_s"]
+            result["throughput_wall"] = forwards * result["beside_cpu_s"] / (result["seconds"] * cores)
             return result
         finally:
             jobs.end()
 
 
 def send(
-    a: argparse.Namespace, url: str, token: str, asked: Sequence[Any], wanted: Sequence[str], job: Any
+    a: argparse.Namespace,
+    goods: Goods,
+    url: str,
+    token: str,
+    asked: Sequence[Any],
+    wanted: Sequence[str],
+    job: Any,
 ) -> dict[str, Any]:
     """All claims over `--clients` connections, perhaps with a process killed every few seconds."""
     parts = [list(asked[at : at + a.batch]) for at in range(0, len(asked), a.batch)]
@@ -249,7 +296,7 @@ def send(
 
     def kill() -> None:
         nonlocal killed
-        while not over.wait(a.every):
+        while killed < a.kills and not over.wait(a.every):
             for pid in replicas(job, {"verifier": "verify", "ingress": "gate"}[a.kill])[:1]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -261,20 +308,28 @@ def send(
             results = client.verify(part, wait_s=30)
             return time.perf_counter() - start, results
 
+    beside: list[float] = []
     killer = threading.Thread(target=kill, daemon=True)
+    sampler = threading.Thread(target=lambda: beside.extend(bare(goods, 10**6, 1.0, over)))
+    sampler.start()
     if a.kill:
         killer.start()
-    start = time.perf_counter()
+    start, used = time.perf_counter(), cpu()
     with ThreadPoolExecutor(a.clients) as pool:
         done = list(pool.map(one, parts))
     seconds = time.perf_counter() - start
+    after = cpu()
     over.set()
+    sampler.join()
+    spent = {kind: after[kind] - used[kind] for kind in after}
+    spent["client"] -= sum(beside)
     answers = [said(result) for _, results in done for result in results]
     wrong = [(i, w, got) for i, (w, got) in enumerate(zip(wanted, answers, strict=False)) if w != got]
     return {
         "claims": len(asked), "answers": len(answers), "wrong": len(wrong), "first_wrong": wrong[:5],
-        "kinds": dict(Counter(answers)), "killed": killed, "seconds": seconds,
-        "claims_per_s": len(asked) / seconds, "request_s": quantiles([t for t, _ in done]),
+        "kinds": dict(Counter(answers)), "killed": killed, "seconds": seconds, "cpu_by": spent,
+        "cpu_s": sum(spent.values()), "claims_per_s": len(asked) / seconds,
+        "request_s": quantiles([t for t, _ in done]), "beside_cpu_s": statistics.median(beside),
     }  # fmt: skip
 
 
@@ -288,19 +343,22 @@ def main() -> int:
         ("width", 16, "of the ResNet-18"), ("n", 1024, "bits of a key"), ("side", 28, "pixels"),
         ("batch", 50, "claims in a request"), ("clients", 4, "requests at a time"),
         ("verifiers", 1, "replicas"), ("repeats", 9, "pairs for a further claim"),
-        ("limit", 16, "MiB that a model may have"),
+        ("limit", 64, "MiB that a model may have"), ("steps", 100, "of marking"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} [{default}]")
     parser.add_argument("--kill", choices=["verifier", "ingress"], help="what is killed under the load")
     parser.add_argument("--every", type=float, default=10.0, help="seconds between kills [10]")
+    parser.add_argument("--kills", type=int, default=2, help="how often [2]")
     parser.add_argument("--only", choices=["further", "load"], help="one half")
     parser.add_argument("--quick", action="store_true", help="60 claims, 4 models")
     a = parser.parse_args()
     if a.quick:
         a.claims, a.models, a.keys, a.batch, a.repeats = 60, 4, 6, 15, 3
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended, then too
     with tempfile.TemporaryDirectory(prefix="mtlsign-", ignore_cleanup_errors=True) as temporary:
-        goods = Goods.make(a.width, a.n, a.side, max(a.keys, a.repeats + 2))
+        keys = max(a.keys, a.repeats + 2)
+        goods = Goods.make(a.width, a.n, a.side, keys, a.steps if a.only != "further" else 0)
         result: dict[str, Any] = {"hardware": hardware()}
         if a.only != "load":
             result |= further(goods, Path(temporary), a.repeats)

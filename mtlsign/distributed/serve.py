@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 from mtlsign.distributed import cluster  # first: what it sets must stand before Ray is imported
@@ -83,11 +84,15 @@ class Replicas:
     async def verify(self, task: Task) -> Answer:
         """Ask one replica. Raises Lost, or Problem `busy`."""
         name = hashlib.sha256(task.model.encode()).hexdigest()[:32]
-        handle: Any = self._handle.options(multiplexed_model_id=name, stream=True)
+        handle: Any = self._handle.options(multiplexed_model_id=name, stream=task.careful)
         told: list[Outcome] = []
-        begun = False
+        begun: bool | None = None
         try:
-            async for one in handle.verify.remote(task):
+            if not task.careful:
+                answer: Answer = await handle.verify.remote(task)
+                return answer
+            begun = False
+            async for one in handle.verify_carefully.remote(task):
                 if isinstance(one, Answer):
                     return one
                 begun = True
@@ -133,7 +138,12 @@ class Verify:
         """Tell Ray's router that this replica has the model; the verifier keeps it."""
         return name
 
-    async def verify(self, task: Task) -> AsyncIterator[Outcome | Answer | None]:
+    async def verify(self, task: Task) -> Answer:
+        """Answer one task."""
+        await self._hold(serve.get_multiplexed_model_id())
+        return await asyncio.to_thread(self._answer, task)
+
+    async def verify_carefully(self, task: Task) -> AsyncIterator[Outcome | Answer | None]:
         """Answer one task. As each claim begins the outcome of the one before it is told, at last the answer:
         whoever asked knows at which claim this process died.
         """
@@ -152,7 +162,7 @@ class Verify:
                 yield one
         yield work.result()
 
-    def _answer(self, task: Task, tell: Callable[[Outcome | None], None]) -> Answer:
+    def _answer(self, task: Task, tell: Callable[[Outcome | None], None] = lambda _: None) -> Answer:
         import torch
 
         torch.set_num_threads(self._s.threads)  # OpenMP keeps the number for each thread
@@ -196,8 +206,11 @@ def _bound_memory(more: int) -> None:
 
 
 def _plain(s: ServiceSettings) -> dict[str, Any]:
-    """Settings as they travel: absolute, and without the signing key, which each ingress reads itself."""
-    found = s.model_dump(mode="json", exclude={"signing_key"}, exclude_none=True, by_alias=True)
+    """Settings as they travel: absolute, without what a job adds, and without the signing key, which each
+    ingress reads itself.
+    """
+    names = ServiceSettings.model_fields.keys() - {"signing_key"}
+    found = s.model_dump(mode="json", include=set(names), exclude_none=True, by_alias=True)
     return found | {"state": str(s.state.absolute())}
 
 
@@ -308,9 +321,13 @@ def batch(s: ServiceSettings, claims: list[Any]) -> list[dict[str, Any]]:
     cluster.connect()
     name = f"{APP}-batch-{os.getpid()}"
     try:
+        serve.start(proxy_location="Disabled")  # no HTTP here; a service that is there keeps its own
         handle = serve.run(verifiers(s), name=name, route_prefix=None)
-        return asyncio.run(_batch(s, handle, claims))
-    except (RayError, RayServeException) as error:
+    except (RuntimeError, RayError, RayServeException) as error:
+        with suppress(RuntimeError, RayError, RayServeException):
+            serve.delete(name)
         raise ClusterError(f"the verifiers do not start ({str(error)[:300]})", field="serve") from None
+    try:
+        return asyncio.run(_batch(s, handle, claims))
     finally:
         serve.delete(name)

@@ -13,7 +13,7 @@ import json
 import re
 import secrets
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -215,16 +215,16 @@ class Desk:
         return None
 
     async def _part(self, job: Job, model: str, digest: str | None, places: Sequence[int]) -> None:
-        """Answer claims on one model. What a verifier told before it died is kept, the claim at which it died
-        is tried again alone, and the others as if nothing had happened.
+        """Answer claims on one model. When their verifier dies they are asked again, carefully: what the next
+        one tells until it dies too is kept, the claim at which it died is tried alone, the others as before.
         """
         groups = deque([list(places)])
-        strikes: Counter[int] = Counter()
+        strikes: defaultdict[int, float] = defaultdict(float)
         losses = 0
         while groups:
             asked = groups.popleft()
             async with self._turns.of(job.token):
-                told, error = await self._ask(job, model, digest, asked)
+                told, error = await self._ask(job, model, digest, asked, careful=losses > 0)
             await self._keep(job, list(zip(asked, told, strict=False)))
             rest = asked[len(told) :]
             if error is None or not rest:
@@ -232,22 +232,26 @@ class Desk:
             losses += 1
             self.metrics.add("mtlsign_retries", len(rest))
             metrics.event("lost", claims=len(rest), times=losses, reason=type(error).__name__)
-            guilty = rest[:1] if error.begun else rest if error.begun is None else []
-            strikes.update(guilty)
-            enough = [at for at in rest if strikes[at] >= self.s.attempts or losses >= 4 * self.s.attempts]
+            # Whose turn it was is the suspect; where nobody can tell, all are, half as much; at first, none.
+            guilty = rest[:1] if error.begun else rest if losses > 1 else []
+            for at in guilty:
+                strikes[at] += 1 if error.begun else 0.5
+            most = self.s.attempts
+            enough = [at for at in rest if strikes[at] >= most or losses >= 10 * most]
             gone = Problem("verifier-lost", "no verifier lived to answer this claim; try it alone, later")
             await self._keep(job, [(at, {"problem": gone.document()}) for at in enough])
             innocent = [at for at in rest if at not in guilty and at not in enough]
             groups.extend([innocent] if innocent else [])
             groups.extend([at] for at in guilty if at not in enough)
-            await asyncio.sleep(min(0.1 * 2**losses, 10.0))
+            if groups:
+                await asyncio.sleep(min(0.1 * 2**losses, 10.0))
 
     async def _ask(
-        self, job: Job, model: str, digest: str | None, places: Sequence[int]
+        self, job: Job, model: str, digest: str | None, places: Sequence[int], *, careful: bool
     ) -> tuple[list[Outcome], Lost | None]:
         """Outcomes from the first place on, and how the verifier was lost if they are not all there."""
         asked = [await asyncio.to_thread(self._open, job, at) for at in places]
-        task = Task(model, digest, tuple(one.question for one in asked))
+        task = Task(model, digest, tuple(one.question for one in asked), careful)
         limit = self.s.fetch_s * (1 + sum(one.question.pointer is not None for one in asked))
         limit += (self.s.claim_s + GRACE_S) * (len(asked) + 1)
         pause = 0.1

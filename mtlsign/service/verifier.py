@@ -50,11 +50,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """Claims on one model: its pointer, the digest that it must have (or None), and the claims."""
+    """Claims on one model: its pointer, the digest that it must have (or None), and the claims.
+
+    `careful`: a verifier died of these or beside them; tell which claim is at work.
+    """
 
     model: str
     sha256: str | None
     questions: tuple[Question, ...]
+    careful: bool = False
 
 
 @dataclass

@@ -87,3 +87,16 @@ def test_the_cluster_starts_serve_with_our_bounds() -> None:
     assert cluster["file_mounts"][f"{path}/mtlsign"] == "mtlsign"
     assert [o for o in options if re.fullmatch(r"--env MTLSIGN_STATE=/home/ray/[a-z-]+", o)]
     assert cluster["idle_timeout_minutes"] > 0 and "--env RAY_AUTH_MODE=token" in options
+
+
+def test_settings_travel_to_replicas_without_secrets_and_without_a_job_s_own() -> None:
+    from mtlsign.distributed.serve import _plain
+    from mtlsign.settings_service import BatchSettings
+
+    given = BatchSettings.of({"claims": "c.jsonl", "signing_key": "ab" * 64, "bits": 100})
+    sent = _plain(given)
+    assert (
+        ServiceSettings.of(sent).bits == 100
+        and "ab" * 64 not in str(sent)
+        and Path(sent["state"]).is_absolute()
+    )

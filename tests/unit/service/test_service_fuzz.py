@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hypothesis
-import pytest
 import schemathesis
 from schemathesis.core.result import Ok
 from serving import Service, Start  # type: ignore[import-not-found]
@@ -11,7 +10,6 @@ from serving import Service, Start  # type: ignore[import-not-found]
 EXAMPLES = 25
 
 
-@pytest.mark.slow
 def test_no_request_breaks_the_service(start: Start) -> None:
     service: Service = start(max_wait_s=0.5, ledger="sqlite:////nowhere/ledger.db")
     schema = schemathesis.openapi.from_asgi("/openapi.json", service.client.app)
