@@ -125,6 +125,7 @@ def test_sizes_are_known_before_reading_and_the_cache_is_bounded(tmp_path: Path)
         "fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1", "::ffff:169.254.169.254", "64:ff9b::7f00:1",
         "2002:7f00:1::",
         "224.0.0.1", "240.0.0.1", "255.255.255.255", "ff02::1", "fd00:ec2::254", "no address",
+        "192.0.0.192", "168.63.129.16", "64:ff9b:1::7f00:1", "::7f00:1",
     ],
 )  # fmt: skip
 def test_addresses_of_ours_are_refused(address: str) -> None:
