@@ -144,7 +144,7 @@ def _scatter(ax: Axes, found: Sequence[Point], bits: float) -> None:
     ax.axhline(bits, color="#a3400a", linewidth=1.1, linestyle="--")
     ax.plot([POINTS, POINTS], [0, bits], color="#a3400a", linewidth=1.1, linestyle="--")
     ax.annotate(
-        f"removed: under {bits:g} bits, at most {POINTS:g} points lost", (left, bits), (4, 4),
+        f"removed: under {bits:g} bits, at most {POINTS:g} points lost", (right, bits), (-4, 4), ha="right",
         textcoords="offset points", fontsize=9, color="#7a3008",
     )  # fmt: skip
     for kind, (label, colour, marker) in _LOOKS.items():
