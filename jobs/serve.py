@@ -6,6 +6,7 @@ caller: `python -m mtlsign.service token NAME --scopes verify,ledger`.
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ def main(argv: Sequence[str]) -> None:
     serve.start(s)
     scheme = "https" if s.tls_cert else "http"
     print(f"{scheme}://{s.host}:{s.port}/ answers; its state lies in {s.state.absolute()}", flush=True)
+    # After Ray's start, which takes SIGTERM for itself: service managers stop a process with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         while True:
             time.sleep(3600)
