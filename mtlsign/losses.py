@@ -65,7 +65,27 @@ def pruned_snapshot(kernels: Kernels, largest: float, generator: torch.Generator
     return out
 
 
-class InnerTuning:
+class InnerLoop:
+    """Differences W^t − W of the tapped kernels that an inner loop left, and the copies that they make."""
+
+    def __init__(self) -> None:
+        self.deltas: list[dict[str, Tensor]] = []
+        self.refreshed = -1
+
+    def keep(self, index: int, deltas: list[dict[str, Tensor]]) -> None:
+        """What refresh `index` left; where it diverged nothing, for no snapshot is better than NaN."""
+        finite = all(bool(torch.isfinite(d).all()) for delta in deltas for d in delta.values())
+        self.refreshed, self.deltas = index, deltas if finite else []
+
+    def snapshot(self, kernels: Kernels, turn: int) -> dict[str, Tensor]:
+        """W^t for the `turn`-th use since the refresh (W itself where the loop diverged)."""
+        if not self.deltas:
+            return dict(kernels)
+        delta = self.deltas[turn % len(self.deltas)]
+        return {name: kernel + delta[name] if name in delta else kernel for name, kernel in kernels.items()}
+
+
+class InnerTuning(InnerLoop):
     """R_DA's W^t, eq. (9): an adversary's tuning of the current W on D', whose trajectory gives the
     snapshots.
 
@@ -91,10 +111,9 @@ class InnerTuning:
         steps: int,
         lr: float,
     ) -> None:
+        super().__init__()
         self._model, self._names, self._loss, self._batches = model, list(names), loss, batches
         self._steps, self._lr = steps, lr
-        self.deltas: list[dict[str, Tensor]] = []
-        self.refreshed = -1
 
     def refresh(self, index: int) -> None:
         """Tune anew from the current W. A function of (W, index) alone, so that a resumed run repeats it."""
@@ -105,19 +124,11 @@ class InnerTuning:
         parameters = dict(copied.named_parameters())
         optimizer = torch.optim.SGD(parameters.values(), lr=self._lr, momentum=0.9, foreach=False)
         source = dict(self._model.named_parameters())
-        self.deltas, self.refreshed = [], index
+        deltas = []
         for step, (x, y) in zip(range(self._steps), self._batches(index), strict=False):
             optimizer.zero_grad(set_to_none=True)
             self._loss(copied(x), y).backward()
             optimizer.step()
             if step + 1 > self._steps // 2 or step + 1 == self._steps:
-                self.deltas.append({n: (parameters[n].detach() - source[n].detach()) for n in self._names})
-        if not all(torch.isfinite(d).all() for delta in self.deltas for d in delta.values()):
-            self.deltas = []  # the inner learning rate diverged: no snapshot is better than NaN
-
-    def snapshot(self, kernels: Kernels, turn: int) -> dict[str, Tensor]:
-        """W^t for the `turn`-th use since the refresh (W itself where tuning diverged)."""
-        if not self.deltas:
-            return dict(kernels)
-        delta = self.deltas[turn % len(self.deltas)]
-        return {name: kernel + delta[name] if name in delta else kernel for name, kernel in kernels.items()}
+                deltas.append({n: (parameters[n].detach() - source[n].detach()) for n in self._names})
+        self.keep(index, deltas)

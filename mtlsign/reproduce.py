@@ -228,7 +228,7 @@ def arm_of(row: Mapping[str, Any]) -> Row:
     copies = str(row.get("snapshots", _DEFAULT_COPIES))
     if row["lambda2"] == 0:
         copies = "none"
-    elif copies == "noise" and row.get("noise") == 0:
+    elif copies == "noise" and float(row.get("noise", 1)) == 0:
         copies = "the model itself"
     return {"head": row.get("head", "keyed"), "R_DA": copies}
 

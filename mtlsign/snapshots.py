@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mtlsign.carriers import qr
 from mtlsign.key import integers
 from mtlsign.losses import (
+    InnerLoop,
     InnerTuning,
     Kernels,
     correlation_loss,
@@ -114,7 +115,7 @@ class Snapshots:
         return loss
 
 
-class InnerAttack:
+class InnerAttack(InnerLoop):
     """Adam on copies of the tapped kernels; the differences after the last half of its steps are kept.
 
     Args:
@@ -124,9 +125,8 @@ class InnerAttack:
     """
 
     def __init__(self, objective: Callable[[Kernels, int], Loss], *, steps: int, rate: float) -> None:
+        super().__init__()
         self._objective, self._steps, self._rate = objective, steps, rate
-        self.deltas: list[dict[str, Tensor]] = []
-        self.refreshed = -1
 
     def refresh(self, index: int, kernels: Kernels) -> None:
         """Attack the current W anew: a function of (W, index) alone, so that a resumed run repeats it."""
@@ -134,20 +134,12 @@ class InnerAttack:
         moved = {name: kernel.clone().requires_grad_(True) for name, kernel in start.items()}
         groups = [{"params": [p], "lr": self._rate * float(start[name].std())} for name, p in moved.items()]
         optimizer, loss = torch.optim.Adam(groups, foreach=False), self._objective(start, index)
-        self.deltas, self.refreshed = [], index
+        deltas = []
         for step in range(self._steps):
             optimizer.zero_grad(set_to_none=True)
             with torch.enable_grad():
                 loss(moved, step).backward()
             optimizer.step()
             if step + 1 > self._steps // 2 or step + 1 == self._steps:
-                self.deltas.append({name: p.detach() - start[name] for name, p in moved.items()})
-        if not all(torch.isfinite(d).all() for delta in self.deltas for d in delta.values()):
-            self.deltas = []
-
-    def snapshot(self, kernels: Kernels, turn: int) -> dict[str, Tensor]:
-        """W^t for the `turn`-th use since the refresh (W itself where the attack diverged)."""
-        if not self.deltas:
-            return dict(kernels)
-        delta = self.deltas[turn % len(self.deltas)]
-        return {name: kernel + delta[name] for name, kernel in kernels.items()}
+                deltas.append({name: p.detach() - start[name] for name, p in moved.items()})
+        self.keep(index, deltas)

@@ -160,11 +160,12 @@ def _measure(s: EmbedSettings, cell: Cell, shared: Shared, kept: Storage, show: 
         split_seed=s.seed, extra=0.0, lr=s.lr or 0.1, copies=(), bits=shared.bits,
     )  # fmt: skip
     unattacked = {"primary_after": row["primary_marked"], "evidence_bits": verdict.evidence_bits}
-    done = json.loads(kept.read(STRUCK, _LIMIT)) if kept.exists(STRUCK) else {}
+    done = _struck(kept)
     for order in parse(shared.attacks):
         if order.text() not in done:
             done[order.text()] = strike(target, order, s.seed, device).row
-            kept.write(STRUCK, json.dumps(done).encode())
+            worth_keeping = {text: row for text, row in done.items() if row["status"] != "failed"}
+            kept.write(STRUCK, json.dumps(worth_keeping).encode())
         struck = compared(done[order.text()], unattacked, shared.bits)
         name = label(order)
         for column in ("wm_accuracy", "evidence_bits", "points_lost"):
@@ -176,6 +177,15 @@ def _measure(s: EmbedSettings, cell: Cell, shared: Shared, kept: Storage, show: 
     row["evidence_bits_attacked"] = min(left)
     row["seconds_attacks"] = round(time.monotonic() - started, 3)
     return row
+
+
+def _struck(folder: Storage) -> dict[str, Row]:
+    """Attacks of an interrupted cell by their text; a damaged file costs no more than doing them again."""
+    try:
+        found = json.loads(folder.read(STRUCK, _LIMIT)) if folder.exists(STRUCK) else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 #: What an attack adds to a row, and how its columns begin.

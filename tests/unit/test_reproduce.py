@@ -95,6 +95,7 @@ def test_the_controls_differ_in_their_copies_alone() -> None:
             for c in (cell.settings for cell in cells_of(load_space(s), s))]  # fmt: skip
     kinds = [reproduce.arm_of(row)["R_DA"] for row in rows]
     mixed = "noise,pruned,scrubbed,spoiled"
+    assert reproduce.arm_of({"lambda2": 1, "snapshots": "noise", "noise": "0"})["R_DA"] == "the model itself"
     assert sorted(kinds) == sorted(["tuned", "noise", "pruned", mixed, "the model itself", "none"])
 
 

@@ -162,6 +162,8 @@ def test_an_attack_that_was_done_is_not_done_again(tmp_path: Path, monkeypatch: 
         return real(*args)
 
     monkeypatch.setattr(sweep, "strike", strike)
+    kept = shared.folder.child(f"cells/{cell.name}")
+    kept.write("attacks.json", b"{ damaged")
     with pytest.raises(Killed):
         run_cell(cell, shared)
     row = run_cell(cell, shared)
