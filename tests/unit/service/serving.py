@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,16 +59,17 @@ class Service:
 
 
 @contextmanager
-def bounded(mib: float = 200) -> Iterator[None]:
-    """What happens within never takes `mib` MiB more of this process's memory than there was before."""
+def bounded(mib: float = 200, seconds: float = 30) -> Iterator[None]:
+    """What happens within ends in time and never takes `mib` MiB more of our memory than before."""
 
     def read(name: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = read("VmRSS")
+    before, begin = read("VmRSS"), time.monotonic()
     yield
+    assert time.monotonic() - begin < seconds
     assert read("VmHWM") - before < mib * 1024, f"grew by {(read('VmHWM') - before) / 1024:.0f} MiB"
 
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
-from serving import Goods, Service  # type: ignore[import-not-found]
+from serving import Goods, Service, bounded  # type: ignore[import-not-found]
 
 from mtlsign.carriers import qr
 from mtlsign.key import Identity, KeyOpening, make_spec, sign_spec
@@ -86,7 +86,8 @@ def test_factories_and_endless_work_are_refused(service: Service, goods: Goods, 
         remade(goods, owner, taps=["no.such.module"]),
         remade(goods, owner, carrier=qr.make_carrier(128, 3, 24, 24)),
     ]
-    results = service.ask(*[goods.claim(bundle=b) for b in bundles], goods.claim()).json()["results"]
+    with bounded():
+        results = service.ask(*[goods.claim(bundle=b) for b in bundles], goods.claim()).json()["results"]
     assert [r["problem"]["type"].rpartition(":")[2] for r in results[:-1]] == ["architecture-refused"] * 7
     assert results[-1]["verdict"]["status"] == "accepted"
 
@@ -105,9 +106,9 @@ def test_suspects_that_cannot_be_read_are_not_verifiable(service: Service, goods
         goods.claim(goods.put(f"hostile/{i}.safetensors", save({n: t.contiguous() for n, t in one.items()})))
         for i, one in enumerate((nan, infinite, shape, whole_numbers, missing, half, other_head))
     ]
-    results = service.ask(*claims, goods.claim(goods.put("hostile/x.safetensors", b"\x80\x04pickle"))).json()[
-        "results"
-    ]
+    claims.append(goods.claim(goods.put("hostile/x.safetensors", b"\x80\x04pickle")))
+    with bounded():
+        results = service.ask(*claims).json()["results"]
     found = [r["verdict"]["status"] for r in results[:-1]]
     assert found == ["not_verifiable"] * 5 + ["accepted"] * 2
     assert results[-1]["problem"]["type"].endswith("not-a-model")

@@ -41,11 +41,9 @@ def type_of(result: Any) -> str:
 @pytest.mark.parametrize("name", LIES)
 def test_files_that_are_no_models(service: Service, goods: Goods, name: str) -> None:
     pointer = goods.put(f"hostile/{hashlib.sha256(name.encode()).hexdigest()[:8]}.safetensors", LIES[name])
-    start = time.monotonic()
-    with bounded():
+    with bounded(seconds=10):
         bad, good = service.ask(goods.claim(pointer), goods.claim()).json()["results"]
     assert type_of(bad) == "not-a-model" and good["verdict"]["status"] == "accepted"
-    assert time.monotonic() - start < 10
 
 
 def endless() -> Iterator[bytes]:
@@ -89,10 +87,9 @@ NETS = {
 def test_hosts_that_lie(start: Start, goods: Goods, name: str) -> None:
     net, kind = NETS[name]
     service = start(resolver=net.resolve, transport=net, allow=HOST, fetch_s=1.0)
-    begin = time.monotonic()
-    with bounded():
+    with bounded(seconds=5):
         (result,) = service.ask(goods.claim(f"{HOST}/m.safetensors")).json()["results"]
-    assert type_of(result) == kind and time.monotonic() - begin < 5
+    assert type_of(result) == kind
     assert all(address == "93.184.216.34" for address, _, _ in net.asked)
 
 
@@ -115,7 +112,8 @@ def test_pointers_through_links_and_upwards(service: Service, goods: Goods) -> N
     link.unlink(missing_ok=True)
     link.symlink_to("/etc/passwd")
     bad = [goods.pointer("link.safetensors"), goods.pointer("../x"), "file:///etc/passwd", "s3://b/x"]
-    results = service.ask(*[goods.claim(p) for p in bad], goods.claim()).json()["results"]
+    with bounded(seconds=10):
+        results = service.ask(*[goods.claim(p) for p in bad], goods.claim()).json()["results"]
     assert [type_of(r) for r in results[:-1]] == ["pointer-refused"] * len(bad)
     assert results[-1]["verdict"]["status"] == "accepted"
 
@@ -196,7 +194,8 @@ def test_tokens_that_open_nothing(service: Service, goods: Goods) -> None:
         f"Bearer {text}": "forbidden", f"Token {text}": "unauthenticated",
         f"Bearer {text}, Bearer {text}": "unauthenticated",
     }.items():  # fmt: skip
-        answer = service.ask(goods.claim(), headers={"Authorization": header})
+        with bounded(seconds=5):
+            answer = service.ask(goods.claim(), headers={"Authorization": header})
         assert type_of(answer.json()) == kind, header
     cookie = service.client.post("/session", data={"token": service.token()}).headers["set-cookie"]
     answer = service.ask(goods.claim(), headers={"Cookie": cookie.partition(";")[0]})
@@ -208,7 +207,8 @@ def test_a_kit_that_names_a_factory(service: Service, goods: Goods, owner: Ident
     fields["graph"] = {"arch": "own/os:system", "command": "x"}
     spec = sign_spec(owner, make_spec(**fields))
     bundle = to_json(spec, base64.b64decode(goods.right["reference"]))
-    results = service.ask(goods.claim(bundle=bundle), goods.claim(bundle={**bundle, "kit": "x"})).json()
+    with bounded(seconds=10):
+        results = service.ask(goods.claim(bundle=bundle), goods.claim(bundle={**bundle, "kit": "x"})).json()
     assert [type_of(r) for r in results["results"]] == ["architecture-refused", "kit-refused"]
 
 
@@ -229,13 +229,18 @@ def bomb() -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.parametrize(
-    "data", [directory(10**6), bomb(), b"{" + b'"a":[],' * 10**6 + b"}"], ids=["directory", "bomb", "lists"]
-)
-def test_claim_files_that_unpack_to_more(data: bytes) -> None:
+BOMBS = {"directory": directory(10**6), "bomb": bomb(), "lists": b"{" + b'"a":[],' * 10**6 + b"}"}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_claim_files_that_unpack_to_more(service: Service, goods: Goods, name: str) -> None:
     with bounded(), pytest.raises(Problem) as caught:
-        read_bundle(data)
+        read_bundle(BOMBS[name])
     assert caught.value.kind == "bad-bundle"
+    place = goods.put(f"hostile/{name}.zip", BOMBS[name])
+    with bounded(seconds=10):
+        bad, good = service.ask(goods.claim(bundle=place), goods.claim()).json()["results"]
+    assert type_of(bad) == "bad-bundle" and good["verdict"]["status"] == "accepted"
 
 
 def test_a_folder_that_names_somebody_else_s_model(start: Start, goods: Goods) -> None:
