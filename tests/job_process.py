@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -186,6 +187,26 @@ class Jobs:
         always = *self.as_owner, "--storage", str(storage)
         return self.python("jobs/embed.py", "--resume", run, *always, *flags, **env)
 
+    def cli(self, *arguments: str, **env: str) -> Job:
+        """Start Ray's own command line."""
+        return self.python("-m", "ray.scripts.scripts", *arguments, **env)
+
+    def node(self, *arguments: str, **env: str) -> Job:
+        """A node in the foreground; ending the process ends exactly that node."""
+        always = "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000"
+        node = self.cli(*always, *arguments, **env)
+        node.until(lambda: "--block" in node.out and any("raylet" in c for c in node.family().values()))
+        return node
+
+    def head(self, **env: str) -> tuple[Job, str, str]:
+        """A head node with two CPUs: (process, GCS address, dashboard URL)."""
+        gcs, dashboard = free_port(), free_port() + 1
+        node = self.node(
+            "--head", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=2",
+            f"--dashboard-port={dashboard}", **env,
+        )  # fmt: skip
+        return node, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
+
     def end(self) -> None:
         for job in reversed(self._made):
             job.end()
@@ -216,6 +237,18 @@ def baseline(jobs: Jobs) -> Finished:
     job = jobs.embed("--run", "base", storage=storage)
     job.wait()
     return Finished(job, storage, result_of(storage, "base"))
+
+
+def free_port() -> int:
+    """Away from 10002-19999, which Ray gives to its workers."""
+    for port in range(20_000 + os.getpid() % 5_000, 32_000):
+        with socket.socket() as tried:
+            try:
+                tried.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
+    raise RuntimeError("no free port")
 
 
 def result_of(storage: Path, run: str) -> dict[str, Any]:

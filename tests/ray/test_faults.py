@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -104,43 +103,6 @@ def test_ctrl_c_under_ray_ends_it_with_one_line(jobs: Jobs, tmp_path: Path) -> N
 # -- clusters of several parts ------------------------------------------------------------------
 
 
-def _free_port() -> int:
-    """Away from 10002-19999, which Ray gives to its workers."""
-    for port in range(20_000 + os.getpid() % 5_000, 32_000):
-        with socket.socket() as tried:
-            try:
-                tried.bind(("127.0.0.1", port))
-                return port
-            except OSError:
-                continue
-    raise RuntimeError("no free port")
-
-
-def _ray(jobs: Jobs, *arguments: str, **env: str) -> Job:
-    return jobs.python("-m", "ray.scripts.scripts", *arguments, **env)
-
-
-def _start(jobs: Jobs, *arguments: str) -> Job:
-    """A node in the foreground; ending the process ends exactly that node."""
-    node = _ray(
-        jobs, "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000", *arguments
-    )
-    node.until(lambda: "--block" in node.out and any("raylet" in c for c in node.family().values()))
-    return node
-
-
-@pytest.fixture
-def head(jobs: Jobs) -> Iterator[tuple[Job, str, str]]:
-    """A head node with two CPUs: (process, GCS address, dashboard URL)."""
-    gcs, dashboard = _free_port(), _free_port() + 1
-    node = _start(
-        jobs, "--head", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=2",
-        f"--dashboard-port={dashboard}",
-    )  # fmt: skip
-    yield node, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
-    node.end()
-
-
 @pytest.mark.slow
 def test_a_lost_node_leaves_its_worker_to_the_other(
     jobs: Jobs, head: tuple[Job, str, str], tmp_path: Path
@@ -156,7 +118,7 @@ def test_a_lost_node_leaves_its_worker_to_the_other(
         RAY_ADDRESS=address,
     )
     taker.until(lambda: "held" in taker.out)
-    second = _start(jobs, f"--address={address}", "--node-ip-address=127.0.0.1", "--num-cpus=1")
+    second = jobs.node(f"--address={address}", "--node-ip-address=127.0.0.1", "--num-cpus=1")
     job = jobs.embed(
         "--run", "node", storage=tmp_path, RAY_ADDRESS=address, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="30"
     )
@@ -189,7 +151,7 @@ def test_ray_job_submit(jobs: Jobs, head: tuple[Job, str, str], tmp_path: Path) 
         "j",
     ]
     for _ in range(20):
-        refused = _ray(jobs, *submit, "--", *run)
+        refused = jobs.cli(*submit, "--", *run)
         refused.wait(1)
         said = refused.out + refused.err
         if "No available agent" not in said:  # the new head node is not ready yet
@@ -197,7 +159,7 @@ def test_ray_job_submit(jobs: Jobs, head: tuple[Job, str, str], tmp_path: Path) 
         time.sleep(3)
     assert "error: owner: is required on a cluster" in said, said[-3000:]
     assert not list(tmp_path.iterdir())
-    job = _ray(jobs, *submit, "--", *run, *jobs.as_owner)
+    job = jobs.cli(*submit, "--", *run, *jobs.as_owner)
     out = job.wait(timeout=800)
     assert (
         "phase 1, the task" in out

@@ -1,0 +1,16 @@
+"""A head node that jobs are submitted to, as on a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from job_process import Job, Jobs
+
+
+@pytest.fixture
+def head(jobs: Jobs) -> Iterator[tuple[Job, str, str]]:
+    """A head node with two CPUs: (process, GCS address, dashboard URL)."""
+    node, gcs, dashboard = jobs.head()
+    yield node, gcs, dashboard
+    node.end()
