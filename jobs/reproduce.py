@@ -10,6 +10,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path.cwd()), str(Path(__file__).resolve().parent.parent)]
 
 from mtlsign import cli
+from mtlsign.progress_line import EmbedLine
 from mtlsign.settings_reproduce import ReproduceSettings
 
 
@@ -17,11 +18,12 @@ def main(argv: Sequence[str]) -> None:
     """Settings → one call → the paper's table with means and spread, as CSV, Markdown and JSON."""
     named = [f"--study={argv[0]}"] if argv and not argv[0].startswith("-") else []
     s = cli.parse(ReproduceSettings, [*named, *argv[len(named) :]], description=__doc__ or "")
-    line = cli.LiveLine(quiet=s.quiet or s.json_output)
+    line = EmbedLine(quiet=s.quiet or s.json_output)
     if s.workers == 0 or s.study == "thresholds":
         from mtlsign.studies import study
+        from mtlsign.sweep_run import InTurn
 
-        result = study(s, say=line.say)
+        result = study(s, fleet=lambda say: InTurn(say, line.row), say=line.say)
     else:
         from mtlsign.distributed.tune import study_on_ray
 

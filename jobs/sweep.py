@@ -10,17 +10,18 @@ if __name__ == "__main__":  # own spaces, tasks and models are found from where 
     sys.path[:0] = [str(Path.cwd()), str(Path(__file__).resolve().parent.parent)]
 
 from mtlsign import cli
+from mtlsign.progress_line import EmbedLine
 from mtlsign.settings_sweep import SweepSettings
 
 
 def main(argv: Sequence[str]) -> None:
     """Settings → one call → cells.csv, report.html, result.json."""
     s = cli.parse(SweepSettings, argv, description=__doc__ or "")
-    line = cli.LiveLine(quiet=s.quiet or s.json_output)
+    line = EmbedLine(quiet=s.quiet or s.json_output)
     if s.workers == 0:
         from mtlsign.sweep_run import InTurn, run
 
-        result = run(s, InTurn(line.say), say=line.say)
+        result = run(s, InTurn(line.say, line.row), say=line.say)
     else:
         from mtlsign.distributed.tune import sweep_on_ray
 

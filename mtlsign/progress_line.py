@@ -9,11 +9,11 @@ from typing import Any
 from mtlsign.cli import LiveLine, table
 from mtlsign.verification import Verdict
 
-_TITLES = {"clean": "phase 1, the task", "mark": "phase 2, the mark"}
+_TITLES = {"clean": "phase 1, the task", "mark": "phase 2, the mark", "attacks": "attacks"}
 
 
 class EmbedLine:
-    """One live line per phase: progress, loss terms, accuracies, time left."""
+    """One live line per phase (in a sweep: of each cell): progress, loss terms, accuracies, time left."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._line = LiveLine(quiet=quiet)
@@ -28,7 +28,7 @@ class EmbedLine:
     def row(self, row: Mapping[str, Any]) -> None:
         """Show a row of progress as `phases` tells it."""
         phase = str(row["phase"])
-        if phase != self._phase:
+        if phase != self._phase or _part(row) < self._done:  # or the next cell's
             self.end()
             self._phase, self._began, self._first, self._last = phase, time.monotonic(), _part(row), {}
         self._last.update(row)
@@ -50,7 +50,7 @@ class EmbedLine:
             ("validation_accuracy", "validation", "{:.2%}"),
             ("wm_loss", "mark loss", "{:.3f}"), ("snapshot_loss", "perturbed", "{:.3f}"),
             ("distillation_loss", "distillation", "{:.4f}"), ("wm_accuracy", "bits", "{:.1%}"),
-            ("snapshot_accuracy", "perturbed bits", "{:.1%}"),
+            ("snapshot_accuracy", "perturbed bits", "{:.1%}"), ("attack", "now", "{}"),
         ):  # fmt: skip
             if row.get(name) is not None:
                 parts.append(f"{label} {pattern.format(row[name])}")

@@ -160,8 +160,10 @@ def _measure(s: EmbedSettings, cell: Cell, shared: Shared, kept: Storage, show: 
         split_seed=s.seed, extra=0.0, lr=s.lr or 0.1, copies=(), bits=shared.bits,
     )  # fmt: skip
     unattacked = {"primary_after": row["primary_marked"], "evidence_bits": verdict.evidence_bits}
-    done = _struck(kept)
-    for order in parse(shared.attacks):
+    done, orders = _struck(kept), parse(shared.attacks)
+    for number, order in enumerate(orders):
+        if show is not None:
+            show({"phase": "attacks", "step": number, "of": len(orders), "attack": label(order)})
         if order.text() not in done:
             done[order.text()] = strike(target, order, s.seed, device).row
             worth_keeping = {text: row for text, row in done.items() if row["status"] != "failed"}

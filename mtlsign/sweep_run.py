@@ -30,6 +30,7 @@ from mtlsign.sweep import (
     STRUCK,
     Row,
     Shared,
+    Show,
     in_order,
     rows_of,
     run_cell,
@@ -57,8 +58,8 @@ class Fleet(Protocol):
 class InTurn:
     """One cell after the other in this process, without Ray: grids only, every cell to its end."""
 
-    def __init__(self, say: Say = lambda _: None) -> None:
-        self._say = say
+    def __init__(self, say: Say = lambda _: None, show: Show | None = None) -> None:
+        self._say, self._show = say, show
 
     def check(self, s: SweepSettings, space: Mapping[str, Any]) -> None:
         """Load the data here."""
@@ -74,11 +75,11 @@ class InTurn:
     def sweep(self, s: SweepSettings, space: Mapping[str, Any], run: SweepRun) -> list[Row]:
         """In the order of the grid."""
         cells = cells_of(space, s)
-        clean = {cell.clean_name: train_shared(cell, run.folder) for cell in cells}
+        clean = {cell.clean_name: train_shared(cell, run.folder, self._show) for cell in cells}
         shared = Shared(run.folder, clean, s.attacks, s.bits, s.data, s.download)
         rows = []
         for number, cell in enumerate(cells, 1):
-            rows.append(run_cell(cell, shared))
+            rows.append(run_cell(cell, shared, self._show))
             self._say(f"{number:4}/{len(cells)} {told(rows[-1], cell.config)}")
         return rows
 

@@ -112,8 +112,11 @@ def test_progress_rows_become_one_line_per_phase(capsys: pytest.CaptureFixture[s
     line.row({"phase": "clean", "epoch": 2, "of": 2, "loss": 0.5, "validation_accuracy": 0.75, "seconds": 3})
     line.row({"phase": "mark", "step": 5, "of": 10, "wm_loss": 0.3, "wm_accuracy": 0.9})
     line.row({"phase": "mark", "step": 10, "of": 10, "wm_loss": 0.1, "wm_accuracy": 1.0})
+    line.row({"phase": "mark", "step": 1, "of": 10, "wm_loss": 0.9})  # the next cell of a sweep
+    line.row({"phase": "attacks", "step": 1, "of": 3, "attack": "int8"})
     line.end()
-    shown = capsys.readouterr().err.splitlines()
+    *shown, next_cell, attacks = capsys.readouterr().err.splitlines()
+    assert "10%" in next_cell and "0.900" in next_cell and "33% · now int8" in attacks
     assert "phase 1, the task 100%" in " ".join(shown[-2].split()) and "validation 75.00%" in shown[-2]
     assert "phase 2, the mark 100%" in shown[-1] and "bits 100.0%" in shown[-1]
     assert all(ord(c) >= 32 for text in shown for c in text)

@@ -142,7 +142,7 @@ def test_an_interrupted_cell_goes_on_and_gives_the_same_row(folder: Path, tmp_pa
         run_cell(cell, shared, kill)
     assert finished(shared.folder.child(f"cells/{cell.name}")) is None
     steps.clear()
-    again = run_cell(cell, shared, lambda row: steps.append(row["step"]))
+    again = run_cell(cell, shared, lambda row: steps.append(row["step"]) if row["phase"] == "mark" else None)
     assert min(steps) > 50, "the checkpoint of step 50 was not used"
     timeless = {k for k in whole if not k.startswith("seconds")}
     assert {k: again[k] for k in timeless} == {k: whole[k] for k in timeless}
@@ -303,7 +303,11 @@ def test_means_leave_out_what_did_not_finish() -> None:
 
 def test_a_sweep_writes_its_tables_and_forgets_w0(tmp_path: Path) -> None:
     said: list[str] = []
-    result = sweep_run.run(tiny(storage=str(tmp_path), run="s"), InTurn(said.append), say=said.append)
+    shown: list[Mapping[str, Any]] = []
+    fleet = InTurn(said.append, shown.append)
+    result = sweep_run.run(tiny(storage=str(tmp_path), run="s"), fleet, say=said.append)
+    assert [row["phase"] for row in shown if row.get("step") in (None, 0)].count("attacks") == 4
+    assert {row["phase"] for row in shown} == {"clean", "mark", "attacks"}
     place = tmp_path / "runs/s"
     names = {p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()}
     cells = {f"cells/{row['cell']}/result.json" for row in result["rows"]}
