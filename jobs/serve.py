@@ -1,7 +1,7 @@
 """Start the verification service and keep it running: `python jobs/serve.py --allow s3://BUCKET/PREFIX`.
 
-Settings come from flags, below them `MTLSIGN_*`, below them `--config FILE`. Ctrl-C stops it. A token for a
-caller: `python -m mtlsign.service token NAME --scopes verify,ledger`.
+Settings come from flags, below them `MTLSIGN_*`, below them `--config FILE`. Ctrl-C or SIGTERM stops it.
+A token for a caller: `python -m mtlsign.service token NAME --scopes verify,ledger`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def main(argv: Sequence[str]) -> None:
     try:
         while True:
             time.sleep(3600)
+    except KeyboardInterrupt:
+        print("stopping", file=sys.stderr, flush=True)
     finally:
         serve.stop()
 

@@ -38,4 +38,4 @@ def main(argv: Sequence[str]) -> None:
 _SHOWN = ("drop_points", "wm_accuracy", "evidence_bits_attacked", "deviation_l2")
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, resumes=True)

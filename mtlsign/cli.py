@@ -78,15 +78,21 @@ def _metavar(annotation: Any) -> str:
     return {int: "INT", float: "FLOAT", str: "TEXT", Path: "FILE"}.get(annotation, "VALUE")
 
 
-def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Call `main(argv)` and turn its outcome into an exit code (see the module's docstring)."""
+def run(
+    main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None, *, resumes: bool = False
+) -> NoReturn:
+    """Call `main(argv)` and turn its outcome into an exit code (see the module's docstring).
+
+    `resumes` says that the job has `--resume`, which is told to whoever interrupts it.
+    """
     try:
         main(sys.argv[1:] if argv is None else argv)
     except MTLSignError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; a run goes on with --resume NAME", file=sys.stderr, flush=True)
+        how = "; a run goes on with --resume NAME" if resumes else ""
+        print(f"interrupted{how}", file=sys.stderr, flush=True)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -260,6 +260,11 @@ def build(args: ServiceSettings) -> serve.Application:
 build.__annotations__ = {"args": ServiceSettings, "return": Any}
 
 
+def _quieten() -> None:
+    """Ray Serve tells what we say ourselves, and that it connects to what it has just started."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
 def start(s: ServiceSettings) -> None:
     """Start the service on the cluster that is there, or on this machine; returns once it answers.
 
@@ -269,6 +274,7 @@ def start(s: ServiceSettings) -> None:
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # a busy machine starts it slowly
     for name in ("max_body_mb", "body_s", "upload_s", "upload_mb_s", "max_model_mb"):  # the proxy reads these
         os.environ[PREFIX + name.upper()] = str(getattr(s, name))
+    _quieten()
     cluster.connect()
     options = {"host": s.host, "port": s.port, "request_timeout_s": max(s.upload_s, s.max_wait_s + 60)}
     for option, file in (("ssl_certfile", s.tls_cert), ("ssl_keyfile", s.tls_key)):
@@ -318,6 +324,7 @@ def batch(s: ServiceSettings, claims: list[Any]) -> list[dict[str, Any]]:
 
     Raises: ClusterError, KeyMaterialError.
     """
+    _quieten()
     cluster.connect()
     name = f"{APP}-batch-{os.getpid()}"
     try:

@@ -64,13 +64,15 @@ def test_help_lists_every_option_and_exits_0(capsys: pytest.CaptureFixture[str])
         assert name in shown
 
 
-def outcome(error: BaseException | None, capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
+def outcome(
+    error: BaseException | None, capsys: pytest.CaptureFixture[str], **more: bool
+) -> tuple[object, str]:
     def main(argv: Sequence[str]) -> None:
         if error is not None:
             raise error
 
     with pytest.raises(SystemExit) as caught:
-        cli.run(main, [])
+        cli.run(main, [], **more)
     return caught.value.code, capsys.readouterr().err
 
 
@@ -82,6 +84,8 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert outcome(StorageError("gone; start it"), capsys) == (2, "error: gone; start it\n")
     code, said = outcome(KeyboardInterrupt(), capsys)
+    assert (code, said) == (130, "interrupted\n")
+    code, said = outcome(KeyboardInterrupt(), capsys, resumes=True)
     assert code == 130 and said.count("\n") == 1 and "--resume" in said
 
 
