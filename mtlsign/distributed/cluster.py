@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 # Read by Ray at import: no usage report, no second copy of workers' prints, quick detection of dead
-# workers, and workers that share this interpreter's environment instead of building one through `uv run`.
+# workers, workers that share this interpreter's environment instead of building one through `uv run`, and no
+# second Ray started by a thread that still calls it while an interrupted process ends the first.
 for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }.items():
     os.environ.setdefault(_name, _value)

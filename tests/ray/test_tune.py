@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from job_process import Job, Jobs
+from job_process import ROOT, Job, Jobs
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -73,3 +73,29 @@ def test_asha_stops_cells_and_their_rows_say_so(jobs: Jobs, tmp_path: Path) -> N
     assert result["ok"] + result["stopped"] == 8 and result["ok"] and result["stopped"]
     stopped = [row for row in result["rows"] if row["status"] == "stopped"]
     assert all(row["reason"].startswith("stopped at step") for row in stopped)
+
+
+@pytest.mark.slow
+def test_what_still_runs_after_ctrl_c_starts_no_second_ray(jobs: Jobs, tmp_path: Path) -> None:
+    """Tune's thread may call Ray while the interrupted process ends it: by default that would start another."""
+    script = tmp_path / "busy.py"
+    script.write_text(
+        "from mtlsign import cli\n"
+        "def main(argv):\n"
+        "    from mtlsign.distributed import cluster\n"
+        "    import ray\n"
+        "    def ask():\n"
+        "        print('up', flush=True)\n"
+        "        while True:\n"
+        "            try:\n"
+        "                ray.put(1)\n"
+        "            except Exception:\n"
+        "                pass\n"
+        "    cluster.connect()\n"
+        "    cluster.beside(ask)\n"
+        "cli.run(main)\n"
+    )
+    job = jobs.python(str(script), PYTHONPATH=str(ROOT))
+    job.until(lambda: "up" in job.out)
+    os.kill(job.process.pid, signal.SIGINT)
+    assert job.wait(130) == "up\n" and job.err == "interrupted\n"
