@@ -27,7 +27,7 @@ from mtlsign.settings_reproduce import ReproduceSettings
 from mtlsign.settings_sweep import SweepSettings
 from mtlsign.space import Cell, cells_of, is_plain
 from mtlsign.studies import study
-from mtlsign.sweep import Row, Shared, run_cell, train_shared
+from mtlsign.sweep import CELLS, Row, Shared, finished, run_cell, train_shared
 from mtlsign.sweep_run import Say, SweepRun, run, told
 from mtlsign.tasks import load_task
 
@@ -50,8 +50,12 @@ def trial(config: dict[str, Any], *, shared: Shared) -> None:
             tune.report({METRIC: right, "step": row["step"]})
 
     row = run_cell(shared.cell(config), shared, show)
-    steps = shared.cell(config).settings.steps
-    tune.report({METRIC: row["wm_accuracy"] or 0.0, "step": steps, "row": row})
+    tune.report({METRIC: row["wm_accuracy"] or 0.0, "step": _steps(shared.cell(config)) + 1, "row": row})
+
+
+def _steps(cell: Cell) -> int:
+    """Steps of phase 2; the row of a cell, with its attacks, comes one later."""
+    return cell.settings.steps or 1
 
 
 def sweep_on_ray(s: SweepSettings, *, say: Say = lambda _: None) -> dict[str, Any]:
@@ -156,9 +160,9 @@ def _train(cell: Cell, folder: Any) -> bytes | MTLSignError:
 
 
 def _scheduler(s: SweepSettings, cells: Sequence[Cell]) -> TrialScheduler | None:
-    longest = max(cell.settings.steps or 1 for cell in cells)
-    if s.scheduler == "asha":
-        return ASHAScheduler(time_attr="step", max_t=longest, grace_period=max(1, longest // 4))
+    longest = max(_steps(cell) for cell in cells)
+    if s.scheduler == "asha":  # it stops whatever reaches max_t, and the attacks are still to come then
+        return ASHAScheduler(time_attr="step", max_t=longest + 1, grace_period=max(1, longest // 4))
     if s.scheduler == "median":
         return MedianStoppingRule(time_attr="step", grace_period=max(1, longest // 4))
     return None
@@ -183,11 +187,11 @@ def _rows(grid: ResultGrid, shared: Shared) -> list[Row]:
     for i in range(len(grid)):
         result = grid[i]
         metrics, config = result.metrics or {}, result.config or {}
-        row = metrics.get("row")
-        if isinstance(row, dict):
+        cell = shared.cell(config)
+        row = metrics.get("row") or finished(shared.folder.child(CELLS).child(cell.name))
+        if row is not None:
             rows.append(row)
             continue
-        cell = shared.cell(config)
         s = cell.settings
         lost = result.error is not None
         lines = [line for line in str(result.error).splitlines() if line.strip()] if lost else []

@@ -67,17 +67,18 @@ def test_killed_twice_and_interrupted_once_it_loses_no_finished_cell(jobs: Jobs,
 
 @pytest.mark.slow
 def test_asha_stops_cells_and_their_rows_say_so(jobs: Jobs, tmp_path: Path) -> None:
-    flags = ("--width", "8", "--fixed", "steps=200,epochs=1", "--num-samples", "2", "--attacks", "none")
+    flags = ("--width", "8", "--fixed", "steps=200,epochs=1", "--num-samples", "2", "--attacks", "int8")
     job = start(jobs, tmp_path, "--space", "smoke", *flags, "--scheduler", "asha", "--json", "--workers", "2")
     result: dict[str, Any] = json.loads(job.wait())
     assert result["ok"] + result["stopped"] == 8 and result["ok"] and result["stopped"]
     stopped = [row for row in result["rows"] if row["status"] == "stopped"]
     assert all(row["reason"].startswith("stopped at step") for row in stopped)
+    assert all(row["bits int8"] is not None for row in result["rows"] if row["status"] == "ok")
 
 
 @pytest.mark.slow
 def test_what_still_runs_after_ctrl_c_starts_no_second_ray(jobs: Jobs, tmp_path: Path) -> None:
-    """Tune's thread may call Ray while the interrupted process ends it: by default that would start another."""
+    """Tune's thread may call Ray while the interrupted process ends it: by default that starts another."""
     script = tmp_path / "busy.py"
     script.write_text(
         "from mtlsign import cli\n"
