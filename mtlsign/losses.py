@@ -78,7 +78,9 @@ class InnerLoop:
         self.refreshed, self.deltas = index, deltas if finite else []
 
     def snapshot(self, kernels: Kernels, turn: int) -> dict[str, Tensor]:
-        """W^t for the `turn`-th use since the refresh (W itself where the loop diverged)."""
+        """W^t (W itself where the loop diverged). `turn` picks one of the differences kept: callers give the
+        step, so that with n kinds in turn and n differences each kind always takes the same one.
+        """
         if not self.deltas:
             return dict(kernels)
         delta = self.deltas[turn % len(self.deltas)]

@@ -20,7 +20,9 @@ Row = dict[str, Any]
 
 _DEFAULT_COPIES = EmbedSettings.model_fields["snapshots"].default
 
-#: Magnitude pruning's path: Fig. 5 (ii) asks for the first ratio that takes the mark below γ.
+#: NP and FP of the paper prune neurons ("unnecessary", "dormant"), here channels; weights are for comparison.
+PRUNING = {"channels": ("prune_channels", "fine_prune_channels"), "weights": ("prune", "fine_prune")}
+#: Pruning's path: Fig. 5 (ii) asks for the first ratio that takes the mark below γ.
 RATIOS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 GAMMA = 0.7
 #: λ1 and λ2 where they are on: the middle of the paper's grid.
@@ -43,7 +45,7 @@ def sweep_settings(s: ReproduceSettings) -> SweepSettings:
         said = s.model_fields_set
         values = {name: value for name, value in values.items() if name in said}
         sources = {
-            "fixed": {"fixed", "heads"}, "attacks": {"attacks", "epochs"}, "num_samples": {"seeds"},
+            "fixed": {"fixed", "heads"}, "attacks": {"attacks", "epochs", "units"}, "num_samples": {"seeds"},
         }  # fmt: skip
         derived = {name: value for name, value in derived.items() if said & sources[name]}
     space = f"mtlsign.reproduce:{s.study}_space"
@@ -107,7 +109,8 @@ CONTROLS = "ftal:lr=quarter/full,annealed,prune:ratio=0.6,fine_prune:ratio=0.5,s
 def attacks(s: ReproduceSettings) -> str:
     """What every embedding of the study meets."""
     if s.study == "ablation":
-        return f"prune:ratio={'/'.join(f'{r:g}' for r in RATIOS)},fine_prune:ratio=0.5"
+        np, fp = PRUNING[s.units]
+        return f"{np}:ratio={'/'.join(f'{r:g}' for r in RATIOS)},{fp}:ratio=0.5"
     if s.attacks is not None:
         return s.attacks
     if s.study != "overwriting":
@@ -146,13 +149,15 @@ def _spread(name: str, values: Sequence[float | None]) -> Row:
 def _ablation(rows: Sequence[Row]) -> list[Row]:
     found = []
     for (head, a, b), group in sorted(_groups(rows, ("head", "lambda1", "lambda2")).items()):
-        pruned = [points_at_gamma(row) for row in group]
+        fell = [points_at_gamma(row) for row in group]
+        # A mark that never falls below γ counts with what the last ratio costs: a lower bound.
+        pruned = [points_at(row, RATIOS[-1]) if x is None else x for row, x in zip(group, fell, strict=True)]
         found.append(
             {
                 "head": head, "R_func": a > 0, "R_DA": b > 0, "n": len(group),
                 **_spread("primary", [row["primary_marked"] for row in group]),
                 **_spread("points lost until NP takes the mark below gamma", pruned),
-                "NP never does": pruned.count(None),
+                "NP never does": fell.count(None),
                 **_spread("wm accuracy after FP", [_after_fp(row) for row in group]),
             }
         )  # fmt: skip
@@ -162,14 +167,25 @@ def _ablation(rows: Sequence[Row]) -> list[Row]:
 def points_at_gamma(row: Mapping[str, Any]) -> float | None:
     """Points that the first pruning ratio costs at which the mark's accuracy is below γ; None if none is."""
     for ratio in RATIOS:
-        accuracy = number(row.get(_column(row, f"wm prune ratio={ratio:g}")))
+        accuracy = _pruned(row, "wm", ratio)
         if accuracy is not None and accuracy < GAMMA:
-            return number(row.get(_column(row, f"points lost prune ratio={ratio:g}")))
+            return points_at(row, ratio)
     return None
 
 
+def points_at(row: Mapping[str, Any], ratio: float) -> float | None:
+    """Points that pruning at `ratio` costs."""
+    return _pruned(row, "points lost", ratio)
+
+
+def _pruned(row: Mapping[str, Any], what: str, ratio: float) -> float | None:
+    found = [number(row.get(_column(row, f"{what} {name} ratio={ratio:g}"))) for name, _ in PRUNING.values()]
+    return next((value for value in found if value is not None), None)
+
+
 def _after_fp(row: Mapping[str, Any]) -> float | None:
-    return number(row.get(_column(row, "wm fine_prune ratio=0.5")))
+    found = [number(row.get(_column(row, f"wm {name} ratio=0.5"))) for _, name in PRUNING.values()]
+    return next((accuracy for accuracy in found if accuracy is not None), None)
 
 
 def _column(row: Mapping[str, Any], start: str) -> str:

@@ -27,6 +27,7 @@ class ReproduceSettings(Settings):
     heads: str = Field("free,keyed", pattern=r"^(free|keyed)(,(free|keyed))?$", description="heads to study: free, keyed or both")
     seeds: int = Field(3, ge=1, le=1000, description="repetitions, each with its own W0, key and attackers")
     epochs: str = Field("50/150/250/350", pattern=r"^\d{1,4}(/\d{1,4}){0,9}$", description="overwriting: epochs")
+    units: Literal["channels", "weights"] = Field("channels", description="ablation: what NP and FP prune; the paper says neurons")
     keys: int = Field(5000, ge=10, le=1_000_000, description="thresholds: random keys")
     attacks: str | None = Field(None, min_length=1, max_length=20_000, description="attacks, controls, overwriting: what every embedding meets, as for jobs/attack.py [the study's own]")
     fixed: str = Field("", max_length=4000, description="further settings of every embedding: epochs=6,steps=300")

@@ -136,9 +136,10 @@ class InnerAttack(InnerLoop):
         optimizer, loss = torch.optim.Adam(groups, foreach=False), self._objective(start, index)
         deltas = []
         for step in range(self._steps):
-            optimizer.zero_grad(set_to_none=True)
-            with torch.enable_grad():
-                loss(moved, step).backward()
+            with torch.enable_grad():  # of the copies alone: a trained head is the owner's, and stays right
+                found = torch.autograd.grad(loss(moved, step), list(moved.values()))
+            for parameter, gradient in zip(moved.values(), found, strict=True):
+                parameter.grad = gradient
             optimizer.step()
             if step + 1 > self._steps // 2 or step + 1 == self._steps:
                 deltas.append({name: p.detach() - start[name] for name, p in moved.items()})

@@ -43,7 +43,9 @@ def overwrite(
     """Phase 2 with a second key on the attacker's data.
 
     One epoch is one pass over his key set, which the machinery takes as one batch, and as many primary images
-    (fewer with `images`); `n` is his key size (0: the head's default), `lambda2` his weight of noisy copies.
+    (fewer with `images`): one step of the optimiser. `n` is his key size (0: the head's default), `lambda2`
+    his weight of R_DA, whose copies are those of our own default, as are his other settings. The images
+    counted are those of his steps; what R_DA's inner loops look at is not counted.
     """
     data = attackers(model, task, budget, seed)
     s = adversary.settings(

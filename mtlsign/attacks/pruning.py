@@ -124,7 +124,8 @@ def _then_tune(
     pruned = stolen_copy(model)
     before = dict(model.named_parameters())
     cut(pruned, data)
-    holes = [(p, (p == 0) & (before[n] != 0)) for n, p in pruned.named_parameters()]
+    # Weights that were 0 before were pruned before; a bias or γ may be 0 of itself.
+    holes = [(p, (p == 0) & ((before[n] != 0) | (p.dim() > 1))) for n, p in pruned.named_parameters()]
     holes = [(p, hole) for p, hole in holes if bool(hole.any())]
 
     def keep_holes() -> None:

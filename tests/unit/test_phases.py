@@ -188,6 +188,19 @@ def test_an_inner_attack_tears_at_the_mark_and_leaves_the_model_alone(
     assert all(torch.isfinite(g).all() for g in grads) and any(g.any() for g in grads)
 
 
+@pytest.mark.parametrize("kind", ["scrubbed", "spoiled"])
+def test_an_inner_attack_teaches_a_trained_head_nothing(
+    kind: str, tiny_task: Task, tiny_settings: Settings, tiny_model: Maker, probe_of: Any
+) -> None:
+    s = tiny_settings(snapshots=kind, lambda2=1.0, inner_steps=2, head="free")
+    model, probe = tiny_model(), probe_of(s)
+    assert list(probe.head.parameters())
+    kernels = probe.graph.read(dict(model.named_parameters()))
+    snapshots.Snapshots(model, tiny_task, probe, s, 50).of(kind, kernels, 0, 1)
+    parameters = [*probe.head.parameters(), *model.parameters()]
+    assert all(p.grad is None for p in parameters)
+
+
 def test_terms_take_turns_and_share_lambda2(tiny_settings: Settings) -> None:
     s = tiny_settings(snapshots="noise,tuned,pruned", snapshots_per_step=2, lambda2=3.0)
     seen = [phases.terms(step, s) for step in range(3)]

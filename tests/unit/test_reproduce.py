@@ -30,6 +30,8 @@ def test_the_ablation_crosses_both_regularisers_heads_and_seeds() -> None:
     assert len(cells) == 4 * 2 * 3 and {c.snapshots for c in cells} == {"tuned"}
     assert {(c.lambda1, c.lambda2) for c in cells} == {(a, b) for a in (0, 0.1) for b in (0, 0.1)}
     orders = [order.name for order in parse(s.attacks)]
+    assert orders == ["prune_channels"] * 9 + ["fine_prune_channels"]
+    orders = [order.name for order in parse(reproduce.sweep_settings(of(units="weights")).attacks)]
     assert orders == ["prune"] * 9 + ["fine_prune"]
 
 
@@ -41,30 +43,33 @@ def test_overwriting_meets_the_papers_epochs_with_both_adversaries() -> None:
     assert [(x["epochs"], x["head"]) for x in settings] == [(e, "keyed") for e in (50, 150, 250, 350)]
 
 
-def ablation_row(ratio: float | None, seed: int = 0, **changes: Any) -> dict[str, Any]:
+def ablation_row(
+    ratio: float | None, seed: int = 0, how: str = "prune_channels", **changes: Any
+) -> dict[str, Any]:
     """A mark that falls below γ from pruning ratio `ratio` on; a ratio r costs 10·r points."""
     row: dict[str, Any] = {
         "status": "ok", "head": "keyed", "lambda1": 0.1, "lambda2": 0.1, "seed": seed,
-        "primary_marked": 0.9 + seed / 100, "wm fine_prune ratio=0.5 epochs=5": 0.95,
+        "primary_marked": 0.9 + seed / 100, f"wm fine_{how} ratio=0.5 epochs=5": 0.95,
     }  # fmt: skip
     for r in reproduce.RATIOS:
         gone = ratio is not None and r >= ratio
-        row[f"wm prune ratio={r:g} bn=kept"] = 0.69 if gone else 0.7
-        row[f"points lost prune ratio={r:g} bn=kept"] = 10 * r
+        row[f"wm {how} ratio={r:g} bn=kept"] = 0.69 if gone else 0.7
+        row[f"points lost {how} ratio={r:g} bn=kept"] = 10 * r
     return row | changes
 
 
-def test_the_ablations_table() -> None:
+@pytest.mark.parametrize("how", ["prune", "prune_channels"])
+def test_the_ablations_table(how: str) -> None:
     rows = [
-        ablation_row(0.4),
-        ablation_row(0.6, 1),
-        ablation_row(None, 2),
-        ablation_row(0.1, status="diverged"),
+        ablation_row(0.4, how=how),
+        ablation_row(0.6, 1, how),
+        ablation_row(None, 2, how),
+        ablation_row(0.1, how=how, status="diverged"),
     ]
     (found,) = reproduce.table(of(), rows)
     assert found["n"] == 3 and found["R_func"] and found["R_DA"] and found["NP never does"] == 1
     assert found["primary"] == pytest.approx(0.91) and found["sd primary"] == pytest.approx(0.01)
-    assert found["points lost until NP takes the mark below gamma"] == pytest.approx(5.0)
+    assert found["points lost until NP takes the mark below gamma"] == pytest.approx((4 + 6 + 9) / 3)
     assert found["wm accuracy after FP"] == pytest.approx(0.95)
     text = reproduce.markdown([found])
     assert "0.91 ± 0.01" in text and "| with |" in text and len(text.splitlines()) == 3
