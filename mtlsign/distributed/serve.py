@@ -83,7 +83,7 @@ class Replicas:
 
     async def verify(self, task: Task) -> Answer:
         """Ask one replica. Raises Lost, or Problem `busy`."""
-        name = hashlib.sha256(task.model.encode()).hexdigest()[:32]
+        name = hashlib.sha256(task.model.encode("utf-8", "surrogatepass")).hexdigest()[:32]
         handle: Any = self._handle.options(multiplexed_model_id=name, stream=task.careful)
         told: list[Outcome] = []
         begun: bool | None = None

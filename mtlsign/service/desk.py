@@ -12,8 +12,9 @@ import hashlib
 import json
 import re
 import secrets
+import sqlite3
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ from mtlsign.settings_service import MIB, ServiceSettings
 
 TASK_CLAIMS = 16
 LEASE_S = 15.0
+PAUSE_S = 0.1
 NOTHING = Question()
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -58,17 +60,40 @@ def read_claim(at: int, claim: object) -> Asked:
         }:
             raise Problem("bad-claim", "a claim has the fields model, bundle and, if you like, sha256")
         model, bundle, digest = claim["model"], claim["bundle"], claim.get("sha256")
-        if not isinstance(model, str) or not 1 <= len(model) <= MAX_POINTER:
-            raise Problem("bad-claim", f"model must be a pointer of at most {MAX_POINTER} characters")
+        if not _is_pointer(model):
+            raise Problem("bad-claim", f"model must be a pointer of at most {MAX_POINTER} ASCII characters")
         if digest is not None and not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
             raise Problem("bad-claim", "sha256 must be 64 lower-case hexadecimal digits")
         if isinstance(bundle, str):
+            if not _is_pointer(bundle):
+                raise Problem("bad-claim", f"a bundle's pointer has 1 to {MAX_POINTER} ASCII characters")
             return Asked(at, model, digest, Question(pointer=bundle))
         if not isinstance(bundle, dict):
             raise Problem("bad-claim", "bundle must be an opened claim (an object) or a pointer to one")
         return Asked(at, model, digest, Question(json.dumps(bundle).encode()))
     except Problem as problem:
         return Asked(at, problem=problem)
+
+
+def _is_pointer(value: object) -> bool:
+    return isinstance(value, str) and 1 <= len(value) <= MAX_POINTER and value.isascii()
+
+
+class Failed(Lost):
+    """Asking went wrong in a way that nobody thought of."""
+
+
+def _of_the_machine(error: BaseException) -> bool:
+    """Whether a full disk or the like is at fault: trying again later is right, however often."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_of_the_machine, error.exceptions))
+    return isinstance(error, OSError | sqlite3.OperationalError | MemoryError)
+
+
+def _defect(name: str, error: Exception) -> Outcome:
+    metrics.defect(name, error)
+    detail = "the service failed at this claim; the failure was logged"
+    return {"problem": Problem("internal", detail).document()}
 
 
 class Desk:
@@ -84,6 +109,7 @@ class Desk:
         self._turns = Turns(parallel or 2 * max(s.verifiers, s.max_verifiers))
         self._room = Room(s.token_claims, s.token_mb * MIB, s.queue_claims, s.queue_mb * MIB)
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._failures: Counter[str] = Counter()
         self._keeper: asyncio.Task[None] | None = None
         self._cleaned = 0.0
 
@@ -101,7 +127,7 @@ class Desk:
     async def _keep_up(self) -> None:
         while True:
             with contextlib.suppress(Exception):
-                await asyncio.to_thread(self.store.renew, self.name, LEASE_S)
+                await asyncio.to_thread(self.store.renew, list(self._running), LEASE_S)
                 for job in await asyncio.to_thread(self.store.adopt, self.name, LEASE_S, list(self._running)):
                     metrics.event("adopted", job=job.id)
                     self._begin(job)
@@ -167,7 +193,16 @@ class Desk:
             await self._work(job)
         except Exception as error:  # a full disk, say: taken up again when the lease has run out
             metrics.defect("put_down", error)
-            await asyncio.to_thread(self.store.put_down, job.id, self.store.clock() + LEASE_S)
+            self._failures[job.id] += not _of_the_machine(error)
+            if self._failures[job.id] < self.s.attempts:
+                await asyncio.to_thread(self.store.put_down, job.id, self.store.clock() + LEASE_S)
+                return
+            done = await asyncio.to_thread(self.store.outcomes, job.id)
+            await self._keep(
+                job, [(at, _defect("gave_up", error)) for at in range(job.count) if at not in done]
+            )
+            await asyncio.to_thread(self.store.finish, job.id)
+        self._failures.pop(job.id, None)
 
     async def _work(self, job: Job) -> None:
         start = time.perf_counter()
@@ -190,8 +225,14 @@ class Desk:
         for at in range(job.count):
             if at in done:
                 continue
-            one = self._open(job, at)
-            problem = one.problem or self._not_theirs(job.token, one)
+            try:
+                one = self._open(job, at)
+                problem = one.problem or self._not_theirs(job.token, one)
+            except Exception as error:
+                if _of_the_machine(error):
+                    raise
+                refused.append((at, _defect("claim_unread", error)))
+                continue
             if problem is not None:
                 refused.append((at, {"problem": problem.document()}))
             else:
@@ -224,6 +265,8 @@ class Desk:
         while groups:
             asked = groups.popleft()
             async with self._turns.of(job.token):
+                if await asyncio.to_thread(self.store.ended, job.id):  # its token was revoked
+                    return
                 told, error = await self._ask(job, model, digest, asked, careful=losses > 0)
             await self._keep(job, list(zip(asked, told, strict=False)))
             rest = asked[len(told) :]
@@ -239,12 +282,14 @@ class Desk:
             most = self.s.attempts
             enough = [at for at in rest if strikes[at] >= most or losses >= 10 * most]
             gone = Problem("verifier-lost", "no verifier lived to answer this claim; try it alone, later")
+            if isinstance(error, Failed):
+                gone = Problem("internal", "the service failed at this claim; the failure was logged")
             await self._keep(job, [(at, {"problem": gone.document()}) for at in enough])
             innocent = [at for at in rest if at not in guilty and at not in enough]
             groups.extend([innocent] if innocent else [])
             groups.extend([at] for at in guilty if at not in enough)
             if groups:
-                await asyncio.sleep(min(0.1 * 2**losses, 10.0))
+                await asyncio.sleep(min(PAUSE_S * 2**losses, 10.0))
 
     async def _ask(
         self, job: Job, model: str, digest: str | None, places: Sequence[int], *, careful: bool
@@ -258,6 +303,8 @@ class Desk:
         while True:
             try:
                 answer = await asyncio.wait_for(self.backend.verify(task), 2 * limit)
+                if len(answer.outcomes) != len(places):
+                    raise RuntimeError("a verifier answered another number of claims than it was asked")
                 break
             except Problem as problem:
                 if problem.kind != "busy":  # busy verifiers are no reason to fail what was accepted
@@ -266,6 +313,9 @@ class Desk:
                 return lost.outcomes, lost
             except TimeoutError:
                 return [], Lost(begun=None)
+            except Exception as error:
+                metrics.defect("asked_in_vain", error)
+                return [], Failed(begun=None)
             await asyncio.sleep(pause)
             pause = min(2 * pause, 5.0)
         rounded = {stage: round(seconds, 5) for stage, seconds in answer.seconds.items()}
@@ -273,8 +323,6 @@ class Desk:
         for stage, seconds in answer.seconds.items():
             self.metrics.add("mtlsign_stage_seconds", seconds, stage)
         self.metrics.add("mtlsign_cache", 1, "hit" if answer.cached else "miss")
-        if len(answer.outcomes) != len(places):
-            raise RuntimeError("a verifier answered another number of claims than it was asked")
         return answer.outcomes, None
 
     async def _keep(self, job: Job, found: Sequence[tuple[int, Outcome]]) -> None:
@@ -284,7 +332,11 @@ class Desk:
         for at, outcome in found:
             verdict, envelope = outcome.get("verdict"), None
             if verdict is not None:
-                envelope = self.keys.sign(outcome, f"{job.id}.{at}", int(self.store.clock()))
+                try:
+                    envelope = self.keys.sign(outcome, f"{job.id}.{at}", int(self.store.clock()))
+                except Exception as error:
+                    outcome, verdict = _defect("unsigned", error), None
+            if verdict is not None:
                 self.metrics.add("mtlsign_answers", 1, verdict["status"])
             else:
                 self.metrics.add("mtlsign_answers", 1, "problem")

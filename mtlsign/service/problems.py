@@ -75,7 +75,7 @@ class Problem(Exception):
             "type": TYPE + self.kind,
             "title": self.title,
             "status": self.status,
-            "detail": self.detail[:1000],
+            "detail": self.detail[:1000].encode("utf-8", "replace").decode(),  # a lone surrogate is no text
         }
         return found | self.extra
 

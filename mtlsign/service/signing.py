@@ -85,7 +85,7 @@ class Keys:
             "claim": outcome.get("claim") if outcome.get("bound") else None,
             "status": verdict["status"],
             **{field: int(verdict[field]) for field in _INTS},
-            "millibits": min(int(1000 * (verdict["evidence_bits"] or 0)), 10**9),
+            "millibits": int(min(1000 * (verdict["evidence_bits"] or 0), 10**9)),
             "millibits_required": int(1000 * verdict["bits_required"]),
             "statistic": verdict["statistic"],
             "reason": str(verdict["reason"] or "")[:300],

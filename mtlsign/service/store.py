@@ -209,14 +209,31 @@ class Store:
         """Leave a request to whoever adopts it when the lease has run out."""
         self.change("UPDATE jobs SET owner=NULL, lease=? WHERE id=? AND finished IS NULL", lease, job)
 
-    def renew(self, owner: str, lease: float) -> None:
-        """Say that this process still works on what it has."""
-        self.change("UPDATE jobs SET lease=? WHERE finished IS NULL AND owner=?", self.clock() + lease, owner)
+    def renew(self, jobs: Sequence[str], lease: float) -> None:
+        """Say that this process still works on these."""
+        end = self.clock() + lease
+        with self._write() as db:
+            query = "UPDATE jobs SET lease=? WHERE finished IS NULL AND id=?"
+            db.executemany(query, [(end, job) for job in jobs])
+
+    def ended(self, job: str) -> bool:
+        """Whether nobody waits for it any more: answered, or its token was revoked."""
+        return not self.rows("SELECT 1 FROM jobs WHERE id=? AND finished IS NULL", job)
 
     def waiting(self) -> int:
         """Claims of all requests not yet answered."""
         found = self.rows("SELECT coalesce(sum(count),0) FROM jobs WHERE finished IS NULL")
         return int(found[0][0])
+
+    def revoke(self, token: str) -> bool:
+        """End a token, its sessions and its open requests, whose claims are wiped; False: there is none."""
+        now = self.clock()
+        with self._write() as db:
+            found = db.execute("UPDATE tokens SET revoked=? WHERE id=? AND revoked IS NULL", (now, token))
+            db.execute("DELETE FROM sessions WHERE token=?", (token,))
+            db.execute("DELETE FROM claims WHERE job IN (SELECT id FROM jobs WHERE token=?)", (token,))
+            db.execute("UPDATE jobs SET finished=? WHERE token=? AND finished IS NULL", (now, token))
+        return bool(found.rowcount)
 
     # uploads
     def reserve(self, token: str, size: int, seconds: float, quota: int) -> str:

@@ -52,11 +52,8 @@ def issue(store: Store, name: str, scopes: Iterable[str], hours: float) -> str:
 
 
 def revoke(store: Store, ident: str) -> bool:
-    """End a token and its sessions now; False when there is none of that id."""
-    store.change("DELETE FROM sessions WHERE token=?", ident)
-    return bool(
-        store.change("UPDATE tokens SET revoked=? WHERE id=? AND revoked IS NULL", store.clock(), ident)
-    )
+    """End a token, its sessions and open requests now; False when there is none of that id."""
+    return store.revoke(ident)
 
 
 def known(store: Store) -> list[dict[str, object]]:

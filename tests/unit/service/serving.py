@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,8 +55,9 @@ class Service:
         return {"Authorization": f"Bearer {self.token(*scopes)}", **more}
 
     def ask(self, *claims: Any, headers: dict[str, str] | None = None, wait_s: float = 30) -> Any:
-        body = {"claims": list(claims), "wait_s": wait_s}
-        return self.client.post("/v1/verifications", json=body, headers=headers or self.headers())
+        body = json.dumps({"claims": list(claims), "wait_s": wait_s})  # ASCII: also what is no text
+        whole = {"Content-Type": "application/json", **(headers or self.headers())}
+        return self.client.post("/v1/verifications", content=body, headers=whole)
 
 
 @contextmanager
