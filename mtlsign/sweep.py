@@ -108,23 +108,31 @@ def run_cell(cell: Cell, shared: Shared, show: Show | None = None) -> Row:
     """Phase 2, then every attack: the cell's row, which is kept before it is returned.
 
     A cell that is finished returns its kept row at once; one that was interrupted goes on from its last
-    checkpoint and after its last attack. A cell whose training diverges is a row that says so.
+    checkpoint and after its last attack. A cell whose training diverges is a row that says so. One of whose
+    attacks failed is a row too, but not finished: the next call tries that attack again.
     """
     kept = shared.folder.child(CELLS).child(cell.name)
     if (row := finished(kept)) is not None:
         return row
-    s = cell.settings
-    row = dict.fromkeys(COLUMNS) | {"cell": cell.name, "status": "ok"}
-    row |= {name: getattr(s, name) for name in ("lambda1", "lambda2", "seed")}
-    row |= {name: value for name, value in cell.flat.items() if name not in row}
+    row = row_of(cell, "ok")
     try:
-        row |= _measure(s, cell, shared, kept, show)
+        row |= _measure(cell.settings, cell, shared, kept, show)
+        if row["status"] == "failed":
+            return row
     except ModelError as error:
         row |= {"status": "diverged" if "diverged" in str(error) else "failed", "reason": str(error)}
     kept.write(RESULT, json.dumps(row, allow_nan=False).encode())
     kept.delete(STATE)
     kept.delete(STRUCK)
     return row
+
+
+def row_of(cell: Cell, status: str, reason: str | None = None) -> Row:
+    """A row with the cell's settings, and nothing measured yet."""
+    s = cell.settings
+    row = dict.fromkeys(COLUMNS) | {"cell": cell.name, "status": status, "reason": reason}
+    row |= {name: getattr(s, name) for name in ("lambda1", "lambda2", "seed")}
+    return row | {name: value for name, value in cell.flat.items() if name not in row}
 
 
 def _measure(s: EmbedSettings, cell: Cell, shared: Shared, kept: Storage, show: Show | None) -> Row:
@@ -153,6 +161,8 @@ def _measure(s: EmbedSettings, cell: Cell, shared: Shared, kept: Storage, show: 
         "seconds_mark": round(sum(r["seconds"] for r in marked.rows), 3),
     }  # fmt: skip
     started, left = time.monotonic(), [verdict.evidence_bits]
+    failed: list[str] = []
+    other: list[str] = []
     kit = Kit(opening, reference.data, b"", marked.head, {})
     target = Target(
         tensors=tensor_bytes(marked.tensors), kit=kit, graph=graph,
@@ -169,14 +179,20 @@ def _measure(s: EmbedSettings, cell: Cell, shared: Shared, kept: Storage, show: 
             worth_keeping = {text: row for text, row in done.items() if row["status"] != "failed"}
             kept.write(STRUCK, json.dumps(worth_keeping).encode())
         struck = compared(done[order.text()], unattacked, shared.bits)
-        name = label(order)
-        for column in ("wm_accuracy", "evidence_bits", "points_lost"):
-            row[f"{_SHORT[column]} {name}"] = struck[column]
+        name, unread = label(order), struck["verdict"] == "not_verifiable"
+        for column, short in _SHORT.items():
+            # a mark that could not be read is not one of 0 bits
+            row[f"{short} {name}"] = None if unread and column != "points_lost" else struck[column]
         if struck["status"] != "ok":
-            row["reason"] = f"{name}: {struck['status']} ({struck['reason']})"
-        elif struck["verdict"] != "not_verifiable":
+            why = f"{name}: {struck['status']} ({struck['reason']})"
+            (failed if struck["status"] == "failed" else other).append(why)
+        elif not unread:
             left.append(struck["evidence_bits"])
-    row["evidence_bits_attacked"] = min(left)
+    row |= {
+        # what diverged or does not apply took nothing from the owner; what failed might have taken all
+        "status": "failed" if failed else "ok", "reason": next(iter(failed + other), None),
+        "evidence_bits_attacked": None if failed else min(left),
+    }  # fmt: skip
     row["seconds_attacks"] = round(time.monotonic() - started, 3)
     return row
 

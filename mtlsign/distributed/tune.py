@@ -27,7 +27,7 @@ from mtlsign.settings_reproduce import ReproduceSettings
 from mtlsign.settings_sweep import SweepSettings
 from mtlsign.space import Cell, cells_of, is_plain
 from mtlsign.studies import study
-from mtlsign.sweep import CELLS, Row, Shared, finished, run_cell, train_shared
+from mtlsign.sweep import CELLS, Row, Shared, finished, row_of, run_cell, train_shared
 from mtlsign.sweep_run import Say, SweepRun, run, told
 from mtlsign.tasks import load_task
 
@@ -189,17 +189,10 @@ def _rows(grid: ResultGrid, shared: Shared) -> list[Row]:
         metrics, config = result.metrics or {}, result.config or {}
         cell = shared.cell(config)
         row = metrics.get("row") or finished(shared.folder.child(CELLS).child(cell.name))
-        if row is not None:
-            rows.append(row)
-            continue
-        s = cell.settings
-        lost = result.error is not None
-        lines = [line for line in str(result.error).splitlines() if line.strip()] if lost else []
-        rows.append(
-            {
-                "cell": cell.name, "lambda1": s.lambda1, "lambda2": s.lambda2, "seed": s.seed,
-                "status": "failed" if lost else "stopped",
-                "reason": lines[-1][:300] if lines else f"stopped at step {metrics.get('step')}",
-            }
-        )  # fmt: skip
+        if row is None:
+            lost = result.error is not None
+            lines = [line for line in str(result.error).splitlines() if line.strip()] if lost else []
+            why = lines[-1][:300] if lines else f"stopped at step {metrics.get('step')}"
+            row = row_of(cell, "failed" if lost else "stopped", why)
+        rows.append(row)
     return rows

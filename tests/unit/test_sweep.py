@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtlsign import front, sweep, sweep_report, sweep_run, tables
+from mtlsign.campaign import Struck
 from mtlsign.errors import ArtifactError, ModelError, SettingsError
 from mtlsign.settings_sweep import SweepSettings
 from mtlsign.space import Cell, cells_of, load_space
@@ -24,6 +25,7 @@ from mtlsign.sweep_run import InTurn, SweepRun
 from mtlsign.tasks import Task
 
 FIXED = "width=8,key_size=128,epochs=1,steps=60,batch=16,primary_batch=16,wm_lr=0.01"
+SHORT = FIXED.replace("steps=60", "steps=15")
 ATTACKS = "bn_gauge,prune:ratio=0.3"
 
 
@@ -170,6 +172,56 @@ def test_an_attack_that_was_done_is_not_done_again(tmp_path: Path, monkeypatch: 
     assert seen == ["bn_gauge", "prune", "prune"]
     assert row["bits bn_gauge"] is not None and row["bits prune ratio=0.3 bn=kept"] is not None
     assert not shared.folder.exists(f"cells/{cell.name}/attacks.json")
+
+
+def test_a_cell_is_not_finished_before_its_failed_attacks_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = tiny(fixed=SHORT)
+    cell = cells_of(load_space(s), s)[0]
+    shared, real, seen = shared_of(tmp_path, cell), sweep.strike, []
+
+    def strike(*args: Any) -> Any:
+        struck = real(*args)
+        seen.append(args[1].name)
+        if len(seen) == 1:
+            row = dict.fromkeys(struck.row) | {"status": "failed", "reason": "out of memory"}
+            return Struck(row | {"kind": "free"}, None)
+        return struck
+
+    monkeypatch.setattr(sweep, "strike", strike)
+    kept = shared.folder.child(f"cells/{cell.name}")
+    row = run_cell(cell, shared)
+    assert (row["status"], row["evidence_bits_attacked"]) == ("failed", None)
+    assert row["reason"] == "bn_gauge: failed (out of memory)" and row["bits prune ratio=0.3 bn=kept"] > 0
+    assert finished(kept) is None and front.means([row], ["lambda1"]) == []
+    again = run_cell(cell, shared)
+    assert seen == ["bn_gauge", "prune", "bn_gauge"], "what had worked was done again"
+    assert again["status"] == "ok" and again["reason"] is None and finished(kept) == again
+    bits = [again[name] for name in again if name.startswith("bits ")]
+    assert again["evidence_bits_attacked"] == min(again["evidence_bits"], *bits)
+
+
+def test_attacks_that_end_without_a_readable_model_take_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = tiny(fixed=SHORT)
+    cell = cells_of(load_space(s), s)[0]
+    shared, real = shared_of(tmp_path, cell), sweep.strike
+
+    def strike(*args: Any) -> Any:
+        row = real(*args).row
+        if args[1].name == "prune":
+            return Struck(
+                dict.fromkeys(row) | {"status": "diverged", "reason": "NaN", "kind": "removal"}, None
+            )
+        return Struck(row | {"verdict": "not_verifiable", "wm_accuracy": 0.0, "evidence_bits": 0.0}, None)
+
+    monkeypatch.setattr(sweep, "strike", strike)
+    row = run_cell(cell, shared)
+    assert row["status"] == "ok" and row["evidence_bits_attacked"] == row["evidence_bits"] > 0
+    assert row["wm bn_gauge"] is None and row["bits bn_gauge"] is None, "an unread mark is not one of 0 bits"
+    assert row["points lost bn_gauge"] == 0 and "diverged" in row["reason"]
 
 
 def test_arms_are_settings_that_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
