@@ -55,6 +55,11 @@ class OpenedClaim:
         """How verdicts name the key."""
         return key_id(self.key)
 
+    @property
+    def head_digest(self) -> str:
+        """SHA-256 of a trained head, hex; of nothing for a keyed one."""
+        return hashlib.sha256(self.head or b"").hexdigest()
+
 
 def key_id(key: bytes) -> str:
     """How verdicts name a key without showing it: SHA-256 of a domain and the key, hex."""

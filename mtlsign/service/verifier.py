@@ -124,7 +124,7 @@ class Verifier:
         )
         self.device = "cuda" if s.gpus and torch.cuda.is_available() else "cpu"
         self._suspects: OrderedDict[str, Suspect] = OrderedDict()
-        self._probes: OrderedDict[str, SharedProbe] = OrderedDict()
+        self._probes: OrderedDict[tuple[str, str], SharedProbe] = OrderedDict()
         self._graphs: OrderedDict[tuple[Any, ...], SharedProbe] = OrderedDict()
         self._checked: OrderedDict[tuple[Any, ...], float] = OrderedDict()
         self._compute = threading.Lock()
@@ -210,7 +210,8 @@ class Verifier:
             return _failed(error)
 
     def _probe(self, opened: OpenedClaim) -> SharedProbe:
-        found = self._probes.pop(opened.key_id, None)
+        name = (opened.key_id, opened.head_digest)  # a trained head is anybody's, and no part of the key
+        found = self._probes.pop(name, None)
         if found is None:
             spec = opened.spec
             kind = (spec.graph_fields, spec.taps, spec.carrier, spec.n)
@@ -219,8 +220,11 @@ class Verifier:
                 while len(self._checked) > 256:
                     self._checked.popitem(last=False)
             found = self._built(spec, opened)
-        self._probes[opened.key_id] = found
-        while len(self._probes) > 1 and sum(one.size for one in self._probes.values()) > PROBE_BYTES:
+        self._probes[name] = found
+        while len(self._probes) > 1 and (
+            sum(one.size for one in self._probes.values()) > PROBE_BYTES
+            or sum(one.spec.head.kind != "keyed" for one in self._probes.values()) > GRAPHS
+        ):
             self._probes.popitem(last=False)
         return found
 

@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from serving import Goods, Service, bounded  # type: ignore[import-not-found]
 
 from mtlsign.carriers import qr
+from mtlsign.head import FreeHead
 from mtlsign.key import Identity, KeyOpening, make_spec, sign_spec
 from mtlsign.reference import Reference
 from mtlsign.sealing import Secret, seal
@@ -135,3 +136,25 @@ def test_shared_graphs_and_frames_change_no_bit(service: Service, goods: Goods) 
             for name in ("matches", "evidence_bits", "near_zero", "status"):
                 assert found[name] == getattr(alone, name)
     assert len(service.verifier._graphs) == 1
+
+
+def test_two_heads_of_one_key_are_two_tests(service: Service, goods: Goods, owner: Identity) -> None:
+    """A free head is no part of the key: whoever sends the same opening with another head is judged by it."""
+    bundle = remade(goods, owner, head={"kind": "free", "hidden": 4, "features": "flat"})
+    opening = KeyOpening.from_json(json.dumps(bundle["opening"]))
+    reference = base64.b64decode(bundle["reference"])
+    probe = Probe(opening, Reference.from_bytes(reference))
+    first, second = probe.head, copy.deepcopy(probe.head)
+    assert isinstance(first, FreeHead) and isinstance(second, FreeHead)
+    second.parameters()[2].data.neg_()
+    bundles = [to_json(opening, reference, head.to_bytes()) for head in (first, second)]
+    wanted = []
+    for head in (first, second):
+        probe.head = head
+        wanted.append(verify(load(goods.marked), probe).matches)
+    assert wanted[0] != wanted[1]
+    for headers in (service.headers(), service.headers()):
+        results = service.ask(*[goods.claim(bundle=one) for one in bundles], headers=headers).json()[
+            "results"
+        ]
+        assert [r["verdict"]["matches"] for r in results] == wanted
