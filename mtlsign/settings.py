@@ -47,8 +47,13 @@ class Settings(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
             field = ".".join(str(part) for part in first["loc"]) or "settings"
-            shown = "" if first["input"] is None else f" (got {str(first['input'])[:60]!r})"
+            hidden = first["input"] is None or not first["loc"] or first["loc"][0] in _secrets(cls)
+            shown = "" if hidden else f" (got {str(first['input'])[:60]!r})"
             raise SettingsError(f"{first['msg']}{shown}", field=field.replace("_", "-")) from None
+
+
+def _secrets(kind: type[Settings]) -> set[str]:
+    return {f.alias or name for name, f in kind.model_fields.items() if "SecretStr" in str(f.annotation)}
 
 
 #: Snapshots of R_DA (`mtlsign.snapshots`).

@@ -10,6 +10,7 @@ import pytest
 
 from mtlsign.errors import SettingsError
 from mtlsign.settings import MAX_CONFIG_BYTES, RECIPES, EmbedSettings, VerifySettings, dump, read_config
+from mtlsign.settings_service import ServiceSettings
 
 
 @pytest.mark.parametrize(
@@ -146,3 +147,13 @@ def test_every_option_says_what_it_is() -> None:
     for kind in (EmbedSettings, VerifySettings):
         for name, field in kind.model_fields.items():
             assert field.description and len(field.description) > 5, name
+
+
+@pytest.mark.parametrize("given", ["ab" * 63, "ab" * 70, 0xABABAB])
+def test_a_secret_is_not_repeated_in_a_refusal(given: object) -> None:
+    with pytest.raises(SettingsError) as caught:
+        ServiceSettings.of({"signing_key": given})
+    assert str(caught.value).startswith("signing-key: ") and "got" not in str(caught.value)
+    assert "abab" not in str(caught.value) and str(0xABABAB) not in str(caught.value)
+    with pytest.raises(SettingsError, match="got '70000'"):
+        ServiceSettings.of({"port": 70_000, "signing_key": "ab" * 64})
