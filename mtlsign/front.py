@@ -16,23 +16,30 @@ OBJECTIVES = {"drop_points": False, "evidence_bits_attacked": True, "deviation_l
 
 
 def means(rows: Sequence[Mapping[str, Any]], vary: Sequence[str]) -> list[dict[str, Any]]:
-    """One row for each combination of `vary`: means (and `sd …`) of the objectives over seeds, and `n`.
+    """One row for each combination of `vary`: means (and `sd …`) of the objectives over its finished cells.
 
-    Rows that failed, diverged or were stopped are left out; so is a combination without a finished row.
+    `n` are finished, of `cells`: others failed, diverged or were stopped. A combination without a finished
+    one is left out.
     """
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["status"] == "ok" and all(number(row.get(name)) is not None for name in OBJECTIVES):
-            groups.setdefault(tuple(row.get(name) for name in vary), []).append(row)
+        groups.setdefault(tuple(row.get(name) for name in vary), []).append(row)
     found = []
-    for values, group in groups.items():
-        mean: dict[str, Any] = dict(zip(vary, values, strict=True)) | {"n": len(group)}
+    for values, cells in groups.items():
+        group = [row for row in cells if _finished(row)]
+        if not group:
+            continue
+        mean: dict[str, Any] = dict(zip(vary, values, strict=True)) | {"n": len(group), "cells": len(cells)}
         for name in (*OBJECTIVES, "wm_accuracy"):
             column = [x for row in group if (x := number(row.get(name))) is not None]
             mean[name] = statistics.fmean(column) if column else None
             mean[f"sd {name}"] = statistics.stdev(column) if len(column) > 1 else None
         found.append(mean)
     return found
+
+
+def _finished(row: Mapping[str, Any]) -> bool:
+    return row["status"] == "ok" and all(number(row.get(name)) is not None for name in OBJECTIVES)
 
 
 def front(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -49,16 +56,24 @@ def front(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def recommend(groups: Sequence[Mapping[str, Any]], max_drop: float) -> tuple[Mapping[str, Any] | None, str]:
     """The combination with the most bits left after the attacks among those that lose at most `max_drop`
-    points (else the one that loses least), and why.
+    points (else the one that loses least), and why. One with unfinished cells only where all have some.
     """
     if not groups:
         return None, "no cell finished"
-    within = [g for g in groups if g["drop_points"] <= max_drop]
-    if not within:
-        best = min(groups, key=lambda g: g["drop_points"])
-        return best, f"no combination stays within {max_drop:g} points; this one loses least"
-    best = max(within, key=lambda g: (g["evidence_bits_attacked"], -g["deviation_l2"]))
-    return best, (
-        f"most bits after the attacks among the {len(within)} of {len(groups)} combinations that lose at "
-        f"most {max_drop:g} points on validation data"
-    )
+    whole = [g for g in groups if g["n"] == g["cells"]]
+    chosen = whole or groups
+    within = [g for g in chosen if g["drop_points"] <= max_drop]
+    if within:
+        best = max(within, key=lambda g: (g["evidence_bits_attacked"], -g["deviation_l2"]))
+        why = (
+            f"most bits after the attacks among the {len(within)} of {len(chosen)} combinations that lose at "
+            f"most {max_drop:g} points on validation data"
+        )
+    else:
+        best = min(chosen, key=lambda g: g["drop_points"])
+        why = f"no combination stays within {max_drop:g} points; this one loses least"
+    if not whole:
+        why += f"; only {best['n']} of its {best['cells']} cells finished"
+    elif len(whole) < len(groups):
+        why += f"; {len(groups) - len(whole)} of which not every cell finished are left out"
+    return best, why

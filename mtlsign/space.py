@@ -52,8 +52,14 @@ def load_space(s: SweepSettings) -> dict[str, Any]:
     for name in [*space, *(name for arm in arms for name in arm)]:
         if name != ARM and (not isinstance(name, str) or name not in known):
             raise SettingsError(f"the space sets {name!r}; {nearest(str(name), known)}", field="space")
+    drawn = any(not is_plain(v) for v in space.values())
+    if "seed" in space and s.num_samples > 1 and not drawn:
+        raise SettingsError(
+            f"fixes the seed, so nothing is repeated {s.num_samples} times; leave it out and give the first "
+            "one as --seed, or give a grid of seeds and no repetitions",
+            field="fixed" if "seed" in _fixed(s.fixed) else "space",
+        )
     if "seed" not in space:
-        drawn = any(not is_plain(v) for v in space.values())
         count = 1 if drawn else s.num_samples
         space["seed"] = {"grid_search": list(range(s.seed, s.seed + count))} if count > 1 else s.seed
     for name in CLEAN_FIELDS:

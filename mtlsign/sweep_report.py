@@ -112,8 +112,9 @@ def _group_cells(group: Mapping[str, Any], vary: Sequence[str]) -> list[str]:
         told = "–" if mean is None else pattern.format(mean)
         return told if sd is None else f"{told} ± {pattern.format(sd)}"
 
+    count = str(group["n"]) if group["n"] == group["cells"] else f"{group['n']} of {group['cells']}"
     return [
-        *(_plain(group[name]) for name in vary), str(group["n"]), spread("drop_points", "{:.2f}"),
+        *(_plain(group[name]) for name in vary), count, spread("drop_points", "{:.2f}"),
         spread("wm_accuracy", "{:.3f}"), spread("evidence_bits_attacked", "{:,.0f}"),
         spread("deviation_l2", "{:.2f}"),
     ]  # fmt: skip

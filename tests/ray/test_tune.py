@@ -7,10 +7,14 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from job_process import ROOT, Job, Jobs
+
+from mtlsign.storage import open_storage
+from mtlsign.sweep import Shared
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -41,6 +45,22 @@ def test_trials_give_the_rows_of_one_process(jobs: Jobs, tmp_path: Path) -> None
     names = {p.name for p in (tmp_path / "runs/ray").iterdir()}
     files = "settings.json result.json cells.csv cells.parquet report.html manifest.json cells"
     assert names == set(files.split()), "Tune's own files and W0 have to go"
+
+
+def test_rows_of_what_was_stopped_or_lost_hold_their_settings(tmp_path: Path) -> None:
+    from mtlsign.distributed import tune
+
+    space = {"task": "digits", "width": 8, "steps": 30, "lambda1": 0.1, "seed": 4}
+    results = [
+        SimpleNamespace(metrics={"step": 7}, config=space, error=None),
+        SimpleNamespace(metrics=None, config={**space, "seed": 5}, error=RuntimeError("a node\ndied")),
+    ]
+    shared = Shared(open_storage(str(tmp_path)), {}, "int8", 120.0, None, False)
+    stopped, lost = tune._rows(results, shared)  # type: ignore[arg-type]
+    assert (stopped["status"], stopped["reason"]) == ("stopped", "stopped at step 7")
+    assert (lost["status"], lost["reason"]) == ("failed", "died")
+    assert all((r["width"], r["steps"], r["lambda1"]) == (8, 30, 0.1) for r in (stopped, lost))
+    assert [r["seed"] for r in (stopped, lost)] == [4, 5] and stopped["cell"] != lost["cell"]
 
 
 @pytest.mark.slow

@@ -77,6 +77,7 @@ def test_repetitions_get_seeds_of_their_own() -> None:
         ({"fixed": "storage=/tmp"}, "space", "storage"),
         ({"fixed": "insecure_test_key=1"}, "space", "insecure_test_key"),
         ({"fixed": "lambda1=-1"}, "lambda1", "greater"),
+        ({"fixed": "seed=3", "num_samples": 3}, "fixed", "as --seed"),
     ],
 )
 def test_bad_spaces_are_told_in_one_line(changes: dict[str, Any], field: str, says: str) -> None:
@@ -301,6 +302,8 @@ groups = st.lists(
             "evidence_bits_attacked": numbers,
             "deviation_l2": numbers,
             "lambda1": numbers,
+            "n": st.integers(1, 3),
+            "cells": st.just(3),
         }
     ),
     max_size=12,
@@ -327,14 +330,18 @@ def test_the_front_is_what_nothing_beats(found: list[dict[str, float]]) -> None:
 @given(groups, st.floats(0, 3))
 def test_the_recommendation_keeps_the_task_where_it_can(found: list[dict[str, float]], most: float) -> None:
     best, why = front.recommend(found, most)
-    within = [g for g in found if g["drop_points"] <= most]
     if not found:
         assert best is None and why
-    elif within:
-        assert best is not None
+        return
+    assert best is not None
+    whole = [g for g in found if g["n"] == 3]
+    assert best["n"] == 3 or (not whole and f"only {best['n']} of its 3 cells" in why)
+    assert ("are left out" in why) == (0 < len(whole) < len(found))
+    within = [g for g in whole or found if g["drop_points"] <= most]
+    if within:
         assert best["evidence_bits_attacked"] == max(g["evidence_bits_attacked"] for g in within)
     else:
-        assert best is not None and best["drop_points"] == min(g["drop_points"] for g in found)
+        assert best["drop_points"] == min(g["drop_points"] for g in whole or found)
 
 
 def test_means_leave_out_what_did_not_finish() -> None:
@@ -346,8 +353,16 @@ def test_means_leave_out_what_did_not_finish() -> None:
 
     rows = [row("ok", 0, 100), row("ok", 1, 110), row("diverged", 2, None), row("stopped", 3, 9)]
     (mean,) = front.means(rows, ["lambda1"])
-    assert mean["n"] == 2 and mean["evidence_bits_attacked"] == 105
+    assert (mean["n"], mean["cells"]) == (2, 4) and mean["evidence_bits_attacked"] == 105
     assert mean["sd evidence_bits_attacked"] == pytest.approx(7.0710678)
+
+
+def test_cells_that_did_not_finish_vary_in_nothing_but_their_settings() -> None:
+    space = {"task": "digits", "width": 8, "steps": 30, "lambda2": {"grid_search": [0.0, 1.0]}, "seed": 0}
+    cells = [Cell({**space, "lambda2": value}, None, False) for value in (0.0, 1.0)]
+    rows = [sweep.row_of(cells[0], "ok"), sweep.row_of(cells[1], "stopped", "stopped at step 3")]
+    assert sweep_run.varying(rows, space) == ["lambda1", "lambda2"]
+    assert (rows[1]["lambda2"], rows[1]["steps"], rows[1]["reason"]) == (1.0, 30, "stopped at step 3")
 
 
 # -- the whole --------------------------------
