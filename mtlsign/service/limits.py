@@ -23,6 +23,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
+#: Only these take a body of `max_body_mb`; every other one is short.
+_LARGE = ("/v1/verifications", "/checks")
+SMALL = 16 * 1024
 _UPLOAD = re.compile(r"/v1/models/[^/]+")
 GRACE_S = 5.0
 SLOWEST = 1024
@@ -95,7 +98,8 @@ class _Bounded:
         self._limits, self._receive = limits, receive
         self._headers = {k.lower(): v for k, v in scope.get("headers", ())}
         self._upload = scope["method"] == "PUT" and bool(_UPLOAD.fullmatch(scope["path"]))
-        self._most = s.model_limit if self._upload else s.body_limit
+        short = scope["method"] != "POST" or scope["path"] not in _LARGE
+        self._most = s.model_limit if self._upload else SMALL if short else s.body_limit
         self._seconds = s.upload_s if self._upload else s.body_s
         self._pace = s.upload_mb_s * MIB if self._upload and limits.proxy else 0.0
         self._start, self._seen, self._ended, self.held = time.monotonic(), 0, False, 0
@@ -136,7 +140,7 @@ class _Bounded:
         if not self._upload:
             self.held += size
             self._limits.held += size
-            if self._limits.held > 4 * self._most:
+            if self._limits.held > 4 * self._limits.s.body_limit:
                 raise Problem("busy", "too many bodies are coming in at once; try again", retry_after=2)
         if self._pace:
             await asyncio.sleep(max(0.0, self._seen / self._pace - passed))

@@ -12,7 +12,7 @@ import time
 from functools import lru_cache
 from importlib import resources
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 import jinja2
 from fastapi import APIRouter, Request, Response
@@ -23,14 +23,17 @@ from mtlsign.report import format_p
 from mtlsign.service import metrics, tokens
 from mtlsign.service.api import ENVELOPE, signed
 from mtlsign.service.office import Office, office_of
-from mtlsign.service.parse import read_json
+from mtlsign.service.parse import read_form, read_json
 from mtlsign.service.pictures import matches_needed, null_picture
+from mtlsign.service.pointers import MAX_POINTER
 from mtlsign.service.problems import KINDS, Problem
 from mtlsign.service.tokens import Token
 from mtlsign.verification import Verdict
 
 router = APIRouter(include_in_schema=False)
 COOKIE = "mtlsign_session"
+#: A longer opened claim is not shown again in the form when it was wrong.
+ECHO = 2**18
 SECURE = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'",
@@ -81,10 +84,7 @@ async def form(request: Request) -> dict[str, str]:
     if kind != "application/x-www-form-urlencoded":
         raise Problem("wrong-media-type", "forms are sent as application/x-www-form-urlencoded")
     try:
-        text = (await request.body()).decode("utf-8")
-        return dict(
-            parse_qsl(text, keep_blank_values=True, strict_parsing=True, max_num_fields=10, errors="strict")
-        )
+        return await asyncio.to_thread(read_form, await request.body())
     except ValueError:
         raise Problem("malformed-request", "the form cannot be read") from None
 
@@ -130,23 +130,25 @@ async def check(request: Request) -> Response:
     office, token = await visitor(request)
     if token is None:
         return RedirectResponse("/", 303, headers=SECURE)
-    fields = await form(request)
-    model, text = fields.get("model", "").strip(), fields.get("bundle", "").strip()
-    try:
-        token.need("verify")
-        bundle: object = text
-        if text.startswith("{"):
-            try:
-                bundle = read_json(text.encode())
-            except ValueError:
-                raise Problem("bad-bundle", "the opened claim is no JSON; paste the whole of it") from None
-        if not model or not text:
-            raise Problem("bad-claim", "both fields are needed")
-        job = await office.desk.submit(token, [{"model": model, "bundle": bundle}], None)
-    except Problem as problem:
-        return show(
-            "home", status=problem.status, token=token, wrong=problem.detail, model=model, bundle=text
-        )
+    await request.body()
+    async with office.heavy:
+        fields = await form(request)
+        model, text = fields.get("model", "").strip(), fields.get("bundle", "").strip()
+        try:
+            token.need("verify")
+            bundle: object = text
+            if text.startswith("{"):
+                try:
+                    bundle = await asyncio.to_thread(read_json, text.encode())
+                except ValueError:
+                    detail = "the opened claim is no JSON; paste the whole of it"
+                    raise Problem("bad-bundle", detail) from None
+            if not model or not text:
+                raise Problem("bad-claim", "both fields are needed")
+            job = await office.desk.submit(token, [{"model": model, "bundle": bundle}], None)
+        except Problem as problem:
+            again = {"model": model[:MAX_POINTER], "bundle": text if len(text) <= ECHO else ""}
+            return show("home", status=problem.status, token=token, wrong=problem.detail, **again)
     await office.desk.wait(job, 1.0)
     return RedirectResponse(f"/checks/{job.id}", 303, headers=SECURE)
 

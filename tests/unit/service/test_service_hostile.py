@@ -16,8 +16,11 @@ import time
 import zipfile
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from serving import Goods, Service, Start, bounded  # type: ignore[import-not-found]
 from test_service_page import served  # type: ignore[import-not-found]
 from test_service_pointers import Net, said  # type: ignore[import-not-found]
@@ -27,6 +30,7 @@ from mtlsign.folder import manifest_bytes
 from mtlsign.key import Identity, KeyOpening, make_spec, sign_spec
 from mtlsign.service import tokens
 from mtlsign.service.bundles import read_bundle, to_json
+from mtlsign.service.parse import _unquoted
 from mtlsign.service.problems import Problem
 from mtlsign.service.web import Response
 
@@ -307,3 +311,30 @@ def test_what_nobody_thought_of_is_that_claim_s_problem_alone(start: Start, good
     results = service.ask(*asked).json()["results"]
     assert [type_of(r) for r in results[:2]] == ["internal"] * 2
     assert results[2]["verdict"]["status"] == "accepted"
+
+
+def test_forms_that_cost_more_than_they_weigh(service: Service) -> None:
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    escapes = b"%41" * (4 * 2**20 // 3)
+    for path in ("/session", "/leave", "/v1/tokens", "/nothing"):
+        with bounded(60, seconds=5):
+            answer = service.client.post(path, content=b"token=" + escapes, headers=headers)
+        assert type_of(answer.json()) == "too-large", path
+    service.client.post("/session", data={"token": service.token()})
+    with bounded(60, seconds=10):
+        answer = service.client.post("/checks", content=b"model=x&bundle=%7B" + escapes, headers=headers)
+    assert answer.status_code == 422 and len(answer.content) < 2**16
+
+
+@given(
+    st.lists(st.sampled_from([b"%", b"4", b"1", b"%41", b"+", b"%c3%a9", b"x"])).map(b"".join),
+    st.integers(3, 9),
+)
+def test_forms_are_read_as_the_library_reads_them(value: bytes, piece: int) -> None:
+    try:
+        wanted = unquote_to_bytes(value.replace(b"+", b" ")).decode()
+    except UnicodeDecodeError:
+        with pytest.raises(UnicodeDecodeError):
+            _unquoted(value, piece)
+    else:
+        assert _unquoted(value, piece) == wanted
