@@ -265,7 +265,7 @@ def carry_out(
     keep: Callable[[Row, bytes | None], Row],
 ) -> list[Row]:
     """Rows of all orders, in their order. `have` are finished rows; `keep` gets each new one with its model
-    at once and returns it as it was kept.
+    at once and returns it as it was kept. All are compared with `none` again: `have` may be older than it.
     """
     done = {(row["attack"], row["setting"]): row for row in have}
     whole = next((row for row in done.values() if row["attack"] == "none"), None)
@@ -275,7 +275,7 @@ def carry_out(
             whole = struck.row if order.name == "none" else whole
             row = keep(compared(struck.row, whole, target.bits), struck.model)
             done[order.name, order.setting] = row
-    return [done[order.name, order.setting] for order in orders]
+    return [compared(done[order.name, order.setting], whole, target.bits) for order in orders]
 
 
 def state_of(row: Row) -> str:
@@ -295,7 +295,9 @@ def summary_counts(rows: Sequence[Row]) -> dict[str, int]:
     """How many attacks ended how."""
     ran = [row for row in rows if row["status"] == "ok" and row["kind"] in ("removal", "free")]
     return {
-        "marked": sum(row["kind"] == "none" and row["verdict"] != "rejected" for row in rows),
+        "marked": sum(
+            row["kind"] == "none" and row["verdict"] in ("accepted", "needs_commitment") for row in rows
+        ),
         "attacks": len([row for row in rows if row["kind"] != "none"]),
         "removed": sum(row["removed"] is True for row in ran),
         "rejected": sum(row["verdict"] == "rejected" for row in ran),

@@ -6,8 +6,10 @@ import csv
 import json
 import re
 import runpy
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -17,7 +19,18 @@ import torch
 from mtlsign import cli
 from mtlsign.artifact import MODEL_FILE, read_model
 from mtlsign.attack_report import render_attack_report
-from mtlsign.campaign import COLUMNS, compared, orders_of, state_of
+from mtlsign.attacks import Order
+from mtlsign.attacks.orders import as_mapping
+from mtlsign.campaign import (
+    COLUMNS,
+    Struck,
+    Target,
+    carry_out,
+    compared,
+    orders_of,
+    state_of,
+    summary_counts,
+)
 from mtlsign.key import Identity
 from mtlsign.kits import verify_with_kit
 from mtlsign.sealing import Secret
@@ -274,6 +287,36 @@ def test_the_fields_rule() -> None:
     whole["evidence_bits"] = 119.0  # there was nothing to remove
     assert removed("removal", "rejected", 100.0, 0.9) is None
     assert orders_of("int8,none")[0].name == "none" and len(orders_of("int8,none")) == 2
+
+
+def test_rows_of_an_interrupted_run_are_compared_with_the_later_whole() -> None:
+    """`none` may fail at first: then the rows kept beside it knew nothing to compare themselves with."""
+
+    class Crew:
+        def check(self, target: Target) -> None:
+            """Nothing to look at."""
+
+        def strikes(
+            self, target: Target, orders: Sequence[Order], seed: int
+        ) -> Iterator[tuple[Order, Struck]]:
+            for order in orders:
+                failed = order.name == "none" and seed == 1
+                found = {"status": "failed"} if failed else numbers[order.name] | {"status": "ok"}
+                yield order, Struck(dict.fromkeys(COLUMNS) | as_mapping(order) | found, None)
+
+    numbers: dict[str, Any] = {
+        "none": {"primary_after": 0.9, "evidence_bits": 500.0, "verdict": "accepted"},
+        "int8": {"primary_after": 0.88, "evidence_bits": 3.0, "verdict": "rejected"},
+    }
+    target: Any = SimpleNamespace(bits=120.0)
+    orders = orders_of("int8")
+    first = carry_out(target, orders, 1, Crew(), keep=lambda row, _: row)
+    assert first[1]["removed"] is None and summary_counts(first)["marked"] == 0
+    kept = [row for row in first if row["status"] != "failed"]
+    again = carry_out(target, orders, 0, Crew(), have=kept, keep=lambda row, _: row)
+    assert again == carry_out(target, orders, 0, Crew(), keep=lambda row, _: row)
+    assert (again[1]["primary_before"], again[1]["points_lost"], again[1]["removed"]) == (0.9, 2.0, True)
+    assert summary_counts(again)["marked"] == summary_counts(again)["removed"] == 1
 
 
 class Strict(HTMLParser):
