@@ -1,6 +1,6 @@
 """Start the verification service and keep it running: `python jobs/serve.py --allow s3://BUCKET/PREFIX`.
 
-Settings come from flags, below them `MTLSIGN_*`, below them `--config FILE`. Ctrl-C or SIGTERM stops it.
+Settings come from flags, below them `--config FILE`, below them `MTLSIGN_*`. Ctrl-C or SIGTERM stops it.
 A token for a caller: `python -m mtlsign.service token NAME --scopes verify,ledger`.
 """
 

@@ -1,5 +1,7 @@
-"""Options of the verification service, from a YAML file and from `MTLSIGN_*` in the environment, which wins.
+"""Options of the verification service: flags, a YAML file, and `MTLSIGN_*` in the environment.
 
+A job's flags win over its `--config FILE`, and both over the environment; the `args` of `jobs/serve.yaml` are
+defaults, over which the environment of the cluster wins. The signing key comes from the environment alone.
 Everything here is the operator's. What a claim may ask for is limited by it, never the other way round.
 """
 
@@ -12,6 +14,7 @@ from typing import Any, Self
 
 from pydantic import Field, SecretStr
 
+from mtlsign.errors import SettingsError
 from mtlsign.settings import Settings, read_config
 
 PREFIX = "MTLSIGN_"
@@ -32,7 +35,7 @@ class ServiceSettings(Settings):
     keep_days: float = Field(30, gt=0, le=3650, description="days for which results are kept")
     # who signs
     identity: Path | None = Field(None, description="identity file of the service: signs verdicts, seals opened keys at rest [made in the state folder]")
-    signing_key: SecretStr | None = Field(None, min_length=128, max_length=128, description="instead of a file, only by environment: 128 hex digits, seed and kit key")
+    signing_key: SecretStr | None = Field(None, min_length=128, max_length=128, description="instead of a file, only as MTLSIGN_SIGNING_KEY: 128 hex digits, seed and kit key; an identity file wins")
     former: str = Field("", max_length=65_536, description="identity files of earlier keys, commas: still listed, still open what they sealed")
     # who may ask
     token_hours: float = Field(24 * 90, gt=0, le=24 * 3650, description="how long a new token lives unless said otherwise")
@@ -84,12 +87,22 @@ class ServiceSettings(Settings):
     @classmethod
     def load(cls, config: Path | None = None, *, base: Mapping[str, Any] | None = None) -> Self:
         """`base`, over it the file, over it `MTLSIGN_*` of the environment. Raises SettingsError."""
-        return cls.of({**(base or {}), **(read_config(config) if config else {}), **_environment(cls)})
+        given = {**(base or {}), **(read_config(config) if config else {})}
+        return cls.of({**_public(given), **_environment(cls)})
 
     @classmethod
     def merged(cls, given: Self) -> Self:
-        """What was given, and `MTLSIGN_*` for the rest: a job's flags and file win over the environment."""
-        return cls.of({**_environment(cls), **given.model_dump(exclude_unset=True, by_alias=True)})
+        """What was given, and `MTLSIGN_*` for the rest: a job's flags and file win over the environment.
+
+        Raises: SettingsError.
+        """
+        return cls.of({**_environment(cls), **_public(given.model_dump(exclude_unset=True, by_alias=True))})
+
+    @classmethod
+    def received(cls, sent: Mapping[str, Any]) -> Self:
+        """Settings that were resolved elsewhere, and who signs from the environment of this process."""
+        own = _environment(cls)
+        return cls.of({**{name: own[name] for name in ("signing_key", "identity") if name in own}, **sent})
 
     @property
     def body_limit(self) -> int:
@@ -100,6 +113,15 @@ class ServiceSettings(Settings):
     def model_limit(self) -> int:
         """Bytes of a model file."""
         return self.max_model_mb * MIB
+
+
+def _public(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    if given.get("signing_key") is not None:
+        raise SettingsError(
+            "is a secret: pass it as MTLSIGN_SIGNING_KEY in the environment, never as a flag or in a file",
+            field="signing-key",
+        )
+    return given
 
 
 def _environment(kind: type[ServiceSettings]) -> dict[str, str]:

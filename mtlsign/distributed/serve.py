@@ -178,7 +178,7 @@ class Gate:
 
     def __init__(self, settings: dict[str, Any], handle: DeploymentHandle[Any]) -> None:
         _log()
-        self._office = Office.open(ServiceSettings.load(base=settings), Replicas(handle), RayMetrics())
+        self._office = Office.open(ServiceSettings.received(settings), Replicas(handle), RayMetrics())
 
     def __serve_build_asgi_app__(self) -> Any:
         """The app, made in the replica."""
@@ -211,7 +211,9 @@ def _plain(s: ServiceSettings) -> dict[str, Any]:
     """
     names = ServiceSettings.model_fields.keys() - {"signing_key"}
     found = s.model_dump(mode="json", include=set(names), exclude_none=True, by_alias=True)
-    return found | {"state": str(s.state.absolute())}
+    for name in ("state", "identity", "passphrase_file"):
+        found |= {name: str(getattr(s, name).absolute())} if name in found else {}
+    return found
 
 
 def verifiers(s: ServiceSettings) -> serve.Application:
@@ -241,7 +243,11 @@ def verifiers(s: ServiceSettings) -> serve.Application:
 
 def build(args: ServiceSettings) -> serve.Application:
     """The service as `serve deploy jobs/serve.yaml` wants it; `MTLSIGN_*` win over the file's `args`."""
-    s = ServiceSettings.load(base=args.model_dump(exclude_unset=True, by_alias=True))
+    return application(ServiceSettings.load(base=args.model_dump(exclude_unset=True, by_alias=True)))
+
+
+def application(s: ServiceSettings) -> serve.Application:
+    """The service with exactly these settings."""
     gate = serve.deployment(
         name="gate",
         num_replicas=1,
@@ -282,7 +288,7 @@ def start(s: ServiceSettings) -> None:
     quiet = {"enable_access_log": False}
     try:
         serve.start(proxy_location="EveryNode", http_options=options, logging_config=quiet)
-        serve.run(build(s), name=APP, route_prefix="/", logging_config=quiet)
+        serve.run(application(s), name=APP, route_prefix="/", logging_config=quiet)
     except (RuntimeError, RayError, RayServeException, ValueError) as error:
         raise ClusterError(f"the service does not start ({str(error)[:300]})", field="serve") from None
 

@@ -147,8 +147,10 @@ async def check(request: Request) -> Response:
                 raise Problem("bad-claim", "both fields are needed")
             job = await office.desk.submit(token, [{"model": model, "bundle": bundle}], None)
         except Problem as problem:
-            again = {"model": model[:MAX_POINTER], "bundle": text if len(text) <= ECHO else ""}
-            return show("home", status=problem.status, token=token, wrong=problem.detail, **again)
+            return show(
+                "home", status=problem.status, token=token, wrong=problem.detail,
+                model=model[:MAX_POINTER], bundle=text if len(text) <= ECHO else "",
+            )  # fmt: skip
     await office.desk.wait(job, 1.0)
     return RedirectResponse(f"/checks/{job.id}", 303, headers=SECURE)
 

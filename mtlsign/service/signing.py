@@ -37,7 +37,7 @@ class Keys:
         """
         passphrase = read_passphrase(s.passphrase_file) if s.passphrase_file else None
         former = [Identity.load(Path(p.strip()), passphrase) for p in s.former.split(",") if p.strip()]
-        if s.signing_key is not None:
+        if s.signing_key is not None and s.identity is None:
             try:
                 raw = bytes.fromhex(s.signing_key.get_secret_value())
             except ValueError:
