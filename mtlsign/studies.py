@@ -14,6 +14,7 @@ from mtlsign.errors import ArtifactError, SettingsError
 from mtlsign.folder import MANIFEST, write_folder
 from mtlsign.settings import dump
 from mtlsign.settings_reproduce import ReproduceSettings
+from mtlsign.settings_sweep import CHANGEABLE
 from mtlsign.space import Cell
 from mtlsign.storage import Storage, open_storage
 from mtlsign.sweep import CLEAN, train_shared
@@ -65,6 +66,8 @@ def _answer(s: ReproduceSettings, rows: Sequence[reproduce.Row], place: str, res
 
 def _thresholds(s: ReproduceSettings, say: Say) -> dict[str, Any]:
     """5,000 random keys on an unmarked network, beside the exact binomial."""
+    if s.fixed:
+        raise SettingsError("thresholds embeds nothing, so no setting of it can be fixed", field="fixed")
     storage = open_storage(s.storage, endpoint=s.endpoint)
     name = s.resume or s.run or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
     folder = storage.child(RUNS).child(name)
@@ -106,7 +109,10 @@ def _resumed(s: ReproduceSettings, folder: Storage, name: str) -> ReproduceSetti
         kept = ReproduceSettings.of(json.loads(folder.read("settings.json", 2**20)))
     except (ValueError, TypeError, SettingsError):
         raise ArtifactError(f"settings.json of run {name!r} is no study's", field="resume") from None
-    if kept.study != s.study:
-        raise SettingsError(f"is {kept.study} in run {name!r}", field="study")
-    where = {"storage": s.storage, "endpoint": s.endpoint, "resume": s.resume, "data": s.data or kept.data}
-    return kept.model_copy(update={**where, "json_output": s.json_output, "quiet": s.quiet})
+    for field in sorted(s.model_fields_set - CHANGEABLE):
+        if getattr(s, field) != getattr(kept, field):
+            raise SettingsError(
+                f"is {getattr(kept, field)} in run {name!r}; leave it out, or start a new run",
+                field=field.replace("_", "-"),
+            )
+    return kept.model_copy(update={f: getattr(s, f) for f in s.model_fields_set & CHANGEABLE})
