@@ -52,15 +52,14 @@ def load_space(s: SweepSettings) -> dict[str, Any]:
     for name in [*space, *(name for arm in arms for name in arm)]:
         if name != ARM and (not isinstance(name, str) or name not in known):
             raise SettingsError(f"the space sets {name!r}; {nearest(str(name), known)}", field="space")
-    drawn = any(not is_plain(v) for v in space.values())
-    if "seed" in space and s.num_samples > 1 and not drawn:
+    if "seed" in space and s.num_samples > 1 and not draws(space):
         raise SettingsError(
             f"fixes the seed, so nothing is repeated {s.num_samples} times; leave it out and give the first "
             "one as --seed, or give a grid of seeds and no repetitions",
             field="fixed" if "seed" in _fixed(s.fixed) else "space",
         )
     if "seed" not in space:
-        count = 1 if drawn else s.num_samples
+        count = 1 if draws(space) else s.num_samples
         space["seed"] = {"grid_search": list(range(s.seed, s.seed + count))} if count > 1 else s.seed
     for name in CLEAN_FIELDS:
         if name in space and not is_plain(space[name]):
@@ -124,6 +123,11 @@ def is_plain(value: object) -> bool:
     return value is None or isinstance(value, str | int | float | bool) or _is_grid(value)
 
 
+def draws(space: Mapping[str, Any]) -> bool:
+    """Whether the space draws any value."""
+    return not all(is_plain(value) for value in space.values())
+
+
 def grid_of(space: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Every combination of the space's grids; draws are left out (they have defaults)."""
     plain = {name: value for name, value in space.items() if is_plain(value)}
@@ -175,3 +179,8 @@ def _digest(s: EmbedSettings, fields: Sequence[str] | None) -> str:
 def cells_of(space: Mapping[str, Any], s: SweepSettings) -> list[Cell]:
     """The cells of the space's grids."""
     return [Cell(config, s.data, s.download) for config in grid_of(space)]
+
+
+def count_of(space: Mapping[str, Any], s: SweepSettings) -> int:
+    """How many cells a sweep has: its grids' once, or once for each draw."""
+    return len(cells_of(space, s)) * (s.num_samples if draws(space) else 1)

@@ -21,7 +21,7 @@ from mtlsign.errors import ArtifactError, SettingsError
 from mtlsign.folder import MANIFEST, write_folder
 from mtlsign.settings import dump
 from mtlsign.settings_sweep import CHANGEABLE, SweepSettings
-from mtlsign.space import ARM, cells_of, is_plain, load_space
+from mtlsign.space import ARM, cells_of, count_of, draws, load_space
 from mtlsign.storage import Storage, open_storage
 from mtlsign.sweep import (
     CLEAN,
@@ -67,7 +67,7 @@ class InTurn:
             raise SettingsError(
                 "stops cells that run side by side; leave it out with --workers 0", field="scheduler"
             )
-        if not all(is_plain(value) for value in space.values()):
+        if draws(space):
             raise SettingsError("draws values, which needs Ray Tune; leave out --workers 0", field="space")
         first = cells_of(space, s)[0].settings
         load_task(first.task, data=first.data, download=first.download, seed=first.seed)
@@ -116,7 +116,7 @@ def run(
     have = len(rows_of(kept.folder))
     say(f"run {kept.name}: if it is interrupted: --resume {kept.name}")
     say(
-        f"{len(cells)} cells of {s.space}, {len({c.clean_name for c in cells})} phase 1, "
+        f"{count_of(space, s)} cells of {s.space}, {len({c.clean_name for c in cells})} phase 1, "
         f"{len(orders)} attacks a cell" + (f"; {have} cells are done already" if have else "")
     )
     rows = fleet.sweep(s, space, kept)

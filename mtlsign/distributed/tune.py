@@ -21,13 +21,14 @@ from ray import tune
 from ray.tune import FailureConfig, ResultGrid, RunConfig, TuneConfig, Tuner
 from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import BasicVariantGenerator
 
 from mtlsign.errors import ClusterError, MTLSignError
 from mtlsign.settings_reproduce import ReproduceSettings
 from mtlsign.settings_sweep import SweepSettings
-from mtlsign.space import Cell, cells_of, is_plain
+from mtlsign.space import Cell, cells_of, count_of, draws
 from mtlsign.studies import study
-from mtlsign.sweep import CELLS, Row, Shared, finished, row_of, run_cell, train_shared
+from mtlsign.sweep import CELLS, Row, Shared, finished, row_of, rows_of, run_cell, train_shared
 from mtlsign.sweep_run import Say, SweepRun, run, told
 from mtlsign.tasks import load_task
 
@@ -117,22 +118,24 @@ class RayFleet:
         os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # TensorBoard files of every trial
         os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", str(self._at_once))
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-        drawn = not all(is_plain(value) for value in space.values())
         tuner = Tuner(
             tune.with_resources(tune.with_parameters(trial, shared=shared), dict(self._each)),
             param_space=dict(space),
             tune_config=TuneConfig(
                 metric=METRIC, mode="max", scheduler=_scheduler(s, cells), reuse_actors=True,
-                max_concurrent_trials=self._at_once, num_samples=s.num_samples if drawn else 1,
+                search_alg=_search(s, self._at_once), num_samples=s.num_samples if draws(space) else 1,
             ),
             run_config=RunConfig(
                 name=f"tune-{secrets.token_hex(4)}", storage_path=run.folder.ray_path(), verbose=0,
                 failure_config=FailureConfig(max_failures=s.max_failures),
-                callbacks=[JsonLoggerCallback(), _Watch(self._say, len(cells))],  # type: ignore[no-untyped-call]
+                callbacks=[JsonLoggerCallback(), _Watch(self._say, count_of(space, s))],  # type: ignore[no-untyped-call]
             ),
         )  # fmt: skip
         self.grid = cluster.beside(tuner.fit)
-        return _rows(self.grid, shared)
+        rows = _rows(self.grid, shared)
+        if draws(space):  # what an earlier start drew may be other cells, and one cell may be drawn twice
+            rows = list({row["cell"]: row for row in [*rows_of(run.folder), *rows]}.values())
+        return rows
 
     def _clean(self, cells: Sequence[Cell], s: SweepSettings, run: SweepRun) -> dict[str, bytes]:
         """W0 of every `clean_name`: one Ray task each, which go on from their checkpoints when lost."""
@@ -157,6 +160,11 @@ def _train(cell: Cell, folder: Any) -> bytes | MTLSignError:
         return train_shared(cell, folder)
     except MTLSignError as error:
         return error  # trying again would not help
+
+
+def _search(s: SweepSettings, at_once: int) -> BasicVariantGenerator:
+    """Grids in their order; draws by the sweep's seed, so that a resumed sweep draws the same cells."""
+    return BasicVariantGenerator(max_concurrent=at_once, random_state=s.seed)
 
 
 def _scheduler(s: SweepSettings, cells: Sequence[Cell]) -> TrialScheduler | None:

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 from job_process import ROOT, Job, Jobs
 
+from mtlsign.settings_sweep import SweepSettings
+from mtlsign.space import count_of
 from mtlsign.storage import open_storage
 from mtlsign.sweep import Shared
+from mtlsign.sweep_run import SweepRun
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -61,6 +64,56 @@ def test_rows_of_what_was_stopped_or_lost_hold_their_settings(tmp_path: Path) ->
     assert (lost["status"], lost["reason"]) == ("failed", "died")
     assert all((r["width"], r["steps"], r["lambda1"]) == (8, 30, 0.1) for r in (stopped, lost))
     assert [r["seed"] for r in (stopped, lost)] == [4, 5] and stopped["cell"] != lost["cell"]
+
+
+def test_a_resumed_sweep_draws_the_same_cells_and_keeps_what_else_was_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.tune import uniform
+    from ray.tune.experiment import Experiment
+
+    from mtlsign.distributed import tune
+
+    class Tuner:
+        """Draws the cells as Ray Tune does, and runs none of them."""
+
+        def __init__(self, _: Any, *, param_space: Any, tune_config: Any, run_config: Any) -> None:
+            self._samples, self._search = tune_config.num_samples, tune_config.search_alg
+            self._space = param_space
+
+        def fit(self) -> Any:
+            each = Experiment("x", print, config=self._space, num_samples=self._samples, storage_path="/tmp")
+            self._search.add_configurations(each)
+            configs = []
+            while trial := self._search.next_trial():
+                configs.append(trial.config)
+                self._search.on_trial_complete(trial.trial_id)
+            return [SimpleNamespace(metrics={"step": 7}, config=c, error=None) for c in configs]
+
+    monkeypatch.setattr(tune, "Tuner", Tuner)
+    monkeypatch.setattr(tune.RayFleet, "_clean", lambda *_: {})
+
+    def drawn(seed: int) -> dict[str, str]:
+        s = SweepSettings.of({"num_samples": 3, "seed": seed})
+        space = {
+            "task": "digits",
+            "lambda1": uniform(0, 1),
+            "lambda2": {"grid_search": [0.0, 1.0]},
+            "seed": 0,
+        }
+        assert count_of(space, s) == 6
+        fleet = tune.RayFleet()
+        fleet._each = {"CPU": 1.0}
+        rows = fleet.sweep(s, space, run)
+        assert fleet.grid is not None and len(fleet.grid) == 6, "what a notebook looks at afterwards"
+        return {row["cell"]: row["status"] for row in rows}
+
+    run = SweepRun(open_storage(str(tmp_path)), "r")
+    first = drawn(0)
+    assert len(first) == 6 and drawn(0) == first and not set(drawn(1)) & set(first)
+    kept = {"cell": "abc", "status": "ok", "lambda1": 0.5, "lambda2": 1.0, "seed": 0}
+    run.folder.write("cells/abc/result.json", json.dumps(kept).encode())
+    assert drawn(0) == first | {"abc": "ok"}
 
 
 @pytest.mark.slow
