@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from mtlsign.service import metrics, tokens
+from mtlsign.service.limits import release
 from mtlsign.service.office import Office, office_of
 from mtlsign.service.parse import read_json
 from mtlsign.service.problems import MEDIA, Problem
@@ -44,14 +45,13 @@ async def who(request: Request, scope: str) -> tuple[Office, Token]:
     return office, token
 
 
-async def body_of(request: Request) -> dict[str, Any]:
+async def body_of(request: Request, raw: bytes | None = None) -> dict[str, Any]:
     """The JSON object in a body (its size is bounded by `limits`). Raises Problem."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Problem("wrong-media-type", "send application/json")
-    raw = await request.body()
     try:
-        found = await asyncio.to_thread(read_json, raw)
+        found = await asyncio.to_thread(read_json, await request.body() if raw is None else raw)
     except ValueError:
         detail = "the body is no UTF-8 JSON with each field once and a sane number of values"
         raise Problem("malformed-request", detail) from None
@@ -73,9 +73,9 @@ async def verify(request: Request) -> JSONResponse:
     idem = request.headers.get("idempotency-key")
     if idem is not None and not _IDEM.fullmatch(idem):
         raise Problem("malformed-request", "an Idempotency-Key has 1 to 128 printable ASCII characters")
-    large = len(await request.body()) > MIB
-    async with office.heavy if large else nullcontext():  # parsed, a body takes several times its size
-        body = await body_of(request)
+    raw = b"".join([piece async for piece in request.stream()])  # `request.body` would keep it to the end
+    async with office.heavy if len(raw) > MIB else nullcontext():  # parsed, it takes several times its size
+        body = await body_of(request, raw)
         _only(body, "claims", "wait_s")
         claims, wait = body.get("claims"), body.get("wait_s", 10)
         if not isinstance(claims, list):
@@ -83,7 +83,8 @@ async def verify(request: Request) -> JSONResponse:
         if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= 3600:
             raise Problem("malformed-request", "wait_s must be a number of seconds from 0 to 3600")
         job = await office.desk.submit(token, claims, idem)
-        del body, claims
+        del raw, body, claims
+    release(request.scope)
     job = await office.desk.wait(job, min(float(wait), office.s.max_wait_s))
     return _job(await office.desk.answer(job))
 

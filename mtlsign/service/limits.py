@@ -7,10 +7,12 @@ it, also inside that proxy (`proxy_middlewares`).
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from starlette.middleware import Middleware
@@ -27,6 +29,9 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 _LARGE = ("/v1/verifications", "/checks")
 SMALL = 16 * 1024
 _UPLOAD = re.compile(r"/v1/models/[^/]+")
+RELEASE = "mtlsign.release"
+#: Bodies of the largest size that are held at once, all together; one peer has half of that at most.
+BODIES = 4
 GRACE_S = 5.0
 SLOWEST = 1024
 """Bytes a second that a body must have on average after the grace period."""
@@ -44,6 +49,7 @@ class Limits:
 
     def __init__(self, app: App, s: ServiceSettings, proxy: bool = False) -> None:
         self.app, self.s, self.proxy, self.held = app, s, proxy, 0
+        self.shares: Counter[str] = Counter()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -57,6 +63,7 @@ class Limits:
             if not refused:
                 if message["type"] == "http.response.start":
                     started = True
+                    bound.release()
                     headers = [*message["headers"]]
                     names = {name.lower() for name, _ in headers}
                     if self.proxy and message["status"] == 503 and b"retry-after" not in names:
@@ -78,6 +85,8 @@ class Limits:
                 return {"type": "http.disconnect"}
 
         bound = _Bounded(self, scope, receive)
+        if not self.proxy:  # Ray's proxy pickles the scope
+            scope[RELEASE] = bound.release
         try:
             bound.check_length()
             await self.app(scope, receive_for_proxy if self.proxy else bound.receive, tell)
@@ -87,7 +96,20 @@ class Limits:
             if not started:
                 await refuse(problem, send)
         finally:
-            self.held -= bound.held
+            bound.release()
+
+
+def release(scope: MutableMapping[str, Any]) -> None:
+    """Say that the request's body is parsed and no longer held, though its answer is yet to come."""
+    scope.get(RELEASE, lambda: None)()
+
+
+def _peer(scope: MutableMapping[str, Any], headers: Mapping[bytes, bytes]) -> str:
+    """Whose share a body is counted in: the address's, or, behind a proxy on this machine, the token's."""
+    host = str((scope.get("client") or ("",))[0])
+    if host in ("127.0.0.1", "::1", ""):
+        return hashlib.sha256(headers.get(b"authorization", b"")).hexdigest()
+    return host
 
 
 class _Bounded:
@@ -103,6 +125,7 @@ class _Bounded:
         self._seconds = s.upload_s if self._upload else s.body_s
         self._pace = s.upload_mb_s * MIB if self._upload and limits.proxy else 0.0
         self._start, self._seen, self._ended, self.held = time.monotonic(), 0, False, 0
+        self._peer = _peer(scope, self._headers)
 
     @property
     def unread(self) -> bool:
@@ -138,13 +161,29 @@ class _Bounded:
         if not self._ended and passed > GRACE_S and self._seen < SLOWEST * passed:
             raise Problem("too-slow", f"the body comes with under {SLOWEST} bytes a second")
         if not self._upload:
-            self.held += size
-            self._limits.held += size
-            if self._limits.held > 4 * self._limits.s.body_limit:
-                raise Problem("busy", "too many bodies are coming in at once; try again", retry_after=2)
+            self._hold(min(size, max(0, self._seen - SMALL)))
+            if self._ended and self._limits.proxy:  # on its way to the ingress, which counts for itself
+                self.release()
         if self._pace:
             await asyncio.sleep(max(0.0, self._seen / self._pace - passed))
         return message
+
+    def _hold(self, size: int) -> None:
+        """Count what is held beyond a short body's size, which is always taken."""
+        limits, one = self._limits, self._limits.s.body_limit
+        self.held += size
+        limits.held += size
+        limits.shares[self._peer] += size
+        if limits.held > BODIES * one or limits.shares[self._peer] > BODIES * one // 2:
+            raise Problem("busy", "too many bodies are coming in at once; try again", retry_after=2)
+
+    def release(self) -> None:
+        """Nothing of the body is held any more."""
+        self._limits.held -= self.held
+        self._limits.shares[self._peer] -= self.held
+        self.held = 0
+        if not self._limits.shares[self._peer]:
+            del self._limits.shares[self._peer]
 
 
 async def refuse(problem: Problem, send: Send) -> None:

@@ -22,6 +22,7 @@ from markupsafe import Markup
 from mtlsign.report import format_p
 from mtlsign.service import metrics, tokens
 from mtlsign.service.api import ENVELOPE, signed
+from mtlsign.service.limits import release
 from mtlsign.service.office import Office, office_of
 from mtlsign.service.parse import read_form, read_json
 from mtlsign.service.pictures import matches_needed, null_picture
@@ -151,6 +152,8 @@ async def check(request: Request) -> Response:
                 "home", status=problem.status, token=token, wrong=problem.detail,
                 model=model[:MAX_POINTER], bundle=text if len(text) <= ECHO else "",
             )  # fmt: skip
+    del fields, bundle, text
+    release(request.scope)
     await office.desk.wait(job, 1.0)
     return RedirectResponse(f"/checks/{job.id}", 303, headers=SECURE)
 

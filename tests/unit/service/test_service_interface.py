@@ -7,18 +7,21 @@ import hashlib
 import json
 import logging
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from serving import Goods, Service, Start  # type: ignore[import-not-found]
+from test_service_verifications import Slow  # type: ignore[import-not-found]
 
 from mtlsign.claims.ledger import open_ledger
 from mtlsign.claims.merkle import verify_inclusion
 from mtlsign.claims.owner import Owner, found
 from mtlsign.key import Identity
 from mtlsign.service import tokens
-from mtlsign.service.limits import Limits
+from mtlsign.service.limits import Limits, release
 from mtlsign.service.problems import KINDS, MEDIA
 from mtlsign.settings_service import ServiceSettings
 
@@ -277,3 +280,72 @@ def test_a_token_names_no_more_than_it_may(service: Service) -> None:
     assert tokens.SCOPES == ("verify", "ledger", "admin")
     text = service.token("verify", "ledger")
     assert tokens.check(service.office.store, text).scopes == {"verify", "ledger"}
+
+
+def crowd(s: ServiceSettings, proxy: bool, *bodies: tuple[str, int, bool], waits: bool = False) -> list[int]:
+    """Statuses of bodies (peer, bytes, whether they end) that come one after another and stay; 0: none yet.
+
+    `waits`: the app has read the body, says so, and keeps its answer.
+    """
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        release(scope)
+        await asyncio.sleep(3600 if waits else 0)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def play() -> list[int]:
+        limits, found, tasks = Limits(app, s, proxy), [0] * len(bodies), []
+        for i, (peer, size, ends) in enumerate(bodies):
+            messages = [{"type": "http.request", "body": b"x" * size, "more_body": not ends}]
+
+            async def receive(messages: Any = messages) -> Any:
+                return messages.pop() if messages else await asyncio.sleep(3600)
+
+            async def send(message: Any, i: int = i) -> None:
+                found[i] = message.get("status", found[i])
+
+            scope = {
+                "type": "http", "method": "POST", "path": "/v1/verifications", "client": (peer, 1),
+                "headers": [(b"transfer-encoding", b"chunked")],
+            }  # fmt: skip
+            tasks.append(asyncio.create_task(limits(scope, receive, send)))
+            for _ in range(10):
+                await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert limits.held == 0 and not limits.shares
+        return found
+
+    return asyncio.run(play())
+
+
+def test_four_connections_lock_nobody_out(tmp_path: Path) -> None:
+    s = ServiceSettings.of({"state": tmp_path, "max_body_mb": 1})
+    large = 2**20 - 100
+    for proxy in (False, True):
+        held = [("10.0.0.1", large, False)] * 2
+        assert crowd(s, proxy, *held, ("10.0.0.1", large, True), ("10.0.0.2", large, True)) == [
+            0,
+            0,
+            503,
+            200,
+        ]
+        held += [("10.0.0.3", large, False)] * 2
+        assert crowd(s, proxy, *held, ("10.0.0.2", large, True), ("10.0.0.2", 9000, True))[4:] == [503, 200]
+        many = [(f"10.0.1.{i}", large, True) for i in range(8)]
+        assert crowd(s, proxy, *many, waits=True) == [0] * 8  # all are taken in: what is parsed is not held
+
+
+def test_a_claim_that_waits_for_its_answer_holds_no_body(start: Start, goods: Goods) -> None:
+    service = start(backend=Slow(), max_body_mb=1)
+    heavy, headers = goods.claim(bundle={**goods.right, "head": "x" * 900_000}), service.headers()
+    with ThreadPoolExecutor(5) as pool:
+        asked = []
+        for count in range(1, 6):
+            asked.append(pool.submit(service.ask, heavy, headers=headers, wait_s=4))
+            while service.office.store.waiting() < count and not asked[-1].done():
+                time.sleep(0.02)
+        assert [one.result().status_code for one in asked] == [202] * 5
