@@ -2,6 +2,7 @@
 
 Each line is one claim, {"model": POINTER, "bundle": {…} or POINTER}; each line of the result is its verdict
 or problem, in order, with the signed verdict beside it. Verifying replicas live only as long as the job.
+Results are written as they come, to `results.jsonl.part`, which is renamed when all are there.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from mtlsign.settings_service import BatchSettings
 def main(argv: Sequence[str]) -> None:
     """Settings and claims in, one result line for each out."""
     s = BatchSettings.merged(cli.parse(BatchSettings, argv, description=__doc__ or ""))
-    from mtlsign.service.lines import read_claims, tally, write_results
+    from mtlsign.service.lines import Results, read_claims
 
     claims = read_claims(s.claims)
     from mtlsign.distributed import serve
 
-    results = serve.batch(s, claims)
-    write_results(s.out, results)
-    found = tally(results) | {"out": str(s.out)}
+    with Results(s.out) as results:
+        serve.batch(s, claims, results.add)
+    found = {**results.tally, "out": str(s.out)}
     if s.json_output:
         cli.print_json(found)
     elif not s.quiet:

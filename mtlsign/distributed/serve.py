@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
+import math
 import os
 import resource
-import sys
+import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -28,11 +30,13 @@ from ray.serve.handle import DeploymentHandle
 from ray.util import metrics as ray_metrics
 
 from mtlsign.errors import ClusterError
+from mtlsign.service import metrics
 from mtlsign.service.app import make_app
 from mtlsign.service.metrics import METRICS
-from mtlsign.service.office import Office
+from mtlsign.service.office import FRESH_S, Office
 from mtlsign.service.problems import Problem
-from mtlsign.service.verifier import GRACE_S, Answer, Lost, Outcome, Task, Verifier
+from mtlsign.service.tokens import Token
+from mtlsign.service.verifier import GRACE_S, Answer, Backend, Lost, Outcome, Task, Verifier
 from mtlsign.settings_service import MIB, PREFIX, ServiceSettings
 
 APP = "mtlsign"
@@ -46,6 +50,8 @@ KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_ARENA_MAX": "1",
 }  # fmt: skip
 LOST = 70
+#: A verifier that answered so many seconds ago and has work is taken to be there, though it does not say so.
+BUSY_S = 150.0
 BOUNDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
 
 
@@ -80,6 +86,10 @@ class Replicas:
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
+        self._asking = asyncio.Lock()
+        self._under_way = 0
+        self._heard = self._looked = -math.inf
+        self._there = False
 
     async def verify(self, task: Task) -> Answer:
         """Ask one replica. Raises Lost, or Problem `busy`."""
@@ -87,12 +97,15 @@ class Replicas:
         handle: Any = self._handle.options(multiplexed_model_id=name, stream=task.careful)
         told: list[Outcome] = []
         begun: bool | None = None
+        self._under_way += 1
         try:
             if not task.careful:
                 answer: Answer = await handle.verify.remote(task)
+                self._heard = time.monotonic()
                 return answer
             begun = False
             async for one in handle.verify_carefully.remote(task):
+                self._heard = time.monotonic()
                 if isinstance(one, Answer):
                     return one
                 begun = True
@@ -102,13 +115,28 @@ class Replicas:
             raise Problem("busy", "all verifiers are busy", retry_after=2) from None
         except (RayError, RayServeException):
             raise Lost(told, begun) from None
+        finally:
+            self._under_way -= 1
         raise Lost(told, begun)
 
     async def ready(self) -> bool:
-        """Whether a replica answers within two seconds."""
+        """Whether a replica is there, as of a few seconds ago: the question takes a place at a replica. One
+        that is too busy to say so is there.
+        """
+        async with self._asking:
+            if time.monotonic() > self._looked + FRESH_S:
+                self._there = await self._look()
+                self._looked = time.monotonic()
+            return self._there
+
+    async def _look(self) -> bool:
         try:
             return bool(await asyncio.wait_for(self._handle.alive.remote(), 2.0))
-        except (RayError, RayServeException, TimeoutError):
+        except BackPressureError:
+            return True
+        except TimeoutError:
+            return self._under_way > 0 and time.monotonic() < self._heard + BUSY_S
+        except (RayError, RayServeException):
             return False
 
 
@@ -119,7 +147,7 @@ class Verify:
         import torch
 
         self._s = ServiceSettings.of(settings)
-        _log()
+        metrics.to_stderr()
         torch.set_num_threads(self._s.threads)
         self._verifier = Verifier(self._s)
         _bound_memory(self._s.memory_mb * MIB)
@@ -130,7 +158,7 @@ class Verify:
             time.sleep(0.5)
             since = self._verifier.busy_since
             if since is not None and time.monotonic() - since > self._s.claim_s + GRACE_S:
-                _log().error('{"event": "claim_too_long"}')
+                metrics.to_stderr().error('{"event": "claim_too_long"}')
                 os._exit(LOST)  # a thread inside a kernel cannot be stopped otherwise
 
     @serve.multiplexed(max_num_models_per_replica=64)  # type: ignore[untyped-decorator]
@@ -177,23 +205,12 @@ class Gate:
     """The ingress: one process with the service's file. It never touches a model."""
 
     def __init__(self, settings: dict[str, Any], handle: DeploymentHandle[Any]) -> None:
-        _log()
+        metrics.to_stderr()
         self._office = Office.open(ServiceSettings.received(settings), Replicas(handle), RayMetrics())
 
     def __serve_build_asgi_app__(self) -> Any:
         """The app, made in the replica."""
         return make_app(self._office)
-
-
-def _log() -> logging.Logger:
-    logger = logging.getLogger("mtlsign.service")
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
-        logger.propagate = False
-        logger.setLevel(logging.INFO)
-    return logger
 
 
 def _bound_memory(more: int) -> None:
@@ -299,34 +316,72 @@ def stop() -> None:
     ray.shutdown()
 
 
-async def _batch(
-    s: ServiceSettings, handle: DeploymentHandle[Any], claims: list[Any]
-) -> list[dict[str, Any]]:
+def _chunks(s: ServiceSettings, claims: Sequence[Any]) -> Iterator[list[Any]]:
+    """As many claims at a time as the service's room takes: so many, and half of the bytes that may wait."""
+    most = min(s.max_claims, s.token_claims, s.queue_claims)
+    room = min(s.token_mb, s.queue_mb) * MIB // 2
+    chunk: list[Any] = []
+    size = 0
+    for claim in claims:
+        weight = len(json.dumps(claim)) + 256
+        if chunk and (len(chunk) >= most or size + weight > room):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(claim)
+        size += weight
+    if chunk:
+        yield chunk
+
+
+async def run_batch(
+    s: ServiceSettings, backend: Backend, claims: Sequence[Any], keep: Callable[[list[dict[str, Any]]], None]
+) -> None:
+    """Have claims answered by a desk of their own; `keep` gets the results in order, as they come.
+
+    Raises: ClusterError, KeyMaterialError, whatever `keep` raises.
+    """
     from mtlsign.service import tokens
 
-    office = Office.open(s, Replicas(handle))
+    office = Office.open(s, backend)
     token = tokens.check(office.store, tokens.issue(office.store, "batch", ["verify"], 24 * 365))
     await office.desk.start()
     try:
-        results: list[dict[str, Any]] = []
-        for at in range(0, len(claims), s.max_claims):
-            job = await office.desk.submit(token, claims[at : at + s.max_claims], None)
-            job = await office.desk.wait(job, float("inf"))
-            answer = await office.desk.answer(job)
-            for result in answer["results"]:
-                if "id" in result:
-                    name, _, place = result["id"].partition(".")
-                    result["envelope"] = (office.store.envelope(name, int(place)) or b"").decode()
-            results += answer["results"]
-        return results
+        for chunk in _chunks(s, claims):
+            keep(await _answered(office, token, chunk))
+    except (Problem, sqlite3.OperationalError) as error:
+        text = error.detail if isinstance(error, Problem) else f"{s.state}: {error}"
+        raise ClusterError(f"{text}; what was answered is kept", field="batch") from None
     finally:
         await office.desk.stop()
-        tokens.revoke(office.store, token.id)
+        with suppress(sqlite3.OperationalError):
+            tokens.revoke(office.store, token.id)
         office.store.close()
 
 
-def batch(s: ServiceSettings, claims: list[Any]) -> list[dict[str, Any]]:
-    """Verify many claims with a short-lived app of verifying replicas alone; results in order, each signed.
+async def _answered(office: Office, token: Token, claims: list[Any]) -> list[dict[str, Any]]:
+    while True:
+        try:
+            job = await office.desk.submit(token, claims, None)
+            break
+        except Problem as problem:
+            if problem.kind == "too-many-claims" and len(claims) == 1:  # nothing else of ours is waiting
+                detail = "the claim is larger than may wait; raise token_mb"
+                return [{"problem": Problem("too-large", detail).document()}]
+            if problem.kind != "busy":
+                raise
+            await asyncio.sleep(problem.retry_after or 1.0)  # a service on the same state has its own claims
+    answer = await office.desk.answer(await office.desk.wait(job, float("inf")))
+    found: list[dict[str, Any]] = answer["results"]
+    for result in found:
+        if "id" in result:
+            name, _, place = result["id"].partition(".")
+            result["envelope"] = (office.store.envelope(name, int(place)) or b"").decode()
+    return found
+
+
+def batch(s: ServiceSettings, claims: Sequence[Any], keep: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Verify many claims with a short-lived app of verifying replicas alone. `keep` gets the results in
+    order as they come, each with its signed verdict.
 
     Raises: ClusterError, KeyMaterialError.
     """
@@ -341,6 +396,6 @@ def batch(s: ServiceSettings, claims: list[Any]) -> list[dict[str, Any]]:
             serve.delete(name)
         raise ClusterError(f"the verifiers do not start ({str(error)[:300]})", field="serve") from None
     try:
-        return asyncio.run(_batch(s, handle, claims))
+        asyncio.run(run_batch(s, Replicas(handle), claims, keep))
     finally:
         serve.delete(name)

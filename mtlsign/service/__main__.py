@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from mtlsign.service import tokens
 from mtlsign.service.problems import Problem
 from mtlsign.service.store import Store
 from mtlsign.settings_service import ServiceSettings
+
+MAX_HOURS = 24 * 3650
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,11 +31,17 @@ def main(argv: Sequence[str]) -> None:
     )
     given = parser.parse_args(list(argv))
     s = ServiceSettings.load(base={"state": given.state} if given.state else None)
-    store = Store((given.state or s.state) / "service.sqlite")
+    hours = s.token_hours if given.hours is None else given.hours
+    if not 0 < hours <= MAX_HOURS:
+        raise SettingsError(f"must be over 0 and at most {MAX_HOURS} (got {hours:g})", field="hours")
+    file = (given.state or s.state) / "service.sqlite"
+    if not file.exists():
+        print(f"{file} is new: a service with another state folder does not know it", file=sys.stderr)
+    store = Store(file)
     try:
         if given.action == "token":
             scopes = [scope.strip() for scope in given.scopes.split(",") if scope.strip()]
-            print(tokens.issue(store, given.name, scopes, given.hours or s.token_hours))
+            print(tokens.issue(store, given.name, scopes, hours))
         elif given.action == "tokens":
             cli.print_json(tokens.known(store))
         elif not tokens.revoke(store, given.name):

@@ -41,6 +41,7 @@ async def who(request: Request, scope: str) -> tuple[Office, Token]:
     """The office and the caller, who has that scope. Raises Problem."""
     office = office_of(request)
     token = await asyncio.to_thread(tokens.bearer, office.store, request.headers.get("authorization"))
+    request.state.token = token.id  # for the log
     token.need(scope)
     return office, token
 
@@ -177,25 +178,23 @@ async def uploaded(request: Request, sha256: str) -> JSONResponse:
 async def keys(request: Request) -> JSONResponse:
     """Public halves of the keys that sign verdicts, the current one first, and the ledger's entry of each."""
     office = office_of(request)
-    found = office.keys.public()
-    if office.ledger is not None:
-        for one in found:
-            one["entry"] = await asyncio.to_thread(office.ledger.holds, bytes.fromhex(one["public_key"]))
-    return JSONResponse({"keys": found})
+    return JSONResponse({"keys": await office.listed()})
 
 
 @router.get("/ledger/head", **LEDGER)
 async def head(request: Request) -> JSONResponse:
     """The newest head that counts, with its co-signatures as a note."""
     office, _ = await who(request, "ledger")
-    return JSONResponse(await asyncio.to_thread(office.need_ledger().head))
+    desk = office.need_ledger()
+    return JSONResponse(await desk.ask(desk.head))
 
 
 @router.get("/ledger/entries/{index}", **LEDGER)
 async def entry(request: Request, index: str) -> JSONResponse:
     """One entry; `envelope` are its exact bytes in base64."""
     office, _ = await who(request, "ledger")
-    return JSONResponse(await asyncio.to_thread(office.need_ledger().entry, _number(index)))
+    desk = office.need_ledger()
+    return JSONResponse(await desk.ask(desk.entry, _number(index)))
 
 
 @router.get("/ledger/proofs/{index}", **LEDGER)
@@ -204,7 +203,8 @@ async def proof(request: Request, index: str) -> JSONResponse:
     office, _ = await who(request, "ledger")
     size = request.query_params.get("size")
     wanted = None if size is None else _number(size)
-    return JSONResponse(await asyncio.to_thread(office.need_ledger().proof, _number(index), wanted))
+    desk = office.need_ledger()
+    return JSONResponse(await desk.ask(desk.proof, _number(index), wanted))
 
 
 def _number(text: str) -> int:

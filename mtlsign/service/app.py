@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
+import errno
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ from mtlsign.service.office import Office
 from mtlsign.service.problems import Problem
 from mtlsign.service.schemas import problems
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _OF_STATUS = {404: "not-found", 405: "wrong-method", 413: "too-large", 415: "wrong-media-type"}
 
 
@@ -28,7 +30,7 @@ def make_app(office: Office) -> FastAPI:
         await office.desk.start()
         if office.ledger is not None and office.s.announce:
             try:
-                await asyncio.to_thread(office.ledger.announce, office.keys.current)
+                await office.ledger.ask(office.ledger.announce, office.keys.current)
             except Problem as problem:
                 metrics.event("not_announced", reason=problem.detail)
         yield
@@ -41,7 +43,7 @@ def make_app(office: Office) -> FastAPI:
     app.state.office = office
     app.include_router(api.router)
     app.include_router(pages.router)
-    app.add_middleware(Limits, s=office.s)
+    app.add_middleware(Limits, s=office.s, count=lambda kind: office.metrics.add("mtlsign_refusals", 1, kind))
 
     @app.get("/healthz", responses=problems())
     async def healthz() -> JSONResponse:
@@ -51,7 +53,7 @@ def make_app(office: Office) -> FastAPI:
     @app.get("/readyz", responses=problems())
     async def readyz() -> JSONResponse:
         """Claims would be answered: the file can be written to and a verifier is there. Else 503."""
-        await asyncio.to_thread(office.store.change, "DELETE FROM sessions WHERE expires<0")
+        await office.writable()
         if not await office.backend.ready():
             raise Problem("not-ready", "no verifier is there yet", retry_after=2)
         return JSONResponse({"status": "ready"})
@@ -68,6 +70,15 @@ def make_app(office: Office) -> FastAPI:
         kind = _OF_STATUS.get(error.status_code, "malformed-request")
         return await on_problem(request, Problem(kind, f"{request.method} is not served at this address"))
 
+    @app.exception_handler(sqlite3.OperationalError)
+    @app.exception_handler(OSError)
+    async def on_disk(request: Request, error: Exception) -> Response:
+        if isinstance(error, OSError) and error.errno not in _DISK:
+            return await on_bug(request, error)
+        metrics.event("not_written", reason=str(error))
+        detail = "the service cannot write its file at the moment; try again later"
+        return await on_problem(request, Problem("busy", detail, retry_after=10))
+
     @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> Response:
         metrics.defect("defect", error)
@@ -80,6 +91,7 @@ def make_app(office: Office) -> FastAPI:
         route = getattr(request.scope.get("route"), "path", None)  # the pattern, never what stands in it
         metrics.event(
             "request", method=request.method, route=route, status=answer.status_code,
+            token=getattr(request.state, "token", None),
             seconds=round(time.perf_counter() - start, 4),
         )  # fmt: skip
         return answer

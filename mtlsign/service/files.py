@@ -21,6 +21,7 @@ from mtlsign.artifact import MODEL_FILE
 from mtlsign.errors import MTLSignError
 from mtlsign.folder import MANIFEST, MANIFEST_LIMIT, parse_manifest
 from mtlsign.s3 import S3Storage
+from mtlsign.service import metrics
 from mtlsign.service.pointers import Bucket, Local, Policy, Source, Upload, Web, refused
 from mtlsign.service.problems import Problem, of_error
 from mtlsign.service.web import Resolver, Transport, opened, system_resolver
@@ -246,10 +247,11 @@ class Library:
                 ) as found:  # fmt: skip
                     yield found
         except MTLSignError as error:
-            message = str(error)
-            if "bytes allowed here" in message:
-                raise Problem("too-large", message) from None
-            raise Problem("unreachable", message) from None
+            if "bytes allowed here" in str(error):
+                raise Problem("too-large", f"over the {limit} bytes that are allowed lie there") from None
+            metrics.event("not_fetched", reason=str(error))
+            detail = "what the pointer names cannot be had; correct the pointer, or try later"
+            raise Problem("unreachable", detail) from None
 
 
 def _until(pieces: Iterator[bytes], end: float, seconds: float) -> Iterator[bytes]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
+import sqlite3
 import threading
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from mtlsign.claims import admission, council
 from mtlsign.claims.commands import head_json
@@ -18,6 +22,7 @@ from mtlsign.identity import Identity
 from mtlsign.service.bundles import key_id
 from mtlsign.service.problems import Problem, of_error
 
+T = TypeVar("T")
 KEY_NAME = "service signing key"
 
 
@@ -26,8 +31,13 @@ class LedgerDesk:
 
     def __init__(self, uri: str) -> None:
         self._uri, self._lock = uri, threading.Lock()
+        self._pool = ThreadPoolExecutor(1, "ledger")
         self._ledger: Ledger | None = None
         self._reader: Reader | None = None
+
+    async def ask(self, method: Callable[..., T], *args: Any) -> T:
+        """Call what reads the ledger in a thread of its own: where that hangs, nothing else does."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, method, *args)
 
     def _view(self) -> tuple[Ledger, View]:
         try:
@@ -35,7 +45,7 @@ class LedgerDesk:
                 self._ledger = open_ledger(self._uri)
                 self._reader = Reader(self._ledger)
             return self._ledger, self._reader.view()
-        except MTLSignError as error:
+        except (MTLSignError, OSError, sqlite3.Error) as error:
             self._ledger = self._reader = None
             raise of_error(error, about="ledger") from None
 
@@ -124,19 +134,20 @@ class LedgerDesk:
                 "members": tally.members,
             }
 
-    def holds(self, public_key: bytes) -> int | None:
-        """The first entry that this key signed or that names it as a member; None when there is none."""
+    def first_of(self, public_keys: Sequence[bytes]) -> dict[bytes, int]:
+        """The first entry that each key signed or that names it as a member, where there is one."""
+        found: dict[bytes, int] = {}
         with self._lock:
             _, view = self._view()
             for entry in view.entries.values():
-                members = getattr(entry.statement, "members", ())
-                if public_key in entry.signers or public_key in members:
-                    return entry.index
-            return None
+                for key in (*entry.signers, *getattr(entry.statement, "members", ())):
+                    if key in public_keys:
+                        found.setdefault(key, entry.index)
+        return found
 
     def announce(self, identity: Identity) -> int:
         """Put the public half of a signing key into the ledger, once; returns the entry."""
-        known = self.holds(identity.public_key)
+        known = self.first_of([identity.public_key]).get(identity.public_key)
         if known is not None:
             return known
         with self._lock:

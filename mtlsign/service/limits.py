@@ -17,6 +17,7 @@ from typing import Any
 
 from starlette.middleware import Middleware
 
+from mtlsign.service import metrics
 from mtlsign.service.problems import MEDIA, Problem
 from mtlsign.settings_service import MIB, ServiceSettings
 
@@ -45,10 +46,13 @@ class Limits:
         s: the limits.
         proxy: inside Ray's proxy: hold uploads back to `upload_mb_s`, as the proxy itself never does, and
             make a 503 with Retry-After of an ingress that is not there or dies, of which Ray makes a 500.
+        count: called with the kind of each refusal.
     """
 
-    def __init__(self, app: App, s: ServiceSettings, proxy: bool = False) -> None:
-        self.app, self.s, self.proxy, self.held = app, s, proxy, 0
+    def __init__(
+        self, app: App, s: ServiceSettings, proxy: bool = False, count: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self.app, self.s, self.proxy, self.count, self.held = app, s, proxy, count, 0
         self.shares: Counter[str] = Counter()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -79,6 +83,7 @@ class Limits:
             try:
                 return await bound.receive()
             except Problem as problem:
+                self.count(problem.kind)
                 if not started:
                     await refuse(problem, send)
                 refused = True
@@ -93,6 +98,7 @@ class Limits:
             if self.proxy and not started and not refused:  # the ingress died with the request in hand
                 raise Problem("not-ready", "the service lost this request; send it again", retry_after=2)
         except Problem as problem:
+            self.count(problem.kind)
             if not started:
                 await refuse(problem, send)
         finally:
@@ -201,4 +207,9 @@ async def refuse(problem: Problem, send: Send) -> None:
 
 def proxy_middlewares() -> list[Middleware]:
     """What Ray's proxy runs before it reads a body. This module is light: the proxy has seconds to start."""
-    return [Middleware(Limits, s=ServiceSettings.load(), proxy=True)]
+    metrics.to_stderr()
+
+    def count(kind: str) -> None:
+        metrics.event("refused", reason=kind)
+
+    return [Middleware(Limits, s=ServiceSettings.load(), proxy=True, count=count)]

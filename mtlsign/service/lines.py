@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mtlsign.errors import ClaimError
 
@@ -45,24 +44,36 @@ def _parse(line: bytes) -> Any:
         return None
 
 
-def write_results(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """One result on each line; the file appears whole. Raises ClaimError when it cannot be written."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as file:
+class Results:
+    """A file of one result on each line, written as they come: `PATH.part` until all are there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.part = path, path.with_name(f"{path.name}.part")
+        self.tally: Counter[str] = Counter()
+
+    def __enter__(self) -> Self:
+        """Raises ClaimError when the file cannot be written."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.part.open("w", encoding="utf-8")
+        except OSError as error:
+            raise ClaimError(f"{self.path}: {error.strerror}; choose another file", field="out") from None
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._file.close()
+        if kind is None:
+            os.replace(self.part, self.path)
+
+    def add(self, results: Sequence[Mapping[str, Any]]) -> None:
+        """Write some more. Raises ClaimError when they cannot be written."""
+        try:
             for result in results:
-                file.write(json.dumps(result, allow_nan=False) + "\n")
-        os.replace(part, path)
-    except OSError as error:
-        raise ClaimError(f"{path}: {error.strerror}; choose another file", field="out") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def tally(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How many of each status, problems by their type."""
-    names = (
-        r["verdict"]["status"] if "verdict" in r else r["problem"]["type"].rpartition(":")[2] for r in results
-    )
-    return dict(Counter(names))
+                self._file.write(json.dumps(result, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise ClaimError(f"{self.part}: {error.strerror}; make room and try again", field="out") from None
+        self.tally.update(
+            r["verdict"]["status"] if "verdict" in r else r["problem"]["type"].rpartition(":")[2]
+            for r in results
+        )

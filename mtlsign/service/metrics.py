@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import threading
 import traceback
 from collections import defaultdict
@@ -44,6 +45,17 @@ class Kept:
 
 
 _log = logging.getLogger("mtlsign.service")
+
+
+def to_stderr() -> logging.Logger:
+    """Write events to standard error, one line each, which Ray keeps in this process's log."""
+    if not _log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        _log.addHandler(handler)
+        _log.propagate = False
+        _log.setLevel(logging.INFO)
+    return _log
 
 
 def defect(name: str, error: BaseException) -> None:

@@ -14,9 +14,9 @@ from mtlsign.errors import (
     KeyMaterialError,
     LedgerError,
     ModelError,
-    MTLSignError,
     StorageError,
 )
+from mtlsign.service import metrics
 
 TYPE = "urn:mtlsign:problem:"
 MEDIA = "application/problem+json"
@@ -84,12 +84,19 @@ def _again(kind: str, detail: str, retry_after: float | None, extra: dict[str, A
     return Problem(kind, detail, retry_after=retry_after, **extra)
 
 
-def of_error(error: MTLSignError, *, about: str) -> Problem:
-    """The problem of one of the package's errors; `about` is "model", "bundle" or "ledger"."""
+def of_error(error: Exception, *, about: str) -> Problem:
+    """The problem of one of the package's errors; `about` is "model", "bundle" or "ledger".
+
+    What an error tells of the operator's machines goes to the log alone.
+    """
+    if about == "ledger" or isinstance(error, LedgerError):
+        metrics.event("ledger_unread", reason=str(error))
+        return Problem("ledger", "the ledger cannot be read at the moment; try again later", retry_after=5)
     if isinstance(error, StorageError):
-        return Problem("unreachable", str(error))
-    if isinstance(error, LedgerError):
-        return Problem("ledger", str(error), retry_after=5)
+        metrics.event("not_fetched", reason=str(error))
+        return Problem(
+            "unreachable", "what the pointer names cannot be had; correct the pointer, or try later"
+        )
     if about == "model" and isinstance(error, ArtifactError | ModelError):
         return Problem("not-a-model" if isinstance(error, ModelError) else "unreachable", str(error))
     if isinstance(error, ModelError):

@@ -97,15 +97,20 @@ class Store:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # a full disk ends it by itself
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """What a query finds."""
         with self._lock:
             return self._db.execute(query, values).fetchall()
+
+    def try_out(self) -> None:
+        """Write, though nothing new. Raises sqlite3.OperationalError on a full or read-only disk."""
+        self.change(f"PRAGMA user_version={VERSION}")
 
     def change(self, query: str, *values: Any) -> int:
         """Run one statement; number of rows it changed."""
