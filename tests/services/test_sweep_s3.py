@@ -1,0 +1,84 @@
+"""The sweep job against a real S3 server: interrupted in its second cell, resumed from what lies there."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import runpy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from seaweed import S3Server
+
+from mtlsign import cli, sweep, sweep_run
+from mtlsign.space import Cell
+from mtlsign.storage import open_storage
+from mtlsign.sweep import Shared
+from mtlsign.tasks import Task
+
+pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
+
+FIXED = (
+    "lambda1=0.02,width=4,key_size=128,epochs=1,steps=54,batch=16,primary_batch=16,wm_lr=0.01,snapshots=noise"
+)
+
+
+def test_a_sweep_lives_in_s3(
+    s3: S3Server, tiny_task: Task, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    for module in ("sweep", "sweep_run", "campaign", "embedding"):
+        monkeypatch.setattr(f"mtlsign.{module}.load_task", lambda *_, **__: tiny_task)
+    place = f"s3://{s3.bucket}/sweep"
+    store = open_storage(place, endpoint=s3.endpoint)
+    where = ["--storage", place, "--endpoint", s3.endpoint, "--workers", "0", "--json"]
+    main = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "sweep.py"))["main"]
+    steps: dict[str, list[int]] = {}
+
+    def watch(stop: bool) -> Callable[..., Any]:
+        def run_cell(cell: Cell, shared: Shared, show: object) -> Any:
+            seen = steps.setdefault(cell.name, [])
+
+            def look(row: Mapping[str, Any]) -> None:
+                if row["phase"] == "mark":
+                    seen.append(row["step"])
+                    if stop and len(steps) == 2 and row["step"] > 50:
+                        raise KeyboardInterrupt
+
+            return sweep.run_cell(cell, shared, look)
+
+        return run_cell
+
+    def start(*flags: str) -> tuple[object, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.run(main, [*flags, *where])
+        return ended.value.code, capsys.readouterr().out
+
+    monkeypatch.setattr(sweep_run, "run_cell", watch(stop=True))
+    assert start("--space", "smoke", "--fixed", FIXED, "--attacks", "int8", "--run", "s") == (130, "")
+    first, second = steps
+    assert store.exists(f"runs/s/cells/{first}/result.json") and not store.exists("runs/s/cells.csv")
+    assert store.exists(f"runs/s/cells/{second}/state.pt")
+    kept = store.read(f"runs/s/cells/{first}/result.json", 2**20)
+    steps.clear()
+    monkeypatch.setattr(sweep_run, "run_cell", watch(stop=False))
+    monkeypatch.setattr("mtlsign.embedding.clean_phase", lambda *_: pytest.fail("phase 1 ran again"))
+    code, out = start("--resume", "s")
+    assert code == 0 and steps[first] == [] and min(steps[second]) > 50
+    rows = list(csv.DictReader(io.StringIO(store.read("runs/s/cells.csv", 2**20).decode())))
+    assert [row["cell"] for row in rows] == [first, second] and [row["lambda2"] for row in rows] == [
+        "0.0",
+        "1.0",
+    ]
+    assert all(row["status"] == "ok" and float(row["bits int8"]) >= 0 for row in rows)
+    assert store.read(f"runs/s/cells/{first}/result.json", 2**20) == kept
+    assert json.loads(store.read("runs/s/result.json", 2**20)) == json.loads(out)
+    names = {name.removeprefix("runs/s/") for name in store.list("runs/s")}
+    assert names == {
+        *("settings.json", "cells.csv", "cells.parquet", "result.json", "report.html", "manifest.json"),
+        *(f"cells/{name}/result.json" for name in (first, second)),
+    }, "W0 and checkpoints have to go"
