@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import http.client
 import json
 import logging
 import math
 import os
 import resource
 import sqlite3
+import ssl
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -32,6 +35,7 @@ from ray.util import metrics as ray_metrics
 from mtlsign.errors import ClusterError
 from mtlsign.service import metrics
 from mtlsign.service.app import make_app
+from mtlsign.service.limits import BOUNDED
 from mtlsign.service.metrics import METRICS
 from mtlsign.service.office import FRESH_S, Office
 from mtlsign.service.problems import Problem
@@ -298,6 +302,7 @@ def start(s: ServiceSettings) -> None:
     for name in ("max_body_mb", "body_s", "upload_s", "upload_mb_s", "max_model_mb"):  # the proxy reads these
         os.environ[PREFIX + name.upper()] = str(getattr(s, name))
     _quieten()
+    joined = cluster.attached()
     cluster.connect()
     options = {"host": s.host, "port": s.port, "request_timeout_s": max(s.upload_s, s.max_wait_s + 60)}
     for option, file in (("ssl_certfile", s.tls_cert), ("ssl_keyfile", s.tls_key)):
@@ -308,6 +313,26 @@ def start(s: ServiceSettings) -> None:
         serve.run(application(s), name=APP, route_prefix="/", logging_config=quiet)
     except (RuntimeError, RayError, RayServeException, ValueError) as error:
         raise ClusterError(f"the service does not start ({str(error)[:300]})", field="serve") from None
+    if joined and not bounds_bodies(s):
+        where = f"the proxy on {s.host}:{s.port} is not seen to bound bodies before it reads them"
+        print(f"warning: {where}; start Ray with {PROXY_SETTING}={PROXY_VALUE}", file=sys.stderr, flush=True)
+
+
+def bounds_bodies(s: ServiceSettings) -> bool:
+    """Whether the proxy refuses by itself what announces too large a body; nothing of it is sent."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(s.host, s.host)
+    if s.tls_cert is None:
+        link = http.client.HTTPConnection(host, s.port, timeout=10)
+    else:  # whose proxy it is does not matter here
+        link = http.client.HTTPSConnection(host, s.port, timeout=10, context=ssl._create_unverified_context())
+    try:
+        link.request("POST", "/v1/verifications", headers={"Content-Length": str(10**14)})
+        answer = link.getresponse()
+        return answer.status == 413 and answer.headers[BOUNDED] == "proxy"
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        link.close()
 
 
 def stop() -> None:

@@ -171,7 +171,9 @@ class Library:
     def _uploaded(self, digest: str) -> Path:
         if not self.uploads.has(digest):
             raise Problem(
-                "not-found", "no upload has this digest (any more); send it with PUT /v1/models/DIGEST"
+                "not-found",
+                "no upload of this digest lies where the verifier runs: it expired (send it again), or the "
+                "verifiers' machines do not see the service's folder (use a pointer to s3:// or https://)",
             )
         return self.uploads.path(digest)
 

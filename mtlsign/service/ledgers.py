@@ -15,7 +15,7 @@ from mtlsign.claims import admission, council
 from mtlsign.claims.commands import head_json
 from mtlsign.claims.ledger import Ledger, open_ledger
 from mtlsign.claims.owner import Owner
-from mtlsign.claims.statements import Publish, Register
+from mtlsign.claims.statements import Claim, Publish, Register
 from mtlsign.claims.view import Reader, View
 from mtlsign.errors import MTLSignError
 from mtlsign.identity import Identity
@@ -132,7 +132,14 @@ class LedgerDesk:
                 "outcome": tally.outcome,
                 "threshold": tally.threshold,
                 "members": tally.members,
+                "rivals": self._rivals(view, claim),
             }
+
+    def _rivals(self, view: View, claim: Claim) -> int:
+        """Claims of other publications on the same model: what `jobs/dispute.py` would compare."""
+        return sum(
+            other.suspect == claim.suspect and other.publish != claim.publish for _, other in view.all(Claim)
+        )
 
     def first_of(self, public_keys: Sequence[bytes]) -> dict[bytes, int]:
         """The first entry that each key signed or that names it as a member, where there is one."""

@@ -30,6 +30,8 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 _LARGE = ("/v1/verifications", "/checks")
 SMALL = 16 * 1024
 _UPLOAD = re.compile(r"/v1/models/[^/]+")
+#: Header of a refusal: by Ray's proxy, before it read the body.
+BOUNDED = "x-mtlsign-bounded"
 RELEASE = "mtlsign.release"
 #: Bodies of the largest size that are held at once, all together; one peer has half of that at most.
 BODIES = 4
@@ -85,7 +87,7 @@ class Limits:
             except Problem as problem:
                 self.count(problem.kind)
                 if not started:
-                    await refuse(problem, send)
+                    await refuse(problem, send, proxy=self.proxy)
                 refused = True
                 return {"type": "http.disconnect"}
 
@@ -100,7 +102,7 @@ class Limits:
         except Problem as problem:
             self.count(problem.kind)
             if not started:
-                await refuse(problem, send)
+                await refuse(problem, send, proxy=self.proxy)
         finally:
             bound.release()
 
@@ -192,13 +194,15 @@ class _Bounded:
             del self._limits.shares[self._peer]
 
 
-async def refuse(problem: Problem, send: Send) -> None:
-    """Answer with a problem, and close: the rest of the body is not wanted."""
+async def refuse(problem: Problem, send: Send, *, proxy: bool = False) -> None:
+    """Answer with a problem, and close: the rest of the body is not wanted. Ray's proxy says who it is."""
     body = json.dumps(problem.document()).encode()
     headers = [
         (b"content-type", MEDIA.encode()), (b"content-length", str(len(body)).encode()),
         (b"connection", b"close"),
     ]  # fmt: skip
+    if proxy:
+        headers.append((BOUNDED.encode(), b"proxy"))
     if problem.retry_after is not None:
         headers.append((b"retry-after", str(max(1, round(problem.retry_after))).encode()))
     await send({"type": "http.response.start", "status": problem.status, "headers": headers})

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +24,12 @@ from safetensors.torch import save
 
 from mtlsign.artifact import model_bytes
 from mtlsign.client import Client, claim_of
+from mtlsign.distributed import serve
 from mtlsign.key import Identity, make_spec, sign_spec
 from mtlsign.service import tokens
 from mtlsign.service.signing import read_verdict
 from mtlsign.service.store import Store
+from mtlsign.settings_service import ServiceSettings
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
@@ -137,6 +140,10 @@ def test_the_service_starts_and_answers_over_tls(
         assert said(results) == ["accepted", "rejected", "pointer-refused"]
         verdict = read_verdict(client.verdict(results[0]["id"]), trusted=client.keys())
     assert verdict["suspect"] == service.digest
+    context = ssl.create_default_context(cafile=cert)
+    assert urllib.request.urlopen(url + "/readyz", context=context).status == 200
+    proxy = ServiceSettings.of({"port": int(url.rpartition(":")[2]), "tls_cert": cert, "tls_key": key})
+    assert serve.bounds_bodies(proxy)
     service.job.end()
 
 

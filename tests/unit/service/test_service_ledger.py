@@ -67,8 +67,9 @@ def test_the_page_tells_of_commitment_votes_and_the_ledger(start: Start, goods: 
     enter(service)
     fields = {"model": goods.pointer(), "bundle": goods.put("claim.zip", file)}
     page = service.client.get(service.client.post("/checks", data=fields).headers["location"]).text
-    for said in ("Accepted", "Key committed", "Claimed", "5 accepted", "3 of 5 decide"):
+    for said in ("Accepted", "Key committed", "Claimed", "5 accepted", "3 of 5 decide", "Lineage"):
         assert said in page, said
+    assert "no other claim on this model" in page
     assert "Against the claim" not in page
     ledger = service.client.get("/ledger").text
     assert "membership" in ledger and "vote" in ledger and "Co-signed" in ledger

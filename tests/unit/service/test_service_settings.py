@@ -7,14 +7,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from serving import Start  # type: ignore[import-not-found]
+from test_service_page import served  # type: ignore[import-not-found]
 
 from mtlsign import cli
 from mtlsign.errors import SettingsError
 from mtlsign.key import Identity
+from mtlsign.service.limits import Limits
 from mtlsign.service.signing import Keys
 from mtlsign.settings_service import ServiceSettings
 
 SECRET = "ab" * 64
+#: What `start` sets for the proxy that it starts.
+BOUNDS = [f"MTLSIGN_{name}" for name in ("MAX_BODY_MB", "BODY_S", "UPLOAD_S", "UPLOAD_MB_S", "MAX_MODEL_MB")]
 
 
 def from_flags(*flags: str) -> ServiceSettings:
@@ -44,8 +49,8 @@ def test_a_job_s_flags_reach_ingress_and_verifiers(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(serve, "serve", SimpleNamespace(**vars(serve.serve)))
     monkeypatch.setattr(serve.serve, "start", lambda **_: None)
     monkeypatch.setattr(serve.serve, "run", lambda app, **_: bound.append(app))
-    for name in ("MAX_BODY_MB", "BODY_S", "UPLOAD_S", "UPLOAD_MB_S", "MAX_MODEL_MB"):
-        monkeypatch.setenv(f"MTLSIGN_{name}", "9")  # `start` sets them: back to what they were afterwards
+    for name in BOUNDS:
+        monkeypatch.setenv(name, "9")  # `start` sets them: back to what they were afterwards
     for name in (serve.PROXY_SETTING, "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"):
         monkeypatch.setenv(name, "as it was")
     for name, value in {"BITS": "50", "STATE": "/nowhere", "PORT": "1"}.items():
@@ -88,3 +93,42 @@ def test_the_signing_key_comes_from_the_environment_alone(
     own.save(tmp_path / "own.json", None)
     s = from_flags("--state", str(tmp_path), "--identity", str(tmp_path / "own.json"))
     assert Keys.load(s).current.public_key == own.public_key
+
+
+def test_whether_a_proxy_bounds_bodies_is_seen_from_outside(start: Start) -> None:
+    """The app behind refuses such a body too: only who refuses tells."""
+    from mtlsign.distributed import serve
+
+    service = start()
+    app = service.client.app
+    for proxy in (True, False):
+        behind = SimpleNamespace(
+            client=SimpleNamespace(app=Limits(app, service.office.s, True) if proxy else app)
+        )
+        with served(behind) as url:
+            s = ServiceSettings.of({"port": int(url.rpartition(":")[2]), "host": "0.0.0.0"})
+            assert serve.bounds_bodies(s) is proxy
+    assert not serve.bounds_bodies(s)  # nobody is there
+
+
+@pytest.mark.parametrize(("joined", "bounded", "warns"), [(1, 0, True), (1, 1, False), (0, 0, False)])
+def test_joining_a_cluster_without_bounds_warns(
+    joined: int,
+    bounded: int,
+    warns: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from mtlsign.distributed import serve
+
+    for name in (serve.PROXY_SETTING, "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", *BOUNDS):
+        monkeypatch.setenv(name, "1")
+    for place, name, value in (
+        (serve.cluster, "attached", joined), (serve.cluster, "connect", None), (serve, "application", None),
+        (serve, "bounds_bodies", bounded),
+    ):  # fmt: skip
+        monkeypatch.setattr(place, name, lambda *_, value=value: value)
+    monkeypatch.setattr(serve, "serve", SimpleNamespace(start=lambda **_: None, run=lambda *_, **__: None))
+    serve.start(ServiceSettings.of({}))
+    said = capsys.readouterr().err
+    assert (serve.PROXY_SETTING in said) is warns and len(said.splitlines()) == warns
