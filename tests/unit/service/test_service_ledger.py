@@ -77,3 +77,15 @@ def test_the_page_tells_of_commitment_votes_and_the_ledger(start: Start, goods: 
         fields["bundle"] = json.dumps(bundle)  # no claim of the ledger, and one of another key
         page = service.client.get(service.client.post("/checks", data=fields).headers["location"]).text
         assert "this service knows of none" in page and "5 accepted" not in page
+
+
+def test_the_page_counts_rivals_and_names_who_judges_them(
+    start: Start, goods: Goods, claimed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, _, file = claimed
+    service = start(ledger=uri)
+    enter(service)
+    monkeypatch.setattr(service.office.ledger, "_rivals", lambda *_: 2)
+    fields = {"model": goods.pointer(), "bundle": goods.put("claim.zip", file)}
+    page = service.client.get(service.client.post("/checks", data=fields).headers["location"]).text
+    assert "2 other claims on this model" in page and "jobs/dispute.py" in page
