@@ -30,9 +30,13 @@ def main(argv: Sequence[str]) -> None:
         cli.print_json(result)
         return
     best = result["recommended"] or {}
-    print(cli.table([(name, f"{best[name]:g}") for name in (*result["vary"], *_SHOWN) if name in best]))
+    print(cli.table([(name, _text(best[name])) for name in (*result["vary"], *_SHOWN) if name in best]))
     print(f"recommended: {result['why']}")
     print(f"table: {result['csv']}\nreport: {result['report']}\nresult: {result['result']}")
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 _SHOWN = ("drop_points", "wm_accuracy", "evidence_bits_attacked", "deviation_l2")

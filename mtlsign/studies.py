@@ -65,7 +65,7 @@ def _answer(s: ReproduceSettings, rows: Sequence[reproduce.Row], place: str, res
 
 
 def _thresholds(s: ReproduceSettings, say: Say) -> dict[str, Any]:
-    """5,000 random keys on an unmarked network, beside the exact binomial."""
+    """5,000 random keys on each seed's unmarked network, pooled beside the exact binomial."""
     if s.fixed:
         raise SettingsError("thresholds embeds nothing, so no setting of it can be fixed", field="fixed")
     storage = open_storage(s.storage, endpoint=s.endpoint)
@@ -78,21 +78,26 @@ def _thresholds(s: ReproduceSettings, say: Say) -> dict[str, Any]:
     else:
         s = _resumed(s, folder, name)
     say(f"run {name}; if it is interrupted: --resume {name}")
-    config = {"task": s.task, "model": s.model, "width": s.width, "seed": s.seed}
-    w0 = read_tensors(train_shared(Cell(config, s.data, s.download), folder))
-    say("phase 1 is done: the unmarked network")
-    rows = []
-    for head in s.heads.split(","):
-        kept = f"{head}-{_GUESSES}"
-        done = json.loads(folder.read(kept, _LIMIT)) if folder.exists(kept) else []
+    found: dict[str, list[float]] = {head: [] for head in s.heads.split(",")}
+    for seed in range(s.seed, s.seed + s.seeds):
+        config = {"task": s.task, "model": s.model, "width": s.width, "seed": seed}
+        w0 = read_tensors(train_shared(Cell(config, s.data, s.download), folder))
+        say(f"seed {seed} · phase 1 is done: the unmarked network")
+        for head, all_of_them in found.items():
+            kept = f"{head}-{seed}-{_GUESSES}"
+            done = json.loads(folder.read(kept, _LIMIT)) if folder.exists(kept) else []
 
-        def tick(found: list[float], head: str = head, kept: str = kept) -> None:
-            folder.write(kept, json.dumps(found).encode())
-            say(f"{head} head · {len(found):,} of {s.keys:,} keys")
+            def tick(some: list[float], about: str = f"seed {seed} · {head} head", kept: str = kept) -> None:
+                folder.write(kept, json.dumps(some).encode())
+                say(f"{about} · {len(some):,} of {s.keys:,} keys")
 
-        found = guesses.guesses(s, head, w0, done=done, tick=tick)
-        folder.write(kept, json.dumps(found).encode())
-        rows.append({"head": head, **guesses.band(found, 1024 if head == "keyed" else 600)})
+            here = guesses.guesses(s.model_copy(update={"seed": seed}), head, w0, done=done, tick=tick)
+            folder.write(kept, json.dumps(here).encode())
+            all_of_them += here
+    rows = [
+        {"head": head, "seeds": s.seeds, **guesses.band(some, 1024 if head == "keyed" else 600)}
+        for head, some in found.items()
+    ]
     place = folder.child(TABLE).uri.removesuffix(TABLE)
     answer = _answer(s, rows, place, folder.child("result.json").uri)
     write_folder(folder, {**_files(rows), "result.json": json.dumps(answer, indent=1).encode()})

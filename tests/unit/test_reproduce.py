@@ -177,7 +177,7 @@ def _killed(*_: Any) -> None:
 
 @pytest.mark.usefixtures("_tiny")
 def test_random_keys_are_resumed_and_end_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    s = of(study="thresholds", width=8, keys=120, heads="keyed", storage=str(tmp_path), run="t")
+    s = of(study="thresholds", width=8, keys=120, seeds=2, heads="keyed", storage=str(tmp_path), run="t")
     real, calls = guesses.guesses, []
 
     def cut(*args: Any, **options: Any) -> list[float]:
@@ -197,7 +197,9 @@ def test_random_keys_are_resumed_and_end_the_same(tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         studies.study(s)
     answer = studies.study(of(study="thresholds", storage=str(tmp_path), resume="t"))
-    assert calls == [0, 100] and answer["rows"][0]["keys"] == 120
+    assert calls == [0, 100, 0] and answer["rows"][0]["keys"] == 240
+    kept = [(tmp_path / f"runs/t/keyed-{seed}-guesses.json").read_text() for seed in (0, 1)]
+    assert kept[0] != kept[1], "each seed has its own W0 and keys"
     assert 0.4 < answer["rows"][0]["mean"] < 0.6
     with pytest.raises(SettingsError, match="finished"):
         studies.study(of(study="thresholds", storage=str(tmp_path), resume="t"))
