@@ -9,17 +9,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import http.client
-import json
 import logging
 import math
 import os
 import resource
-import sqlite3
 import ssl
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -33,14 +31,13 @@ from ray.serve.handle import DeploymentHandle
 from ray.util import metrics as ray_metrics
 
 from mtlsign.errors import ClusterError
-from mtlsign.service import metrics
+from mtlsign.service import bulk, metrics
 from mtlsign.service.app import make_app
 from mtlsign.service.limits import BOUNDED
 from mtlsign.service.metrics import METRICS
 from mtlsign.service.office import FRESH_S, Office
 from mtlsign.service.problems import Problem
-from mtlsign.service.tokens import Token
-from mtlsign.service.verifier import GRACE_S, Answer, Backend, Lost, Outcome, Task, Verifier
+from mtlsign.service.verifier import GRACE_S, Answer, Lost, Outcome, Task, Verifier
 from mtlsign.settings_service import MIB, PREFIX, ServiceSettings
 
 APP = "mtlsign"
@@ -341,69 +338,6 @@ def stop() -> None:
     ray.shutdown()
 
 
-def _chunks(s: ServiceSettings, claims: Sequence[Any]) -> Iterator[list[Any]]:
-    """As many claims at a time as the service's room takes: so many, and half of the bytes that may wait."""
-    most = min(s.max_claims, s.token_claims, s.queue_claims)
-    room = min(s.token_mb, s.queue_mb) * MIB // 2
-    chunk: list[Any] = []
-    size = 0
-    for claim in claims:
-        weight = len(json.dumps(claim)) + 256
-        if chunk and (len(chunk) >= most or size + weight > room):
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(claim)
-        size += weight
-    if chunk:
-        yield chunk
-
-
-async def run_batch(
-    s: ServiceSettings, backend: Backend, claims: Sequence[Any], keep: Callable[[list[dict[str, Any]]], None]
-) -> None:
-    """Have claims answered by a desk of their own; `keep` gets the results in order, as they come.
-
-    Raises: ClusterError, KeyMaterialError, whatever `keep` raises.
-    """
-    from mtlsign.service import tokens
-
-    office = Office.open(s, backend)
-    token = tokens.check(office.store, tokens.issue(office.store, "batch", ["verify"], 24 * 365))
-    await office.desk.start()
-    try:
-        for chunk in _chunks(s, claims):
-            keep(await _answered(office, token, chunk))
-    except (Problem, sqlite3.OperationalError) as error:
-        text = error.detail if isinstance(error, Problem) else f"{s.state}: {error}"
-        raise ClusterError(f"{text}; what was answered is kept", field="batch") from None
-    finally:
-        await office.desk.stop()
-        with suppress(sqlite3.OperationalError):
-            tokens.revoke(office.store, token.id)
-        office.store.close()
-
-
-async def _answered(office: Office, token: Token, claims: list[Any]) -> list[dict[str, Any]]:
-    while True:
-        try:
-            job = await office.desk.submit(token, claims, None)
-            break
-        except Problem as problem:
-            if problem.kind == "too-many-claims" and len(claims) == 1:  # nothing else of ours is waiting
-                detail = "the claim is larger than may wait; raise token_mb"
-                return [{"problem": Problem("too-large", detail).document()}]
-            if problem.kind != "busy":
-                raise
-            await asyncio.sleep(problem.retry_after or 1.0)  # a service on the same state has its own claims
-    answer = await office.desk.answer(await office.desk.wait(job, float("inf")))
-    found: list[dict[str, Any]] = answer["results"]
-    for result in found:
-        if "id" in result:
-            name, _, place = result["id"].partition(".")
-            result["envelope"] = (office.store.envelope(name, int(place)) or b"").decode()
-    return found
-
-
 def batch(s: ServiceSettings, claims: Sequence[Any], keep: Callable[[list[dict[str, Any]]], None]) -> None:
     """Verify many claims with a short-lived app of verifying replicas alone. `keep` gets the results in
     order as they come, each with its signed verdict.
@@ -421,6 +355,6 @@ def batch(s: ServiceSettings, claims: Sequence[Any], keep: Callable[[list[dict[s
             serve.delete(name)
         raise ClusterError(f"the verifiers do not start ({str(error)[:300]})", field="serve") from None
     try:
-        asyncio.run(run_batch(s, Replicas(handle), claims, keep))
+        asyncio.run(bulk.answer(s, Replicas(handle), claims, keep))
     finally:
         serve.delete(name)

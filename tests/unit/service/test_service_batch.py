@@ -12,10 +12,9 @@ from serving import Goods  # type: ignore[import-not-found]
 from test_service_trouble import fill  # type: ignore[import-not-found]
 from test_service_verifications import Slow  # type: ignore[import-not-found]
 
-from mtlsign.distributed.serve import run_batch
 from mtlsign.errors import ClaimError, ClusterError, SettingsError
 from mtlsign.service import __main__ as command
-from mtlsign.service import tokens
+from mtlsign.service import bulk, tokens
 from mtlsign.service.lines import Results
 from mtlsign.service.office import Office
 from mtlsign.service.store import Job, Room, Store
@@ -51,7 +50,7 @@ def test_chunks_fit_the_room_and_a_claim_that_never_fits_is_its_own_problem(
     never = goods.claim(bundle={**goods.right, "head": "x" * 1_200_000})
     claims = [heavy, heavy, never, *[goods.claim() for _ in range(5)], None]
     with Results(tmp_path / "out" / "r.jsonl") as results:
-        asyncio.run(run_batch(s, Quick(), claims, results.add))
+        asyncio.run(bulk.answer(s, Quick(), claims, results.add))
     wanted = ["rejected", "rejected", "too-large", *["rejected"] * 5, "bad-claim"]
     assert lines(tmp_path / "out" / "r.jsonl") == wanted
     assert results.tally == {"rejected": 7, "too-large": 1, "bad-claim": 1}
@@ -73,7 +72,7 @@ def test_a_full_queue_is_waited_for(goods: Goods, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
     with Results(tmp_path / "r.jsonl") as results:
-        asyncio.run(run_batch(s, Here(Verifier(s)), [goods.claim()], results.add))
+        asyncio.run(bulk.answer(s, Here(Verifier(s)), [goods.claim()], results.add))
     assert lines(tmp_path / "r.jsonl") == ["accepted"] and slept == [5]
     assert json.loads((tmp_path / "r.jsonl").read_text())["envelope"]
 
@@ -99,7 +98,7 @@ def test_what_was_answered_outlives_an_error(
             results.add(found)
             fill(stores[0])
 
-        asyncio.run(run_batch(s, Quick(), [goods.claim(), goods.claim(), heavy, heavy], keep))
+        asyncio.run(bulk.answer(s, Quick(), [goods.claim(), goods.claim(), heavy, heavy], keep))
     assert lines(tmp_path / "r.jsonl.part") == ["rejected"] * 2 and not (tmp_path / "r.jsonl").exists()
     with pytest.raises(ClaimError, match="out"), Results(tmp_path / "r.jsonl.part" / "r"):
         pass
