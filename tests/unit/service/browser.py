@@ -84,12 +84,16 @@ class Browser:
         return value
 
     def go(self, url: str) -> None:
+        """Open an address; back when its page, and not the one before it, is complete and takes keys."""
+        self.evaluate("window.before = true")
         self.send("Page.navigate", url=url)
-        self.until(
-            f"document.readyState == 'complete' && location.href.startswith('{url}')".replace(
-                "startswith", "startsWith"
-            )
-        )
+        self.until("!window.before && document.readyState == 'complete'")
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait for the field that asks for the focus: a browser gives it when it first draws the page,
+        which is after the page is complete, and keys pressed before go nowhere."""
+        self.until("(f => !f || f === document.activeElement)(document.querySelector('[autofocus]'))")
 
     def key(self, name: str) -> None:
         text = {"text": "\r"} if name == "Enter" else {}

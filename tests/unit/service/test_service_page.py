@@ -144,6 +144,7 @@ def test_a_person_with_a_keyboard(start: Start, goods: Goods, tmp_path: Path, sc
         tab.type(service.token())  # the field has the focus
         tab.key("Enter")
         tab.until("document.querySelector('#bundle') !== null")
+        tab.settle()
         look("home")
         tab.type(goods.pointer())
         tab.key("Tab")
