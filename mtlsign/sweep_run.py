@@ -2,7 +2,8 @@
 
 `runs/<name>/` is SECRET. While the sweep goes on it holds `settings.json`, `clean/` (W0), `cells/<id>/` (each
 cell's checkpoint, then its `result.json`) and Ray Tune's own `tune-…/`; at the end `cells/*/result.json`,
-`cells.csv`, `cells.parquet`, `result.json`, `report.html` and the manifest.
+`cells.csv`, `cells.parquet`, `result.json`, `report.html` and, unless a failed cell may be tried again, the
+manifest.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from mtlsign.settings_sweep import CHANGEABLE, SweepSettings
 from mtlsign.space import ARM, cells_of, count_of, draws, load_space
 from mtlsign.storage import Storage, open_storage
 from mtlsign.sweep import (
+    CELLS,
     CLEAN,
     COLUMNS,
+    RESULT,
     STATE,
     STRUCK,
     Row,
@@ -120,7 +123,11 @@ def run(
         f"{len(orders)} attacks a cell" + (f"; {have} cells are done already" if have else "")
     )
     rows = fleet.sweep(s, space, kept)
-    return kept.finish(s, space, rows, more(rows))
+    whole = kept.finish(s, space, rows, more(rows))
+    if left := whole["try_again"]:
+        cells_text = "1 cell has" if left == 1 else f"{left} cells have"
+        say(f"{cells_text} failed; what failed is tried again by --resume {kept.name}")
+    return whole
 
 
 class SweepRun:
@@ -184,7 +191,11 @@ class SweepRun:
     def finish(
         self, s: SweepSettings, space: Mapping[str, Any], rows: Sequence[Row], more: Mapping[str, bytes]
     ) -> dict[str, Any]:
-        """Write what remains, the manifest last; returns the result with its places."""
+        """Write what remains, the manifest last; returns the result with its places.
+
+        While a cell has failed and may be tried again (an attack of it failed, its process was lost), the
+        tables and the report are written too, but the run stays open: no manifest, and W0 is kept.
+        """
         # Loaded here: matplotlib takes a second, and on a new machine says that it builds its font cache.
         logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
         from mtlsign.sweep_report import render_sweep_report
@@ -195,12 +206,13 @@ class SweepRun:
         groups = front.means(rows, vary)
         best, why = front.recommend(groups, s.max_drop)
         counted = {state: sum(row["status"] == state for row in rows) for state in _STATES}
+        again = [row for row in rows if row["status"] == "failed" and not self._kept(row)]
         names = {
             "csv": "cells.csv", "parquet": "cells.parquet", "report": "report.html", "result": "result.json",
         }  # fmt: skip
         whole: dict[str, Any] = {
             "run": self.name, "space": s.space, "attacks": s.attacks, "bits_required": s.bits,
-            "max_drop": s.max_drop, "cells": len(rows), **counted, "vary": vary,
+            "max_drop": s.max_drop, "cells": len(rows), **counted, "try_again": len(again), "vary": vary,
             "recommended": best, "why": why, "front": front.front(groups), "groups": groups, "rows": rows,
             **{key: self.folder.child(name).uri for key, name in names.items()},
         }  # fmt: skip
@@ -211,10 +223,18 @@ class SweepRun:
             names["report"]: render_sweep_report(whole).encode(),
             names["result"]: json.dumps(whole, indent=1, allow_nan=False).encode(),
         }
+        if again:
+            for name, data in files.items():
+                self.folder.write(name, data)
+            return whole
         write_folder(self.folder, files)
         if not s.keep_checkpoints:
             self._clear()
         return whole
+
+    def _kept(self, row: Row) -> bool:
+        """Whether this cell is finished, also where it failed for good."""
+        return self.folder.child(CELLS).child(row["cell"]).exists(RESULT)
 
     def _clear(self) -> None:
         """Delete what only an unfinished sweep needs: W0 above all."""

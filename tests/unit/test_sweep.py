@@ -425,6 +425,32 @@ def test_a_killed_sweep_keeps_its_finished_cells(tmp_path: Path, monkeypatch: py
         SweepSettings.of({"lambda1": 3})
 
 
+def test_a_sweep_with_failed_cells_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, ran, said = sweep.strike, [], []
+
+    def strike(*args: Any) -> Any:
+        struck = real(*args)
+        ran.append(args[1].name)
+        if len(ran) == 1:
+            row = dict.fromkeys(struck.row) | {"status": "failed", "reason": "out of memory"}
+            return Struck(row | {"kind": "free"}, None)
+        return struck
+
+    monkeypatch.setattr(sweep, "strike", strike)
+    first = sweep_run.run(tiny(storage=str(tmp_path), run="s"), InTurn(), say=said.append)
+    assert (first["failed"], first["try_again"], first["ok"]) == (1, 1, 3)
+    assert said[-1] == "1 cell has failed; what failed is tried again by --resume s"
+    place = tmp_path / "runs/s"
+    assert (place / "report.html").exists() and (place / "clean").exists()
+    assert not (place / "manifest.json").exists()
+    ran.append("again")
+    resumed = SweepSettings.of({"storage": str(tmp_path), "resume": "s", "workers": 0})
+    second = sweep_run.run(resumed, InTurn(), say=said.append)
+    assert ran[ran.index("again") + 1 :] == [ran[0]], "more was done again than what had failed"
+    assert (second["failed"], second["try_again"], second["ok"]) == (0, 0, 4)
+    assert (place / "manifest.json").exists() and not (place / "clean").exists()
+
+
 def test_resume_refuses_other_science(tmp_path: Path) -> None:
     kept, s = SweepRun.open(tiny(storage=str(tmp_path), run="s"))
     kept.begin(s)
