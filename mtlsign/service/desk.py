@@ -194,14 +194,21 @@ class Desk:
         except Exception as error:  # a full disk, say: taken up again when the lease has run out
             metrics.defect("put_down", error)
             self._failures[job.id] += not _of_the_machine(error)
-            if self._failures[job.id] < self.s.attempts:
-                await asyncio.to_thread(self.store.put_down, job.id, self.store.clock() + LEASE_S)
-                return
-            done = await asyncio.to_thread(self.store.outcomes, job.id)
-            await self._keep(
-                job, [(at, _defect("gave_up", error)) for at in range(job.count) if at not in done]
-            )
-            await asyncio.to_thread(self.store.finish, job.id)
+            try:
+                await self._put_down(job, error)
+            except Exception as again:  # that could not be kept either: the lease still runs out
+                metrics.defect("put_down", again)
+        else:
+            self._failures.pop(job.id, None)
+
+    async def _put_down(self, job: Job, error: Exception) -> None:
+        """Leave a request for later; after too many failures answer what is open and end it."""
+        if self._failures[job.id] < self.s.attempts:
+            await asyncio.to_thread(self.store.put_down, job.id, self.store.clock() + LEASE_S)
+            return
+        done = await asyncio.to_thread(self.store.outcomes, job.id)
+        await self._keep(job, [(at, _defect("gave_up", error)) for at in range(job.count) if at not in done])
+        await asyncio.to_thread(self.store.finish, job.id)
         self._failures.pop(job.id, None)
 
     async def _work(self, job: Job) -> None:
