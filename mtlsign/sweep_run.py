@@ -125,8 +125,7 @@ def run(
     rows = fleet.sweep(s, space, kept)
     whole = kept.finish(s, space, rows, more(rows))
     if left := whole["try_again"]:
-        cells_text = "1 cell has" if left == 1 else f"{left} cells have"
-        say(f"{cells_text} failed; what failed is tried again by --resume {kept.name}")
+        say(f"{left} of {whole['cells']} cells failed; --resume {kept.name} tries again what failed")
     return whole
 
 

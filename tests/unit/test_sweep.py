@@ -175,22 +175,28 @@ def test_an_attack_that_was_done_is_not_done_again(tmp_path: Path, monkeypatch: 
     assert not shared.folder.exists(f"cells/{cell.name}/attacks.json")
 
 
-def test_a_cell_is_not_finished_before_its_failed_attacks_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    s = tiny(fixed=SHORT)
-    cell = cells_of(load_space(s), s)[0]
-    shared, real, seen = shared_of(tmp_path, cell), sweep.strike, []
+def first_attack_fails(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the attacks that run from now on; the first of them is a failed one."""
+    real, ran = sweep.strike, []
 
     def strike(*args: Any) -> Any:
         struck = real(*args)
-        seen.append(args[1].name)
-        if len(seen) == 1:
+        ran.append(args[1].name)
+        if len(ran) == 1:
             row = dict.fromkeys(struck.row) | {"status": "failed", "reason": "out of memory"}
             return Struck(row | {"kind": "free"}, None)
         return struck
 
     monkeypatch.setattr(sweep, "strike", strike)
+    return ran
+
+
+def test_a_cell_is_not_finished_before_its_failed_attacks_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = tiny(fixed=SHORT)
+    cell = cells_of(load_space(s), s)[0]
+    shared, seen = shared_of(tmp_path, cell), first_attack_fails(monkeypatch)
     kept = shared.folder.child(f"cells/{cell.name}")
     row = run_cell(cell, shared)
     assert (row["status"], row["evidence_bits_attacked"]) == ("failed", None)
@@ -426,20 +432,10 @@ def test_a_killed_sweep_keeps_its_finished_cells(tmp_path: Path, monkeypatch: py
 
 
 def test_a_sweep_with_failed_cells_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, ran, said = sweep.strike, [], []
-
-    def strike(*args: Any) -> Any:
-        struck = real(*args)
-        ran.append(args[1].name)
-        if len(ran) == 1:
-            row = dict.fromkeys(struck.row) | {"status": "failed", "reason": "out of memory"}
-            return Struck(row | {"kind": "free"}, None)
-        return struck
-
-    monkeypatch.setattr(sweep, "strike", strike)
+    ran, said = first_attack_fails(monkeypatch), []
     first = sweep_run.run(tiny(storage=str(tmp_path), run="s"), InTurn(), say=said.append)
     assert (first["failed"], first["try_again"], first["ok"]) == (1, 1, 3)
-    assert said[-1] == "1 cell has failed; what failed is tried again by --resume s"
+    assert said[-1] == "1 of 4 cells failed; --resume s tries again what failed"
     place = tmp_path / "runs/s"
     assert (place / "report.html").exists() and (place / "clean").exists()
     assert not (place / "manifest.json").exists()
