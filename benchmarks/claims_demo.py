@@ -27,12 +27,12 @@ if __name__ == "__main__":
 import torch
 
 import mtlsign
-from mtlsign import backbone
-from mtlsign.identity import Identity
-from mtlsign.sealing import Secret
-from mtlsign.storage import open_storage
+from mtlsign.models import architectures
+from mtlsign.storage.locations import open_storage
+from mtlsign.storage.safetensors_io import read_tensors, tensor_bytes
 from mtlsign.tasks import from_tensors
-from mtlsign.tensors import read_tensors, tensor_bytes
+from mtlsign.watermark.keys.identity import Identity
+from mtlsign.watermark.keys.sealing import Secret
 
 #: The owner marks with care; the thief hurries, because more steps cost a stolen network its task.
 HOW: dict[str, dict[str, Any]] = {
@@ -47,9 +47,9 @@ def mark(folder: Path, name: str, tensors: dict[str, Any] | None) -> tuple[Path,
     """Mark a small network (a fresh one, or a stolen one's tensors): identity file, kit, model folder."""
     identity, path = Identity.generate(), folder / f"{name}.json"
     identity.save(path, None)
-    graph = backbone.graph_for("resnet18", **GRAPH)  # type: ignore[arg-type]
+    graph = architectures.graph_for("resnet18", **GRAPH)  # type: ignore[arg-type]
     torch.manual_seed(0)
-    model = backbone.build(graph)
+    model = architectures.build(graph)
     if tensors is not None:
         model.load_state_dict(tensors)
     y = torch.arange(120) % 4

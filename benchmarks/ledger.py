@@ -25,11 +25,12 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests" / "services")]
 
 from mtlsign.claims import merkle
-from mtlsign.claims.ledger import Ledger, open_ledger
-from mtlsign.claims.parsing import seal, unseal
-from mtlsign.claims.sqlite_ledger import SqliteLedger
-from mtlsign.claims.statements import Publish
-from mtlsign.identity import Identity
+from mtlsign.claims.ledger.base import Ledger
+from mtlsign.claims.ledger.open import open_ledger
+from mtlsign.claims.ledger.sqlite import SqliteLedger
+from mtlsign.claims.statements.parsing import seal, unseal
+from mtlsign.claims.statements.types import Publish
+from mtlsign.watermark.keys.identity import Identity
 
 
 def publishes(identity: Identity) -> Iterator[bytes]:
@@ -116,7 +117,7 @@ def main() -> None:
         if options.etcd:
             import etcd
 
-            from mtlsign.claims.etcd_ledger import open_etcd
+            from mtlsign.claims.ledger.etcd import open_etcd
 
             cluster = stack.enter_context(etcd.running(folder))
             ledger: Ledger = open_etcd(cluster.uri("/bench"), cluster.tls)

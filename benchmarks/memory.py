@@ -16,9 +16,10 @@ from pathlib import Path
 
 from benchmarks.measure import Row, row
 from benchmarks.scene import Bare, Scene
-from mtlsign import network, phases
-from mtlsign.progress import Alone
-from mtlsign.verification import Probe
+from mtlsign.models import loading
+from mtlsign.watermark.embedding import training
+from mtlsign.watermark.embedding.worker import Alone
+from mtlsign.watermark.verification.detector import Probe
 
 #: Large blocks go back to the system at once, so that the mark shows what was live and not what was cached.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -46,11 +47,11 @@ def child(piece: str, options: dict[str, str | int | None]) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     if piece == "clean":
-        phases.train_clean(copy.deepcopy(scene.model), small, s, Alone())
+        training.train_clean(copy.deepcopy(scene.model), small, s, Alone())
     elif piece == "mark":
-        w0 = network.cpu_state(scene.model)  # the caller's, and a probe with its skeleton: as `mark_phase`
+        w0 = loading.cpu_state(scene.model)  # the caller's, and a probe with its skeleton: as `mark_phase`
         probe = Probe(scene.opening, scene.reference)
-        phases.watermark(copy.deepcopy(scene.model), small, probe, s, Alone())
+        training.watermark(copy.deepcopy(scene.model), small, probe, s, Alone())
         del w0
     else:
         _activations(scene)

@@ -6,10 +6,10 @@ import numpy as np
 
 from benchmarks.measure import Row, cost, ratio
 from benchmarks.scene import Bare, Scene
-from mtlsign import network
-from mtlsign.carriers import qr
-from mtlsign.key import integers
-from mtlsign.verification import verify
+from mtlsign.models import loading
+from mtlsign.watermark.carriers import qr
+from mtlsign.watermark.keys.opening import integers
+from mtlsign.watermark.verification.detector import verify
 
 
 def encoder(scene: Scene, pairs: int) -> list[Row]:
@@ -44,7 +44,7 @@ def encoder(scene: Scene, pairs: int) -> list[Row]:
 
 def verification(scene: Scene, pairs: int) -> list[Row]:
     """(e) `verify` of a loaded model without controls / bare forward of the key set to the last tap."""
-    tensors, bare = network.cpu_state(scene.model), Bare(scene)
+    tensors, bare = loading.cpu_state(scene.model), Bare(scene)
     a, b = [], []
     for i in range(pairs + 2):
         verified, forward = cost(lambda: verify(tensors, scene.probe)), cost(bare.key_forward)

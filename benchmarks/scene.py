@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mtlsign import backbone, embedding, network
-from mtlsign.key import Identity, KeyOpening
-from mtlsign.reference import Reference
-from mtlsign.settings import EmbedSettings
-from mtlsign.taps import forward_to_taps
+from mtlsign.config.embed import EmbedSettings
+from mtlsign.models import architectures, loading
+from mtlsign.models.taps import forward_to_taps
 from mtlsign.tasks import Task, load_task
-from mtlsign.verification import Probe
+from mtlsign.watermark.embedding import pipeline
+from mtlsign.watermark.keys.identity import Identity
+from mtlsign.watermark.keys.opening import KeyOpening
+from mtlsign.watermark.verification.detector import Probe
+from mtlsign.watermark.verification.reference import Reference
 
 
 @dataclass
@@ -34,13 +36,13 @@ class Scene:
         wanted = {"task": task, "data": data, "width": width, "insecure_test_key": True, **options}
         s = EmbedSettings.of({name: value for name, value in wanted.items() if value is not None}).resolved()
         loaded = load_task(s.task, data=s.data, download=False, seed=s.seed)
-        shape = network.TaskShape(loaded.channels, loaded.height, loaded.width, loaded.classes)
-        graph = network.graph_of(s, shape)
+        shape = loading.TaskShape(loaded.channels, loaded.height, loaded.width, loaded.classes)
+        graph = loading.graph_of(s, shape)
         torch.manual_seed(0)
-        model = backbone.build(graph)
+        model = architectures.build(graph)
         geometry = (loaded.channels, loaded.height, loaded.width)
-        opening, reference = embedding.commit(
-            backbone.build(graph), network.cpu_state(model), graph, geometry, s, Identity.generate()
+        opening, reference = pipeline.commit(
+            architectures.build(graph), loading.cpu_state(model), graph, geometry, s, Identity.generate()
         )
         return cls(s, loaded, model, Probe(opening, reference), opening, reference)
 

@@ -41,21 +41,24 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "services")]
 
 import mtlsign  # noqa: E402
 from benchmarks.measure import hardware  # noqa: E402
-from mtlsign import backbone  # noqa: E402
-from mtlsign.artifact import model_bytes, write_model  # noqa: E402
-from mtlsign.carriers import qr  # noqa: E402
-from mtlsign.client import Client, claim_of  # noqa: E402
-from mtlsign.key import Identity, KeyOpening, make_spec, sign_spec  # noqa: E402
-from mtlsign.reference import make_reference  # noqa: E402
-from mtlsign.service import tokens  # noqa: E402
-from mtlsign.service.bundles import take_bundle  # noqa: E402
-from mtlsign.service.store import Store  # noqa: E402
-from mtlsign.service.verifier import Question, Task, Verifier  # noqa: E402
-from mtlsign.service.work import probe_of  # noqa: E402
-from mtlsign.settings_service import ServiceSettings  # noqa: E402
-from mtlsign.storage import Storage, open_storage  # noqa: E402
-from mtlsign.taps import forward_to_taps  # noqa: E402
+from mtlsign.config.service import ServiceSettings  # noqa: E402
+from mtlsign.models import architectures  # noqa: E402
+from mtlsign.models.taps import forward_to_taps  # noqa: E402
+from mtlsign.service.auth import tokens  # noqa: E402
+from mtlsign.service.client import Client, claim_of  # noqa: E402
+from mtlsign.service.database import Store  # noqa: E402
+from mtlsign.service.verifier.claim_bundle import take_bundle  # noqa: E402
+from mtlsign.service.verifier.detectors import probe_of  # noqa: E402
+from mtlsign.service.verifier.verifier import Question, Task, Verifier  # noqa: E402
+from mtlsign.storage.base import Storage  # noqa: E402
+from mtlsign.storage.locations import open_storage  # noqa: E402
+from mtlsign.storage.model_folder import model_bytes, write_model  # noqa: E402
 from mtlsign.tasks import from_tensors  # noqa: E402
+from mtlsign.watermark.carriers import qr  # noqa: E402
+from mtlsign.watermark.keys.identity import Identity  # noqa: E402
+from mtlsign.watermark.keys.opening import KeyOpening, sign_spec  # noqa: E402
+from mtlsign.watermark.keys.spec import make_spec  # noqa: E402
+from mtlsign.watermark.verification.reference import make_reference  # noqa: E402
 
 
 @dataclass
@@ -71,9 +74,9 @@ class Goods:
     @classmethod
     def make(cls, width: int, n: int, side: int, keys: int, steps: int) -> Goods:
         """Mark a network well enough for 120 bits, no more, or not at all: a claim costs the same."""
-        graph = backbone.graph_for("resnet18", channels=1, classes=4, width=width, stem="stock")
+        graph = architectures.graph_for("resnet18", channels=1, classes=4, width=width, stem="stock")
         torch.manual_seed(0)
-        model, gen = backbone.build(graph).eval(), torch.Generator().manual_seed(0)
+        model, gen = architectures.build(graph).eval(), torch.Generator().manual_seed(0)
         owner = Identity.generate()
         if not steps:
             kept = make_reference(model, ["layer1"], torch.zeros(1, 1, side, side))
@@ -101,7 +104,7 @@ class Goods:
         names = []
         for i in range(count):
             torch.manual_seed(i)
-            fresh = {k: v.clone() for k, v in backbone.build(self.graph).state_dict().items()}
+            fresh = {k: v.clone() for k, v in architectures.build(self.graph).state_dict().items()}
             tensors = fresh if i % 2 else self.tensors | {"fc.weight": fresh["fc.weight"]}
             names.append(f"models/{write_model(place, tensors, {}, '')}")
         nan = self.tensors | {"conv1.weight": torch.full_like(self.tensors["conv1.weight"], float("nan"))}
@@ -143,7 +146,7 @@ def bare(goods: Goods, repeats: int, pause: float = 0.0, over: threading.Event |
     With `pause` beside the load until it is `over`: on a shared machine CPU seconds too depend on neighbours.
     """
     probe = probe_of(take_bundle(claim_of("", goods.right, goods.reference)["bundle"]))
-    net = backbone.build(goods.graph).train().to(memory_format=torch.channels_last)
+    net = architectures.build(goods.graph).train().to(memory_format=torch.channels_last)
     found: list[float] = []
     torch.set_num_threads(1)  # OpenMP keeps the number for each thread
     with torch.no_grad():

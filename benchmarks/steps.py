@@ -15,9 +15,9 @@ from torch import Tensor
 
 from benchmarks.measure import Cost, Row, cost, now, ratio, row, since
 from benchmarks.scene import Bare, Scene
-from mtlsign import phases, training
-from mtlsign.progress import Alone
-from mtlsign.settings import EmbedSettings
+from mtlsign.config.embed import EmbedSettings
+from mtlsign.watermark.embedding import loop, training
+from mtlsign.watermark.embedding.worker import Alone
 
 #: Steps before the first pair.
 WARM_UP = 2
@@ -53,7 +53,7 @@ def clocked(
     rank = _Clocked(pairs, other)
     model = copy.deepcopy(scene.model)
     with contextlib.suppress(_Enough):
-        phases.watermark(model, scene.task, scene.probe, s.model_copy(update={"steps": 10**6}), rank)
+        training.watermark(model, scene.task, scene.probe, s.model_copy(update={"steps": 10**6}), rank)
     return rank.steps[WARM_UP:], rank.others[WARM_UP:]
 
 
@@ -66,7 +66,7 @@ def step_over_parts(scene: Scene, pairs: int) -> list[Row]:
         ("step", scene.settings, "one phase-2 step / its bare forwards and backwards"),
         ("step-plain", plain, "the same with lambda1 = lambda2 = 0"),
     ):
-        batches = len(phases.terms(0, s))
+        batches = len(training.terms(0, s))
         a, b = clocked(scene, s, pairs, lambda n=batches: bare.step(n))  # type: ignore[misc]
         rows.append(ratio(name, what, a, b, at_most=1.1, note=f"{batches} key batches a step"))
     return rows
@@ -80,8 +80,8 @@ def phase_2_over_1(scene: Scene, pairs: int, *, whole: bool) -> list[Row]:
         b: list[Cost] = []
         for _ in range(pairs):
             model = copy.deepcopy(scene.model)
-            b.append(cost(lambda m=model: phases.train_clean(m, scene.task, s, Alone())))  # type: ignore[misc]
-            a.append(cost(lambda m=model: phases.watermark(m, scene.task, scene.probe, s, Alone())))  # type: ignore[misc]
+            b.append(cost(lambda m=model: training.train_clean(m, scene.task, s, Alone())))  # type: ignore[misc]
+            a.append(cost(lambda m=model: training.watermark(m, scene.task, scene.probe, s, Alone())))  # type: ignore[misc]
         return [
             ratio("phases", what, a, b, at_most=2, note=f"{s.steps} steps / {s.epochs} epochs, run whole")
         ]
@@ -96,11 +96,11 @@ def phase_2_over_1(scene: Scene, pairs: int, *, whole: bool) -> list[Row]:
     evaluations: list[float] = []
 
     def phase_1() -> None:
-        phases.train_clean(clean, small, one_epoch, Alone())
+        training.train_clean(clean, small, one_epoch, Alone())
 
     steps, epochs = clocked(scene, s, pairs, phase_1)
     for _ in range(pairs):
-        evaluations.append(cost(lambda: training.evaluate(marked, some, "test", s, Alone()))[0])
+        evaluations.append(cost(lambda: loop.evaluate(marked, some, "test", s, Alone()))[0])
     seen = 2 * (scene.task.size("test") + scene.task.size("validation"))
     ending = statistics.median(evaluations) / images * seen
     total = (s.epochs or 0) * per_epoch / few

@@ -18,15 +18,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mtlsign import cli, embedding, training
 from mtlsign.attacks import Budget, parse
-from mtlsign.backbone import build
-from mtlsign.key import Identity
-from mtlsign.progress import Alone
-from mtlsign.settings import EmbedSettings
+from mtlsign.config import cli
+from mtlsign.config.embed import EmbedSettings
+from mtlsign.models import loading
+from mtlsign.models.architectures import build
+from mtlsign.storage.safetensors_io import read_tensors, tensor_bytes
 from mtlsign.tasks import Task, load_task
-from mtlsign.tensors import read_tensors, tensor_bytes
-from mtlsign.verification import Probe, verify
+from mtlsign.watermark.embedding import loop, pipeline
+from mtlsign.watermark.embedding.worker import Alone
+from mtlsign.watermark.keys.identity import Identity
+from mtlsign.watermark.verification.detector import Probe, verify
 
 #: Name -> what `--attacks` would take, with rates as parts of phase 1's.
 SETS: dict[str, dict[str, str]] = {
@@ -69,29 +71,29 @@ def main() -> None:
     )
     torch.set_num_threads(1)
     task, rank = load_task(s.task, data=s.data, seed=s.seed), Alone()
-    graph = embedding.graph_of(s, embedding.TaskShape(task.channels, task.height, task.width, task.classes))
+    graph = loading.graph_of(s, loading.TaskShape(task.channels, task.height, task.width, task.classes))
     model = build(graph)
     kept = mine.cache / f"{s.task}-{s.model}-w{s.width}-e{s.epochs}-s{s.seed}.safetensors"
     if kept.exists():
         model.load_state_dict(read_tensors(kept.read_bytes()))
     else:
-        w0, _ = embedding.clean_phase(s, graph, rank)
+        w0, _ = pipeline.clean_phase(s, graph, rank)
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_bytes(tensor_bytes(w0))
         model.load_state_dict(w0)
-    w0 = embedding.cpu_state(model)
+    w0 = loading.cpu_state(model)
     owner = Identity(hashlib.sha256(f"survival study {mine.key}".encode()).digest(), bytes(32))
     geometry = (task.channels, task.height, task.width)
-    opening, reference = embedding.commit(build(graph), w0, graph, geometry, s, owner)
+    opening, reference = pipeline.commit(build(graph), w0, graph, geometry, s, owner)
     started = time.process_time()
-    marked = embedding.mark_phase(s, w0, opening, reference, rank)
+    marked = pipeline.mark_phase(s, w0, opening, reference, rank)
     spent = time.process_time() - started
     probe = Probe(opening, reference, head=marked.head)
     model.load_state_dict(marked.tensors)
 
     def row(network: nn.Module) -> dict[str, float]:
         verdict = verify(network.state_dict(), probe)
-        accuracy = training.evaluate(network, task, "test" if mine.set == "report" else "validation", s, rank)
+        accuracy = loop.evaluate(network, task, "test" if mine.set == "report" else "validation", s, rank)
         return {"wm": verdict.accuracy, "bits": round(verdict.evidence_bits, 1), "primary": accuracy}
 
     result: dict[str, object] = {

@@ -21,10 +21,10 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mtlsign.settings_sweep import SweepSettings
-from mtlsign.space import cells_of, load_space
-from mtlsign.storage import open_storage
-from mtlsign.sweep import Shared, run_cell, train_shared
+from mtlsign.config.sweep import SweepSettings
+from mtlsign.experiments.sweeps.space import cells_of, load_space
+from mtlsign.experiments.sweeps.trial import Shared, run_cell, train_shared
+from mtlsign.storage.locations import open_storage
 
 #: Cells on which the divisor is measured, in each process.
 PLAIN = 2
@@ -89,7 +89,7 @@ def main() -> int:
 
         from mtlsign.distributed import cluster
         from mtlsign.distributed.tune import RayFleet
-        from mtlsign.sweep_run import run
+        from mtlsign.experiments.sweeps.run import run
 
         cluster.connect()
         started = time.monotonic()

@@ -20,8 +20,8 @@ from torch import Tensor, distributed
 
 from benchmarks.measure import Row, ratio
 from benchmarks.scene import Scene
-from mtlsign import phases
-from mtlsign.progress import Alone, sum_over_group
+from mtlsign.watermark.embedding import training
+from mtlsign.watermark.embedding.worker import Alone, sum_over_group
 
 STEPS, WARM_UP = 10, 2
 
@@ -51,7 +51,7 @@ def child(index: int, world: int, port: int, options: dict[str, str | int | None
     scene = Scene.of(str(options["task"]), options["data"], options["width"])  # type: ignore[arg-type]
     rank = _Member(index, world)
     with contextlib.suppress(_Enough):
-        phases.watermark(copy.deepcopy(scene.model), scene.task, scene.probe, scene.settings, rank)
+        training.watermark(copy.deepcopy(scene.model), scene.task, scene.probe, scene.settings, rank)
     return (rank.times[-1] - rank.times[WARM_UP]) / (len(rank.times) - 1 - WARM_UP)
 
 

@@ -12,18 +12,19 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from mtlsign import cli
-from mtlsign.settings_claims import ClaimSettings
+from mtlsign.config import cli
+from mtlsign.config.claims import ClaimSettings
+from mtlsign.reports import console
 
 
 def main(argv: Sequence[str]) -> None:
     """Settings → one claim in the ledger; the council's votes say what it is worth."""
     s = cli.parse(ClaimSettings, argv, description=__doc__ or "")
-    from mtlsign.claims.commands import claim
+    from mtlsign.claims.commands.owner import claim
 
     done = claim(s)
     if s.json_output:
-        cli.print_json(done)
+        console.print_json(done)
         return
     print(f"claim {done['claim']}\n  entry {done['index']}, key {done['key']} of entry {done['publication']}")
     if not done["registration_counted"]:

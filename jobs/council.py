@@ -13,18 +13,19 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from mtlsign import cli
-from mtlsign.settings_claims import CouncilSettings
+from mtlsign.config import cli
+from mtlsign.config.claims import CouncilSettings
+from mtlsign.reports import console
 
 
 def main(argv: Sequence[str]) -> None:
     """Settings → rounds. A ledger that is not what this member saw is an error, and nothing is signed."""
     s = cli.parse(CouncilSettings, argv, description=__doc__ or "")
-    from mtlsign.claims.commands import council
+    from mtlsign.claims.commands.owner import council
 
     def show(done: dict[str, Any]) -> None:
         if s.json_output:
-            cli.print_json(done)
+            console.print_json(done)
             return
         for vote in done["votes"]:
             print(

@@ -9,18 +9,19 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from mtlsign import cli
-from mtlsign.settings_claims import DisputeSettings
+from mtlsign.config import cli
+from mtlsign.config.claims import DisputeSettings
+from mtlsign.reports import console
 
 
 def main(argv: Sequence[str]) -> None:
     """Settings → matrix, edges and a standing for each claim."""
     s = cli.parse(DisputeSettings, argv, description=__doc__ or "")
-    from mtlsign.claims.commands import settle
+    from mtlsign.claims.commands.owner import settle
 
     done = settle(s)
     if s.json_output:
-        cli.print_json(done.to_json())
+        console.print_json(done.to_json())
         return
     for claim, row in done.matrix.items():
         for model, found in row.items():

@@ -9,9 +9,10 @@ from pathlib import Path
 if __name__ == "__main__":  # own tasks and models are found from where the job was started
     sys.path[:0] = [str(Path.cwd()), str(Path(__file__).resolve().parent.parent)]
 
-from mtlsign import cli
-from mtlsign.progress_line import EmbedLine, summary
-from mtlsign.settings import EmbedSettings
+from mtlsign.config import cli
+from mtlsign.config.embed import EmbedSettings
+from mtlsign.reports import console
+from mtlsign.reports.embedding_console import EmbedLine, summary
 
 
 def main(argv: Sequence[str]) -> None:
@@ -19,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
     s = cli.parse(EmbedSettings, argv, description=__doc__ or "")
     line = EmbedLine(quiet=s.quiet or s.json_output)
     if s.workers == 0:
-        from mtlsign.embedding import PlainRunner, run
+        from mtlsign.watermark.embedding.pipeline import PlainRunner, run
 
         done = run(s, PlainRunner(line.row), say=line.say)
     else:
@@ -28,9 +29,9 @@ def main(argv: Sequence[str]) -> None:
         done = embed_on_ray(s, show=line.row, say=line.say)
     line.end()
     if s.json_output:
-        cli.print_json(done.result)
+        console.print_json(done.result)
     else:
-        print(summary(done.result, done.verdict))
+        print(summary(done.result, done.verdict.sentence()))
 
 
 if __name__ == "__main__":

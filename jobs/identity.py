@@ -9,10 +9,11 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from mtlsign import cli
+from mtlsign.config import cli
+from mtlsign.config.base import Settings
 from mtlsign.errors import SettingsError
-from mtlsign.key import Identity, read_passphrase
-from mtlsign.settings import Settings
+from mtlsign.reports import console
+from mtlsign.watermark.keys.identity import Identity, read_passphrase
 
 
 def main(argv: Sequence[str]) -> None:
@@ -25,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     identity.save(s.owner, passphrase)
     kind = "encrypted" if passphrase else "NOT encrypted (give --passphrase-file)"
     if s.json_output:
-        cli.print_json(
+        console.print_json(
             {"owner": str(s.owner), "public_key": identity.public_key.hex(), "encrypted": bool(passphrase)}
         )
     else:

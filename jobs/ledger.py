@@ -15,14 +15,15 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from mtlsign import cli
+from mtlsign.config import cli
+from mtlsign.config.claims import LedgerJobSettings
 from mtlsign.errors import SettingsError
-from mtlsign.settings_claims import LedgerJobSettings
+from mtlsign.reports import console
 
 
 def main(argv: Sequence[str]) -> None:
     """Action and settings → one call. A ledger that is not what it was is an error (exit code 2)."""
-    from mtlsign.claims.ledger_commands import ACTIONS
+    from mtlsign.claims.commands.ledger import ACTIONS
 
     action = argv[0] if argv and not argv[0].startswith("-") else ""
     s = cli.parse(LedgerJobSettings, argv[bool(action) :], description=__doc__ or "")
@@ -30,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
         raise SettingsError(f"comes first, one of {', '.join(ACTIONS)}", field="action")
     done = ACTIONS[action](s)
     if s.json_output:
-        cli.print_json(done)
+        console.print_json(done)
     elif action == "list":
         for entry in done["entries"]:
             print(
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
             )
     else:
         note = done.get("note") or done.get("head", {}).get("note")
-        print(note or cli.table([(name, str(value)) for name, value in done.items()]))
+        print(note or console.table([(name, str(value)) for name, value in done.items()]))
 
 
 if __name__ == "__main__":

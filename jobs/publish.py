@@ -9,18 +9,19 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from mtlsign import cli
-from mtlsign.settings_claims import PublishSettings
+from mtlsign.config import cli
+from mtlsign.config.claims import PublishSettings
+from mtlsign.reports import console
 
 
 def main(argv: Sequence[str]) -> None:
     """Settings → one entry of the ledger. Give the model away only when `counted` is true."""
     s = cli.parse(PublishSettings, argv, description=__doc__ or "")
-    from mtlsign.claims.commands import publish
+    from mtlsign.claims.commands.owner import publish
 
     done = publish(s)
     if s.json_output:
-        cli.print_json(done)
+        console.print_json(done)
         return
     print(f"published as entry {done['index']} of {s.ledger}")
     if not done["counted"]:

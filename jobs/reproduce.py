@@ -9,9 +9,10 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path.cwd()), str(Path(__file__).resolve().parent.parent)]
 
-from mtlsign import cli
-from mtlsign.progress_line import EmbedLine
-from mtlsign.settings_reproduce import ReproduceSettings
+from mtlsign.config import cli
+from mtlsign.config.reproduce import ReproduceSettings
+from mtlsign.reports import console
+from mtlsign.reports.embedding_console import EmbedLine
 
 
 def main(argv: Sequence[str]) -> None:
@@ -20,8 +21,8 @@ def main(argv: Sequence[str]) -> None:
     s = cli.parse(ReproduceSettings, [*named, *argv[len(named) :]], description=__doc__ or "")
     line = EmbedLine(quiet=s.quiet or s.json_output)
     if s.workers == 0 or s.study == "thresholds":
-        from mtlsign.studies import study
-        from mtlsign.sweep_run import InTurn
+        from mtlsign.experiments.paper_studies.run import study
+        from mtlsign.experiments.sweeps.run import InTurn
 
         result = study(s, fleet=lambda say: InTurn(say, line.row), say=line.say)
     else:
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
 
         result = study_on_ray(s, say=line.say)
     if s.json_output:
-        cli.print_json(result)
+        console.print_json(result)
         return
     print(result["text"])
     print(f"table: {result['table']}\nresult: {result['result']}")

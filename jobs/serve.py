@@ -15,8 +15,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from mtlsign import cli
-from mtlsign.settings_service import ServiceSettings
+from mtlsign.config import cli
+from mtlsign.config.service import ServiceSettings
 
 
 def main(argv: Sequence[str]) -> None:

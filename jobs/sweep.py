@@ -9,9 +9,10 @@ from pathlib import Path
 if __name__ == "__main__":  # own spaces, tasks and models are found from where the job was started
     sys.path[:0] = [str(Path.cwd()), str(Path(__file__).resolve().parent.parent)]
 
-from mtlsign import cli
-from mtlsign.progress_line import EmbedLine
-from mtlsign.settings_sweep import SweepSettings
+from mtlsign.config import cli
+from mtlsign.config.sweep import SweepSettings
+from mtlsign.reports import console
+from mtlsign.reports.embedding_console import EmbedLine
 
 
 def main(argv: Sequence[str]) -> None:
@@ -19,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
     s = cli.parse(SweepSettings, argv, description=__doc__ or "")
     line = EmbedLine(quiet=s.quiet or s.json_output)
     if s.workers == 0:
-        from mtlsign.sweep_run import InTurn, run
+        from mtlsign.experiments.sweeps.run import InTurn, run
 
         result = run(s, InTurn(line.say, line.row), say=line.say)
     else:
@@ -27,10 +28,10 @@ def main(argv: Sequence[str]) -> None:
 
         result = sweep_on_ray(s, say=line.say)
     if s.json_output:
-        cli.print_json(result)
+        console.print_json(result)
         return
     best = result["recommended"] or {}
-    print(cli.table([(name, _text(best[name])) for name in (*result["vary"], *_SHOWN) if name in best]))
+    print(console.table([(name, _text(best[name])) for name in (*result["vary"], *_SHOWN) if name in best]))
     print(f"recommended: {result['why']}")
     print(f"table: {result['csv']}\nreport: {result['report']}\nresult: {result['result']}")
 

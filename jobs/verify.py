@@ -12,8 +12,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from mtlsign import cli
-from mtlsign.settings import VerifySettings
+from mtlsign.config import cli
+from mtlsign.config.verify import VerifySettings
+from mtlsign.reports import console
 
 
 def main(argv: Sequence[str]) -> None:
@@ -22,12 +23,12 @@ def main(argv: Sequence[str]) -> None:
         bundle(argv)
         return
     s = cli.parse(VerifySettings, argv, description=__doc__ or "", aliases={"model": "append"})
-    from mtlsign.kits import verify_with_kit
+    from mtlsign.watermark.kit import verify_with_kit
 
     verdicts = verify_with_kit(s)
     if s.json_output:
         found = [verdict.to_json() for verdict in verdicts]
-        cli.print_json(found[0] if len(found) == 1 else found)
+        console.print_json(found[0] if len(found) == 1 else found)
         return
     for place, verdict in zip(s.models, verdicts, strict=True):
         print(f"{place}\n  {verdict.sentence()}")
@@ -37,13 +38,13 @@ def main(argv: Sequence[str]) -> None:
 
 def bundle(argv: Sequence[str]) -> None:
     """Settings → the claim's verdict and standing, from one file and a head that the verifier pins."""
-    from mtlsign.claims.offline import verify_bundle
-    from mtlsign.settings_claims import BundleSettings
+    from mtlsign.claims.commands.offline import verify_bundle
+    from mtlsign.config.claims import BundleSettings
 
     s = cli.parse(BundleSettings, argv, description=__doc__ or "")
     done = verify_bundle(s)
     if s.json_output:
-        cli.print_json(done)
+        console.print_json(done)
         return
     print(f"{s.bundle}\n  {done['standing']}: {done['sentence']}\n  {done['caveat']}")
 

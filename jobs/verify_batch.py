@@ -14,14 +14,15 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from mtlsign import cli
-from mtlsign.settings_service import BatchSettings
+from mtlsign.config import cli
+from mtlsign.config.service import BatchSettings
+from mtlsign.reports import console
 
 
 def main(argv: Sequence[str]) -> None:
     """Settings and claims in, one result line for each out."""
     s = BatchSettings.merged(cli.parse(BatchSettings, argv, description=__doc__ or ""))
-    from mtlsign.service.lines import Results, read_claims
+    from mtlsign.service.batch.jsonl import Results, read_claims
 
     claims = read_claims(s.claims)
     from mtlsign.distributed import serve
@@ -30,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
         serve.batch(s, claims, results.add)
     found = {**results.tally, "out": str(s.out)}
     if s.json_output:
-        cli.print_json(found)
+        console.print_json(found)
     elif not s.quiet:
         print(", ".join(f"{count} {name}" for name, count in found.items() if name != "out") + f" → {s.out}")
 

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "EmbedSettings": "settings", "Embedded": "outcome", "Identity": "key", "Kit": "artifact",
-    "KeyOpening": "key", "MTLSignError": "errors", "Probe": "verification", "Reference": "reference",
-    "Task": "tasks", "Verdict": "verification",
-    "embed": "embedding", "read_kit": "artifact", "read_model": "artifact", "verify": "verification",
+    "EmbedSettings": "config.embed", "Embedded": "watermark.embedding.result", "Identity": "watermark.keys.identity",
+    "Kit": "watermark.kit", "KeyOpening": "watermark.keys.opening", "MTLSignError": "errors",
+    "Probe": "watermark.verification.detector", "Reference": "watermark.verification.reference", "Task": "tasks",
+    "Verdict": "watermark.verification.detector", "embed": "watermark.embedding.pipeline", "read_kit": "watermark.kit",
+    "read_model": "storage.model_folder", "verify": "watermark.verification.detector",
 }  # fmt: skip
 __all__ = [
     "EmbedSettings",
@@ -43,15 +44,17 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from mtlsign.artifact import Kit, read_kit, read_model
-    from mtlsign.embedding import embed
+    from mtlsign.config.embed import EmbedSettings
     from mtlsign.errors import MTLSignError
-    from mtlsign.key import Identity, KeyOpening
-    from mtlsign.outcome import Embedded
-    from mtlsign.reference import Reference
-    from mtlsign.settings import EmbedSettings
+    from mtlsign.storage.model_folder import read_model
     from mtlsign.tasks import Task
-    from mtlsign.verification import Probe, Verdict, verify
+    from mtlsign.watermark.embedding.pipeline import embed
+    from mtlsign.watermark.embedding.result import Embedded
+    from mtlsign.watermark.keys.identity import Identity
+    from mtlsign.watermark.keys.opening import KeyOpening
+    from mtlsign.watermark.kit import Kit, read_kit
+    from mtlsign.watermark.verification.detector import Probe, Verdict, verify
+    from mtlsign.watermark.verification.reference import Reference
 
 
 def __getattr__(name: str) -> Any:

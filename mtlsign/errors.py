@@ -1,18 +1,19 @@
-"""One tree of errors: everything here is the caller's to mend, and each message says how.
+"""Exception hierarchy. Every exception here reports a problem that the caller can fix; its message states the
+fix.
 
-A job prints such an error as one line and exits with 2; any other exception is a bug and exits with 1.
-A claim that fails is not an error: it is a `Verdict`.
+A job prints such an error on a single line and exits with 2. Any other exception is a bug and exits with 1.
+A failed claim is not an exception; it is a `Verdict`.
 """
 
 from __future__ import annotations
 
 
 class MTLSignError(Exception):
-    """Root of the tree. `field` names the setting or input at fault; the message ends with the fix."""
+    """Base class. `field` names the invalid setting or input; `detail` is the message without the field."""
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(f"{field}: {message}" if field else message)
-        self.field = field
+        self.field, self.detail = field, message
 
 
 class SettingsError(MTLSignError):
@@ -24,19 +25,35 @@ class DataError(MTLSignError):
 
 
 class ModelError(MTLSignError):
-    """A model, checkpoint, tap name or architecture cannot be used as asked."""
+    """A model, checkpoint, tap name or architecture cannot be used as requested."""
+
+
+class DivergedError(ModelError):
+    """Training produced a loss or weight that is not finite."""
 
 
 class CarrierError(MTLSignError):
-    """A key set cannot be drawn in the data space asked for (for instance an image under 21 pixels)."""
+    """Key samples cannot be drawn in the requested data space (for example an image under 21 pixels)."""
 
 
 class KeyMaterialError(MTLSignError):
     """An identity, passphrase, spec, signature or key opening is damaged, wrong or refused."""
 
 
+class FormatError(KeyMaterialError):
+    """A signed or hashed document does not follow its format; `problem` is the message without the fix."""
+
+    def __init__(self, problem: str, fix: str, *, field: str) -> None:
+        super().__init__(f"{problem}; {fix}", field=field)
+        self.problem = problem
+
+
 class ArtifactError(MTLSignError):
     """A written artifact (model folder, kit, run folder) is incomplete, damaged or over a limit."""
+
+
+class TooLargeError(ArtifactError):
+    """A file has more bytes than the caller allows."""
 
 
 class StorageError(MTLSignError):
@@ -44,12 +61,12 @@ class StorageError(MTLSignError):
 
 
 class ClusterError(MTLSignError):
-    """The Ray cluster cannot hold what was asked for, or training failed past its retries."""
+    """The Ray cluster cannot provide the requested resources, or training failed after all its retries."""
 
 
 class ClaimError(MTLSignError):
-    """A statement, envelope, proof, bundle or claim is malformed, or not of the kind that is asked for."""
+    """A statement, envelope, proof, bundle or claim is malformed or of another kind than expected."""
 
 
 class LedgerError(MTLSignError):
-    """A ledger is unreachable, refuses a write, or is not what it was: truncated, forked or rewritten."""
+    """A ledger is unreachable, refuses a write, or was truncated, forked or rewritten."""

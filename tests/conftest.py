@@ -12,10 +12,10 @@ import torch
 from job_process import baseline, jobs  # noqa: F401  (fixtures)
 from torch import Tensor, nn
 
-from mtlsign import backbone
-from mtlsign.key import Identity
-from mtlsign.settings import EmbedSettings
+from mtlsign.config.embed import EmbedSettings
+from mtlsign.models import architectures
 from mtlsign.tasks import Task, from_tensors
+from mtlsign.watermark.keys.identity import Identity
 
 hypothesis.settings.register_profile("shared cores", deadline=None)
 hypothesis.settings.load_profile("shared cores")
@@ -53,7 +53,7 @@ def tiny_task() -> Task:
 
 @pytest.fixture(scope="session")
 def tiny_graph() -> dict[str, object]:
-    return backbone.graph_for("resnet18", channels=1, classes=4, width=8, stem="stock")
+    return architectures.graph_for("resnet18", channels=1, classes=4, width=8, stem="stock")
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +68,7 @@ def tiny_model(tiny_graph: dict[str, object]) -> Callable[..., nn.Module]:
 
     def make(seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
-        model = backbone.build(tiny_graph).eval()
+        model = architectures.build(tiny_graph).eval()
         with torch.no_grad():
             for module in model.modules():
                 if isinstance(module, nn.BatchNorm2d):

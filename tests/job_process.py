@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from mtlsign.key import Identity
+from mtlsign.watermark.keys.identity import Identity
 
 ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")

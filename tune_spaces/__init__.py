@@ -1,6 +1,6 @@
 """Search spaces for `jobs/sweep.py`: one function each, returning plain data that Ray Tune understands.
 
-A space maps names of `mtlsign.settings.EmbedSettings` to a fixed value or to ``{"grid_search": [...]}``,
+A space maps names of `mtlsign.config.embed.EmbedSettings` to a fixed value or to ``{"grid_search": [...]}``,
 which is what ``ray.tune.grid_search`` itself returns; so spaces are read, printed and tested without Ray.
 """
 

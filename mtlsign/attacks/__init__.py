@@ -5,12 +5,12 @@
 
 `protocol` says what an attack takes and gives, `catalogue` lists them, `orders` reads `--attacks`. Attacks
 use the task's `attacker` part, which embedding never saw. They know nothing of Ray, storage and reports: that
-is `mtlsign.campaign`.
+is `mtlsign.experiments.attack_runs.target`.
 """
 
-from mtlsign.attacks.catalogue import ATTACKS, STANDARD
-from mtlsign.attacks.orders import Link, Order, describe, parse
-from mtlsign.attacks.protocol import Attack, AttackDivergedError, Attacked, Budget, NotApplicableError
+from mtlsign.attacks.base import Attack, AttackDivergedError, Attacked, Budget, NotApplicableError
+from mtlsign.attacks.expressions import Link, Order, describe, parse
+from mtlsign.attacks.registry import ATTACKS, STANDARD
 
 __all__ = [
     "ATTACKS",

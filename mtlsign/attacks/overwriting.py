@@ -7,22 +7,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import nn
 
-from mtlsign import phases
-from mtlsign.attacks import adversary
-from mtlsign.attacks.data import attackers
-from mtlsign.attacks.descent import stolen_copy
-from mtlsign.attacks.protocol import (
-    AttackDivergedError,
-    Attacked,
-    Budget,
-    Epochs,
-    Weight,
-    device_of,
-    seeded,
-)
+from mtlsign.attacks import adversary_key
+from mtlsign.attacks.attacker_data import attackers
+from mtlsign.attacks.base import AttackDivergedError, Attacked, Budget, Epochs, Weight, device_of, seeded
+from mtlsign.attacks.training import stolen_copy
 from mtlsign.errors import ModelError
-from mtlsign.progress import Alone
 from mtlsign.tasks import Task
+from mtlsign.watermark.embedding import training
+from mtlsign.watermark.embedding.worker import Alone
 
 KeySize = Annotated[int, Field(ge=0, le=4096)]
 Images = Annotated[int, Field(ge=0, le=65_536)]
@@ -48,18 +40,18 @@ def overwrite(
     counted are those of his steps; what R_DA's inner loops look at is not counted.
     """
     data = attackers(model, task, budget, seed)
-    s = adversary.settings(
+    s = adversary_key.settings(
         budget, seed, model, head=head, lambda2=lambda2, steps=epochs, **({"key_size": n} if n else {})
     )
     count = images or s.key_size or 1
     s = s.model_copy(update={"primary_batch": min(count, data.size("attacker"))})
-    _, _, probe = adversary.claim(model, data, s)
+    _, _, probe = adversary_key.claim(model, data, s)
     overwritten = stolen_copy(model)
     rank = Alone(device_of(model), show=lambda row: budget.tick(int(row["step"]), epochs))
     try:
         with seeded("overwrite", seed):  # the phases set torch's generator for themselves
-            phases.watermark(overwritten, data, probe(), s, rank)
+            training.watermark(overwritten, data, probe(), s, rank)
     except ModelError as error:
         raise AttackDivergedError(str(error)) from None
-    keys = (s.key_size or 0) * len(phases.terms(0, s))
+    keys = (s.key_size or 0) * len(training.terms(0, s))
     return Attacked(overwritten, epochs, epochs * (keys + s.primary_batch))

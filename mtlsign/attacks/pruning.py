@@ -12,11 +12,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from mtlsign.attacks.data import attackers
-from mtlsign.attacks.descent import descend, recalibrate, stolen_copy
-from mtlsign.attacks.layout import norms_of
-from mtlsign.attacks.protocol import Attacked, Batch, Budget, Epochs, NotApplicableError, Rate, Share
-from mtlsign.backbone import batch_norm_types
+from mtlsign.attacks.attacker_data import attackers
+from mtlsign.attacks.base import Attacked, Batch, Budget, Epochs, NotApplicableError, Rate, Share
+from mtlsign.attacks.training import descend, recalibrate, stolen_copy
+from mtlsign.models.channel_groups import norms_of
+from mtlsign.models.taps import batch_norm_types
 from mtlsign.tasks import Task
 
 Points = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
@@ -158,7 +158,7 @@ def prune_units(model: nn.Module, data: Task, ratio: float, by: Rule) -> None:
     convolutions = {n: m for n, m in modules.items() if isinstance(m, _ConvNd)}
     if not convolutions:
         raise NotApplicableError("has no convolution; prune weights instead (prune)", field="model")
-    norms = norms_of(model, data)
+    norms = norms_of(model, data.splits["attacker"].batch(torch.arange(1))[0])
     importance = {n: m.weight.flatten(1).norm(dim=1) for n, m in convolutions.items()}
     if by == "activity":
         importance = _activity(model, data, {norms.get(n, n): n for n in convolutions})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mtlsign.attacks.descent import stolen_copy
-from mtlsign.attacks.protocol import Attacked, Budget
+from mtlsign.attacks.base import Attacked, Budget
+from mtlsign.attacks.training import stolen_copy
 from mtlsign.tasks import Task
 
 

@@ -7,9 +7,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from mtlsign.attacks.data import attackers
-from mtlsign.attacks.descent import frozen, kept_task, primary, recalibrate, stolen_copy
-from mtlsign.attacks.protocol import (
+from mtlsign.attacks.attacker_data import attackers
+from mtlsign.attacks.base import (
     Attacked,
     Batch,
     Budget,
@@ -20,9 +19,10 @@ from mtlsign.attacks.protocol import (
     device_of,
     require_finite,
 )
-from mtlsign.losses import watermark_loss
+from mtlsign.attacks.training import frozen, kept_task, primary, recalibrate, stolen_copy
 from mtlsign.tasks import Task
-from mtlsign.tasks.task import generator
+from mtlsign.tasks.base import generator
+from mtlsign.watermark.embedding.losses import watermark_loss
 
 
 def spoil(

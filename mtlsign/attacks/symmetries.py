@@ -15,12 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from mtlsign.attacks.data import attackers, change
-from mtlsign.attacks.descent import stolen_copy
-from mtlsign.attacks.layout import channel_sets, norms_of, permute, scale
-from mtlsign.attacks.protocol import Attacked, Budget, Inputs, NotApplicableError
+from mtlsign.attacks.attacker_data import attackers, change
+from mtlsign.attacks.base import Attacked, Budget, Inputs, NotApplicableError
+from mtlsign.attacks.training import stolen_copy
+from mtlsign.errors import ModelError
+from mtlsign.models.channel_groups import Channels, channel_sets, norms_of, permute, scale
 from mtlsign.tasks import Task
-from mtlsign.tasks.task import generator
+from mtlsign.tasks.base import generator
 
 #: Largest difference of outputs, relative to the largest output where that is above 1.
 TOLERANCE = 1e-5
@@ -105,7 +106,7 @@ def scale_stream(model: nn.Module, task: Task, budget: Budget, seed: int) -> Att
 
 def _scaled(model: nn.Module, task: Task, budget: Budget, seed: int, place: str) -> Attacked:
     gen, changed = generator("mtlsign/attack/scale", place, seed), stolen_copy(model)
-    for channels in channel_sets(changed):
+    for channels in _channel_sets(changed):
         if channels.place == place:
             scale(changed, channels, _positive(next(changed.parameters()), gen, channels.size))
     return _preserved(model, changed, task, budget, seed)
@@ -116,7 +117,7 @@ def permute_channels(
 ) -> Attacked:
     """Channels of the blocks' inner layers, of the residual streams, or both, in a random order."""
     gen, changed = generator("mtlsign/attack/permute", seed), stolen_copy(model)
-    for channels in channel_sets(changed):
+    for channels in _channel_sets(changed):
         if which in ("both", channels.place):
             order = torch.randperm(channels.size, generator=gen).to(next(changed.parameters()).device)
             permute(changed, channels, order)
@@ -190,10 +191,17 @@ def _norms(model: nn.Module) -> list[Any]:
 
 def _pairs(model: nn.Module, task: Task, budget: Budget, seed: int) -> dict[str, str]:
     """Convolution -> the batch norm behind it."""
-    found = norms_of(model, attackers(model, task, budget, seed))
+    found = norms_of(model, attackers(model, task, budget, seed).splits["attacker"].batch(torch.arange(1))[0])
     if not found:
         raise NotApplicableError("has no batch norm behind a convolution", field="model")
     return found
+
+
+def _channel_sets(model: nn.Module) -> list[Channels]:
+    try:
+        return channel_sets(model)
+    except ModelError as error:
+        raise NotApplicableError(error.detail, field=error.field) from None
 
 
 def _positive(like: Tensor, gen: Generator, size: int | None = None) -> Tensor:

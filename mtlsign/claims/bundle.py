@@ -25,18 +25,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtlsign.claims import heads, merkle
-from mtlsign.claims.admission import find_claim
-from mtlsign.claims.archive import MAX_HEAD, MAX_MODEL, MAX_REFERENCE, Archive
-from mtlsign.claims.envelope import MAX_ENVELOPE
-from mtlsign.claims.heads import Cosignature, Head
-from mtlsign.claims.judge import Judge
-from mtlsign.claims.ledger import Ledger
-from mtlsign.claims.lineage import Dispute, dispute
-from mtlsign.claims.statements import Claim, Exhibit, Membership, Vote
-from mtlsign.claims.view import Entry, View
+from mtlsign.claims import merkle
+from mtlsign.claims.blob_store import MAX_HEAD, MAX_MODEL, MAX_REFERENCE, Archive
+from mtlsign.claims.judging.admissibility import find_claim
+from mtlsign.claims.judging.judge import Judge
+from mtlsign.claims.judging.lineage import Dispute, dispute
+from mtlsign.claims.ledger import checkpoints
+from mtlsign.claims.ledger.base import Ledger
+from mtlsign.claims.ledger.checkpoints import Cosignature, Head
+from mtlsign.claims.ledger.view import Entry, View
+from mtlsign.claims.statements.envelope import MAX_ENVELOPE
+from mtlsign.claims.statements.types import Claim, Exhibit, Membership, Vote
 from mtlsign.errors import ArtifactError, ClaimError, KeyMaterialError, LedgerError
-from mtlsign.strict_json import strict_json, take
+from mtlsign.storage.strict_json import strict_json, take
 
 FORMAT = "mtlsign/bundle/v0"
 MAX_MEMBERS = 2000
@@ -45,10 +46,10 @@ MAX_PATH = 32 * merkle.MAX_PROOF
 _NUMBER = r"(?:0|[1-9][0-9]{0,13})"
 _LIMITS: list[tuple[re.Pattern[str], int]] = [
     (re.compile(r"bundle\.json"), 256),
-    (re.compile(r"head"), heads.MAX_NOTE),
+    (re.compile(r"head"), checkpoints.MAX_NOTE),
     (re.compile(rf"entries/{_NUMBER}"), MAX_ENVELOPE),
     (re.compile(rf"entries/{_NUMBER}\.path"), MAX_PATH),
-    (re.compile(rf"heads/{_NUMBER}"), heads.MAX_NOTE),
+    (re.compile(rf"heads/{_NUMBER}"), checkpoints.MAX_NOTE),
     (re.compile(rf"heads/{_NUMBER}\.proof"), MAX_PATH),
     (re.compile(r"blobs/[0-9a-f]{64}"), max(MAX_MODEL, MAX_HEAD, MAX_REFERENCE)),
 ]
@@ -88,7 +89,7 @@ def write_bundle(path: Path, ledger: Ledger, view: View, entry: Entry, archive: 
     for counted in view.heads:
         if counted.head == head or counted.head.size in sizes:
             council = view.council(counted.head.size)
-            note = heads.note(counted.head, _lines(counted.head, signed, council))
+            note = checkpoints.note(counted.head, _lines(counted.head, signed, council))
             files.append(("head" if counted.head == head else f"heads/{counted.head.size}", note))
             if counted.head != head:
                 proof = ledger.prove_consistency(counted.head.size, head.size)
@@ -135,7 +136,7 @@ def _blobs(view: View, entry: Entry, claim: Claim) -> tuple[list[bytes], list[by
 
 def _lines(head: Head, signed: Iterable[tuple[Head, Cosignature]], council: Membership) -> list[Cosignature]:
     stored = [line for at, line in signed if at == head]
-    lines = [heads.first_of(head, stored, member) for member in council.members]
+    lines = [checkpoints.first_of(head, stored, member) for member in council.members]
     return [line for line in lines if line is not None]
 
 
@@ -224,11 +225,11 @@ def check_bundle(path: Path, judge: Judge, *, pinned: bytes | None = None, bits:
         )
         if got["format"] != FORMAT or type(got["claim"]) is not int:
             raise _damaged("is no bundle of this version")
-        head, lines = heads.parse_note(bundle.read("head"))
+        head, lines = checkpoints.parse_note(bundle.read("head"))
         signed = [(head, line) for line in lines]
         roots = {head.size: head.root}
         for name in [name for name in bundle.members if re.fullmatch(rf"heads/{_NUMBER}", name)]:
-            earlier, more = heads.parse_note(bundle.read(name))
+            earlier, more = checkpoints.parse_note(bundle.read(name))
             proof = bundle.hashes(f"{name}.proof")
             if name != f"heads/{earlier.size}" or not merkle.verify_consistency(
                 earlier.size, earlier.root, head.size, head.root, proof
@@ -239,7 +240,7 @@ def check_bundle(path: Path, judge: Judge, *, pinned: bytes | None = None, bits:
         trusted = _pinned(pinned, head, roots) if pinned is not None else head
         stated = list(signed)
         if pinned is not None:
-            signed += [(trusted, line) for line in heads.parse_note(pinned)[1]]
+            signed += [(trusted, line) for line in checkpoints.parse_note(pinned)[1]]
         raw = _entries(bundle, head)
         for name in bundle.members:
             if name.startswith("blobs/"):
@@ -274,7 +275,7 @@ def _entries(bundle: _Zip, head: Head) -> dict[int, bytes]:
 
 
 def _pinned(note: bytes, head: Head, roots: dict[int, bytes]) -> Head:
-    found, _ = heads.parse_note(note)
+    found, _ = checkpoints.parse_note(note)
     if found.origin != head.origin:
         raise ClaimError("the pinned head is of another ledger", field="head")
     if roots.get(found.size) != found.root:

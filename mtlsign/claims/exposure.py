@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mtlsign.claims.statements import Claim, Exhibit, Register
-from mtlsign.claims.view import View
+from mtlsign.claims.ledger.view import View
+from mtlsign.claims.statements.types import Claim, Exhibit, Register
 from mtlsign.errors import StorageError
-from mtlsign.storage import open_file
+from mtlsign.storage.locations import open_file
 
 _PUBLIC = {"public", "public_html", "htdocs", "wwwroot"}
 
@@ -41,8 +41,8 @@ def is_public(location: str, *, endpoint: str | None = None) -> bool:
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
-    from mtlsign.artifact import MODEL_FILE
-    from mtlsign.s3 import S3Storage
+    from mtlsign.storage.model_folder import MODEL_FILE
+    from mtlsign.storage.s3 import S3Storage
 
     path, mark, query = location.partition("?")
     if not path.endswith(".safetensors"):

@@ -13,21 +13,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtlsign.claims import hiding
-from mtlsign.claims.admission import find_claim, opened_keys
-from mtlsign.claims.archive import Archive
+from mtlsign.claims.blob_store import Archive
 from mtlsign.claims.exposure import seen_in
-from mtlsign.claims.ledger import Ledger
-from mtlsign.claims.memory import refuse_known_place
-from mtlsign.claims.parsing import seal
-from mtlsign.claims.statements import Claim, Exhibit, Membership, Publish, Ref, Register, Statement
-from mtlsign.claims.view import Entry, Reader, View
-from mtlsign.claims.witness import Witness
+from mtlsign.claims.judging.admissibility import find_claim, opened_keys
+from mtlsign.claims.ledger.base import Ledger
+from mtlsign.claims.ledger.view import Entry, Reader, View
+from mtlsign.claims.ledger.witness import Witness
+from mtlsign.claims.ledger.witness_state import refuse_known_place
+from mtlsign.claims.statements import commitments
+from mtlsign.claims.statements.parsing import seal
+from mtlsign.claims.statements.types import Claim, Exhibit, Membership, Publish, Ref, Register, Statement
 from mtlsign.errors import ClaimError, KeyMaterialError, LedgerError
-from mtlsign.identity import Identity
+from mtlsign.watermark.keys.identity import Identity
 
 if TYPE_CHECKING:
-    from mtlsign.artifact import Kit
+    from mtlsign.watermark.kit import Kit
 
 Clock = Callable[[], float]
 POLL_S = 0.5
@@ -112,9 +112,9 @@ def publish(
         ledger=view.origin,
         time=owner.now(),
         nonce=nonce,
-        keys_root=hiding.keys_root(_hidden(owner, nonce, keys)),
+        keys_root=commitments.keys_root(_hidden(owner, nonce, keys)),
         keys_count=len(keys),
-        heads=hiding.hide_heads(_salt(owner, nonce, "head"), owner.identity.public_key, _heads(kits)),
+        heads=commitments.hide_heads(_salt(owner, nonce, "head"), owner.identity.public_key, _heads(kits)),
         model=_hidden_model(owner, nonce, _model(kits)),
         licence=licence,
         recipient=recipient,
@@ -195,7 +195,7 @@ def claim(
         opening=kits[index].opening,
         key_index=index,
         key_salt=_salt(owner, nonce, "key", keys[index]),
-        key_path=tuple(hiding.key_path(_hidden(owner, nonce, keys), index)),
+        key_path=tuple(commitments.key_path(_hidden(owner, nonce, keys), index)),
         heads=tuple(_heads(kits)),
         heads_salt=_salt(owner, nonce, "head"),
         model=_model(kits),
@@ -305,21 +305,21 @@ def _heads(kits: Sequence[Kit]) -> list[bytes | None]:
 
 
 def _salt(owner: Owner, nonce: bytes, kind: str, *about: bytes) -> bytes:
-    return hiding.derive_salt(owner.identity.kit_key, nonce, kind, *about)
+    return commitments.derive_salt(owner.identity.kit_key, nonce, kind, *about)
 
 
 def _hidden(owner: Owner, nonce: bytes, keys: Sequence[bytes]) -> list[bytes]:
-    return [hiding.hide_key(_salt(owner, nonce, "key", key), key) for key in keys]
+    return [commitments.hide_key(_salt(owner, nonce, "key", key), key) for key in keys]
 
 
 def _hidden_model(owner: Owner, nonce: bytes, digest: bytes) -> bytes:
-    return hiding.hide_model(_salt(owner, nonce, "model"), owner.identity.public_key, digest)
+    return commitments.hide_model(_salt(owner, nonce, "model"), owner.identity.public_key, digest)
 
 
 def _is_of(owner: Owner, old: Publish, keys: Sequence[bytes], kits: Sequence[Kit]) -> bool:
     return (
         old.signer == owner.identity.public_key
         and old.keys_count == len(keys)
-        and old.keys_root == hiding.keys_root(_hidden(owner, old.nonce, keys))
+        and old.keys_root == commitments.keys_root(_hidden(owner, old.nonce, keys))
         and old.model == _hidden_model(owner, old.nonce, _model(kits))
     )

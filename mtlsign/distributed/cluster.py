@@ -25,8 +25,8 @@ for _name, _value in {
 import ray  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
+from mtlsign.config.embed import EmbedSettings  # noqa: E402
 from mtlsign.errors import ClusterError, SettingsError  # noqa: E402
-from mtlsign.settings import EmbedSettings  # noqa: E402
 
 
 def attached() -> bool:

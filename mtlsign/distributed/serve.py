@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from mtlsign.distributed import cluster  # first: what it sets must stand before Ray is imported
+from mtlsign.distributed import cluster
 
 import ray  # isort: skip
 from ray import serve
@@ -30,20 +30,21 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 from ray.util import metrics as ray_metrics
 
+from mtlsign.config.service import MIB, PREFIX, ServiceSettings
 from mtlsign.errors import ClusterError
-from mtlsign.service import bulk, metrics
+from mtlsign.service import metrics
 from mtlsign.service.app import make_app
-from mtlsign.service.limits import BOUNDED
+from mtlsign.service.batch import runner
+from mtlsign.service.http.body_limits import BOUNDED
 from mtlsign.service.metrics import METRICS
-from mtlsign.service.office import FRESH_S, Office
 from mtlsign.service.problems import Problem
-from mtlsign.service.verifier import GRACE_S, Answer, Lost, Outcome, Task, Verifier
-from mtlsign.settings_service import MIB, PREFIX, ServiceSettings
+from mtlsign.service.state import FRESH_S, Office
+from mtlsign.service.verifier.verifier import GRACE_S, Answer, Lost, Outcome, Task, Verifier
 
 APP = "mtlsign"
 #: Ray's name for the setting that puts our limits into its HTTP proxy; read when a cluster starts.
 PROXY_SETTING = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-PROXY_VALUE = "mtlsign.service.limits:proxy_middlewares"
+PROXY_VALUE = "mtlsign.service.http.body_limits:proxy_middlewares"
 #: What every head node has, and no other.
 HEAD = "node:__internal_head__"
 #: Feature maps are large and short-lived: returned to the system, each costs its page faults again.
@@ -355,6 +356,6 @@ def batch(s: ServiceSettings, claims: Sequence[Any], keep: Callable[[list[dict[s
             serve.delete(name)
         raise ClusterError(f"the verifiers do not start ({str(error)[:300]})", field="serve") from None
     try:
-        asyncio.run(bulk.answer(s, Replicas(handle), claims, keep))
+        asyncio.run(runner.answer(s, Replicas(handle), claims, keep))
     finally:
         serve.delete(name)

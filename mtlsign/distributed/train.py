@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mtlsign.distributed import cluster  # first: sets what Ray reads at import
-from mtlsign.distributed.board import Board, watch
+from mtlsign.distributed import cluster
+from mtlsign.distributed.progress_channel import Board, watch
 
 # ruff: isort: split
 import ray
@@ -32,17 +32,17 @@ from ray.train import (
 from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor
 
-from mtlsign import embedding
-from mtlsign.embedding import Show
+from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import ClusterError, MTLSignError
-from mtlsign.key import KeyOpening
-from mtlsign.network import TaskShape
-from mtlsign.outcome import Embedded, Marked, Rows, Tensors
-from mtlsign.progress import State, sum_over_group
-from mtlsign.reference import Reference
-from mtlsign.runs import Run, load_state, state_bytes
-from mtlsign.settings import EmbedSettings
-from mtlsign.tensors import read_tensors, tensor_bytes
+from mtlsign.models.loading import TaskShape
+from mtlsign.storage.safetensors_io import read_tensors, tensor_bytes
+from mtlsign.watermark.embedding import pipeline
+from mtlsign.watermark.embedding.pipeline import Show
+from mtlsign.watermark.embedding.result import Embedded, Marked, Rows, Tensors
+from mtlsign.watermark.embedding.run_folder import Run, load_state, state_bytes
+from mtlsign.watermark.embedding.worker import State, sum_over_group
+from mtlsign.watermark.keys.opening import KeyOpening
+from mtlsign.watermark.verification.reference import Reference
 
 _STATE = "state.pt"
 
@@ -62,7 +62,7 @@ def embed_on_ray(
     """
     cluster.require_owner(s.owner)
     cluster.refuse_hopeless(s)
-    return embedding.run(s, RayRunner(show), say=say)
+    return pipeline.run(s, RayRunner(show), say=say)
 
 
 class RayRunner:
@@ -78,8 +78,8 @@ class RayRunner:
         self._each = cluster.resources(s)
         cluster.make_room(s, self._each)
         if cluster.is_this_machine():  # in a worker's process the imports alone take as long as the check
-            return embedding.task_shape(s)
-        shapes: list[TaskShape] = cluster.on_every_node(lambda: embedding.task_shape(s), self._each)
+            return pipeline.task_shape(s)
+        shapes: list[TaskShape] = cluster.on_every_node(lambda: pipeline.task_shape(s), self._each)
         return shapes[0]
 
     def clean(self, s: EmbedSettings, run: Run, graph: Mapping[str, object]) -> tuple[Tensors, Rows]:
@@ -87,7 +87,7 @@ class RayRunner:
         quiet = s.model_copy(update={"owner": None, "passphrase_file": None})
 
         def phase(rank: RayRank) -> Any:
-            tensors, rows = embedding.clean_phase(quiet, graph, rank)
+            tensors, rows = pipeline.clean_phase(quiet, graph, rank)
             return (tensor_bytes(tensors), rows) if rank.index == 0 else None
 
         data, rows = self._fit("clean", phase, s, run)
@@ -102,7 +102,7 @@ class RayRunner:
 
         def phase(rank: RayRank) -> Any:
             data, opened, kept = ray.get(secret)
-            marked = embedding.mark_phase(quiet, read_tensors(data), opened, Reference.from_bytes(kept), rank)
+            marked = pipeline.mark_phase(quiet, read_tensors(data), opened, Reference.from_bytes(kept), rank)
             return (
                 (tensor_bytes(marked.tensors), marked.head, marked.rows, marked.measured)
                 if rank.index == 0

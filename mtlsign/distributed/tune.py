@@ -1,6 +1,6 @@
 """Sweeps over Ray Tune: phase 1 once for all cells that share it, then one trial for each cell.
 
-A trial is a plain function in one process (`mtlsign.sweep.run_cell`), so it cannot starve on workers that it
+A trial is a plain function in one process (`mtlsign.experiments.sweeps.trial.run_cell`), so it cannot starve on workers that it
 would have to ask for itself; warm processes take cell after cell. What a cell has done lies in the run's
 folder, so a trial that is started again, by Tune or by `--resume`, goes on from there.
 """
@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mtlsign.distributed import cluster  # first: sets what Ray reads at import
+from mtlsign.distributed import cluster
 
 # ruff: isort: split
 import ray
@@ -23,13 +23,22 @@ from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import BasicVariantGenerator
 
+from mtlsign.config.reproduce import ReproduceSettings
+from mtlsign.config.sweep import SweepSettings
 from mtlsign.errors import ClusterError, MTLSignError
-from mtlsign.settings_reproduce import ReproduceSettings
-from mtlsign.settings_sweep import SweepSettings
-from mtlsign.space import Cell, cells_of, count_of, draws
-from mtlsign.studies import study
-from mtlsign.sweep import CELLS, Row, Shared, finished, row_of, rows_of, run_cell, train_shared
-from mtlsign.sweep_run import Say, SweepRun, run, told
+from mtlsign.experiments.paper_studies.run import study
+from mtlsign.experiments.sweeps.run import Say, SweepRun, run, told
+from mtlsign.experiments.sweeps.space import Cell, cells_of, count_of, draws
+from mtlsign.experiments.sweeps.trial import (
+    CELLS,
+    Row,
+    Shared,
+    finished,
+    row_of,
+    rows_of,
+    run_cell,
+    train_shared,
+)
 from mtlsign.tasks import load_task
 
 __all__ = ["RayFleet", "study_on_ray", "sweep_on_ray", "trial"]

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtlsign import cli
+from mtlsign.config import cli
+from mtlsign.config.service import ServiceSettings
 from mtlsign.errors import SettingsError
-from mtlsign.service import tokens
+from mtlsign.reports import console
+from mtlsign.service.auth import tokens
+from mtlsign.service.database import Store
 from mtlsign.service.problems import Problem
-from mtlsign.service.store import Store
-from mtlsign.settings_service import ServiceSettings
 
 MAX_HOURS = 24 * 3650
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
             scopes = [scope.strip() for scope in given.scopes.split(",") if scope.strip()]
             print(tokens.issue(store, given.name, scopes, hours))
         elif given.action == "tokens":
-            cli.print_json(tokens.known(store))
+            console.print_json(tokens.known(store))
         elif not tokens.revoke(store, given.name):
             raise SettingsError("there is no such token, or it is revoked already", field="revoke")
     except Problem as problem:

@@ -12,11 +12,13 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from mtlsign.service import api, metrics, pages
-from mtlsign.service.limits import Limits
-from mtlsign.service.office import Office
+from mtlsign.service import metrics
+from mtlsign.service.http import routes
+from mtlsign.service.http.body_limits import Limits
+from mtlsign.service.http.schemas import problems
 from mtlsign.service.problems import Problem
-from mtlsign.service.schemas import problems
+from mtlsign.service.state import Office
+from mtlsign.service.web import pages
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _OF_STATUS = {404: "not-found", 405: "wrong-method", 413: "too-large", 415: "wrong-media-type"}
@@ -41,7 +43,7 @@ def make_app(office: Office) -> FastAPI:
         description="Claims in, signed verdicts out. Errors are RFC 9457 problem details.",
     )  # fmt: skip
     app.state.office = office
-    app.include_router(api.router)
+    app.include_router(routes.router)
     app.include_router(pages.router)
     app.add_middleware(Limits, s=office.s, count=lambda kind: office.metrics.add("mtlsign_refusals", 1, kind))
 
@@ -62,8 +64,8 @@ def make_app(office: Office) -> FastAPI:
     async def on_problem(request: Request, problem: Problem) -> Response:
         office.metrics.add("mtlsign_refusals", 1, problem.kind)
         if _for_people(request):
-            return pages.show("wrong", status=problem.status, token=None, problem=problem.document())
-        return api.answer_problem(problem)
+            return pages.show("error", status=problem.status, token=None, problem=problem.document())
+        return routes.answer_problem(problem)
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> Response:

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mtlsign.errors import DataError
+from mtlsign.tasks.base import SPLITS, Batch, Split, Task
 from mtlsign.tasks.digits import load_digits
-from mtlsign.tasks.images import SOURCES, load_images
-from mtlsign.tasks.own import from_loaders, from_tensors, load_own
-from mtlsign.tasks.task import SPLITS, Batch, Split, Task
-from mtlsign.tasks.tensors import Recipe
+from mtlsign.tasks.tensor_split import Recipe
+from mtlsign.tasks.torchvision_datasets import SOURCES, load_images
+from mtlsign.tasks.user_task import from_loaders, from_tensors, load_own
 
 NAMES = ("digits", *SOURCES)
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mtlsign.tasks.task import Task, carve, generator, spread
-from mtlsign.tasks.tensors import Recipe, tensor_splits
+from mtlsign.tasks.base import Task, carve, generator, spread
+from mtlsign.tasks.tensor_split import Recipe, tensor_splits
 
 SIDE = 32
 TEST = 0.20

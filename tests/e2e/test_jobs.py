@@ -19,8 +19,9 @@ import torch
 from job_process import ROOT, Jobs
 from safetensors.torch import save_file
 
-from mtlsign import backbone, cli
-from mtlsign.key import Identity
+from mtlsign.config import cli
+from mtlsign.models import architectures
+from mtlsign.watermark.keys.identity import Identity
 
 Ran = tuple[int, str, str]
 Run = Callable[..., Ran]
@@ -50,11 +51,11 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Files that a user might hand in, good and bad."""
     folder = tmp_path_factory.mktemp("given")
-    narrow = backbone.build(
-        backbone.graph_for("resnet18", channels=1, classes=10, width=8, stem="stock")
+    narrow = architectures.build(
+        architectures.graph_for("resnet18", channels=1, classes=10, width=8, stem="stock")
     ).state_dict()
-    wide = backbone.build(
-        backbone.graph_for("resnet18", channels=1, classes=10, width=12, stem="stock")
+    wide = architectures.build(
+        architectures.graph_for("resnet18", channels=1, classes=10, width=12, stem="stock")
     ).state_dict()
     torch.save({f"module.{name}": t for name, t in narrow.items()}, folder / "prefixed.pt")
     save_file(narrow, folder / "good.safetensors")

@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "unit" / "claims"))
 from world import ALICE, Town, kit_of, person
 
 from mtlsign.claims import owner
-from mtlsign.claims.admission import find_claim
-from mtlsign.claims.commands import note_of
-from mtlsign.claims.council import tally
+from mtlsign.claims.commands.owner import note_of
+from mtlsign.claims.judging.admissibility import find_claim
+from mtlsign.claims.judging.council import tally
 
 OUT = Path(__file__).parent / "v0" / "claims.json"
 WARNING = "PUBLISHED TEST KEYS: anybody can sign as these people. Never use any of them."

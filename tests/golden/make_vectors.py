@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mtlsign import identity, key, null
-from mtlsign.carriers import qr
-from mtlsign.reference import Reference, make_reference
-from mtlsign.verification import Probe, verify
+from mtlsign.watermark.carriers import qr
+from mtlsign.watermark.keys import identity, spec
+from mtlsign.watermark.keys import opening as key
+from mtlsign.watermark.verification import evidence
+from mtlsign.watermark.verification.detector import Probe, verify
+from mtlsign.watermark.verification.reference import Reference, make_reference
 
 TEST_SEED = b"MTLSIGN TEST OWNER, NEVER USE IT"
 TEST_KIT_KEY = b"MTLSIGN TEST KIT KEY, PUBLISHED!"
@@ -57,7 +59,7 @@ def specs() -> dict[str, bytes]:
         "keyed-4096": {"n": 4096, "carrier": qr.make_carrier(4096, 3, 224, 224), "name": "test · 試験"},
     }
     return {
-        name: key.make_spec(**({"name": f"test {name}", "nonce": sha256(name.encode())} | common | choice))
+        name: spec.make_spec(**({"name": f"test {name}", "nonce": sha256(name.encode())} | common | choice))
         for name, choice in choices.items()
     }
 
@@ -69,7 +71,7 @@ def expand(opening: key.KeyOpening) -> dict[str, Any]:
     codes, images = qr.modules(pi[:2], spec.carrier.digits), qr.images(pi[:2], spec.carrier)
     return {
         "key": secret.hex(),
-        "m": key.m_bits(spec.n),
+        "m": spec.m_bits(spec.n),
         "integers_first": pi[:8].tolist(),
         "integers_sha256": sha256(pi.astype(">u8").tobytes()),
         "labels_first": "".join(map(str, bits[:64])),
@@ -101,10 +103,10 @@ def tails() -> list[dict[str, Any]]:
         (128, 128),
         (4096, 2500),
     )
-    rows: list[dict[str, Any]] = [{"n": n, "k": k, "bits": null.tail_bits(k, n)} for n, k in counts]
+    rows: list[dict[str, Any]] = [{"n": n, "k": k, "bits": evidence.tail_bits(k, n)} for n, k in counts]
     weights = [byte % 16 for byte in hashlib.sha512(b"weights").digest()]
     correct = [int(byte % 4 > 0) for byte in hashlib.sha512(b"correct").digest()]
-    bits = null.weighted_tail_bits(weights, np.array(correct, bool))
+    bits = evidence.weighted_tail_bits(weights, np.array(correct, bool))
     weighted = {"weights": bytes(weights).hex(), "correct": "".join(map(str, correct)), "bits": bits}
     return [*rows, weighted]
 
@@ -113,7 +115,9 @@ def identity_file(owner: identity.Identity) -> str:
     """A protected identity file with fixed salt and nonce (in earnest both are random)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "identity.json"
-        with mock.patch("mtlsign.identity.secrets.token_bytes", lambda size: bytes(range(size))):
+        with mock.patch(
+            "mtlsign.watermark.keys.identity.secrets.token_bytes", lambda size: bytes(range(size))
+        ):
             owner.save(path, TEST_PASSPHRASE)
         return path.read_text("ascii")
 
@@ -212,7 +216,7 @@ def frame() -> dict[str, Any]:
     reference = make_reference(model, [FRAME_TAP], torch.zeros(2, 1, 21, 21))
     opening = key.sign_spec(
         owner,
-        key.make_spec(
+        spec.make_spec(
             name="test frame", nonce=sha256(b"frame"), n=128, carrier=carrier, taps=[FRAME_TAP],
             head={"kind": "keyed"},
             statistic="count", graph={"arch": "own/golden:tiny"}, reference=reference.digest,

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from job_process import Finished, Job, Jobs
 
-from mtlsign.artifact import read_kit
-from mtlsign.sealing import Secret
+from mtlsign.watermark.keys.sealing import Secret
+from mtlsign.watermark.kit import read_kit
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 

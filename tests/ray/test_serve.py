@@ -22,14 +22,16 @@ from certificates import certificate
 from job_process import Job, Jobs
 from safetensors.torch import save
 
-from mtlsign.artifact import model_bytes
-from mtlsign.client import Client, claim_of
+from mtlsign.config.service import ServiceSettings
 from mtlsign.distributed import serve
-from mtlsign.key import Identity, make_spec, sign_spec
-from mtlsign.service import tokens
-from mtlsign.service.signing import read_verdict
-from mtlsign.service.store import Store
-from mtlsign.settings_service import ServiceSettings
+from mtlsign.service.auth import tokens
+from mtlsign.service.auth.signing import read_verdict
+from mtlsign.service.client import Client, claim_of
+from mtlsign.service.database import Store
+from mtlsign.storage.model_folder import model_bytes
+from mtlsign.watermark.keys.identity import Identity
+from mtlsign.watermark.keys.opening import sign_spec
+from mtlsign.watermark.keys.spec import make_spec
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 

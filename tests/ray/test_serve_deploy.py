@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from job_process import ROOT, Jobs, free_port
 
-from mtlsign.artifact import model_bytes
-from mtlsign.client import Client, claim_of
+from mtlsign.service.client import Client, claim_of
+from mtlsign.storage.model_folder import model_bytes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 

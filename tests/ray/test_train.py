@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from job_process import ROOT, Finished, Jobs
 
-from mtlsign import cli
-from mtlsign.artifact import read_kit, read_model
-from mtlsign.sealing import Secret
+from mtlsign.config import cli
+from mtlsign.storage.model_folder import read_model
+from mtlsign.watermark.keys.sealing import Secret
+from mtlsign.watermark.kit import read_kit
 
 # The limit is for crowded machines; on two quiet cores the whole file takes about a minute.
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from job_process import ROOT, Job, Jobs
 
-from mtlsign.settings_sweep import SweepSettings
-from mtlsign.space import count_of
-from mtlsign.storage import open_storage
-from mtlsign.sweep import Shared
-from mtlsign.sweep_run import SweepRun
+from mtlsign.config.sweep import SweepSettings
+from mtlsign.experiments.sweeps.run import SweepRun
+from mtlsign.experiments.sweeps.space import count_of
+from mtlsign.experiments.sweeps.trial import Shared
+from mtlsign.storage.locations import open_storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 

@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from mtlsign.claims.ledger import Tls
+from mtlsign.claims.ledger.tls import Tls
 
 START_LIMIT_S = 30.0
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from seaweed import S3Server
 
-from mtlsign import cli
-from mtlsign.artifact import read_model
-from mtlsign.key import Identity
-from mtlsign.sealing import Secret
-from mtlsign.storage import open_storage
+from mtlsign.config import cli
+from mtlsign.storage.locations import open_storage
+from mtlsign.storage.model_folder import read_model
+from mtlsign.watermark.keys.identity import Identity
+from mtlsign.watermark.keys.sealing import Secret
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
 

@@ -8,9 +8,10 @@ import pytest
 from job_process import Finished, Jobs
 from seaweed import S3Server
 
-from mtlsign.artifact import read_kit, read_model
-from mtlsign.sealing import Secret
-from mtlsign.storage import open_storage
+from mtlsign.storage.locations import open_storage
+from mtlsign.storage.model_folder import read_model
+from mtlsign.watermark.keys.sealing import Secret
+from mtlsign.watermark.kit import read_kit
 
 pytestmark = [pytest.mark.ray, pytest.mark.services, pytest.mark.timeout(1800)]
 

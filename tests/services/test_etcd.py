@@ -17,16 +17,17 @@ import etcd
 import pytest
 
 from mtlsign.claims import merkle, owner
-from mtlsign.claims.admission import find_claim
-from mtlsign.claims.council import tally
-from mtlsign.claims.etcd_client import encode
-from mtlsign.claims.etcd_ledger import EtcdLedger, open_etcd
-from mtlsign.claims.ledger import Tls, open_ledger
-from mtlsign.claims.parsing import seal
-from mtlsign.claims.recompute import check
-from mtlsign.claims.statements import Register
-from mtlsign.claims.view import read_view
-from mtlsign.claims.witness import Witness
+from mtlsign.claims.judging.admissibility import find_claim
+from mtlsign.claims.judging.council import tally
+from mtlsign.claims.ledger.etcd import EtcdLedger, open_etcd
+from mtlsign.claims.ledger.etcd_client import encode
+from mtlsign.claims.ledger.open import open_ledger
+from mtlsign.claims.ledger.rebuild import check
+from mtlsign.claims.ledger.tls import Tls
+from mtlsign.claims.ledger.view import read_view
+from mtlsign.claims.ledger.witness import Witness
+from mtlsign.claims.statements.parsing import seal
+from mtlsign.claims.statements.types import Register
 from mtlsign.errors import LedgerError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "unit" / "claims"))

@@ -11,7 +11,7 @@ from botocore.config import Config
 
 from mtlsign.claims.exposure import is_public
 from mtlsign.errors import StorageError
-from mtlsign.storage import open_storage
+from mtlsign.storage.locations import open_storage
 
 pytestmark = pytest.mark.services
 

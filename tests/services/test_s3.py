@@ -12,12 +12,14 @@ import pytest
 import torch
 from seaweed import S3Server
 
-from mtlsign.artifact import Kit, read_kit, read_model, write_kit, write_model
 from mtlsign.errors import ArtifactError, StorageError
-from mtlsign.folder import MANIFEST, read_folder, write_folder
-from mtlsign.key import KeyOpening
-from mtlsign.sealing import Secret
-from mtlsign.storage import Storage, open_storage
+from mtlsign.storage.base import Storage
+from mtlsign.storage.locations import open_storage
+from mtlsign.storage.manifest import MANIFEST, read_folder, write_folder
+from mtlsign.storage.model_folder import read_model, write_model
+from mtlsign.watermark.keys.opening import KeyOpening
+from mtlsign.watermark.keys.sealing import Secret
+from mtlsign.watermark.kit import Kit, read_kit, write_kit
 
 pytestmark = pytest.mark.services
 

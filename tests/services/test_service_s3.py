@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import seaweed
 
-from mtlsign.artifact import model_bytes, write_model
-from mtlsign.service.files import Library
+from mtlsign.config.service import ServiceSettings
+from mtlsign.service.fetch.model_cache import Library
 from mtlsign.service.problems import Problem
-from mtlsign.settings_service import ServiceSettings
-from mtlsign.storage import open_storage
+from mtlsign.storage.locations import open_storage
+from mtlsign.storage.model_folder import model_bytes, write_model
 
 pytestmark = pytest.mark.services
 

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from seaweed import S3Server
 
-from mtlsign import cli, sweep, sweep_run
-from mtlsign.space import Cell
-from mtlsign.storage import open_storage
-from mtlsign.sweep import Shared
+from mtlsign.config import cli
+from mtlsign.experiments.sweeps import run, trial
+from mtlsign.experiments.sweeps.space import Cell
+from mtlsign.experiments.sweeps.trial import Shared
+from mtlsign.storage.locations import open_storage
 from mtlsign.tasks import Task
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
@@ -31,7 +32,12 @@ def test_a_sweep_lives_in_s3(
 ) -> None:
     for name, value in s3.env.items():
         monkeypatch.setenv(name, value)
-    for module in ("sweep", "sweep_run", "campaign", "embedding"):
+    for module in (
+        "experiments.sweeps.trial",
+        "experiments.sweeps.run",
+        "experiments.attack_runs.target",
+        "watermark.embedding.pipeline",
+    ):
         monkeypatch.setattr(f"mtlsign.{module}.load_task", lambda *_, **__: tiny_task)
     place = f"s3://{s3.bucket}/sweep"
     store = open_storage(place, endpoint=s3.endpoint)
@@ -49,7 +55,7 @@ def test_a_sweep_lives_in_s3(
                     if stop and len(steps) == 2 and row["step"] > 50:
                         raise KeyboardInterrupt
 
-            return sweep.run_cell(cell, shared, look)
+            return trial.run_cell(cell, shared, look)
 
         return run_cell
 
@@ -58,15 +64,17 @@ def test_a_sweep_lives_in_s3(
             cli.run(main, [*flags, *where])
         return ended.value.code, capsys.readouterr().out
 
-    monkeypatch.setattr(sweep_run, "run_cell", watch(stop=True))
+    monkeypatch.setattr(run, "run_cell", watch(stop=True))
     assert start("--space", "smoke", "--fixed", FIXED, "--attacks", "int8", "--run", "s") == (130, "")
     first, second = steps
     assert store.exists(f"runs/s/cells/{first}/result.json") and not store.exists("runs/s/cells.csv")
     assert store.exists(f"runs/s/cells/{second}/state.pt")
     kept = store.read(f"runs/s/cells/{first}/result.json", 2**20)
     steps.clear()
-    monkeypatch.setattr(sweep_run, "run_cell", watch(stop=False))
-    monkeypatch.setattr("mtlsign.embedding.clean_phase", lambda *_: pytest.fail("phase 1 ran again"))
+    monkeypatch.setattr(run, "run_cell", watch(stop=False))
+    monkeypatch.setattr(
+        "mtlsign.watermark.embedding.pipeline.clean_phase", lambda *_: pytest.fail("phase 1 ran again")
+    )
     code, out = start("--resume", "s")
     assert code == 0 and steps[first] == [] and min(steps[second]) > 50
     rows = list(csv.DictReader(io.StringIO(store.read("runs/s/cells.csv", 2**20).decode())))

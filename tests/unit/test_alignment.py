@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mtlsign import alignment
-from mtlsign.alignment import column_norms, into_frame, mass
+from mtlsign.watermark.verification import alignment
+from mtlsign.watermark.verification.alignment import column_norms, into_frame, mass
 
 SHAPES = [((6, 4, 3, 3), 1), ((6, 2, 3, 3), 2), ((6, 1, 3, 3), 6), ((8, 5), 1), ((12, 3, 1, 1), 4)]
 

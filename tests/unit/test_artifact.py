@@ -15,21 +15,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save
 
-from mtlsign.artifact import (
-    KIT_PURPOSE,
-    Kit,
-    model_bytes,
-    model_digest,
-    read_kit,
-    read_model,
-    read_tensors,
-    write_kit,
-    write_model,
-)
 from mtlsign.errors import ArtifactError, KeyMaterialError, ModelError, MTLSignError, StorageError
-from mtlsign.key import KeyOpening
-from mtlsign.sealing import Secret, seal
-from mtlsign.storage import Storage, open_storage
+from mtlsign.storage.base import Storage
+from mtlsign.storage.locations import open_storage
+from mtlsign.storage.model_folder import model_bytes, model_digest, read_model, write_model
+from mtlsign.storage.safetensors_io import read_tensors
+from mtlsign.watermark.keys.opening import KeyOpening
+from mtlsign.watermark.keys.sealing import Secret, seal
+from mtlsign.watermark.kit import KIT_PURPOSE, Kit, read_kit, write_kit
 
 SECRET = Secret.from_kit_key(bytes(32))
 TENSORS = {

@@ -16,27 +16,22 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mtlsign import cli
-from mtlsign.artifact import MODEL_FILE, read_model
-from mtlsign.attack_report import render_attack_report
 from mtlsign.attacks import Order
-from mtlsign.attacks.orders import as_mapping
-from mtlsign.campaign import (
-    COLUMNS,
-    Struck,
-    Target,
-    carry_out,
-    compared,
-    orders_of,
-    state_of,
-    summary_counts,
-)
-from mtlsign.key import Identity
-from mtlsign.kits import verify_with_kit
-from mtlsign.sealing import Secret
-from mtlsign.settings import VerifySettings
-from mtlsign.storage import open_storage
-from mtlsign.tensors import tensor_bytes
+from mtlsign.attacks.expressions import as_mapping
+from mtlsign.config import cli
+from mtlsign.config.verify import VerifySettings
+from mtlsign.experiments.attack_runs import executor
+from mtlsign.experiments.attack_runs.executor import Struck, carry_out, orders_of
+from mtlsign.experiments.attack_runs.results import COLUMNS, compared, summary_counts
+from mtlsign.experiments.attack_runs.target import Target
+from mtlsign.reports.attack_console import state_of
+from mtlsign.reports.attacks import render_attack_report
+from mtlsign.storage.locations import open_storage
+from mtlsign.storage.model_folder import MODEL_FILE, read_model
+from mtlsign.storage.safetensors_io import tensor_bytes
+from mtlsign.watermark.keys.identity import Identity
+from mtlsign.watermark.keys.sealing import Secret
+from mtlsign.watermark.kit import verify_with_kit
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = {
@@ -158,9 +153,8 @@ def test_attacked_models_are_read_by_the_verifier(job: Job) -> None:
 
 
 def test_an_interrupted_run_keeps_its_rows_and_goes_on(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mtlsign import campaign
 
-    strike, seen = campaign.strike, []
+    strike, seen = executor.strike, []
 
     def interrupted(target: Any, order: Any, *rest: Any) -> Any:
         seen.append(order.name)
@@ -168,14 +162,14 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on(job: Job, monkeypatch: py
             raise KeyboardInterrupt
         return strike(target, order, *rest)
 
-    monkeypatch.setattr(campaign, "strike", interrupted)
+    monkeypatch.setattr(executor, "strike", interrupted)
     attacks = ("--attacks", "int8,noise,int4,bn_gauge")
     code, out, err = job(*attacks, "--run", "cut")
     assert (code, out) == (130, "") and err.splitlines()[-1].startswith("interrupted")
     kept = table(job.storage, "cut")
     assert [r["attack"] for r in kept] == ["none", "int8", "noise"]
     assert not (job.storage / "runs/cut/manifest.json").exists()
-    monkeypatch.setattr(campaign, "strike", lambda t, o, *rest: seen.append(o.name) or strike(t, o, *rest))
+    monkeypatch.setattr(executor, "strike", lambda t, o, *rest: seen.append(o.name) or strike(t, o, *rest))
     seen.clear()
     code, _, err = job("--resume", "cut")
     assert code == 0 and seen == ["int4", "bn_gauge"] and "3 of them are done already" in err
@@ -190,7 +184,7 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on(job: Job, monkeypatch: py
 
 
 def test_what_fails_or_diverges_is_a_row(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mtlsign.attacks import noise
+    from mtlsign.attacks import weight_noise
 
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("a defect of one attack")
@@ -200,7 +194,7 @@ def test_what_fails_or_diverges_is_a_row(job: Job, monkeypatch: pytest.MonkeyPat
     assert code == 0 and "1 failed" in out
     rows = {r["attack"]: r for r in table(job.storage, "bad")}
     assert rows["noise"]["status"] == "failed" and "ZeroDivisionError" in rows["noise"]["reason"]
-    assert rows["int8"]["status"] == "ok" and noise.noise.__doc__
+    assert rows["int8"]["status"] == "ok" and weight_noise.noise.__doc__
     monkeypatch.undo()
     code, out, _ = job("--attacks", "noise:sigma=10,ftal:lr=100,epochs=40,batch=2", "--run", "nan")
     rows = {r["attack"]: r for r in table(job.storage, "nan")}
@@ -236,7 +230,7 @@ def test_a_models_own_task_is_not_imported_unasked(job: Job, tmp_path: Path) -> 
     assert code == 2 and "give --task" in err  # `own`: a notebook's task has no name
     place = Path(job.saved.result["model_path"])
     config = json.loads((place / "config.json").read_text()) | {"task": "attackedtask:task"}
-    from mtlsign.artifact import write_model
+    from mtlsign.storage.model_folder import write_model
 
     digest = write_model(
         open_storage(str(tmp_path / "other")), read_model(str(place)).tensors, config, "card"

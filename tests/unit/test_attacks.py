@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtlsign import backbone
 from mtlsign.attacks import ATTACKS, AttackDivergedError, Attacked, Budget, NotApplicableError, parse
-from mtlsign.attacks.data import attackers, change, through
+from mtlsign.attacks.attacker_data import attackers, change, through
 from mtlsign.attacks.quantisation import quantise
 from mtlsign.attacks.symmetries import TOLERANCE, function_change
-from mtlsign.kits import probe_of
+from mtlsign.models import architectures
 from mtlsign.tasks import Task
-from mtlsign.verification import Probe, verify
+from mtlsign.watermark.kit import probe_of
+from mtlsign.watermark.verification.detector import Probe, verify
 
 Maker = Callable[..., nn.Module]
 
@@ -91,7 +91,7 @@ def test_symmetries_preserve_the_function(name: str, tiny_model: Maker, tiny_tas
 @pytest.mark.parametrize("text", ["scale_stream+permute_channels+scale_inner+scale_rows+bn_gauge+bn_fold"])
 def test_symmetries_in_sequence_on_both_kinds_of_block(arch: str, text: str, tiny_task: Task) -> None:
     torch.manual_seed(0)
-    model = backbone.build(backbone.graph_for(arch, channels=1, classes=4, width=8)).eval()
+    model = architectures.build(architectures.graph_for(arch, channels=1, classes=4, width=8)).eval()
     with torch.no_grad():
         for m in model.modules():
             if isinstance(m, nn.BatchNorm2d):

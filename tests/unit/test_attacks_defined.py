@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from mtlsign.attacks import Attacked, Budget, adversary, parse, scrubbing
-from mtlsign.attacks.data import attackers
-from mtlsign.losses import correlation_loss
+from mtlsign.attacks import Attacked, Budget, adversary_key, decorrelation, parse
+from mtlsign.attacks.attacker_data import attackers
 from mtlsign.tasks import Batch, Split, Task
-from mtlsign.verification import verify
+from mtlsign.watermark.embedding.losses import correlation_loss
+from mtlsign.watermark.verification.detector import verify
 
 Maker = Callable[..., nn.Module]
 RATE = 0.02
@@ -121,7 +121,7 @@ def test_annealing_starts_at_the_training_rate_and_ends_near_0(
 
 def test_scrubbing_tears_the_response_to_codes_away(stolen: nn.Module, tiny_task: Task) -> None:
     data = attackers(stolen, tiny_task, Budget(), 0)
-    graph, images = scrubbing._graph(stolen, data, 99, 1)  # codes that the attack never saw
+    graph, images = decorrelation._graph(stolen, data, 99, 1)  # codes that the attack never saw
 
     def likeness(model: nn.Module) -> float:
         def features(net: nn.Module) -> Tensor:
@@ -237,8 +237,8 @@ def test_overwriting_embeds_a_second_key_in_as_many_steps_as_it_says(
         text = f"overwrite:epochs={epochs},n=128,lambda2=0,images=16"
         return run(text, stolen, tiny_task, tick=lambda step, _: steps.append(step)).model
 
-    s = adversary.settings(Budget(lr=RATE), 0, stolen, head="keyed", lambda2=0.0, steps=30, key_size=128)
-    probe = adversary.claim(stolen, attackers(stolen, tiny_task, Budget(), 0), s)[2]()
+    s = adversary_key.settings(Budget(lr=RATE), 0, stolen, head="keyed", lambda2=0.0, steps=30, key_size=128)
+    probe = adversary_key.claim(stolen, attackers(stolen, tiny_task, Budget(), 0), s)[2]()
     found = [
         verify(model.state_dict(), probe).accuracy for model in (stolen, overwritten(1), overwritten(30))
     ]

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtlsign.attacks import ATTACKS, describe, parse
-from mtlsign.attacks.orders import MAX_TEXT, _links, as_mapping
-from mtlsign.attacks.protocol import settings_of
+from mtlsign.attacks.base import settings_of
+from mtlsign.attacks.expressions import MAX_TEXT, _links, as_mapping
 from mtlsign.errors import SettingsError
 
 

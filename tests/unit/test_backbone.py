@@ -9,17 +9,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from mtlsign.backbone import (
-    RESNETS,
-    build,
-    default_taps,
-    forward_to_taps,
-    graph_for,
-    load_factory,
-    tapped_layers,
-    tapped_parameters,
-)
 from mtlsign.errors import ModelError
+from mtlsign.models.architectures import RESNETS, build, default_taps, graph_for
+from mtlsign.models.factories import load_factory
+from mtlsign.models.taps import forward_to_taps, tapped_layers, tapped_parameters
 
 
 def narrow(arch: str = "resnet18", stem: str = "cifar", width: int = 8) -> Any:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mtlsign import checkpoint
-from mtlsign.backbone import build, graph_for
-from mtlsign.checkpoint import load_checkpoint, map_names, map_suspect, torchvision_name
 from mtlsign.errors import ModelError
+from mtlsign.models import checkpoints
+from mtlsign.models.architectures import build, graph_for
+from mtlsign.models.checkpoints import load_checkpoint, map_names, map_suspect, torchvision_name
 
 
 def network(arch: str = "resnet18", classes: int = 10, width: int = 4) -> Any:
@@ -152,7 +152,7 @@ def test_files_that_are_refused(
     refused("save it as float32", saved({"bn1.bias": torch.ones(4, dtype=torch.int8)}))
     refused("1 of .* missing, such as layer4.1.bn2.bias", saved({}, drop="layer4.1.bn2.bias"))
     refused("2 tensors that the model has not", saved({"a.weight": torch.ones(1), "b.weight": torch.ones(1)}))
-    monkeypatch.setattr(checkpoint, "MAX_BYTES", 10)
+    monkeypatch.setattr(checkpoints, "MAX_BYTES", 10)
     refused("give the weights alone", saved({}))
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from mtlsign import cli
+from mtlsign.config import cli
+from mtlsign.config.embed import EmbedSettings
+from mtlsign.config.verify import VerifySettings
 from mtlsign.errors import SettingsError, StorageError
-from mtlsign.progress_line import EmbedLine
-from mtlsign.settings import EmbedSettings, VerifySettings
+from mtlsign.reports import console
+from mtlsign.reports.embedding_console import EmbedLine
 
 
 def parse(*argv: str) -> EmbedSettings:
@@ -98,13 +100,13 @@ def test_a_bug_keeps_its_traceback() -> None:
 
 
 def test_the_line_without_a_terminal_is_plain_and_rare(capsys: pytest.CaptureFixture[str]) -> None:
-    line = cli.LiveLine(every=3600)
+    line = console.LiveLine(every=3600)
     for i in range(50):
         line.show(f"step {i}")
     line.show("done", final=True)
     line.say("whole")
     assert capsys.readouterr().err.splitlines() in (["step 0", "done", "whole"], ["done", "whole"])
-    quiet = cli.LiveLine(quiet=True)
+    quiet = console.LiveLine(quiet=True)
     quiet.show("x", final=True)
     quiet.say("y")
     assert capsys.readouterr().err == ""
@@ -127,8 +129,8 @@ def test_progress_rows_become_one_line_per_phase(capsys: pytest.CaptureFixture[s
 
 
 def test_tables_and_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.table([("a", "1"), ("long", "2")]) == "  a     1\n  long  2"
-    cli.print_json({"b": 1, "a": [0.5]})
+    assert console.table([("a", "1"), ("long", "2")]) == "  a     1\n  long  2"
+    console.print_json({"b": 1, "a": [0.5]})
     assert json.loads(capsys.readouterr().out) == {"b": 1, "a": [0.5]}
     with pytest.raises(ValueError):
-        cli.print_json({"a": float("nan")})
+        console.print_json({"a": float("nan")})

@@ -14,16 +14,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mtlsign
-from mtlsign import embedding, network, outcome, phases
-from mtlsign.backbone import build
+from mtlsign.config.embed import EmbedSettings
+from mtlsign.config.verify import VerifySettings
 from mtlsign.errors import KeyMaterialError, ModelError, MTLSignError, SettingsError
-from mtlsign.key import Identity
-from mtlsign.kits import probe_of, verify_with_kit
-from mtlsign.sealing import Secret
-from mtlsign.settings import EmbedSettings, VerifySettings
-from mtlsign.storage import open_storage
+from mtlsign.models import loading
+from mtlsign.models.architectures import build
+from mtlsign.storage.locations import open_storage
 from mtlsign.tasks import Task
-from mtlsign.verification import verify
+from mtlsign.watermark.embedding import pipeline, training
+from mtlsign.watermark.embedding import result as outcome
+from mtlsign.watermark.keys.identity import Identity
+from mtlsign.watermark.keys.sealing import Secret
+from mtlsign.watermark.kit import probe_of, verify_with_kit
+from mtlsign.watermark.verification.detector import verify
 
 Maker = Callable[..., nn.Module]
 FAST: dict[str, Any] = {
@@ -171,7 +174,7 @@ def test_embed_your_own_objects(owner: Identity) -> None:
 )
 def test_own_names_fit_the_spec_and_the_graph(module: str, qualname: str) -> None:
     kind = type("Net", (Small,), {"__module__": module, "__qualname__": qualname})
-    arch = network.own_arch(kind)
+    arch = loading.own_arch(kind)
     assert ARCH.fullmatch(arch)
     assert isinstance(build({"arch": arch}, factories={arch[4:]: Small}), Small)
 
@@ -205,7 +208,7 @@ def task(seed):
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner_file: Path, folder: str) -> dict[str, Any]:
     (tmp_path / "tinyfactory.py").write_text(FACTORY)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(phases, "CHECKPOINT_STEPS", 4)
+    monkeypatch.setattr(training, "CHECKPOINT_STEPS", 4)
     return {
         **FAST,
         "task": "tinyfactory:task",
@@ -225,7 +228,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner_file: Path, folde
 
 def start(job: dict[str, Any], show: Any = None, **changes: Any) -> outcome.Embedded:
     values = {k: v for k, v in (job | changes).items() if v is not None}
-    return embedding.run(EmbedSettings.of(values), embedding.PlainRunner(show))
+    return pipeline.run(EmbedSettings.of(values), pipeline.PlainRunner(show))
 
 
 class Killed(BaseException):

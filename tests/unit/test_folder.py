@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtlsign.errors import ArtifactError
-from mtlsign.folder import MANIFEST, manifest_bytes, parse_manifest, read_folder, write_folder
-from mtlsign.storage import LocalStorage, Storage, open_storage
+from mtlsign.storage.base import Storage
+from mtlsign.storage.local import LocalStorage
+from mtlsign.storage.locations import open_storage
+from mtlsign.storage.manifest import MANIFEST, manifest_bytes, parse_manifest, read_folder, write_folder
 
 FILES = {"a.bin": b"alpha", "b.bin": b"", "README.md": b"card\n"}
 

@@ -165,7 +165,7 @@ def test_cluster_is_pinned_locked_and_closed(cluster: dict[str, Any]) -> None:
 
 
 def test_smoke_space_names_settings_and_is_small() -> None:
-    from mtlsign.settings import EmbedSettings
+    from mtlsign.config.embed import EmbedSettings
 
     space = smoke()
     cells = 1

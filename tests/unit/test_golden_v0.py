@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mtlsign import key, null
 from mtlsign.errors import KeyMaterialError
-from mtlsign.identity import Identity
+from mtlsign.watermark.keys import opening as key
+from mtlsign.watermark.keys import spec
+from mtlsign.watermark.keys.identity import Identity
+from mtlsign.watermark.verification import evidence
 
 TESTS = Path(__file__).parents[1]
 GOLDEN: dict[str, Any] = json.loads((TESTS / "golden" / "v0" / "vectors.json").read_text("utf-8"))
@@ -62,9 +64,9 @@ def test_tails() -> None:
         if "weights" in row:
             weights, correct = list(bytes.fromhex(row["weights"])), list(map(int, row["correct"]))
             second = READER["weighted_tail_bits"](weights, correct)
-            package = null.weighted_tail_bits(weights, np.array(correct, bool))
+            package = evidence.weighted_tail_bits(weights, np.array(correct, bool))
         else:
-            second, package = READER["tail_bits"](row["k"], row["n"]), null.tail_bits(row["k"], row["n"])
+            second, package = READER["tail_bits"](row["k"], row["n"]), evidence.tail_bits(row["k"], row["n"])
         assert second == pytest.approx(row["bits"], abs=1e-9)
         assert package == pytest.approx(row["bits"], abs=1e-9)
 
@@ -84,7 +86,7 @@ def test_refused_specs(reason: str) -> None:
     data = base64.b64decode(GOLDEN["refused"][reason])
     assert data != base64.b64decode(GOLDEN["vectors"]["keyed-1024"]["opening"]["spec"])
     with pytest.raises(KeyMaterialError):
-        key.parse_spec(data)
+        spec.parse_spec(data)
 
 
 FRAME: dict[str, Any] = json.loads((TESTS / "golden" / "v0" / "frame.json").read_text("utf-8"))

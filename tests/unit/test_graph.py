@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mtlsign.errors import ArtifactError, ModelError
-from mtlsign.graph import MIN_STD, Features, VerifierGraph, exact_fp32
-from mtlsign.reference import Reference, make_reference
-from mtlsign.tensors import read_tensors, tensor_bytes
+from mtlsign.storage.safetensors_io import read_tensors, tensor_bytes
+from mtlsign.watermark.verification.graph import MIN_STD, Features, VerifierGraph, exact_fp32
+from mtlsign.watermark.verification.reference import Reference, make_reference
 
 Maker = Callable[..., nn.Module]
 IMAGES = torch.randn(16, 1, 24, 24, generator=torch.Generator().manual_seed(5)).sign()

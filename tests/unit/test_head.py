@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mtlsign.errors import ArtifactError, MTLSignError
-from mtlsign.graph import Features
-from mtlsign.head import FreeHead, KeyedHead
-from mtlsign.key import signs
-from mtlsign.tensors import read_tensors, tensor_bytes
+from mtlsign.storage.safetensors_io import read_tensors, tensor_bytes
+from mtlsign.watermark.keys.opening import signs
+from mtlsign.watermark.verification.graph import Features
+from mtlsign.watermark.verification.heads import FreeHead, KeyedHead
 
 KEY = bytes(range(32))
 FEATURES = Features.of(torch.randn(10, 12, generator=torch.Generator().manual_seed(0)))

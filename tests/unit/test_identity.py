@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mtlsign import identity as I
 from mtlsign.errors import KeyMaterialError
+from mtlsign.watermark.keys import identity as I
 
 OWNER = I.Identity(bytes(range(32)), bytes(range(32, 64)))
 

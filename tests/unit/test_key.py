@@ -14,9 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtlsign import key as K
-from mtlsign.carriers.qr import make_carrier
 from mtlsign.errors import KeyMaterialError
+from mtlsign.watermark.carriers.qr import make_carrier
+from mtlsign.watermark.keys import identity
+from mtlsign.watermark.keys import opening as K
+from mtlsign.watermark.keys.spec import Spec, decimal_digits, m_bits, make_spec, parse_spec
 
 FIELDS: dict[str, Any] = {
     "format": "mtlsign/v0",
@@ -32,8 +34,8 @@ FIELDS: dict[str, Any] = {
     "graph": {"arch": "torchvision/resnet18", "channels": 1, "classes": 10, "width": 16, "stem": "cifar"},
     "reference": "cd" * 32,
 }
-OWNER = K.Identity(bytes(range(32)), bytes(32))
-SPEC = K.make_spec(**FIELDS)
+OWNER = identity.Identity(bytes(range(32)), bytes(32))
+SPEC = make_spec(**FIELDS)
 OPENING = K.sign_spec(OWNER, SPEC)
 P = 2**255 - 19
 L = 2**252 + 27742317777372353535851937790883648493
@@ -51,27 +53,27 @@ def changed(path: str, value: object) -> bytes:
 
 
 def test_a_spec_reads_back_and_keeps_its_bytes() -> None:
-    spec = K.parse_spec(SPEC)
+    spec = parse_spec(SPEC)
     assert (spec.raw, spec.n, spec.name, spec.taps) == (SPEC, 600, "王's model", ("layer1",))
     assert spec.graph == FIELDS["graph"] and spec.carrier.digits == 10 and spec.head.hidden is None
     assert pickle.loads(pickle.dumps(spec)) == spec
     assert FIELDS["nonce"] not in repr(spec) and "raw" not in repr(spec)
     spaced = b" \n" + json.dumps(FIELDS, indent=3).encode() + b"\n"
-    assert K.parse_spec(spaced).raw == spaced
-    free = K.parse_spec(changed("head", {"kind": "free", "hidden": 64, "features": "pooled"})).head
+    assert parse_spec(spaced).raw == spaced
+    free = parse_spec(changed("head", {"kind": "free", "hidden": 64, "features": "pooled"})).head
     assert (free.kind, free.hidden, free.features) == ("free", 64, "pooled")
 
 
 def test_make_spec_draws_a_fresh_nonce_and_checks() -> None:
     given = set(FIELDS) - {"nonce", "format", "readouts", "normalise"}
     rest = {name: FIELDS[name] for name in given}
-    one, two = K.parse_spec(K.make_spec(**rest)), K.parse_spec(K.make_spec(**rest))
+    one, two = parse_spec(make_spec(**rest)), parse_spec(make_spec(**rest))
     assert one.nonce != two.nonce and one.normalise == "key-batch"
     for bad in ({"n": 1.5}, {"extra": 1}, {"name": object()}, {"name": "\ud800"}, {"n": float("nan")}):
         with pytest.raises(KeyMaterialError):
-            K.make_spec(**(rest | bad))
+            make_spec(**(rest | bad))
     with pytest.raises(KeyMaterialError, match="missing"):
-        K.make_spec(name="x")
+        make_spec(name="x")
 
 
 @pytest.mark.parametrize(("n", "m", "digits"), [
@@ -79,7 +81,7 @@ def test_make_spec_draws_a_fresh_nonce_and_checks() -> None:
     (4096, 36, 11),
 ])  # fmt: skip
 def test_widths(n: int, m: int, digits: int) -> None:
-    assert (K.m_bits(n), K.decimal_digits(n)) == (m, digits)
+    assert (m_bits(n), decimal_digits(n)) == (m, digits)
 
 
 @pytest.mark.parametrize(("path", "value"), [
@@ -106,7 +108,7 @@ def test_widths(n: int, m: int, digits: int) -> None:
 ])  # fmt: skip
 def test_each_limit_of_a_spec(path: str, value: object) -> None:
     with pytest.raises(KeyMaterialError):
-        K.parse_spec(changed(path, value))
+        parse_spec(changed(path, value))
 
 
 def test_bytes_that_could_mean_two_things_are_refused() -> None:
@@ -124,7 +126,7 @@ def test_bytes_that_could_mean_two_things_are_refused() -> None:
     ]  # fmt: skip
     for data in hostile:
         with pytest.raises(KeyMaterialError) as caught:
-            K.parse_spec(data)
+            parse_spec(data)
         assert FIELDS["nonce"] not in str(caught.value) and caught.value.__cause__ is None
 
 
@@ -141,7 +143,7 @@ def test_hostile_bytes_raise_nothing_else(base: bytes, data: st.DataObject) -> N
     at = data.draw(st.integers(0, len(base)))
     cut = data.draw(st.integers(0, 3))
     mutated = base[:at] + data.draw(st.binary(max_size=4)) + base[at + cut :]
-    for parse in (K.parse_spec, lambda raw: K.KeyOpening.from_json(raw).key()):
+    for parse in (parse_spec, lambda raw: K.KeyOpening.from_json(raw).key()):
         try:
             parse(mutated)
         except KeyMaterialError as error:
@@ -152,10 +154,10 @@ def test_hostile_bytes_raise_nothing_else(base: bytes, data: st.DataObject) -> N
 @given(st.sampled_from([*FIELDS, *(f"carrier.{name}" for name in FIELDS["carrier"])]), json_values)
 def test_hostile_values_raise_nothing_else(path: str, value: object) -> None:
     try:
-        spec = K.parse_spec(changed(path, value))
+        spec = parse_spec(changed(path, value))
     except KeyMaterialError:
         return
-    assert isinstance(spec, K.Spec)
+    assert isinstance(spec, Spec)
 
 
 def test_opening_gives_the_key_and_reads_back() -> None:
@@ -174,7 +176,7 @@ def test_a_forged_opening_has_no_key() -> None:
     s = int.from_bytes(signature[32:], "little")
     malleable = signature[:32] + (s + L).to_bytes(32, "little")  # passes a verifier that does not check S < L
     forged = [
-        (SPEC + b" ", public_key, signature), (spec, K.Identity.generate().public_key, signature),
+        (SPEC + b" ", public_key, signature), (spec, identity.Identity.generate().public_key, signature),
         (spec, public_key, bytes(64)), (spec, public_key, signature[:-1]), (spec, public_key, malleable),
         (spec, public_key[:-1], signature), (b"{}", public_key, signature),
         (spec, b"\x02" + bytes(31), signature),
@@ -272,7 +274,7 @@ def test_streams_are_separate_prefixes_of_themselves() -> None:
 def test_repeated_integers_are_dropped_and_the_stream_read_on() -> None:
     key = bytes(32)
     for n in (2, 3, 5, 8):  # 3 to 9 bits, so that repeats are common
-        m = K.m_bits(n)
+        m = m_bits(n)
         stream = K.keystream(key, b"mtlsign/v0/integers", 300)
         text = "".join(f"{byte:08b}" for byte in stream)
         expected = list(dict.fromkeys(int(text[i : i + m], 2) for i in range(0, len(text) - m, m)))[:n]
@@ -285,7 +287,7 @@ def test_keystream_limits() -> None:
             K.labels(bad, 8)  # type: ignore[arg-type]
     calls: tuple[Callable[[], object], ...] = (
         lambda: K.labels(bytes(32), 0), lambda: K.integers(bytes(32), 1), lambda: K.signs(bytes(32), 0),
-        lambda: K.signs(bytes(32), 1, -1), lambda: K.m_bits(1),
+        lambda: K.signs(bytes(32), 1, -1), lambda: m_bits(1),
     )  # fmt: skip
     for call in calls:
         with pytest.raises(ValueError):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtlsign.losses import (
+from mtlsign.watermark.embedding.losses import (
     InnerTuning,
     add_r_func_gradient,
     distillation_loss,

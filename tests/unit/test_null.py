@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtlsign import null
+from mtlsign.watermark.verification import evidence
 
 
 def exact(k: int, n: int) -> Fraction:
@@ -19,56 +19,58 @@ def exact(k: int, n: int) -> Fraction:
 
 
 def test_quoted_numbers() -> None:
-    assert null.tail_bits(420, 600) == pytest.approx(75.242, abs=5e-4)
-    assert math.log10(null.p_value(null.tail_bits(420, 600))) == pytest.approx(-22.65, abs=5e-3)
-    assert (null.threshold(600, 120), null.threshold(1024, 120)) == (452, 712)
-    assert null.paper_chernoff(0.7, p=0.575, n=600, lam=0.34) == pytest.approx(3.37e-8, rel=2e-3)
-    assert null.tail_bits(1024, 1024) == 1024.0 and null.p_value(1024.0) == 2.0**-1024
+    assert evidence.tail_bits(420, 600) == pytest.approx(75.242, abs=5e-4)
+    assert math.log10(evidence.p_value(evidence.tail_bits(420, 600))) == pytest.approx(-22.65, abs=5e-3)
+    assert (evidence.threshold(600, 120), evidence.threshold(1024, 120)) == (452, 712)
+    assert evidence.paper_chernoff(0.7, p=0.575, n=600, lam=0.34) == pytest.approx(3.37e-8, rel=2e-3)
+    assert evidence.tail_bits(1024, 1024) == 1024.0 and evidence.p_value(1024.0) == 2.0**-1024
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 11, 60])
 def test_tail_is_exact(n: int) -> None:
     for k in range(-1, n + 2):
         expected = exact(k, n)
-        found = null.tail_bits(k, n)
+        found = evidence.tail_bits(k, n)
         assert found >= 0.0 and math.copysign(1.0, found) == 1.0
         if expected == 0:
-            assert found == math.inf and null.p_value(found) == 0.0
+            assert found == math.inf and evidence.p_value(found) == 0.0
         else:
-            assert null.p_value(found) == pytest.approx(float(expected), rel=1e-13)
+            assert evidence.p_value(found) == pytest.approx(float(expected), rel=1e-13)
 
 
 def test_tail_near_certainty_keeps_its_digits() -> None:
-    assert null.tail_bits(1, 100) == pytest.approx(2.0**-100 / math.log(2), rel=1e-12)
+    assert evidence.tail_bits(1, 100) == pytest.approx(2.0**-100 / math.log(2), rel=1e-12)
 
 
 @settings(max_examples=120, deadline=None)
 @given(st.integers(1, 700), st.data())
 def test_bound_and_monotony(n: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(0, n))
-    bits = null.tail_bits(k, n)
-    assert null.chernoff_bits(k, n) <= bits + 1e-9 and null.chernoff_bound(k, n) <= 1.0
-    assert null.tail_bits(k + 1, n) > bits or bits < 1e-9
+    bits = evidence.tail_bits(k, n)
+    assert evidence.chernoff_bits(k, n) <= bits + 1e-9 and evidence.chernoff_bound(k, n) <= 1.0
+    assert evidence.tail_bits(k + 1, n) > bits or bits < 1e-9
     lam = data.draw(st.floats(0, 20))
-    assert null.paper_chernoff(k / n, 0.5, n, lam) >= null.chernoff_bound(k, n) * (1 - 1e-9)
+    assert evidence.paper_chernoff(k / n, 0.5, n, lam) >= evidence.chernoff_bound(k, n) * (1 - 1e-9)
     if n / 2 < k < n:
         best = math.log(k / (n - k))
-        assert null.paper_chernoff(k / n, 0.5, n, best) == pytest.approx(null.chernoff_bound(k, n), rel=1e-9)
+        assert evidence.paper_chernoff(k / n, 0.5, n, best) == pytest.approx(
+            evidence.chernoff_bound(k, n), rel=1e-9
+        )
 
 
 @settings(max_examples=80, deadline=None)
 @given(st.integers(1, 400), st.floats(0, 420))
 def test_threshold_is_the_smallest(n: int, bits: float) -> None:
-    k = null.threshold(n, bits)
-    assert null.tail_bits(k, n) >= bits
-    assert k == 0 or null.tail_bits(k - 1, n) < bits
+    k = evidence.threshold(n, bits)
+    assert evidence.tail_bits(k, n) >= bits
+    assert k == 0 or evidence.tail_bits(k - 1, n) < bits
     assert (k == n + 1) == (bits > n)
 
 
 @pytest.mark.parametrize("alpha", [0.9, 0.5, 0.01, 2.0**-20, 1e-300])
 @pytest.mark.parametrize("n", [1, 2, 7, 600])
 def test_wrong_band(n: int, alpha: float) -> None:
-    low, high = null.wrong_band(n, alpha)
+    low, high = evidence.wrong_band(n, alpha)
     assert 0 <= low <= high <= n and low + high == n
     outside = 2 * exact(high + 1, n)
     assert outside <= Fraction(alpha)
@@ -86,7 +88,7 @@ def test_weighted_tail_equals_brute_force(pairs: list[tuple[int, bool]]) -> None
         sum(w for w, bit in zip(weights, coins, strict=True) if bit) >= observed
         for coins in itertools.product((0, 1), repeat=n)
     )
-    found = null.weighted_tail_bits(np.array(weights), np.array(correct))
+    found = evidence.weighted_tail_bits(np.array(weights), np.array(correct))
     assert found == pytest.approx(n - math.log2(as_good), abs=1e-12)
 
 
@@ -95,13 +97,13 @@ def test_weighted_tail_with_equal_weights_is_the_count_tail(n: int) -> None:
     for weight in (1, 15):
         for k in {0, n // 3, n // 2, (3 * n) // 4, n}:
             correct = np.arange(n) < k
-            assert null.weighted_tail_bits(np.full(n, weight), correct) == null.tail_bits(k, n)
+            assert evidence.weighted_tail_bits(np.full(n, weight), correct) == evidence.tail_bits(k, n)
 
 
 def test_weighted_tail_at_full_size() -> None:
     rng = np.random.default_rng(1)
     scores = rng.normal(size=1024).astype(np.float32)
-    weights = null.score_weights(scores)
+    weights = evidence.score_weights(scores)
     correct = rng.random(1024) < 0.75
     table = [1]  # the plain dynamic programme
     for weight in weights[:200].tolist():
@@ -109,35 +111,35 @@ def test_weighted_tail_at_full_size() -> None:
         table = [a + b for a, b in itertools.zip_longest(table, shifted, fillvalue=0)]
     observed = int(weights[:200][correct[:200]].sum())
     expected = 200 - math.log2(sum(table[observed:]))
-    assert null.weighted_tail_bits(weights[:200], correct[:200]) == pytest.approx(expected, abs=1e-10)
+    assert evidence.weighted_tail_bits(weights[:200], correct[:200]) == pytest.approx(expected, abs=1e-10)
     mean, variance = weights.sum() / 2, (weights.astype(float) ** 2).sum() / 4
-    bits = null.weighted_tail_bits(weights, correct)
+    bits = evidence.weighted_tail_bits(weights, correct)
     z = (weights[correct].sum() - mean) / math.sqrt(variance)
     assert bits == pytest.approx(-math.log2(0.5 * math.erfc(z / math.sqrt(2))), rel=0.1)
 
 
 def test_score_weights_look_at_sizes_only() -> None:
     scores = np.array([0.0, 1.0, -1.0, 2.0, -100.0, float("nan"), float("inf")], dtype=np.float32)
-    weights = null.score_weights(scores)
+    weights = evidence.score_weights(scores)
     assert weights.dtype == np.int64 and weights[1] == weights[2] and weights[4] == 15
     assert weights[0] == weights[5] == weights[6] == 0
-    assert np.array_equal(null.score_weights(-scores), weights)
-    assert null.score_weights(np.ones(4)).tolist() == [8] * 4
-    assert null.score_weights(np.zeros(4)).tolist() == [0] * 4
-    assert null.weighted_tail_bits(np.zeros(4, int), np.ones(4, bool)) == 0.0
+    assert np.array_equal(evidence.score_weights(-scores), weights)
+    assert evidence.score_weights(np.ones(4)).tolist() == [8] * 4
+    assert evidence.score_weights(np.zeros(4)).tolist() == [0] * 4
+    assert evidence.weighted_tail_bits(np.zeros(4, int), np.ones(4, bool)) == 0.0
 
 
 def test_limits() -> None:
     for call in (
-        lambda: null.tail_bits(1, 0), lambda: null.tail_bits(1, 10**6), lambda: null.threshold(0, 1.0),
-        lambda: null.wrong_band(10, 0.0), lambda: null.wrong_band(10, 1.0),
-        lambda: null.paper_chernoff(2, 0.5, 9, 1),
-        lambda: null.weighted_tail_bits([1, 2], [True]), lambda: null.weighted_tail_bits([16], [True]),
-        lambda: null.weighted_tail_bits([-1], [True]), lambda: null.weighted_tail_bits([1.0], [True]),
-        lambda: null.weighted_tail_bits([1], [1]),
-        lambda: null.weighted_tail_bits(np.zeros(0, int), np.zeros(0, bool)),
+        lambda: evidence.tail_bits(1, 0), lambda: evidence.tail_bits(1, 10**6), lambda: evidence.threshold(0, 1.0),
+        lambda: evidence.wrong_band(10, 0.0), lambda: evidence.wrong_band(10, 1.0),
+        lambda: evidence.paper_chernoff(2, 0.5, 9, 1),
+        lambda: evidence.weighted_tail_bits([1, 2], [True]), lambda: evidence.weighted_tail_bits([16], [True]),
+        lambda: evidence.weighted_tail_bits([-1], [True]), lambda: evidence.weighted_tail_bits([1.0], [True]),
+        lambda: evidence.weighted_tail_bits([1], [1]),
+        lambda: evidence.weighted_tail_bits(np.zeros(0, int), np.zeros(0, bool)),
     ):  # fmt: skip
         with pytest.raises(ValueError):
             call()
-    assert null.chernoff_bits(11, 10) == math.inf and null.chernoff_bits(5, 10) == 0.0
-    assert null.threshold(10, 11) == 11 and null.threshold(10, 0) == 0
+    assert evidence.chernoff_bits(11, 10) == math.inf and evidence.chernoff_bits(5, 10) == 0.0
+    assert evidence.threshold(10, 11) == 11 and evidence.threshold(10, 0) == 0

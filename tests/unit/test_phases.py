@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtlsign import embedding, losses, network, phases, snapshots, training
+from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import ModelError
-from mtlsign.key import Identity
-from mtlsign.progress import Alone, State
-from mtlsign.runs import load_state, state_bytes
-from mtlsign.settings import EmbedSettings
+from mtlsign.models import loading
 from mtlsign.tasks import Task, from_tensors
-from mtlsign.verification import Probe
+from mtlsign.watermark.embedding import loop, losses, perturbations, pipeline, training
+from mtlsign.watermark.embedding.run_folder import load_state, state_bytes
+from mtlsign.watermark.embedding.worker import Alone, State
+from mtlsign.watermark.keys.identity import Identity
+from mtlsign.watermark.verification.detector import Probe
 
 Settings = Callable[..., EmbedSettings]
 Maker = Callable[..., nn.Module]
@@ -27,7 +28,7 @@ Maker = Callable[..., nn.Module]
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> int:
     """Checkpoints every 4 steps."""
-    monkeypatch.setattr(phases, "CHECKPOINT_STEPS", 4)
+    monkeypatch.setattr(training, "CHECKPOINT_STEPS", 4)
     return 4
 
 
@@ -39,7 +40,7 @@ def probe_of(
 
     def make(s: EmbedSettings) -> Probe:
         w0 = tiny_model()
-        opening, reference = embedding.commit(w0, network.cpu_state(w0), tiny_graph, (1, 24, 24), s, owner)
+        opening, reference = pipeline.commit(w0, loading.cpu_state(w0), tiny_graph, (1, 24, 24), s, owner)
         return Probe(opening, reference)
 
     return make
@@ -66,16 +67,16 @@ def assert_equal(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> None:
 def test_phase_1_resumes_bit_for_bit(tiny_task: Task, tiny_settings: Settings, tiny_model: Maker) -> None:
     s = tiny_settings(epochs=3, lr=0.02)
     whole, model = Recorder(), tiny_model()
-    start = network.cpu_state(model)
-    rows = phases.train_clean(model, tiny_task, s, whole)
+    start = loading.cpu_state(model)
+    rows = training.train_clean(model, tiny_task, s, whole)
     assert [row["epoch"] for row in rows] == [1, 2, 3] and len(whole.kept) == 3
     assert rows[-1]["loss"] < rows[0]["loss"]
-    final = network.cpu_state(model)
+    final = loading.cpu_state(model)
     assert any(not torch.equal(start[n], final[n]) for n in start if n.endswith("running_mean"))
     for at in range(3):
         again = tiny_model(seed=5)
-        rows_again = phases.train_clean(again, tiny_task, s, Recorder(load_state(whole.kept[at])))
-        assert_equal(network.cpu_state(again), final)
+        rows_again = training.train_clean(again, tiny_task, s, Recorder(load_state(whole.kept[at])))
+        assert_equal(loading.cpu_state(again), final)
         assert timeless(rows_again) == timeless(rows)
 
 
@@ -104,16 +105,16 @@ def test_phase_2_resumes_bit_for_bit(
 ) -> None:
     s = tiny_settings(steps=10, **options)
     model, probe, whole = tiny_model(), probe_of(s), Recorder()
-    rows, measured = phases.watermark(model, tiny_task, probe, s, whole)
+    rows, measured = training.watermark(model, tiny_task, probe, s, whole)
     assert [row["step"] for row in rows] == [4, 8, 10] and len(whole.kept) == 3
-    final = network.cpu_state(model)
+    final = loading.cpu_state(model)
     for at in range(3):
         torch.manual_seed(99)
         again, fresh = tiny_model(), probe_of(s)
-        rows_again, measured_again = phases.watermark(
+        rows_again, measured_again = training.watermark(
             again, tiny_task, fresh, s, Recorder(load_state(whole.kept[at]))
         )
-        assert_equal(network.cpu_state(again), final)
+        assert_equal(loading.cpu_state(again), final)
         assert fresh.head.to_bytes() == probe.head.to_bytes()
         assert timeless(rows_again) == timeless(rows) and measured_again == measured
 
@@ -122,7 +123,7 @@ def test_phase_2_leaves_affine_statistics_and_the_head_past_the_taps_sane(
     tiny_task: Task, tiny_settings: Settings, tiny_model: Maker, probe_of: Any
 ) -> None:
     """γ and β stay; running statistics follow primary batches and never see a key."""
-    before = network.cpu_state(tiny_model())
+    before = loading.cpu_state(tiny_model())
     norms = {n for n in before if "bn" in n or "downsample.1" in n}
     affine = {n for n in norms if n.endswith(("weight", "bias"))}
     assert len(norms) == 100 and len(affine) == 40
@@ -130,13 +131,13 @@ def test_phase_2_leaves_affine_statistics_and_the_head_past_the_taps_sane(
         kinds = "noise,tuned,pruned,scrubbed,spoiled"
         s = tiny_settings(steps=5, lambda2=1.0, snapshots=kinds, distillation=distillation)
         model = tiny_model()
-        _, measured = phases.watermark(model, tiny_task, probe_of(s), s, Alone())
-        after = network.cpu_state(model)
+        _, measured = training.watermark(model, tiny_task, probe_of(s), s, Alone())
+        after = loading.cpu_state(model)
         assert {n for n in norms if torch.equal(before[n], after[n])} == kept
         assert not torch.equal(before["conv1.weight"], after["conv1.weight"])
     assert all(p.requires_grad for p in model.parameters())
-    assert measured["primary_clean"] == training.evaluate(tiny_model(), tiny_task, "test", s, Alone())
-    assert measured["primary_marked"] == training.evaluate(model, tiny_task, "test", s, Alone())
+    assert measured["primary_clean"] == loop.evaluate(tiny_model(), tiny_task, "test", s, Alone())
+    assert measured["primary_marked"] == loop.evaluate(model, tiny_task, "test", s, Alone())
 
 
 def test_lambda2_zero_asks_for_no_snapshot(
@@ -150,16 +151,16 @@ def test_lambda2_zero_asks_for_no_snapshot(
         raise AssertionError("a snapshot was made")
 
     for name in ("noise_snapshot", "pruned_snapshot"):
-        monkeypatch.setattr(snapshots, name, never)
-    for inner in (losses.InnerTuning, snapshots.InnerAttack):
+        monkeypatch.setattr(perturbations, name, never)
+    for inner in (losses.InnerTuning, perturbations.InnerAttack):
         monkeypatch.setattr(inner, "refresh", never)
     s = tiny_settings(steps=2, snapshots="noise,tuned,pruned")
-    assert [phases.terms(i, s) for i in range(3)] == [[(1.0, "clean")]] * 3
-    rows, _ = phases.watermark(tiny_model(), tiny_task, probe_of(s), s, Alone())
+    assert [training.terms(i, s) for i in range(3)] == [[(1.0, "clean")]] * 3
+    rows, _ = training.watermark(tiny_model(), tiny_task, probe_of(s), s, Alone())
     assert "snapshot_loss" not in rows[-1] and "wm_loss" in rows[-1]
     with pytest.raises(AssertionError, match="a snapshot was made"):
         s = tiny_settings(steps=2, snapshots="noise", lambda2=1.0)
-        phases.watermark(tiny_model(), tiny_task, probe_of(s), s, Alone())
+        training.watermark(tiny_model(), tiny_task, probe_of(s), s, Alone())
 
 
 @pytest.mark.parametrize("kind", ["scrubbed", "spoiled"])
@@ -168,22 +169,22 @@ def test_an_inner_attack_tears_at_the_mark_and_leaves_the_model_alone(
 ) -> None:
     s = tiny_settings(steps=60, snapshots=kind, lambda2=1.0, inner_steps=12)
     model, probe = tiny_model(), probe_of(s)
-    phases.watermark(model, tiny_task, probe, s.model_copy(update={"lambda2": 0.0}), Alone())
-    before = network.cpu_state(model)
+    training.watermark(model, tiny_task, probe, s.model_copy(update={"lambda2": 0.0}), Alone())
+    before = loading.cpu_state(model)
     kernels = probe.graph.read(dict(model.named_parameters()))
     bits = probe.labels.float()
 
     def loss(of: Any) -> float:
         return float(losses.watermark_loss(probe.scores_of(of), bits).detach())
 
-    copies = snapshots.Snapshots(model, tiny_task, probe, s, 50)
+    copies = perturbations.Snapshots(model, tiny_task, probe, s, 50)
     attacked = [copies.of(kind, kernels, step, 1) for step in (49, 0, 1, s.inner_every)]
     assert all(loss(copy) > loss(kernels) + 0.01 for copy in attacked)
     sizes = [{n: float((c[n] - k).detach().norm()) for n, k in kernels.items()} for c in attacked[1:]]
     assert sizes[0] != sizes[1] and all(size > 0 for found in sizes for size in found.values())
-    again = snapshots.Snapshots(model, tiny_task, probe, s, 50).of(kind, kernels, 0, 1)
+    again = perturbations.Snapshots(model, tiny_task, probe, s, 50).of(kind, kernels, 0, 1)
     assert all(torch.equal(again[n], attacked[1][n]) for n in kernels)
-    assert_equal(network.cpu_state(model), before)
+    assert_equal(loading.cpu_state(model), before)
     grads = torch.autograd.grad(probe.scores_of(again, differentiable=True).sum(), list(kernels.values()))
     assert all(torch.isfinite(g).all() for g in grads) and any(g.any() for g in grads)
 
@@ -196,14 +197,14 @@ def test_an_inner_attack_teaches_a_trained_head_nothing(
     model, probe = tiny_model(), probe_of(s)
     assert list(probe.head.parameters())
     kernels = probe.graph.read(dict(model.named_parameters()))
-    snapshots.Snapshots(model, tiny_task, probe, s, 50).of(kind, kernels, 0, 1)
+    perturbations.Snapshots(model, tiny_task, probe, s, 50).of(kind, kernels, 0, 1)
     parameters = [*probe.head.parameters(), *model.parameters()]
     assert all(p.grad is None for p in parameters)
 
 
 def test_terms_take_turns_and_share_lambda2(tiny_settings: Settings) -> None:
     s = tiny_settings(snapshots="noise,tuned,pruned", snapshots_per_step=2, lambda2=3.0)
-    seen = [phases.terms(step, s) for step in range(3)]
+    seen = [training.terms(step, s) for step in range(3)]
     assert [[kind for _, kind in step] for step in seen] == [
         ["clean", "noise", "tuned"], ["clean", "pruned", "noise"], ["clean", "tuned", "pruned"],
     ]  # fmt: skip
@@ -241,7 +242,7 @@ def test_ranks_share_the_terms_and_their_sum_is_the_gradient_of_one_rank(
     s = tiny_settings(steps=1, lambda2=2.0, snapshots=kind, snapshots_per_step=3, primary_batch=12)
 
     def gradients(rank: Threaded) -> None:
-        phases.watermark(models[rank.index], tiny_task, probes[rank.index], s, rank)
+        training.watermark(models[rank.index], tiny_task, probes[rank.index], s, rank)
 
     found = []
     for count in (1, world):
@@ -273,11 +274,11 @@ def test_the_gradient_is_that_of_the_written_objective(
 
     class Looking(Threaded):
         def sum(self, tensors: list[Tensor]) -> None:
-            states.append(network.cpu_state(model))
+            states.append(loading.cpu_state(model))
             super().sum(tensors)
 
     rank = Looking(0, Meeting(1))
-    phases.watermark(model, tiny_task, probe_of(s), s, rank)
+    training.watermark(model, tiny_task, probe_of(s), s, rank)
     model, teacher, probe = tiny_model(), tiny_model(), probe_of(s)
     model.load_state_dict(states[1])  # in the second step W is no longer W0, so that distillation pulls
     for module in (*model.modules(), *teacher.modules()):
@@ -286,7 +287,7 @@ def test_the_gradient_is_that_of_the_written_objective(
     parameters = dict(model.named_parameters())
     trained = [p for n, p in parameters.items() if "bn" not in n and "downsample.1" not in n]
     kernels = probe.graph.read(parameters)
-    generator = torch.Generator().manual_seed(training.number_of(s.seed, "noise", 1, 1))
+    generator = torch.Generator().manual_seed(loop.number_of(s.seed, "noise", 1, 1))
     noisy = losses.noise_snapshot(kernels, s.noise, generator)
     bits = probe.labels.float()
     total = F.binary_cross_entropy_with_logits(probe.scores_of(kernels, differentiable=True), bits)
@@ -306,12 +307,12 @@ def test_evaluate_is_shared_out_and_restores_modes(
     s, model = tiny_settings(), tiny_model().train()
     model.layer2.eval()
     modes = [m.training for m in model.modules()]
-    whole = training.evaluate(model, tiny_task, "test", s, Alone())
+    whole = loop.evaluate(model, tiny_task, "test", s, Alone())
     assert [m.training for m in model.modules()] == modes and 0 <= whole <= 1
     meeting, found, models = Meeting(2), {}, [tiny_model(), tiny_model()]
 
     def shared(index: int) -> None:
-        found[index] = training.evaluate(models[index], tiny_task, "test", s, Threaded(index, meeting))
+        found[index] = loop.evaluate(models[index], tiny_task, "test", s, Threaded(index, meeting))
 
     threads = [threading.Thread(target=shared, args=(i,)) for i in range(2)]
     for thread in threads:
@@ -328,17 +329,17 @@ def test_divergence_is_an_error_that_names_the_setting(
         tiny_task.splits["train"].x, tiny_task.splits["train"].y, loss=lambda out, y: out.sum() * float("nan")
     )  # type: ignore[attr-defined]
     with pytest.raises(ModelError, match="lower --lr"):
-        phases.train_clean(tiny_model(), broken, tiny_settings(), Alone())
+        training.train_clean(tiny_model(), broken, tiny_settings(), Alone())
     s = tiny_settings(steps=2)
     probe = probe_of(s)
     probe.images = probe.images * float("nan")
     with pytest.raises(ModelError, match="lower --wm-lr"):
-        phases.watermark(tiny_model(), tiny_task, probe, s, Alone())
+        training.watermark(tiny_model(), tiny_task, probe, s, Alone())
 
 
 def test_one_cycle() -> None:
     for steps in (1, 2, 10, 600):
-        rates = [training.one_cycle(i, steps, 0.1) for i in range(steps)]
+        rates = [loop.one_cycle(i, steps, 0.1) for i in range(steps)]
         assert all(0 < r <= 0.1 + 1e-12 for r in rates)
     assert rates[0] == pytest.approx(0.004) and max(rates) == pytest.approx(0.1) and rates[-1] < 1e-4
     assert rates.index(max(rates)) == 180

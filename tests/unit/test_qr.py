@@ -11,9 +11,9 @@ from qrcode import util  # type: ignore[import-untyped]
 from qrcode.constants import ERROR_CORRECT_H  # type: ignore[import-untyped]
 from qrcode.main import QRCode  # type: ignore[import-untyped]
 
-from mtlsign.carriers import qr
 from mtlsign.errors import CarrierError, KeyMaterialError
-from mtlsign.spec import parse_carrier
+from mtlsign.watermark.carriers import qr
+from mtlsign.watermark.keys.spec import parse_carrier
 
 CODE = QRCode(version=1, error_correction=ERROR_CORRECT_H, box_size=1, border=0, mask_pattern=0)
 

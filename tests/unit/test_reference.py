@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from mtlsign.alignment import column_norms
 from mtlsign.errors import ArtifactError
-from mtlsign.reference import SKETCH_KEY, Reference, make_reference, signed, sketch
-from mtlsign.tensors import tensor_bytes
+from mtlsign.storage.safetensors_io import tensor_bytes
+from mtlsign.watermark.verification.alignment import column_norms
+from mtlsign.watermark.verification.reference import SKETCH_KEY, Reference, make_reference, signed, sketch
 
 SAMPLE = torch.zeros(2, 1, 24, 24)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from mtlsign import figures
-from mtlsign.report import format_p, render_report
+from mtlsign.reports import figures, formatting
+from mtlsign.reports.embedding import format_p, render_report
 
 N = 128
 
@@ -115,9 +115,9 @@ def test_scores_below_the_floor_count_as_wrong() -> None:
 
 
 def test_wilson_interval_agrees_with_the_textbook() -> None:
-    low, high = figures.wilson(0.5, 100)
+    low, high = formatting.wilson(0.5, 100)
     assert low == pytest.approx(0.4038, abs=1e-4) and high == pytest.approx(0.5962, abs=1e-4)
-    assert (figures.wilson(0.0, 10)[0], figures.wilson(1.0, 10)[1]) == pytest.approx((0.0, 1.0))
+    assert (formatting.wilson(0.0, 10)[0], formatting.wilson(1.0, 10)[1]) == pytest.approx((0.0, 1.0))
 
 
 def test_long_runs_stay_small() -> None:

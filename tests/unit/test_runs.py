@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import ArtifactError, KeyMaterialError, SettingsError, StorageError
-from mtlsign.key import Identity
-from mtlsign.runs import CHANGEABLE, Run, load_state, state_bytes
-from mtlsign.sealing import Secret
-from mtlsign.settings import EmbedSettings
+from mtlsign.watermark.embedding.run_folder import CHANGEABLE, Run, load_state, state_bytes
+from mtlsign.watermark.keys.identity import Identity
+from mtlsign.watermark.keys.sealing import Secret
 
 SECRET = Secret.from_kit_key(bytes(32))
 

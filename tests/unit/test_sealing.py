@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtlsign.errors import KeyMaterialError
-from mtlsign.sealing import HEADER_LIMIT, MAGIC, Secret, seal, unseal
+from mtlsign.watermark.keys.sealing import HEADER_LIMIT, MAGIC, Secret, seal, unseal
 
 KEY = Secret.from_kit_key(bytes(range(32)))
 PASSPHRASE = Secret.from_passphrase(b"correct horse")
@@ -107,7 +107,7 @@ def test_costs_and_fields_are_checked_before_any_work(
     def never(*_: object) -> bytes:
         raise AssertionError("derived a key from a refused header")
 
-    monkeypatch.setattr("mtlsign.sealing._derive", never)
+    monkeypatch.setattr("mtlsign.watermark.keys.sealing._derive", never)
     with pytest.raises(KeyMaterialError):
         unseal(_envelope({**SCRYPT, **change}), PASSPHRASE, purpose=PURPOSE)
     with pytest.raises(KeyMaterialError):

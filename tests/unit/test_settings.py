@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from mtlsign.config.base import MAX_CONFIG_BYTES, dump, read_config
+from mtlsign.config.embed import RECIPES, EmbedSettings
+from mtlsign.config.service import ServiceSettings
+from mtlsign.config.verify import VerifySettings
 from mtlsign.errors import SettingsError
-from mtlsign.settings import MAX_CONFIG_BYTES, RECIPES, EmbedSettings, VerifySettings, dump, read_config
-from mtlsign.settings_service import ServiceSettings
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtlsign.errors import ArtifactError, StorageError
-from mtlsign.storage import LocalStorage, Storage, open_file, open_storage
+from mtlsign.storage.base import Storage
+from mtlsign.storage.local import LocalStorage
+from mtlsign.storage.locations import open_file, open_storage
 
 
 @pytest.fixture

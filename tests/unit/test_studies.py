@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from mtlsign import studies
+from mtlsign.config.base import dump
+from mtlsign.config.reproduce import ReproduceSettings
 from mtlsign.errors import MTLSignError, SettingsError
-from mtlsign.settings import dump
-from mtlsign.settings_reproduce import ReproduceSettings
-from mtlsign.storage import open_storage
+from mtlsign.experiments.paper_studies import run
+from mtlsign.storage.locations import open_storage
 
 
 def of(**values: Any) -> ReproduceSettings:
@@ -20,7 +20,7 @@ def of(**values: Any) -> ReproduceSettings:
 
 def test_random_keys_take_no_settings_of_an_embedding(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="fixed: thresholds embeds nothing"):
-        studies.study(of(fixed="steps=3", storage=str(tmp_path / "new")))
+        run.study(of(fixed="steps=3", storage=str(tmp_path / "new")))
     assert not (tmp_path / "new").exists()
 
 
@@ -33,14 +33,14 @@ def test_resuming_random_keys_refuses_other_ones(tmp_path: Path, monkeypatch: py
         ({"width": 8}, "width"), ({"study": "ablation"}, "is no sweep's"),
     ):  # fmt: skip
         with pytest.raises(MTLSignError, match=says):
-            studies.study(of(**{"storage": str(tmp_path), "resume": "t", **other}))
+            run.study(of(**{"storage": str(tmp_path), "resume": "t", **other}))
     began: list[ReproduceSettings] = []
 
     def train(cell: Any, _: Any) -> bytes:
         began.append(cell.settings)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(studies, "train_shared", train)
+    monkeypatch.setattr(run, "train_shared", train)
     with pytest.raises(KeyboardInterrupt):
-        studies.study(of(storage=str(tmp_path), resume="t", keys=120, data=tmp_path, quiet=True))
+        run.study(of(storage=str(tmp_path), resume="t", keys=120, data=tmp_path, quiet=True))
     assert began[0].seed == 4 and began[0].data == tmp_path

@@ -14,14 +14,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtlsign import front, sweep, sweep_report, sweep_run, tables
-from mtlsign.campaign import Struck
+from mtlsign.config.sweep import SweepSettings
 from mtlsign.errors import ArtifactError, ModelError, SettingsError
-from mtlsign.settings_sweep import SweepSettings
-from mtlsign.space import Cell, cells_of, load_space
-from mtlsign.storage import open_storage
-from mtlsign.sweep import Shared, finished, rows_of, run_cell, train_shared
-from mtlsign.sweep_run import InTurn, SweepRun
+from mtlsign.experiments.attack_runs import executor
+from mtlsign.experiments.attack_runs.executor import Struck
+from mtlsign.experiments.sweeps import pareto, run, trial
+from mtlsign.experiments.sweeps.run import InTurn, SweepRun
+from mtlsign.experiments.sweeps.space import Cell, cells_of, load_space
+from mtlsign.experiments.sweeps.trial import Shared, finished, rows_of, run_cell, train_shared
+from mtlsign.reports import sweeps, tables
+from mtlsign.storage.locations import open_storage
 from mtlsign.tasks import Task
 
 FIXED = "width=8,key_size=128,epochs=1,steps=60,batch=16,primary_batch=16,wm_lr=0.01"
@@ -32,7 +34,12 @@ ATTACKS = "bn_gauge,prune:ratio=0.3"
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch, tiny_task: Task) -> None:
     """`digits` is the tiny task here, for cells and for what attacks them."""
-    for module in ("sweep", "sweep_run", "campaign", "embedding"):
+    for module in (
+        "experiments.sweeps.trial",
+        "experiments.sweeps.run",
+        "experiments.attack_runs.target",
+        "watermark.embedding.pipeline",
+    ):
         monkeypatch.setattr(f"mtlsign.{module}.load_task", lambda *_, **__: tiny_task)
 
 
@@ -156,7 +163,7 @@ def test_an_interrupted_cell_goes_on_and_gives_the_same_row(folder: Path, tmp_pa
 def test_an_attack_that_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     s = tiny()
     cell = cells_of(load_space(s), s)[0]
-    shared, real, seen = shared_of(tmp_path, cell), sweep.strike, []
+    shared, real, seen = shared_of(tmp_path, cell), executor.strike, []
 
     def strike(*args: Any) -> Any:
         seen.append(args[1].name)
@@ -164,7 +171,7 @@ def test_an_attack_that_was_done_is_not_done_again(tmp_path: Path, monkeypatch: 
             raise Killed
         return real(*args)
 
-    monkeypatch.setattr(sweep, "strike", strike)
+    monkeypatch.setattr(trial, "strike", strike)
     kept = shared.folder.child(f"cells/{cell.name}")
     kept.write("attacks.json", b"{ damaged")
     with pytest.raises(Killed):
@@ -177,7 +184,7 @@ def test_an_attack_that_was_done_is_not_done_again(tmp_path: Path, monkeypatch: 
 
 def first_attack_fails(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the attacks that run from now on; the first of them is a failed one."""
-    real, ran = sweep.strike, []
+    real, ran = executor.strike, []
 
     def strike(*args: Any) -> Any:
         struck = real(*args)
@@ -187,7 +194,7 @@ def first_attack_fails(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return Struck(row | {"kind": "free"}, None)
         return struck
 
-    monkeypatch.setattr(sweep, "strike", strike)
+    monkeypatch.setattr(trial, "strike", strike)
     return ran
 
 
@@ -201,7 +208,7 @@ def test_a_cell_is_not_finished_before_its_failed_attacks_are(
     row = run_cell(cell, shared)
     assert (row["status"], row["evidence_bits_attacked"]) == ("failed", None)
     assert row["reason"] == "bn_gauge: failed (out of memory)" and row["bits prune ratio=0.3 bn=kept"] > 0
-    assert finished(kept) is None and front.means([row], ["lambda1"]) == []
+    assert finished(kept) is None and pareto.means([row], ["lambda1"]) == []
     again = run_cell(cell, shared)
     assert seen == ["bn_gauge", "prune", "bn_gauge"], "what had worked was done again"
     assert again["status"] == "ok" and again["reason"] is None and finished(kept) == again
@@ -214,7 +221,7 @@ def test_attacks_that_end_without_a_readable_model_take_nothing(
 ) -> None:
     s = tiny(fixed=SHORT)
     cell = cells_of(load_space(s), s)[0]
-    shared, real = shared_of(tmp_path, cell), sweep.strike
+    shared, real = shared_of(tmp_path, cell), executor.strike
 
     def strike(*args: Any) -> Any:
         row = real(*args).row
@@ -224,7 +231,7 @@ def test_attacks_that_end_without_a_readable_model_take_nothing(
             )
         return Struck(row | {"verdict": "not_verifiable", "wm_accuracy": 0.0, "evidence_bits": 0.0}, None)
 
-    monkeypatch.setattr(sweep, "strike", strike)
+    monkeypatch.setattr(trial, "strike", strike)
     row = run_cell(cell, shared)
     assert row["status"] == "ok" and row["evidence_bits_attacked"] == row["evidence_bits"] > 0
     assert row["wm bn_gauge"] is None and row["bits bn_gauge"] is None, "an unread mark is not one of 0 bits"
@@ -268,7 +275,7 @@ def test_a_diverging_cell_is_a_row_that_says_so(tmp_path: Path, monkeypatch: pyt
     def diverge(*_: Any) -> None:
         raise ModelError("phase 2 diverged (the loss is not finite); lower --wm-lr", field="wm-lr")
 
-    monkeypatch.setattr("mtlsign.embedding.mark_phase", diverge)
+    monkeypatch.setattr("mtlsign.watermark.embedding.pipeline.mark_phase", diverge)
     row = run_cell(cell, shared)
     assert row["status"] == "diverged" and "wm-lr" in row["reason"] and row["evidence_bits"] is None
     assert finished(shared.folder.child(f"cells/{cell.name}")) == row, "it would be tried again and again"
@@ -294,7 +301,9 @@ def test_phase_1_is_trained_once_and_resumed(tmp_path: Path, monkeypatch: pytest
     epochs: list[int] = []
     data = train_shared(cell, place, lambda row: epochs.append(row["epoch"]))
     assert set(epochs) == {2}, "the first epoch was trained again"
-    monkeypatch.setattr("mtlsign.embedding.clean_phase", lambda *_: pytest.fail("trained twice"))
+    monkeypatch.setattr(
+        "mtlsign.watermark.embedding.pipeline.clean_phase", lambda *_: pytest.fail("trained twice")
+    )
     assert train_shared(cell, place) == data
 
 
@@ -327,7 +336,7 @@ def better(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
 
 @given(groups)
 def test_the_front_is_what_nothing_beats(found: list[dict[str, float]]) -> None:
-    chosen = front.front(found)
+    chosen = pareto.front(found)
     assert all(not any(better(a, b) for a in found) for b in chosen)
     assert all(any(better(a, b) for a in found) for b in found if b not in chosen)
     assert bool(found) == bool(chosen)
@@ -335,7 +344,7 @@ def test_the_front_is_what_nothing_beats(found: list[dict[str, float]]) -> None:
 
 @given(groups, st.floats(0, 3))
 def test_the_recommendation_keeps_the_task_where_it_can(found: list[dict[str, float]], most: float) -> None:
-    best, why = front.recommend(found, most)
+    best, why = pareto.recommend(found, most)
     if not found:
         assert best is None and why
         return
@@ -358,7 +367,7 @@ def test_means_leave_out_what_did_not_finish() -> None:
         }  # fmt: skip
 
     rows = [row("ok", 0, 100), row("ok", 1, 110), row("diverged", 2, None), row("stopped", 3, 9)]
-    (mean,) = front.means(rows, ["lambda1"])
+    (mean,) = pareto.means(rows, ["lambda1"])
     assert (mean["n"], mean["cells"]) == (2, 4) and mean["evidence_bits_attacked"] == 105
     assert mean["sd evidence_bits_attacked"] == pytest.approx(7.0710678)
 
@@ -366,8 +375,8 @@ def test_means_leave_out_what_did_not_finish() -> None:
 def test_cells_that_did_not_finish_vary_in_nothing_but_their_settings() -> None:
     space = {"task": "digits", "width": 8, "steps": 30, "lambda2": {"grid_search": [0.0, 1.0]}, "seed": 0}
     cells = [Cell({**space, "lambda2": value}, None, False) for value in (0.0, 1.0)]
-    rows = [sweep.row_of(cells[0], "ok"), sweep.row_of(cells[1], "stopped", "stopped at step 3")]
-    assert sweep_run.varying(rows, space) == ["lambda1", "lambda2"]
+    rows = [trial.row_of(cells[0], "ok"), trial.row_of(cells[1], "stopped", "stopped at step 3")]
+    assert run.varying(rows, space) == ["lambda1", "lambda2"]
     assert (rows[1]["lambda2"], rows[1]["steps"], rows[1]["reason"]) == (1.0, 30, "stopped at step 3")
 
 
@@ -378,7 +387,7 @@ def test_a_sweep_writes_its_tables_and_forgets_w0(tmp_path: Path) -> None:
     said: list[str] = []
     shown: list[Mapping[str, Any]] = []
     fleet = InTurn(said.append, shown.append)
-    result = sweep_run.run(tiny(storage=str(tmp_path), run="s"), fleet, say=said.append)
+    result = run.run(tiny(storage=str(tmp_path), run="s"), fleet, say=said.append)
     assert [row["phase"] for row in shown if row.get("step") in (None, 0)].count("attacks") == 4
     assert {row["phase"] for row in shown} == {"clean", "mark", "attacks"}
     place = tmp_path / "runs/s"
@@ -406,7 +415,7 @@ def test_a_sweep_writes_its_tables_and_forgets_w0(tmp_path: Path) -> None:
 
 
 def test_a_killed_sweep_keeps_its_finished_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, ran = sweep.run_cell, []
+    real, ran = trial.run_cell, []
 
     def two_then_dead(cell: Cell, *rest: Any) -> Any:
         if len(ran) == 2:
@@ -414,18 +423,16 @@ def test_a_killed_sweep_keeps_its_finished_cells(tmp_path: Path, monkeypatch: py
         ran.append(cell.name)
         return real(cell, *rest)
 
-    monkeypatch.setattr(sweep_run, "run_cell", two_then_dead)
+    monkeypatch.setattr(run, "run_cell", two_then_dead)
     with pytest.raises(Killed):
-        sweep_run.run(tiny(storage=str(tmp_path), run="s"), InTurn())
+        run.run(tiny(storage=str(tmp_path), run="s"), InTurn())
     marks: list[str] = []
 
     def counted(cell: Cell, shared: Shared, show: Callable[..., None] | None = None) -> Any:
         return real(cell, shared, lambda row: marks.append(cell.name))
 
-    monkeypatch.setattr(sweep_run, "run_cell", counted)
-    result = sweep_run.run(
-        SweepSettings.of({"storage": str(tmp_path), "resume": "s", "workers": 0}), InTurn()
-    )
+    monkeypatch.setattr(run, "run_cell", counted)
+    result = run.run(SweepSettings.of({"storage": str(tmp_path), "resume": "s", "workers": 0}), InTurn())
     assert len(result["rows"]) == 4 and not set(marks) & set(ran) and len(set(marks)) == 2
     with pytest.raises(SettingsError, match="lambda"):
         SweepSettings.of({"lambda1": 3})
@@ -433,7 +440,7 @@ def test_a_killed_sweep_keeps_its_finished_cells(tmp_path: Path, monkeypatch: py
 
 def test_a_sweep_with_failed_cells_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran, said = first_attack_fails(monkeypatch), []
-    first = sweep_run.run(tiny(storage=str(tmp_path), run="s"), InTurn(), say=said.append)
+    first = run.run(tiny(storage=str(tmp_path), run="s"), InTurn(), say=said.append)
     assert (first["failed"], first["try_again"], first["ok"]) == (1, 1, 3)
     assert said[-1] == "1 of 4 cells failed; --resume s tries again what failed"
     place = tmp_path / "runs/s"
@@ -441,7 +448,7 @@ def test_a_sweep_with_failed_cells_stays_open(tmp_path: Path, monkeypatch: pytes
     assert not (place / "manifest.json").exists()
     ran.append("again")
     resumed = SweepSettings.of({"storage": str(tmp_path), "resume": "s", "workers": 0})
-    second = sweep_run.run(resumed, InTurn(), say=said.append)
+    second = run.run(resumed, InTurn(), say=said.append)
     assert ran[ran.index("again") + 1 :] == [ran[0]], "more was done again than what had failed"
     assert (second["failed"], second["try_again"], second["ok"]) == (0, 0, 4)
     assert (place / "manifest.json").exists() and not (place / "clean").exists()
@@ -467,15 +474,15 @@ def test_tables_keep_types_and_gaps() -> None:
 
 
 def test_a_cell_is_told_whatever_its_settings_were_written_as() -> None:
-    assert sweep_run.told(None, {"lambda1": "0.02"}) == "lambda1 0.02 · stopped early"
+    assert run.told(None, {"lambda1": "0.02"}) == "lambda1 0.02 · stopped early"
     row = {"lambda1": 0.02, "lambda2": 1.0, "status": "failed", "reason": "why"}
-    assert sweep_run.told(row, {"lambda1": "0.02"}) == "lambda1 0.02, lambda2 1.0 · failed: why"
+    assert run.told(row, {"lambda1": "0.02"}) == "lambda1 0.02, lambda2 1.0 · failed: why"
 
 
 @pytest.mark.parametrize(("bits", "warned"), [(50.0, True), (120.0, False)])
 def test_a_recommendation_that_is_too_weak_says_so(bits: float, warned: bool) -> None:
     best = {"lambda1": 0.02, "lambda2": 0.1, "evidence_bits_attacked": bits, "drop_points": 0.2}
-    text = sweep_report._headline(
+    text = sweeps._headline(
         {"recommended": best, "vary": ["lambda1", "lambda2"], "bits_required": 120.0, "cells": 1}
     )
     assert ("(120 are asked for)" in text) == warned and "loses 0.20 points" in text

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchvision import datasets
 
 from mtlsign.errors import DataError, ModelError
-from mtlsign.tasks import SPLITS, Recipe, Task, from_loaders, load_task, own
-from mtlsign.tasks.task import carve, generator, spread
-from mtlsign.tasks.tensors import crop_and_flip
+from mtlsign.tasks import SPLITS, Recipe, Task, from_loaders, load_task, user_task
+from mtlsign.tasks.base import carve, generator, spread
+from mtlsign.tasks.tensor_split import crop_and_flip
 
 
 def images(count: int = 100, side: int = 6, classes: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -377,7 +377,7 @@ def test_unusable_loaders(loaders: dict[str, Any], text: str) -> None:
 
 
 def test_streams_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own, "MAX_BYTES", 1000)
+    monkeypatch.setattr(user_task, "MAX_BYTES", 1000)
     with pytest.raises(DataError, match="map-style"):
         from_loaders({"train": DataLoader(Stream(), batch_size=4), "test": Pixels()})
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from mtlsign.errors import ModelError
-from mtlsign.tensors import read_tensors, tensor_bytes
+from mtlsign.storage.safetensors_io import read_tensors, tensor_bytes
 
 DTYPES = [
     torch.float64,

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtlsign import null
 from mtlsign.errors import ArtifactError, KeyMaterialError
-from mtlsign.key import Identity, KeyOpening, make_spec, sign_spec
-from mtlsign.reference import Reference
-from mtlsign.verification import Probe, agreement, scores_of_all, verify, wrong_keys
+from mtlsign.watermark.keys.identity import Identity
+from mtlsign.watermark.keys.opening import KeyOpening, sign_spec
+from mtlsign.watermark.keys.spec import make_spec
+from mtlsign.watermark.verification import evidence
+from mtlsign.watermark.verification.detector import Probe, agreement, scores_of_all, verify, wrong_keys
+from mtlsign.watermark.verification.reference import Reference
 
 Tensors = dict[str, Tensor]
 Marked = tuple[Tensors, Any]
@@ -114,9 +116,9 @@ def test_the_mark_is_there_and_nowhere_else(
     w0, done = marked
     verdict = verify(done.tensors, probe, controls=3, w0=w0, model_digest="d")
     assert (verdict.status, verdict.accepted, verdict.n, verdict.model_digest) == ("accepted", True, 128, "d")
-    assert verdict.matches >= 127 and verdict.evidence_bits == null.tail_bits(verdict.matches, 128)
+    assert verdict.matches >= 127 and verdict.evidence_bits == evidence.tail_bits(verdict.matches, 128)
     assert verdict.p_value == 2**-verdict.evidence_bits and verdict.chernoff_bound >= verdict.p_value
-    low, high = (k / 128 for k in null.wrong_band(128, 1e-6))
+    low, high = (k / 128 for k in evidence.wrong_band(128, 1e-6))
     assert len(verdict.controls["wrong_keys"]) == 3 and len(set(verdict.controls["wrong_keys"])) > 1
     for chance in (*verdict.controls["wrong_keys"], *verdict.controls["w0"], accuracy(w0, probe)):
         assert low <= chance <= high
@@ -239,9 +241,9 @@ def test_weighted_statistic(marked: Marked, owner: Identity) -> None:
     weighted.labels[scores.abs().argsort()[:10]] ^= 1  # the ten least certain bits are wrong
     planted = verify(marked[1].tensors, weighted)
     right = agreement(scores, weighted.labels)
-    expected = null.weighted_tail_bits(null.score_weights(scores.numpy()), right.numpy())
+    expected = evidence.weighted_tail_bits(evidence.score_weights(scores.numpy()), right.numpy())
     assert planted.evidence_bits == expected and planted.matches == int(right.sum()) <= 118
-    assert planted.evidence_bits > null.tail_bits(planted.matches, 128)
+    assert planted.evidence_bits > evidence.tail_bits(planted.matches, 128)
 
 
 def test_a_free_head_needs_a_commitment(marked: Marked, owner: Identity) -> None:

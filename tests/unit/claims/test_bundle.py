@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from world import ALICE, ByName, Town, kit_of
 
-from mtlsign.claims import bundle, heads, owner
+from mtlsign.claims import bundle, owner
 from mtlsign.claims.bundle import check_bundle, to_json, write_bundle
-from mtlsign.claims.card import claim_block, insert, publication_block
-from mtlsign.claims.commands import note_of
+from mtlsign.claims.commands.owner import note_of
+from mtlsign.claims.ledger import checkpoints
+from mtlsign.claims.model_card import claim_block, insert, publication_block
 from mtlsign.errors import ClaimError
 
 Made = tuple[Path, bytes, Town, Any]
@@ -63,11 +64,11 @@ def test_an_older_pinned_head_will_do_if_the_bundle_extends_it(made: Made) -> No
     view = town.view()
     older = next(c for c in view.heads if c.head.size == 4)
     lines = [line for at, line in town.ledger.cosignatures(view.origin) if at == older.head]
-    assert check_bundle(path, ByName(), pinned=heads.note(older.head, lines)).head.size == 4
+    assert check_bundle(path, ByName(), pinned=checkpoints.note(older.head, lines)).head.size == 4
     early = view.heads[0]
     lines = [line for at, line in town.ledger.cosignatures(view.origin) if at == early.head]
     with pytest.raises(ClaimError, match=r"pin a newer one|proves nothing"):
-        check_bundle(path, ByName(), pinned=heads.note(early.head, lines))
+        check_bundle(path, ByName(), pinned=checkpoints.note(early.head, lines))
 
 
 def test_another_ledger_or_a_fork_is_refused(made: Made, tmp_path: Path) -> None:
@@ -75,13 +76,13 @@ def test_another_ledger_or_a_fork_is_refused(made: Made, tmp_path: Path) -> None
     other = Town(tmp_path, ["1", "2"])
     with pytest.raises(ClaimError, match="another ledger"):
         check_bundle(path, ByName(), pinned=note_of(other.ledger, other.attest()))
-    head, lines = heads.parse_note(note)
-    forked = heads.Head(head.origin, head.size, bytes(32))
+    head, lines = checkpoints.parse_note(note)
+    forked = checkpoints.Head(head.origin, head.size, bytes(32))
     with pytest.raises(ClaimError, match="forked"):
-        check_bundle(path, ByName(), pinned=heads.note(forked, lines))
-    longer = heads.Head(head.origin, head.size + 1, bytes(32))
+        check_bundle(path, ByName(), pinned=checkpoints.note(forked, lines))
+    longer = checkpoints.Head(head.origin, head.size + 1, bytes(32))
     with pytest.raises(ClaimError, match="proves nothing"):
-        check_bundle(path, ByName(), pinned=heads.note(longer, lines))
+        check_bundle(path, ByName(), pinned=checkpoints.note(longer, lines))
 
 
 def members(path: Path) -> list[tuple[str, bytes]]:

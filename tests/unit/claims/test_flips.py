@@ -21,22 +21,23 @@ import pytest
 from test_statements import STATEMENTS
 from world import ALICE, BOB, ByName, Town, keyed_opening, kit_of, person
 
-from mtlsign.artifact import read_kit, write_kit
-from mtlsign.claims import heads, memory, merkle, owner
-from mtlsign.claims.archive import read_bytes
+from mtlsign.claims import merkle, owner
+from mtlsign.claims.blob_store import read_bytes
 from mtlsign.claims.bundle import check_bundle, to_json, write_bundle
-from mtlsign.claims.commands import note_of
-from mtlsign.claims.heads import Head
-from mtlsign.claims.ledger import open_ledger
-from mtlsign.claims.parsing import seal, unseal
-from mtlsign.claims.view import read_view
-from mtlsign.claims.witness import Witness
+from mtlsign.claims.commands.owner import note_of
+from mtlsign.claims.ledger import checkpoints, witness_state
+from mtlsign.claims.ledger.checkpoints import Head
+from mtlsign.claims.ledger.open import open_ledger
+from mtlsign.claims.ledger.view import read_view
+from mtlsign.claims.ledger.witness import Witness
+from mtlsign.claims.statements.parsing import seal, unseal
 from mtlsign.errors import MTLSignError
-from mtlsign.folder import write_folder
-from mtlsign.identity import Identity
-from mtlsign.key import KeyOpening
-from mtlsign.sealing import Secret
-from mtlsign.storage import open_storage
+from mtlsign.storage.locations import open_storage
+from mtlsign.storage.manifest import write_folder
+from mtlsign.watermark.keys.identity import Identity
+from mtlsign.watermark.keys.opening import KeyOpening
+from mtlsign.watermark.keys.sealing import Secret
+from mtlsign.watermark.kit import read_kit, write_kit
 
 Look = Callable[[bytes], Any]
 
@@ -121,8 +122,8 @@ class Scene:
         return self.picture(path)
 
     def look_at_head(self, data: bytes) -> Any:
-        head, lines = heads.parse_note(data)
-        times = heads.times(head, lines, [m.public_key for m in self.town.members])
+        head, lines = checkpoints.parse_note(data)
+        times = checkpoints.times(head, lines, [m.public_key for m in self.town.members])
         if len(times) < 3:
             raise Lost("a co-signature does not hold")
         return head, times
@@ -140,9 +141,9 @@ class Scene:
         path.with_name("lines.lines").write_bytes(data)
         with open_ledger(f"sqlite:///{self.folder}/ledger.db") as ledger:
             good = {(head.size, line.line()) for head, line in ledger.cosignatures(self.head.origin)}
-            found = memory.remembered_lines(path)
+            found = witness_state.remembered_lines(path)
             held = {pair for pair in found if pair in good}
-        if len(held) < len(good & set(memory.remembered_lines(self.town.memory(member)))):
+        if len(held) < len(good & set(witness_state.remembered_lines(self.town.memory(member)))):
             raise Lost("a line that no signature holds, and that is therefore never stored")
         return held
 
@@ -153,9 +154,9 @@ class Scene:
         folder_bytes = lambda: read_bytes(str(folder / "store" / "models" / "m"))  # noqa: E731
         place = f"sqlite:///{folder}/pinned.db"
         path.parent.mkdir(exist_ok=True)
-        pin, kept = memory.pin_path(member, place), folder / "memory.json"
+        pin, kept = witness_state.pin_path(member, place), folder / "memory.json"
         pin.parent.mkdir(parents=True, exist_ok=True)
-        memory.pin(member, place, self.head.origin)
+        witness_state.pin(member, place, self.head.origin)
         files = {name: self.kit / name for name in ("kit.sealed", "manifest.json")}
         model = folder / "store" / "models" / "m"
         blob = folder / "archive" / "blobs" / self.claim.suspect.hex()
@@ -201,12 +202,12 @@ class Scene:
             ),
             "witness memory": Part(path.read_bytes(), in_file(kept, lambda: _memory(member, kept))),
             "witness lines": Part(path.with_name(path.name + ".lines").read_bytes(), self.look_at_lines),
-            "pin": Part(pin.read_bytes(), in_file(pin, lambda: memory.pinned(member, place))),
+            "pin": Part(pin.read_bytes(), in_file(pin, lambda: witness_state.pinned(member, place))),
         }  # fmt: skip
 
 
 def _memory(member: Identity, path: Path) -> Any:
-    found = memory.load(member, path)
+    found = witness_state.load(member, path)
     assert found is not None
     return found.origin, found.tree.size, found.tree.hashes, found.time
 
@@ -322,7 +323,7 @@ def test_a_flipped_line_is_the_only_way_to_lose_one(scene: Scene) -> None:
     """What `look_at_head` takes for granted: a head with all three lines counts, with one it does not."""
     head, times = scene.look_at_head(scene.note)
     assert head == scene.head and len(times) == 3
-    one = heads.note(head, heads.parse_note(scene.note)[1][:1])
+    one = checkpoints.note(head, checkpoints.parse_note(scene.note)[1][:1])
     with pytest.raises(Lost):
         scene.look_at_head(one)
     assert Head(head.origin, head.size, head.root) == head

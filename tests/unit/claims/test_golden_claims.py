@@ -10,14 +10,15 @@ from typing import Any
 import independent_claims as second
 import pytest
 
-from mtlsign.claims import heads, merkle
-from mtlsign.claims.admission import faults, find_claim
-from mtlsign.claims.council import tally
-from mtlsign.claims.envelope import open_envelope
-from mtlsign.claims.heads import Head, parse_line
-from mtlsign.claims.parsing import parse
-from mtlsign.claims.statements import Claim
-from mtlsign.claims.view import View
+from mtlsign.claims import merkle
+from mtlsign.claims.judging.admissibility import faults, find_claim
+from mtlsign.claims.judging.council import tally
+from mtlsign.claims.ledger import checkpoints
+from mtlsign.claims.ledger.checkpoints import Head, parse_line
+from mtlsign.claims.ledger.view import View
+from mtlsign.claims.statements.envelope import open_envelope
+from mtlsign.claims.statements.parsing import parse
+from mtlsign.claims.statements.types import Claim
 
 PATH = Path(__file__).parent.parent.parent / "golden" / "v0" / "claims.json"
 
@@ -52,10 +53,10 @@ def test_the_package_reads_it_as_it_was_written(golden: Any, view: View) -> None
     for row in golden["rows"]:  # what is parsed is written again to the very bytes
         payload = open_envelope(row).payload
         assert parse(payload).payload() == payload
-    head, lines = heads.parse_note(golden["head"].encode())
+    head, lines = checkpoints.parse_note(golden["head"].encode())
     council = view.council(head.size)
-    assert len(heads.times(head, lines, council.members)) >= council.threshold
-    assert heads.note(head, lines).decode() == golden["head"]
+    assert len(checkpoints.times(head, lines, council.members)) >= council.threshold
+    assert checkpoints.note(head, lines).decode() == golden["head"]
 
 
 def test_the_independent_reader_agrees(golden: Any, view: View) -> None:

@@ -18,11 +18,11 @@ import pytest
 import torch
 from world import person
 
-from mtlsign import cli
-from mtlsign.identity import Identity, default_identity_path
-from mtlsign.sealing import Secret
-from mtlsign.storage import open_storage
-from mtlsign.tensors import tensor_bytes
+from mtlsign.config import cli
+from mtlsign.storage.locations import open_storage
+from mtlsign.storage.safetensors_io import tensor_bytes
+from mtlsign.watermark.keys.identity import Identity, default_identity_path
+from mtlsign.watermark.keys.sealing import Secret
 
 ROOT = Path(__file__).resolve().parents[3]
 

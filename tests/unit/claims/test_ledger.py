@@ -13,17 +13,18 @@ from typing import Any
 import pytest
 from world import ALICE, BOB, Town, person
 
-from mtlsign.claims import heads, memory, merkle, owner
-from mtlsign.claims.heads import Cosignature, Head
-from mtlsign.claims.ledger import open_ledger
-from mtlsign.claims.parsing import seal
-from mtlsign.claims.recompute import check
-from mtlsign.claims.sqlite_ledger import SqliteLedger
-from mtlsign.claims.statements import Membership, Ref, Register
-from mtlsign.claims.view import Reader, View, read_view
-from mtlsign.claims.witness import Witness
+from mtlsign.claims import merkle, owner
+from mtlsign.claims.ledger import checkpoints, witness_state
+from mtlsign.claims.ledger.checkpoints import Cosignature, Head
+from mtlsign.claims.ledger.open import open_ledger
+from mtlsign.claims.ledger.rebuild import check
+from mtlsign.claims.ledger.sqlite import SqliteLedger
+from mtlsign.claims.ledger.view import Reader, View, read_view
+from mtlsign.claims.ledger.witness import Witness
+from mtlsign.claims.statements.parsing import seal
+from mtlsign.claims.statements.types import Membership, Ref, Register
 from mtlsign.errors import ClaimError, KeyMaterialError, LedgerError, MTLSignError
-from mtlsign.key import verifies
+from mtlsign.watermark.keys.opening import verifies
 
 
 @pytest.fixture
@@ -46,16 +47,18 @@ SPEC_BODY = "example.com/behind-the-sofa\n20852163\nCsUYapGGPo4dkMgIAUqom/Xajj7h
 
 
 def test_the_specifications_example_line() -> None:
-    line = heads.parse_line(SPEC_LINE)
+    line = checkpoints.parse_line(SPEC_LINE)
     assert (line.name, line.key_id.hex(), line.time) == ("witness.example.com/w1", "8d66cf3f", 1679315147)
     assert line.line() == SPEC_LINE and len(line.signature) == 64
-    assert heads.message(SPEC_BODY, line.time) == b"cosignature/v1\ntime 1679315147\n" + SPEC_BODY.encode()
+    assert (
+        checkpoints.message(SPEC_BODY, line.time) == b"cosignature/v1\ntime 1679315147\n" + SPEC_BODY.encode()
+    )
 
 
 def test_key_ids_and_signatures_of_a_public_log() -> None:
     """A published verifier key and checkpoint of the transparency-dev witness project's tests (type 0x01)."""
     blob = base64.b64decode("AULaJMvTtDLHPUcUrjdDad9vDlh/PTfC2VV60JUtCfWT")
-    assert heads.key_id("monkeys", blob[1:], 0x01).hex() == "db4d9f7e"
+    assert checkpoints.key_id("monkeys", blob[1:], 0x01).hex() == "db4d9f7e"
     body = "monkeys\n5\n41smjBUiAU70EtKlT6lIOIYtRTYxYXsDB+XHfcvu/BE=\n"
     signature = base64.b64decode(
         "202fftzGl3LVoqjXfwCFZZXs8I+5G22+Ek2K0AOyBuSJ/8/CZawNF+6fNlTKOCd622pbzJNkkJFWuw9DbicZCkEx9AY="
@@ -65,21 +68,21 @@ def test_key_ids_and_signatures_of_a_public_log() -> None:
 
 def test_a_head_there_and_back() -> None:
     head = Head(bytes(range(32)), 20852163, bytes(range(32, 64)))
-    lines = [heads.cosign(who, head, 1_790_000_000 + i) for i, who in enumerate((ALICE, BOB))]
-    note = heads.note(head, lines)
-    assert heads.parse_note(note) == (head, tuple(sorted(lines, key=lambda line: line.name)))
+    lines = [checkpoints.cosign(who, head, 1_790_000_000 + i) for i, who in enumerate((ALICE, BOB))]
+    note = checkpoints.note(head, lines)
+    assert checkpoints.parse_note(note) == (head, tuple(sorted(lines, key=lambda line: line.name)))
     members = [ALICE.public_key, BOB.public_key]
-    assert heads.times(head, lines, members) == {members[0]: 1_790_000_000, members[1]: 1_790_000_001}
-    assert heads.times(head, lines, [person("x").public_key]) == {}
-    assert heads.median([5, 1, 3]) == 3 and heads.median([1, 9]) == 9
+    assert checkpoints.times(head, lines, members) == {members[0]: 1_790_000_000, members[1]: 1_790_000_001}
+    assert checkpoints.times(head, lines, [person("x").public_key]) == {}
+    assert checkpoints.median([5, 1, 3]) == 3 and checkpoints.median([1, 9]) == 9
     other = Head(head.origin, head.size + 1, head.root)
-    for bad in (lines * 2, [heads.cosign(ALICE, other, 5)]):
+    for bad in (lines * 2, [checkpoints.cosign(ALICE, other, 5)]):
         with pytest.raises(ClaimError, match="does not hold"):
-            heads.times(head, bad, members)
+            checkpoints.times(head, bad, members)
     stolen = Cosignature(
-        heads.MEMBER + BOB.public_key.hex(), lines[0].key_id, lines[0].time, lines[0].signature
+        checkpoints.MEMBER + BOB.public_key.hex(), lines[0].key_id, lines[0].time, lines[0].signature
     )
-    assert heads.times(head, [stolen], members) == {}  # Alice's line under Bob's name
+    assert checkpoints.times(head, [stolen], members) == {}  # Alice's line under Bob's name
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,7 @@ def test_a_head_there_and_back() -> None:
 )  # fmt: skip
 def test_what_is_no_head_is_refused(note: bytes) -> None:
     with pytest.raises(ClaimError):
-        heads.parse_note(note)
+        checkpoints.parse_note(note)
 
 
 # --- the SQLite file ---
@@ -281,7 +284,7 @@ def test_a_place_is_pinned_to_the_ledger_that_was_there_first(town: Town) -> Non
         with pytest.raises(LedgerError, match=r"another ledger .* nothing was signed"):
             Witness(member, again).step()
         names = [line.name for _, line in again.cosignatures(again.origin())]
-        assert heads.MEMBER + member.public_key.hex() not in names
+        assert checkpoints.MEMBER + member.public_key.hex() not in names
         assert Witness(person("newcomer"), again).step().cosigned  # knows nothing: --origin is for that
     path.unlink()
     with open_ledger(town.ledger.uri, create=True) as empty:
@@ -290,12 +293,12 @@ def test_a_place_is_pinned_to_the_ledger_that_was_there_first(town: Town) -> Non
         with pytest.raises(LedgerError, match="was there before"):
             owner.found(owner.Owner(member, empty), [member.public_key])
         assert empty.size() == 0
-    pin = memory.pin_path(member, f"sqlite:///{path}")
+    pin = witness_state.pin_path(member, f"sqlite:///{path}")
     good = pin.read_bytes()
     for byte in range(len(good)):
         pin.write_bytes(good[:byte] + bytes([good[byte] ^ 1]) + good[byte + 1 :])
         with pytest.raises(MTLSignError):
-            memory.pinned(member, f"sqlite:///{path}")
+            witness_state.pinned(member, f"sqlite:///{path}")
 
 
 def test_no_proof_is_handed_out_that_does_not_hold(town: Town) -> None:
@@ -376,14 +379,14 @@ def test_a_member_who_signs_another_tree_is_named(town: Town) -> None:
     stamp(town, "a")
     liar = town.members[2]
     lie = Head(town.view().origin, 2, bytes(32))
-    town.ledger.cosign(lie, heads.cosign(liar, lie, 5))
+    town.ledger.cosign(lie, checkpoints.cosign(liar, lie, 5))
     step = town.witness(0).step()
     assert step.cosigned and any("FORK" in r and liar.public_key.hex()[:16] in r for r in step.remarks)
     town.witness(1).step()
     view = town.view()
     assert view.time(1) is not None and any(liar.public_key.hex()[:16] in remark for remark in view.remarks)
     second = town.members[1]
-    town.ledger.cosign(lie, heads.cosign(second, lie, 6))
+    town.ledger.cosign(lie, checkpoints.cosign(second, lie, 6))
     with pytest.raises(LedgerError, match="co-signed another tree"):
         town.view()
 
@@ -392,9 +395,9 @@ def test_nobody_can_keep_a_members_place(town: Town) -> None:
     """Somebody with the store's credentials writes rubbish under a member's name before the member signs."""
     index = stamp(town, "a")
     head, me = town.ledger.head(), town.members[0]
-    for rubbish in (b"\0" * 64, heads.cosign(me, Head(head.origin, 99, head.root), 5).signature):
-        name = heads.MEMBER + me.public_key.hex()
-        town.ledger.cosign(head, Cosignature(name, heads.key_id(name, me.public_key), 5, rubbish))
+    for rubbish in (b"\0" * 64, checkpoints.cosign(me, Head(head.origin, 99, head.root), 5).signature):
+        name = checkpoints.MEMBER + me.public_key.hex()
+        town.ledger.cosign(head, Cosignature(name, checkpoints.key_id(name, me.public_key), 5, rubbish))
     assert town.witness(0).step().cosigned == (2,) and town.witness(0).step().cosigned == ()
     assert town.attest().time(index) is not None
 

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from world import ALICE, BOB, KIT, claim_of, keyed_opening
 
-from mtlsign.claims import envelope, hiding, merkle
-from mtlsign.claims.parsing import parse, seal, unseal
-from mtlsign.claims.statements import Exhibit, Membership, Publish, Ref, Register, Statement, Vote
+from mtlsign.claims import merkle
+from mtlsign.claims.statements import commitments, envelope
+from mtlsign.claims.statements.parsing import parse, seal, unseal
+from mtlsign.claims.statements.types import Exhibit, Membership, Publish, Ref, Register, Statement, Vote
 from mtlsign.errors import ClaimError
-from mtlsign.identity import Identity
+from mtlsign.watermark.keys.identity import Identity
 
 H = [bytes([i]) * 32 for i in range(16)]
 WHO: dict[str, Any] = {"signer": ALICE.public_key, "ledger": H[0], "time": 1_790_000_000}
@@ -150,27 +151,27 @@ def test_an_envelope_has_one_spelling() -> None:
 
 def test_a_large_opening_fits_a_claim() -> None:
     big = keyed_opening(ALICE, taps=[f"t{i}." + "x" * 150 for i in range(16)], name="n" * 128)
-    path = [hiding.hide_key(bytes(32), b"%032d" % i) for i in range(256)]
-    claim = claim_of(**WHO, opening=big, key_path=tuple(hiding.key_path(path, 5)), heads=(None,) * 256)
+    path = [commitments.hide_key(bytes(32), b"%032d" % i) for i in range(256)]
+    claim = claim_of(**WHO, opening=big, key_path=tuple(commitments.key_path(path, 5)), heads=(None,) * 256)
     assert len(seal(claim, ALICE)) < envelope.MAX_ENVELOPE
 
 
 def test_hiding_binds_kind_salt_and_every_part() -> None:
-    base = hiding.hide("key", H[1], b"ab", b"c")
+    base = commitments.hide("key", H[1], b"ab", b"c")
     others = [("key", H[1], b"a", b"bc"), ("key", H[1], b"abc"), ("keyab", H[1], b"c"),
               ("key", H[2], b"ab", b"c"), ("model", H[1], b"ab", b"c"),
               ("key", H[1], b"ab", b"c", b"")]  # fmt: skip
-    assert len({base, *(hiding.hide(*other) for other in others)}) == len(others) + 1
+    assert len({base, *(commitments.hide(*other) for other in others)}) == len(others) + 1
     with pytest.raises(ValueError):
-        hiding.hide("key", b"short", b"x")
+        commitments.hide("key", b"short", b"x")
     salts = {
-        hiding.derive_salt(KIT, H[1], kind, about) for kind in ("key", "model") for about in (H[2], H[3])
+        commitments.derive_salt(KIT, H[1], kind, about) for kind in ("key", "model") for about in (H[2], H[3])
     }
-    assert len(salts) == 4 and hiding.derive_salt(KIT, H[2], "key", H[2]) not in salts
-    hidden = [hiding.hide_key(h, h) for h in H[:5]]
+    assert len(salts) == 4 and commitments.derive_salt(KIT, H[2], "key", H[2]) not in salts
+    hidden = [commitments.hide_key(h, h) for h in H[:5]]
     for i, one in enumerate(hidden):
-        path = hiding.key_path(hidden, i)
-        assert merkle.verify_inclusion(merkle.leaf_hash(one), i, 5, path, hiding.keys_root(hidden))
+        path = commitments.key_path(hidden, i)
+        assert merkle.verify_inclusion(merkle.leaf_hash(one), i, 5, path, commitments.keys_root(hidden))
 
 
 def test_an_identity_of_small_order_cannot_vote() -> None:

@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 from world import ALICE, BOB, Town, keyed_opening, kit_of, person
 
-from mtlsign.claims import hiding, owner
-from mtlsign.claims.admission import find_claim
-from mtlsign.claims.council import Tally, tally
-from mtlsign.claims.lineage import _stamped
-from mtlsign.claims.parsing import seal
-from mtlsign.claims.standing import REASONS, STANDINGS, Standing
-from mtlsign.claims.statements import Claim, Exhibit, Membership, Publish, Ref, Register, Vote
+from mtlsign.claims import owner
+from mtlsign.claims.judging.admissibility import find_claim
+from mtlsign.claims.judging.council import Tally, tally
+from mtlsign.claims.judging.lineage import _stamped
+from mtlsign.claims.judging.standings import REASONS, STANDINGS, Standing
+from mtlsign.claims.statements import commitments
+from mtlsign.claims.statements.parsing import seal
+from mtlsign.claims.statements.types import Claim, Exhibit, Membership, Publish, Ref, Register, Vote
 from mtlsign.errors import ClaimError, KeyMaterialError, LedgerError
-from mtlsign.identity import Identity
+from mtlsign.watermark.keys.identity import Identity
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_one_round_of_five_members_is_enough(town: Town) -> None:
     name = claim_of(town, ALICE, [kit], model + b" tuned", marked=model)
     from world import ByName
 
-    from mtlsign.claims.council import take_part
+    from mtlsign.claims.judging.council import take_part
 
     for member in town.members:
         take_part(member, town.ledger, town.archive, ByName(), memory=town.memory(member), clock=town.clock)
@@ -155,7 +156,7 @@ def test_what_does_not_fit_the_commitment_is_not_supported(
 
 
 def _faults(town: Town, index: int) -> Any:
-    from mtlsign.claims.admission import faults
+    from mtlsign.claims.judging.admissibility import faults
 
     view = town.view()
     return faults(view, *find_claim(view, str(index)))
@@ -254,13 +255,14 @@ def test_several_keys_open_in_their_order_one_per_dispute(town: Town) -> None:
     publication = find_claim(other.view(), "3")[1]
     nonce = other.view().at(publication.publish, Publish).nonce  # type: ignore[union-attr]
     hidden = [
-        hiding.hide_key(hiding.derive_salt(ALICE.kit_key, nonce, "key", o.key()), o.key()) for o in openings
+        commitments.hide_key(commitments.derive_salt(ALICE.kit_key, nonce, "key", o.key()), o.key())
+        for o in openings
     ]
     stamp = owner.register(other.owner(ALICE), other.archive, [("x", model + b" x")])
     jump = replace(
         first, register=stamp, suspect=other.archive.put(model + b" x"), opening=openings[2], key_index=2,
-        key_salt=hiding.derive_salt(ALICE.kit_key, nonce, "key", openings[2].key()),
-        key_path=tuple(hiding.key_path(hidden, 2)),
+        key_salt=commitments.derive_salt(ALICE.kit_key, nonce, "key", openings[2].key()),
+        key_path=tuple(commitments.key_path(hidden, 2)),
     )  # fmt: skip
     index = other.ledger.append(seal(jump, ALICE))
     assert [f.code for f in _faults(other, index)] == ["key_out_of_order"]

@@ -11,19 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtlsign.artifact import Kit
-from mtlsign.carriers import qr
-from mtlsign.claims.archive import Archive
-from mtlsign.claims.council import take_part
-from mtlsign.claims.judge import Finding, Judge
-from mtlsign.claims.ledger import Ledger, open_ledger
-from mtlsign.claims.lineage import Dispute, dispute
+from mtlsign.claims.blob_store import Archive
+from mtlsign.claims.judging.council import take_part
+from mtlsign.claims.judging.judge import Finding, Judge
+from mtlsign.claims.judging.lineage import Dispute, dispute
+from mtlsign.claims.ledger.base import Ledger
+from mtlsign.claims.ledger.open import open_ledger
+from mtlsign.claims.ledger.view import View, read_view
+from mtlsign.claims.ledger.witness import Witness
 from mtlsign.claims.owner import Owner, found
-from mtlsign.claims.statements import Claim, Ref
-from mtlsign.claims.view import View, read_view
-from mtlsign.claims.witness import Witness
-from mtlsign.identity import Identity
-from mtlsign.key import KeyOpening, make_spec, sign_spec
+from mtlsign.claims.statements.types import Claim, Ref
+from mtlsign.watermark.carriers import qr
+from mtlsign.watermark.keys.identity import Identity
+from mtlsign.watermark.keys.opening import KeyOpening, sign_spec
+from mtlsign.watermark.keys.spec import make_spec
+from mtlsign.watermark.kit import Kit
 
 KIT = bytes(range(32, 64))
 

@@ -13,13 +13,15 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from serving import Goods, Service, Start  # type: ignore[import-not-found]
 
-from mtlsign.artifact import model_bytes
-from mtlsign.key import Identity, make_spec, sign_spec
+from mtlsign.config.service import ServiceSettings
 from mtlsign.service.app import make_app
-from mtlsign.service.bundles import to_json
-from mtlsign.service.office import Office
-from mtlsign.service.verifier import Backend, Here, Verifier
-from mtlsign.settings_service import ServiceSettings
+from mtlsign.service.state import Office
+from mtlsign.service.verifier.claim_bundle import to_json
+from mtlsign.service.verifier.verifier import Backend, Here, Verifier
+from mtlsign.storage.model_folder import model_bytes
+from mtlsign.watermark.keys.identity import Identity
+from mtlsign.watermark.keys.opening import sign_spec
+from mtlsign.watermark.keys.spec import make_spec
 
 
 def opened(kit: Any) -> dict[str, Any]:

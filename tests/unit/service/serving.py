@@ -12,9 +12,9 @@ from typing import Any
 
 from fastapi.testclient import TestClient
 
-from mtlsign.service import tokens
-from mtlsign.service.office import Office
-from mtlsign.service.verifier import Verifier
+from mtlsign.service.auth import tokens
+from mtlsign.service.state import Office
+from mtlsign.service.verifier.verifier import Verifier
 
 
 @dataclass

@@ -12,14 +12,15 @@ from serving import Goods  # type: ignore[import-not-found]
 from test_service_trouble import fill  # type: ignore[import-not-found]
 from test_service_verifications import Slow  # type: ignore[import-not-found]
 
+from mtlsign.config.service import ServiceSettings
 from mtlsign.errors import ClaimError, ClusterError, SettingsError
 from mtlsign.service import __main__ as command
-from mtlsign.service import bulk, tokens
-from mtlsign.service.lines import Results
-from mtlsign.service.office import Office
-from mtlsign.service.store import Job, Room, Store
-from mtlsign.service.verifier import Answer, Here, Task, Verifier
-from mtlsign.settings_service import ServiceSettings
+from mtlsign.service.auth import tokens
+from mtlsign.service.batch import runner
+from mtlsign.service.batch.jsonl import Results
+from mtlsign.service.database import Job, Room, Store
+from mtlsign.service.state import Office
+from mtlsign.service.verifier.verifier import Answer, Here, Task, Verifier
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
 
@@ -50,7 +51,7 @@ def test_chunks_fit_the_room_and_a_claim_that_never_fits_is_its_own_problem(
     never = goods.claim(bundle={**goods.right, "head": "x" * 1_200_000})
     claims = [heavy, heavy, never, *[goods.claim() for _ in range(5)], None]
     with Results(tmp_path / "out" / "r.jsonl") as results:
-        asyncio.run(bulk.answer(s, Quick(), claims, results.add))
+        asyncio.run(runner.answer(s, Quick(), claims, results.add))
     wanted = ["rejected", "rejected", "too-large", *["rejected"] * 5, "bad-claim"]
     assert lines(tmp_path / "out" / "r.jsonl") == wanted
     assert results.tally == {"rejected": 7, "too-large": 1, "bad-claim": 1}
@@ -60,7 +61,7 @@ def test_a_full_queue_is_waited_for(goods: Goods, tmp_path: Path, monkeypatch: p
     s = ServiceSettings.of({"state": tmp_path / "s", "queue_claims": 2, "allow": f"file://{goods.folder}"})
     other = Store(s.state / "service.sqlite")
     other.add(Job("x", "theirs", 1.0, None, 2, b""), [b"", b""], None, "", 9e9, Room(9, 9, 9, 9))
-    monkeypatch.setattr("mtlsign.service.desk.LEASE_S", 30.0)
+    monkeypatch.setattr("mtlsign.service.queue.job_queue.LEASE_S", 30.0)
     slept: list[float] = []
     real = asyncio.sleep
 
@@ -72,7 +73,7 @@ def test_a_full_queue_is_waited_for(goods: Goods, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
     with Results(tmp_path / "r.jsonl") as results:
-        asyncio.run(bulk.answer(s, Here(Verifier(s)), [goods.claim()], results.add))
+        asyncio.run(runner.answer(s, Here(Verifier(s)), [goods.claim()], results.add))
     assert lines(tmp_path / "r.jsonl") == ["accepted"] and slept == [5]
     assert json.loads((tmp_path / "r.jsonl").read_text())["envelope"]
 
@@ -98,7 +99,7 @@ def test_what_was_answered_outlives_an_error(
             results.add(found)
             fill(stores[0])
 
-        asyncio.run(bulk.answer(s, Quick(), [goods.claim(), goods.claim(), heavy, heavy], keep))
+        asyncio.run(runner.answer(s, Quick(), [goods.claim(), goods.claim(), heavy, heavy], keep))
     assert lines(tmp_path / "r.jsonl.part") == ["rejected"] * 2 and not (tmp_path / "r.jsonl").exists()
     with pytest.raises(ClaimError, match="out"), Results(tmp_path / "r.jsonl.part" / "r"):
         pass

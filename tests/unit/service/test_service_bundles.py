@@ -16,14 +16,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from serving import Goods, Service, bounded  # type: ignore[import-not-found]
 
-from mtlsign.carriers import qr
-from mtlsign.head import FreeHead
-from mtlsign.key import Identity, KeyOpening, make_spec, sign_spec
-from mtlsign.reference import Reference
-from mtlsign.sealing import Secret, seal
-from mtlsign.service.bundles import read_bundle, take_bundle, to_json
 from mtlsign.service.problems import Problem
-from mtlsign.verification import Probe, verify
+from mtlsign.service.verifier.claim_bundle import read_bundle, take_bundle, to_json
+from mtlsign.watermark.carriers import qr
+from mtlsign.watermark.keys.identity import Identity
+from mtlsign.watermark.keys.opening import KeyOpening, sign_spec
+from mtlsign.watermark.keys.sealing import Secret, seal
+from mtlsign.watermark.keys.spec import make_spec
+from mtlsign.watermark.verification.detector import Probe, verify
+from mtlsign.watermark.verification.heads import FreeHead
+from mtlsign.watermark.verification.reference import Reference
 
 
 def kind(call: Callable[[], Any]) -> str:

@@ -12,9 +12,9 @@ from certificates import certificate  # type: ignore[import-not-found]
 from serving import Goods, Service  # type: ignore[import-not-found]
 from test_service_page import served  # type: ignore[import-not-found]
 
-from mtlsign.client import Client, Refused
 from mtlsign.errors import ClusterError, SettingsError
-from mtlsign.service.signing import read_verdict
+from mtlsign.service.auth.signing import read_verdict
+from mtlsign.service.client import Client, Refused
 
 
 def test_from_upload_to_checked_verdict(service: Service, goods: Goods) -> None:

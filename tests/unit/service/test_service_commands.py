@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mtlsign.settings_service import ServiceSettings
+from mtlsign.config.service import ServiceSettings
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = ("README.md", "jobs/README.md", "docs/service.md")
@@ -90,8 +90,8 @@ def test_the_cluster_starts_serve_with_our_bounds() -> None:
 
 
 def test_settings_travel_to_replicas_without_secrets_and_without_a_job_s_own() -> None:
+    from mtlsign.config.service import BatchSettings
     from mtlsign.distributed.serve import _plain
-    from mtlsign.settings_service import BatchSettings
 
     given = BatchSettings.of({"claims": "c.jsonl", "signing_key": "ab" * 64, "bits": 100})
     sent = _plain(given)

@@ -10,9 +10,9 @@ import pytest
 from serving import Goods, Service, Start  # type: ignore[import-not-found]
 from test_service_verifications import Slow, kinds  # type: ignore[import-not-found]
 
-from mtlsign.service import tokens
+from mtlsign.service.auth import tokens
 from mtlsign.service.problems import Problem
-from mtlsign.service.verifier import Answer, Task
+from mtlsign.service.verifier.verifier import Answer, Task
 
 LONE = "\ud800"
 
@@ -43,7 +43,7 @@ class Odd(Slow):
 def test_a_backend_with_a_defect_ends_in_a_problem(
     start: Start, goods: Goods, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mtlsign.service.desk.PAUSE_S", 0.001)
+    monkeypatch.setattr("mtlsign.service.queue.job_queue.PAUSE_S", 0.001)
     odd = Odd()
     service = start(backend=odd, attempts=2)
     answer = service.ask(goods.claim(), goods.claim())
@@ -54,7 +54,7 @@ def test_a_backend_with_a_defect_ends_in_a_problem(
 def test_a_defect_of_the_desk_ends_in_a_problem(
     start: Start, goods: Goods, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    monkeypatch.setattr("mtlsign.service.desk.LEASE_S", 0.1)
+    monkeypatch.setattr("mtlsign.service.queue.job_queue.LEASE_S", 0.1)
 
     def broken(*_: Any) -> None:
         raise KeyError("a defect")
@@ -80,7 +80,7 @@ def test_a_request_that_could_not_be_put_down_is_taken_up_again(
     start: Start, goods: Goods, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The disk is full both for the outcome and for putting the request down."""
-    monkeypatch.setattr("mtlsign.service.desk.LEASE_S", 0.3)
+    monkeypatch.setattr("mtlsign.service.queue.job_queue.LEASE_S", 0.3)
     service = start()
     store, left = service.office.store, {"keep": 1, "put_down": 1}
 

@@ -26,13 +26,15 @@ from test_service_page import served  # type: ignore[import-not-found]
 from test_service_pointers import Net, said  # type: ignore[import-not-found]
 from test_service_suspects import LIES  # type: ignore[import-not-found]
 
-from mtlsign.folder import manifest_bytes
-from mtlsign.key import Identity, KeyOpening, make_spec, sign_spec
-from mtlsign.service import tokens
-from mtlsign.service.bundles import read_bundle, to_json
-from mtlsign.service.parse import _unquoted
+from mtlsign.service.auth import tokens
+from mtlsign.service.fetch.https import Response
+from mtlsign.service.json_input import _unquoted
 from mtlsign.service.problems import Problem
-from mtlsign.service.web import Response
+from mtlsign.service.verifier.claim_bundle import read_bundle, to_json
+from mtlsign.storage.manifest import manifest_bytes
+from mtlsign.watermark.keys.identity import Identity
+from mtlsign.watermark.keys.opening import KeyOpening, sign_spec
+from mtlsign.watermark.keys.spec import make_spec
 
 HOST = "https://models.example.org/a"
 
@@ -284,7 +286,7 @@ def test_templates_repeat_what_they_are_given_as_text(service: Service, text: st
 
 
 def test_no_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mtlsign.service.web import Tls
+    from mtlsign.service.fetch.https import Tls
 
     with socket.socket() as trap:
         trap.bind(("127.0.0.1", 0))

@@ -16,14 +16,14 @@ import pytest
 from serving import Goods, Service, Start  # type: ignore[import-not-found]
 from test_service_verifications import Slow  # type: ignore[import-not-found]
 
-from mtlsign.claims.ledger import open_ledger
+from mtlsign.claims.ledger.open import open_ledger
 from mtlsign.claims.merkle import verify_inclusion
 from mtlsign.claims.owner import Owner, found
-from mtlsign.key import Identity
-from mtlsign.service import tokens
-from mtlsign.service.limits import Limits, release
+from mtlsign.config.service import ServiceSettings
+from mtlsign.service.auth import tokens
+from mtlsign.service.http.body_limits import Limits, release
 from mtlsign.service.problems import KINDS, MEDIA
-from mtlsign.settings_service import ServiceSettings
+from mtlsign.watermark.keys.identity import Identity
 
 BODY = {"claims": [{}], "wait_s": 0}
 
@@ -141,7 +141,7 @@ def test_endless_and_dripping_bodies_end(tmp_path: Path, monkeypatch: pytest.Mon
     assert run_limits(stream(1, 0.05), s) == 408
     assert run_limits(stream(1, 100), s) == 408
     assert run_limits(stream(100, 0, 3), s) == 200
-    monkeypatch.setattr("mtlsign.service.limits.GRACE_S", 0.1)
+    monkeypatch.setattr("mtlsign.service.http.body_limits.GRACE_S", 0.1)
     assert run_limits(stream(1, 0.05), ServiceSettings.of({"state": tmp_path, "body_s": 100})) == 408
 
 

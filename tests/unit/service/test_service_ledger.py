@@ -15,11 +15,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "claims"))
 from world import Town  # type: ignore[import-not-found]
 
 from mtlsign.claims import owner as owners
-from mtlsign.claims.admission import find_claim
 from mtlsign.claims.bundle import write_bundle
-from mtlsign.claims.judge import Finding
-from mtlsign.key import Identity
-from mtlsign.service.signing import read_verdict
+from mtlsign.claims.judging.admissibility import find_claim
+from mtlsign.claims.judging.judge import Finding
+from mtlsign.service.auth.signing import read_verdict
+from mtlsign.watermark.keys.identity import Identity
 
 
 class Convinced:

@@ -17,8 +17,8 @@ import pytest
 import uvicorn
 from serving import Goods, Service, Start  # type: ignore[import-not-found]
 
-from mtlsign.service.pictures import matches_needed, null_picture
-from mtlsign.service.verifier import Answer, Here, Task
+from mtlsign.service.verifier.verifier import Answer, Here, Task
+from mtlsign.service.web.charts import matches_needed, null_picture
 
 
 def enter(service: Service, *scopes: str) -> None:
@@ -122,8 +122,8 @@ class Held(Here):
 )
 @pytest.mark.parametrize("script", [True, False], ids=["as it comes", "without scripts"])
 def test_a_person_with_a_keyboard(start: Start, goods: Goods, tmp_path: Path, script: bool) -> None:
-    from mtlsign.service.verifier import Verifier
-    from mtlsign.settings_service import ServiceSettings
+    from mtlsign.config.service import ServiceSettings
+    from mtlsign.service.verifier.verifier import Verifier
 
     shots = Path(os.environ.get("MTLSIGN_TEST_PICTURES", tmp_path / "pictures"))
     settings = ServiceSettings.of({"state": tmp_path / "state", "allow": f"file://{goods.folder}"})

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtlsign.config.service import ServiceSettings
 from mtlsign.errors import SettingsError
-from mtlsign.service.files import Library
-from mtlsign.service.pointers import Bucket, Local, Policy, Upload, Web
+from mtlsign.service.fetch.https import Response, check_address, opened
+from mtlsign.service.fetch.locations import Bucket, Local, Policy, Upload, Web
+from mtlsign.service.fetch.model_cache import Library
 from mtlsign.service.problems import Problem
-from mtlsign.service.web import Response, check_address, opened
-from mtlsign.settings_service import ServiceSettings
 
 POLICY = Policy.of(
     "file:///srv/models, s3://good/pre, https://models.example.org/a, https://cdn.example.net:8443"

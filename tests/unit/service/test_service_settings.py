@@ -10,12 +10,13 @@ import pytest
 from serving import Start  # type: ignore[import-not-found]
 from test_service_page import served  # type: ignore[import-not-found]
 
-from mtlsign import cli
+from mtlsign.config import cli
+from mtlsign.config.service import ServiceSettings
 from mtlsign.errors import SettingsError
-from mtlsign.key import Identity
-from mtlsign.service.limits import Limits
-from mtlsign.service.signing import Keys
-from mtlsign.settings_service import ServiceSettings
+from mtlsign.service import state
+from mtlsign.service.auth.signing import Keys
+from mtlsign.service.http.body_limits import Limits
+from mtlsign.watermark.keys.identity import Identity
 
 SECRET = "ab" * 64
 #: What `start` sets for the proxy that it starts.
@@ -62,7 +63,7 @@ def test_a_job_s_flags_reach_ingress_and_verifiers(tmp_path: Path, monkeypatch: 
     )
     assert gate == verify and (gate["bits"], gate["state"], gate["port"]) == (70, str(tmp_path), 8123)
     opened: list[ServiceSettings] = []
-    monkeypatch.setattr(serve.Office, "open", lambda s, *_: opened.append(s))
+    monkeypatch.setattr(state.Office, "open", lambda s, *_: opened.append(s))
     monkeypatch.setattr(serve, "RayMetrics", lambda: None)
     monkeypatch.setenv("MTLSIGN_SIGNING_KEY", SECRET)
     serve.Gate(gate, None)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from serving import bounded  # type: ignore[import-not-found]
 
 from mtlsign.service.problems import Problem
-from mtlsign.service.suspects import Suspect, read_header
+from mtlsign.service.verifier.lazy_safetensors import Suspect, read_header
 
 GOOD = save({"a": torch.arange(4.0), "b": torch.zeros(2, 3, dtype=torch.float16)})
 

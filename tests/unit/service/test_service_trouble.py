@@ -16,11 +16,11 @@ from test_service_interface import problem  # type: ignore[import-not-found]
 from test_service_page import enter  # type: ignore[import-not-found]
 
 from mtlsign.errors import LedgerError, StorageError
-from mtlsign.service import office as offices
-from mtlsign.service.limits import proxy_middlewares
+from mtlsign.service import state as offices
+from mtlsign.service.database import Store
+from mtlsign.service.http.body_limits import proxy_middlewares
 from mtlsign.service.problems import of_error
-from mtlsign.service.store import Store
-from mtlsign.service.verifier import Task
+from mtlsign.service.verifier.verifier import Task
 
 
 def fill(store: Store) -> None:
@@ -154,7 +154,7 @@ def test_a_bucket_that_cannot_be_reached_says_no_more(
     def unreachable(*_: Any, **__: Any) -> Any:
         raise StorageError("http://10.1.2.3:8333 does not answer; set AWS_ACCESS_KEY_ID")
 
-    monkeypatch.setattr("mtlsign.service.files.open_storage", unreachable)
+    monkeypatch.setattr("mtlsign.service.fetch.model_cache.open_storage", unreachable)
     answer = start(allow="s3://bucket").ask(goods.claim("s3://bucket/m.safetensors"))
     (result,) = answer.json()["results"]
     assert result["problem"]["type"].endswith("unreachable")

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from serving import Goods, Service, Start  # type: ignore[import-not-found]
 
+from mtlsign.config.service import ServiceSettings
 from mtlsign.errors import ClaimError
+from mtlsign.service.auth.signing import read_verdict
 from mtlsign.service.problems import Problem
-from mtlsign.service.signing import read_verdict
-from mtlsign.service.turns import Turns
-from mtlsign.service.verifier import Answer, Lost, Task
-from mtlsign.settings_service import ServiceSettings
+from mtlsign.service.queue.fair_semaphore import Turns
+from mtlsign.service.verifier.verifier import Answer, Lost, Task
 
 
 def kinds(answer: Any) -> list[str]:
@@ -180,7 +180,7 @@ def test_backpressure_comes_before_memory_suffers(start: Start, goods: Goods) ->
 
 
 def test_rotation_keeps_old_verdicts_and_sealed_requests(start: Start, goods: Goods, tmp_path: Path) -> None:
-    from mtlsign.key import Identity
+    from mtlsign.watermark.keys.identity import Identity
 
     old = start(backend=Slow())
     headers = old.headers()
@@ -242,7 +242,7 @@ def test_what_was_told_before_a_death_is_kept_and_only_the_guilty_is_alone(
 def test_a_full_disk_puts_a_request_down_and_it_is_taken_up_again(
     start: Start, goods: Goods, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mtlsign.service.desk.LEASE_S", 0.3)
+    monkeypatch.setattr("mtlsign.service.queue.job_queue.LEASE_S", 0.3)
     service = start()
     keep, failures = service.office.store.keep, [OSError("disk full"), OSError("disk full")]
 

@@ -1,0 +1,1 @@
+"""Signed statements: types, parsing, envelopes and commitments."""

@@ -1,0 +1,1 @@
+"""Attack runs: many attacks on one marked model."""

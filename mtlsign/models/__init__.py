@@ -1,0 +1,1 @@
+"""Architectures, checkpoints and taps: networks that the package can build and read."""

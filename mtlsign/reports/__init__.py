@@ -1,0 +1,1 @@
+"""Rendering of plain dictionaries: HTML, SVG, CSV, Parquet and terminal output."""

@@ -1,0 +1,1 @@
+"""Tokens of clients and signing keys of the service."""

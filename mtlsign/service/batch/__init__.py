@@ -1,0 +1,1 @@
+"""Verification of a file of claims without a server."""

@@ -1,0 +1,1 @@
+"""Fetching of suspect models from allowed locations."""

@@ -1,0 +1,1 @@
+"""Verification of one claim within time and memory limits."""

@@ -1,0 +1,1 @@
+"""Storage backends (local folder, S3) and the file formats written to them."""

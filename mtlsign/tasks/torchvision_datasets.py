@@ -1,0 +1,170 @@
+"""MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 through torchvision.datasets, held in memory as uint8."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import datasets
+
+from mtlsign.errors import DataError
+from mtlsign.tasks.base import Task, carve, generator, spread
+from mtlsign.tasks.tensor_split import Recipe, tensor_splits
+
+_IDX = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A torchvision dataset: its class, its folder and files under the data root, its images' recipe."""
+
+    dataset: Any
+    folder: str
+    files: tuple[str, ...]
+    channels: int
+    side: int
+    classes: int
+    recipe: Recipe
+
+
+SOURCES: dict[str, Source] = {
+    "mnist": Source(datasets.MNIST, "MNIST/raw", _IDX, 1, 28, 10, Recipe((0.1307,), (0.3081,), pad=2)),
+    "fashion-mnist": Source(
+        datasets.FashionMNIST,
+        "FashionMNIST/raw",
+        _IDX,
+        1,
+        28,
+        10,
+        Recipe((0.2860,), (0.3530,), pad=2, flip=True),
+    ),
+    "cifar10": Source(
+        datasets.CIFAR10,
+        "cifar-10-batches-py",
+        (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"),
+        3,
+        32,
+        10,
+        Recipe((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), pad=4, flip=True),
+    ),
+    "cifar100": Source(
+        datasets.CIFAR100,
+        "cifar-100-python",
+        ("train", "test", "meta"),
+        3,
+        32,
+        100,
+        Recipe((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), pad=4, flip=True),
+    ),
+}
+
+
+def load_images(name: str, root: Path, *, download: bool, seed: int, share: float = 1.0) -> Task:
+    """The task `name` of `SOURCES` from torchvision's layout under `root`; test is the official test part.
+
+    `share` below 1 keeps so much of both official parts, the same for every seed, classes in proportion.
+
+    Raises DataError when files are missing or damaged, or a download fails.
+    """
+    source = SOURCES[name]
+    missing = [file for file in source.files if not (root / source.folder / file).is_file()]
+    if missing and not download:
+        raise DataError(_how_to_get(name, source, root, missing), field="data")
+    x, y = _read(name, source, root, train=True, download=bool(missing))
+    test = _read(name, source, root, train=False, download=False)
+    if share < 1:
+        name, (x, y), test = f"{name}@{share:g}", _part(name, x, y, share), _part(name, *test, share)
+    splits = tensor_splits(x, y, carve(y, seed), source.recipe, test)
+    return Task(name, source.channels, source.side, source.side, source.classes, splits)
+
+
+def _part(name: str, x: Tensor, y: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    rows = spread(y, generator("mtlsign/share", name))[: max(10, round(share * len(y)))]
+    return x[rows].contiguous(), y[rows]
+
+
+def _how_to_get(name: str, source: Source, root: Path, missing: list[str]) -> str:
+    return (
+        f"{name} is not there: {', '.join(missing)} missing in {root / source.folder} (unpacked): "
+        "add --download to fetch it, or put the files there, or give another folder with --data"
+    )
+
+
+def _read(name: str, source: Source, root: Path, *, train: bool, download: bool) -> tuple[Tensor, Tensor]:
+    try:
+        data = source.dataset(str(root), train=train, download=download)
+        x, y = torch.as_tensor(np.asarray(data.data)), torch.as_tensor(np.asarray(data.targets))
+    except (
+        RuntimeError,
+        ValueError,
+        OSError,
+        EOFError,
+        LookupError,
+        AssertionError,
+        pickle.PickleError,
+    ) as error:
+        if name == "cifar100" and not download:
+            x, y = _read_unofficial(root / source.folder / ("train" if train else "test"))
+        elif download:
+            raise DataError(
+                f"{name} could not be downloaded to {root} ({type(error).__name__}): check the network, or "
+                f"put {', '.join(source.files)} into {root / source.folder}",
+                field="data",
+            ) from None
+        else:
+            raise DataError(
+                f"the files of {name} in {root / source.folder} are damaged ({str(error)[:120]}): remove "
+                "them and add --download, or put whole ones there",
+                field="data",
+            ) from None
+    x = x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2)
+    shape = (source.channels, source.side, source.side)
+    y = y.long()
+    if x.dtype != torch.uint8 or tuple(x.shape[1:]) != shape or len(x) != len(y) or not len(y):
+        raise DataError(
+            f"the images of {name} in {root} are not {shape}: put whole files there", field="data"
+        )
+    if int(y.min()) < 0 or int(y.max()) >= source.classes:
+        raise DataError(
+            f"the labels of {name} in {root} are out of range: put whole files there", field="data"
+        )
+    return x.contiguous(), y
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles numpy arrays and plain containers only, so that a file of unknown origin runs no code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = {"_reconstruct", "ndarray", "dtype", "_frombuffer"}
+        if module.split(".")[0] == "numpy" and name in allowed:
+            return super().find_class(module, name)
+        if (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a data file")
+
+
+def _read_unofficial(path: Path) -> tuple[Tensor, Tensor]:
+    """CIFAR-100 in its layout but without the official md5 (such as an offline copy in another order)."""
+    try:
+        entry = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        x = np.asarray(entry["data"], dtype=np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        y = np.asarray(entry["fine_labels"], dtype=np.int64)
+    except Exception as error:
+        raise DataError(
+            f"{path} is damaged ({str(error)[:120]}): remove it and add --download, or put a whole one there",
+            field="data",
+        ) from None
+    warnings.warn(f"{path} is not the official CIFAR-100 file (md5): say so beside any figure", stacklevel=2)
+    return torch.from_numpy(x.copy()), torch.from_numpy(y)

@@ -1,0 +1,1 @@
+"""The watermarking scheme: keys, carriers, verification and embedding."""

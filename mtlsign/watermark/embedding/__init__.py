@@ -1,0 +1,1 @@
+"""Phase 1, phase 2 and their results."""

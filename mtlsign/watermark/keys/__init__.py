@@ -1,0 +1,1 @@
+"""Owner identities, specifications, key openings and encryption at rest."""

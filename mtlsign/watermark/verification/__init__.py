@@ -1,0 +1,1 @@
+"""Algorithm 1: reading a watermark from a network's tensors."""
