@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests" / "services")]
+    sys.path[:0] = [str(Path(__file__).parents[1])]
 
 import torch
 
 import mtlsign
 from mtlsign.models import architectures
 from mtlsign.storage.locations import open_storage
-from mtlsign.storage.safetensors_io import read_tensors, tensor_bytes
+from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.tasks import from_tensors
 from mtlsign.watermark.keys.identity import Identity
-from mtlsign.watermark.keys.sealing import Secret
+from mtlsign.watermark.keys.sealing import EncryptionSecret
 
 #: The owner marks with care; the thief hurries, because more steps cost a stolen network its task.
 HOW: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ def mark(folder: Path, name: str, tensors: dict[str, Any] | None) -> tuple[Path,
     """Mark a small network (a fresh one, or a stolen one's tensors): identity file, kit, model folder."""
     identity, path = Identity.generate(), folder / f"{name}.json"
     identity.save(path, None)
-    graph = architectures.graph_for("resnet18", **GRAPH)  # type: ignore[arg-type]
+    graph = architectures.architecture_for("resnet18", **GRAPH)  # type: ignore[arg-type]
     torch.manual_seed(0)
     model = architectures.build(graph)
     if tensors is not None:
@@ -58,7 +58,7 @@ def mark(folder: Path, name: str, tensors: dict[str, Any] | None) -> tuple[Path,
         model, from_tensors(x, y), trained=True, identity=identity, graph=graph, key_size=512,
         batch=16, primary_batch=16, **HOW[name],
     )  # fmt: skip
-    done.save(open_storage(str(folder / name)), Secret.from_kit_key(identity.kit_key))
+    done.save(open_storage(str(folder / name)), EncryptionSecret.from_kit_key(identity.kit_key))
     return path, Path(str(done.result["kit"])), Path(str(done.result["model_path"]))
 
 
@@ -77,10 +77,10 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         ledger, more = f"sqlite:///{folder}/ledger.db", []
         if options.etcd:
-            import etcd
+            from tests.helpers import etcd_cluster
 
             (folder / "etcd").mkdir()
-            cluster = stack.enter_context(etcd.running(folder / "etcd"))
+            cluster = stack.enter_context(etcd_cluster.running(folder / "etcd"))
             tls, ledger = cluster.tls, cluster.uri()
             more = [
                 "--etcd-ca",
@@ -128,7 +128,7 @@ def main() -> int:
         print("published as entry", job("publish", "--owner", owner, "--kit", kit, "--model", model)["index"])
         council()
         print("stolen: noise, then a second mark by the thief")
-        stolen = read_tensors((model / "model.safetensors").read_bytes())
+        stolen = parse_safetensors((model / "model.safetensors").read_bytes())
         noisy = {
             n: t + 0.02 * t.std() * torch.randn_like(t) if t.is_floating_point() and t.numel() > 1 else t
             for n, t in stolen.items()
@@ -140,7 +140,9 @@ def main() -> int:
         )
         council()
         suspect = folder / "suspect.safetensors"
-        suspect.write_bytes(tensor_bytes(read_tensors((remarked / "model.safetensors").read_bytes())))
+        suspect.write_bytes(
+            serialize_safetensors(parse_safetensors((remarked / "model.safetensors").read_bytes()))
+        )
         ours = job("claim", "--owner", owner, "--kit", kit, "--model", suspect)
         theirs = job("claim", "--owner", thief, "--kit", thief_kit, "--model", suspect)
         print("claims at entries", ours["index"], theirs["index"])

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests" / "services")]
+    sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from mtlsign.claims import merkle
 from mtlsign.claims.ledger.base import Ledger
 from mtlsign.claims.ledger.open import open_ledger
 from mtlsign.claims.ledger.sqlite import SqliteLedger
-from mtlsign.claims.statements.parsing import seal, unseal
+from mtlsign.claims.statements.parsing import open_statement, sign_statement
 from mtlsign.claims.statements.types import Publish
 from mtlsign.watermark.keys.identity import Identity
 
@@ -37,7 +37,7 @@ def publishes(identity: Identity) -> Iterator[bytes]:
     """Signed publications without end, each another."""
     for number in range(2**31):
         h = number.to_bytes(32, "big")
-        yield seal(
+        yield sign_statement(
             Publish(
                 signer=identity.public_key, ledger=bytes(32), time=int(time.time()), nonce=h, keys_root=h,
                 keys_count=1, heads=h, model=h, licence="CC-BY-4.0",
@@ -61,7 +61,7 @@ def speed(ledger: Ledger, count: int) -> dict[str, float]:
         ledger.append(envelope)
     middle = time.perf_counter()
     rows = list(ledger.scan(0, count))
-    checked = timed(lambda: [unseal(row) for row in rows])
+    checked = timed(lambda: [open_statement(row) for row in rows])
     return {
         "publish_per_s": count / (middle - begin),
         "verify_per_s": count / checked,
@@ -115,11 +115,10 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mtlsign-ledger-")))
         if options.etcd:
-            import etcd
-
             from mtlsign.claims.ledger.etcd import open_etcd
+            from tests.helpers import etcd_cluster
 
-            cluster = stack.enter_context(etcd.running(folder))
+            cluster = stack.enter_context(etcd_cluster.running(folder))
             ledger: Ledger = open_etcd(cluster.uri("/bench"), cluster.tls)
         else:
             ledger = open_ledger(f"sqlite:///{folder}/ledger.db", create=True)

@@ -18,8 +18,8 @@ from benchmarks.measure import Row, row
 from benchmarks.scene import Bare, Scene
 from mtlsign.models import loading
 from mtlsign.watermark.embedding import training
-from mtlsign.watermark.embedding.worker import Alone
-from mtlsign.watermark.verification.detector import Probe
+from mtlsign.watermark.embedding.worker import SingleProcessContext
+from mtlsign.watermark.verification.detector import WatermarkDetector
 
 #: Large blocks go back to the system at once, so that the mark shows what was live and not what was cached.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -47,12 +47,14 @@ def child(piece: str, options: dict[str, str | int | None]) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     if piece == "clean":
-        training.train_clean(copy.deepcopy(scene.model), small, s, Alone())
+        training.train_clean_model(copy.deepcopy(scene.model), small, s, SingleProcessContext())
     elif piece == "mark":
-        w0 = loading.cpu_state(scene.model)  # the caller's, and a probe with its skeleton: as `mark_phase`
-        probe = Probe(scene.opening, scene.reference)
-        training.watermark(copy.deepcopy(scene.model), small, probe, s, Alone())
-        del w0
+        base_weights = loading.cpu_state(
+            scene.model
+        )  # the caller's, and a probe with its skeleton: as `mark_phase`
+        detector = WatermarkDetector(scene.opening, scene.reference)
+        training.embed_watermark(copy.deepcopy(scene.model), small, detector, s, SingleProcessContext())
+        del base_weights
     else:
         _activations(scene)
     return {"bytes": _status("VmHWM") - before, "parameters": parameters}

@@ -8,24 +8,26 @@ from benchmarks.measure import Row, cost, ratio
 from benchmarks.scene import Bare, Scene
 from mtlsign.models import loading
 from mtlsign.watermark.carriers import qr
-from mtlsign.watermark.keys.opening import integers
+from mtlsign.watermark.keys.opening import watermark_integers
 from mtlsign.watermark.verification.detector import verify
 
 
 def encoder(scene: Scene, pairs: int) -> list[Row]:
     """(d) `qrcode` per symbol / batch encoder per symbol, with its tables ready and from nothing."""
-    digits, n = scene.probe.spec.carrier.digits, scene.probe.spec.n
-    values = integers(scene.probe.key, n)
+    digits, n = scene.detector.spec.carrier.digits, scene.detector.spec.n
+    values = watermark_integers(scene.detector.key, n)
     drawn = values[: min(n, 128)]
     texts = [str(int(v)).zfill(digits) for v in drawn]
-    assert np.array_equal(qr.modules(drawn, digits), np.stack([qr.draw(t) for t in texts]))
+    assert np.array_equal(
+        qr.encode_modules(drawn, digits), np.stack([qr.encode_with_library(t) for t in texts])
+    )
     library, warm, cold = [], [], []
     for _ in range(pairs):
-        seconds = cost(lambda: [qr.draw(t) for t in texts])
+        seconds = cost(lambda: [qr.encode_with_library(t) for t in texts])
         library.append((seconds[0] / len(texts) * n, seconds[1] / len(texts) * n))
-        warm.append(cost(lambda: qr.modules(values, digits)))
+        warm.append(cost(lambda: qr.encode_modules(values, digits)))
         qr._tables.cache_clear()
-        cold.append(cost(lambda: qr.modules(values, digits)))
+        cold.append(cost(lambda: qr.encode_modules(values, digits)))
     note = f"{n} symbols; the library drew {len(texts)}, scaled"
     what = "qrcode library / QR batch encoder"
     return [
@@ -47,7 +49,7 @@ def verification(scene: Scene, pairs: int) -> list[Row]:
     tensors, bare = loading.cpu_state(scene.model), Bare(scene)
     a, b = [], []
     for i in range(pairs + 2):
-        verified, forward = cost(lambda: verify(tensors, scene.probe)), cost(bare.key_forward)
+        verified, forward = cost(lambda: verify(tensors, scene.detector)), cost(bare.key_forward)
         if i >= 2:
             a.append(verified)
             b.append(forward)

@@ -15,7 +15,7 @@ from mtlsign.tasks import Task, load_task
 from mtlsign.watermark.embedding import pipeline
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.keys.opening import KeyOpening
-from mtlsign.watermark.verification.detector import Probe
+from mtlsign.watermark.verification.detector import WatermarkDetector
 from mtlsign.watermark.verification.reference import Reference
 
 
@@ -26,7 +26,7 @@ class Scene:
     settings: EmbedSettings
     task: Task
     model: nn.Module
-    probe: Probe
+    detector: WatermarkDetector
     opening: KeyOpening
     reference: Reference
 
@@ -34,17 +34,24 @@ class Scene:
     def of(cls, task: str, data: str | None, width: int | None, **options: object) -> Scene:
         """Load the task and make an untrained network and a throw-away key."""
         wanted = {"task": task, "data": data, "width": width, "insecure_test_key": True, **options}
-        s = EmbedSettings.of({name: value for name, value in wanted.items() if value is not None}).resolved()
-        loaded = load_task(s.task, data=s.data, download=False, seed=s.seed)
-        shape = loading.TaskShape(loaded.channels, loaded.height, loaded.width, loaded.classes)
-        graph = loading.graph_of(s, shape)
+        settings = EmbedSettings.of(
+            {name: value for name, value in wanted.items() if value is not None}
+        ).resolved()
+        loaded = load_task(settings.task, data=settings.data, download=False, seed=settings.seed)
+        shape = loading.InputSpec(loaded.channels, loaded.height, loaded.width, loaded.classes)
+        graph = loading.architecture_from_settings(settings, shape)
         torch.manual_seed(0)
         model = architectures.build(graph)
         geometry = (loaded.channels, loaded.height, loaded.width)
-        opening, reference = pipeline.commit(
-            architectures.build(graph), loading.cpu_state(model), graph, geometry, s, Identity.generate()
+        opening, reference = pipeline.commit_key(
+            architectures.build(graph),
+            loading.cpu_state(model),
+            graph,
+            geometry,
+            settings,
+            Identity.generate(),
         )
-        return cls(s, loaded, model, Probe(opening, reference), opening, reference)
+        return cls(settings, loaded, model, WatermarkDetector(opening, reference), opening, reference)
 
     def fewer(self, **sizes: int) -> Task:
         """The same task with only so many samples in some splits."""
@@ -55,7 +62,7 @@ class Scene:
         return replace(self.task, splits=splits)
 
     def __str__(self) -> str:
-        s, shape = self.settings, tuple(self.probe.images.shape)
+        s, shape = self.settings, tuple(self.detector.images.shape)
         return f"{s.task}, {s.model}, width {s.width}, key set {shape}, primary batch {s.primary_batch}"
 
 
@@ -68,7 +75,7 @@ class Bare:
     """
 
     def __init__(self, scene: Scene) -> None:
-        self._taps, self._images = scene.probe.graph.taps, scene.probe.images
+        self._taps, self._images = scene.detector.graph.taps, scene.detector.images
         self._tapped = copy.deepcopy(scene.model).train()
         self._student = copy.deepcopy(scene.model).train()
         self._teacher = copy.deepcopy(scene.model).train().requires_grad_(False)

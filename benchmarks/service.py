@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "services")]
+sys.path[:0] = [str(ROOT)]
 
 import mtlsign  # noqa: E402
 from benchmarks.measure import hardware  # noqa: E402
@@ -45,11 +45,11 @@ from mtlsign.config.service import ServiceSettings  # noqa: E402
 from mtlsign.models import architectures  # noqa: E402
 from mtlsign.models.taps import forward_to_taps  # noqa: E402
 from mtlsign.service.auth import tokens  # noqa: E402
-from mtlsign.service.client import Client, claim_of  # noqa: E402
-from mtlsign.service.database import Store  # noqa: E402
+from mtlsign.service.client import Client, make_claim  # noqa: E402
+from mtlsign.service.database import Database  # noqa: E402
 from mtlsign.service.verifier.claim_bundle import take_bundle  # noqa: E402
-from mtlsign.service.verifier.detectors import probe_of  # noqa: E402
-from mtlsign.service.verifier.verifier import Question, Task, Verifier  # noqa: E402
+from mtlsign.service.verifier.detectors import detector_for_claim  # noqa: E402
+from mtlsign.service.verifier.verifier import OpenedClaimRef, VerificationTask, Verifier  # noqa: E402
 from mtlsign.storage.base import Storage  # noqa: E402
 from mtlsign.storage.locations import open_storage  # noqa: E402
 from mtlsign.storage.model_folder import model_bytes, write_model  # noqa: E402
@@ -74,7 +74,7 @@ class Goods:
     @classmethod
     def make(cls, width: int, n: int, side: int, keys: int, steps: int) -> Goods:
         """Mark a network well enough for 120 bits, no more, or not at all: a claim costs the same."""
-        graph = architectures.graph_for("resnet18", channels=1, classes=4, width=width, stem="stock")
+        graph = architectures.architecture_for("resnet18", channels=1, classes=4, width=width, stem="stock")
         torch.manual_seed(0)
         model, gen = architectures.build(graph).eval(), torch.Generator().manual_seed(0)
         owner = Identity.generate()
@@ -130,7 +130,7 @@ class Goods:
         for i in range(count):
             which, right = dice.randrange(len(names)), dice.random() < 0.5
             opening = self.right if right else dice.choice(self.others)
-            claim = copy.deepcopy(claim_of(f"{base}/{names[which]}", opening, self.reference))
+            claim = copy.deepcopy(make_claim(f"{base}/{names[which]}", opening, self.reference))
             answer = "accepted" if right and which % 2 == 0 else "rejected"
             if i % 20 == 7:
                 answer, spoil = broken[(i // 20) % len(broken)]
@@ -145,14 +145,14 @@ def bare(goods: Goods, repeats: int, pause: float = 0.0, over: threading.Event |
 
     With `pause` beside the load until it is `over`: on a shared machine CPU seconds too depend on neighbours.
     """
-    probe = probe_of(take_bundle(claim_of("", goods.right, goods.reference)["bundle"]))
+    detector = detector_for_claim(take_bundle(make_claim("", goods.right, goods.reference)["bundle"]))
     net = architectures.build(goods.graph).train().to(memory_format=torch.channels_last)
     found: list[float] = []
     torch.set_num_threads(1)  # OpenMP keeps the number for each thread
     with torch.no_grad():
         while len(found) < repeats + 2 and not (over and over.wait(pause)):
             start = time.thread_time()
-            forward_to_taps(net, probe.images, probe.spec.taps)
+            forward_to_taps(net, detector.images, detector.spec.taps)
             found.append(time.thread_time() - start)
     return found[2:] or found
 
@@ -163,8 +163,8 @@ def further(goods: Goods, folder: Path, repeats: int) -> dict[str, float]:
     verifier = Verifier(ServiceSettings.of({"state": folder / "state", "allow": f"file://{folder}"}))
     pairs = []
     for opening in goods.others[: repeats + 2]:
-        data = json.dumps(claim_of("", opening, goods.reference)["bundle"]).encode()
-        task = Task(f"file://{folder}/m.safetensors", None, (Question(data),))
+        data = json.dumps(make_claim("", opening, goods.reference)["bundle"]).encode()
+        task = VerificationTask(f"file://{folder}/m.safetensors", None, (OpenedClaimRef(data),))
         start = time.process_time()
         assert verifier.answer(task).outcomes[0]["verdict"]["status"] == "rejected"
         pairs.append((time.process_time() - start, statistics.median(bare(goods, 3))))
@@ -243,20 +243,20 @@ def stages(logs: Path) -> dict[str, dict[str, float]]:
 
 def under_load(a: argparse.Namespace, goods: Goods, folder: Path) -> dict[str, Any]:
     """Start S3 and the service, send all claims, check every answer."""
-    import seaweed  # type: ignore[import-not-found]
-    from job_process import Jobs  # type: ignore[import-not-found]
+    from tests.helpers import seaweedfs_server
+    from tests.helpers.job_harness import Jobs
 
     for name in ("s3", "goods"):
         (folder / name).mkdir()
     jobs = Jobs(folder / "jobs", folder)
-    with seaweed.running(folder / "s3") as s3:
+    with seaweedfs_server.running(folder / "s3") as s3:
         os.environ.update(s3.env)
         names = goods.write(
             open_storage(f"s3://{s3.bucket}/goods", endpoint=s3.endpoint), a.models, a.limit << 20
         )
         base = f"s3://{s3.bucket}/goods"
         asked, wanted = goods.claims(a.claims, base, names)
-        (port,) = seaweed.free_ports(1)
+        (port,) = seaweedfs_server.free_ports(1)
         started = time.perf_counter()
         job = jobs.python(
             "jobs/serve.py", "--port", str(port), "--verifiers", str(a.verifiers),
@@ -267,7 +267,7 @@ def under_load(a: argparse.Namespace, goods: Goods, folder: Path) -> dict[str, A
         try:
             job.until(lambda: "answers" in job.out, 900)
             result: dict[str, Any] = {"start_s": time.perf_counter() - started}
-            store = Store(folder / "state" / "service.sqlite")
+            store = Database(folder / "state" / "service.sqlite")
             token = tokens.issue(store, "benchmark", ["verify"], 24)
             before = {n: [memory(p, "VmRSS") for p in replicas(job, n)] for n in ("gate", "verify")}
             result |= send(a, goods, f"http://127.0.0.1:{port}", token, asked, wanted, job)

@@ -17,7 +17,7 @@ from benchmarks.measure import Cost, Row, cost, now, ratio, row, since
 from benchmarks.scene import Bare, Scene
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.watermark.embedding import loop, training
-from mtlsign.watermark.embedding.worker import Alone
+from mtlsign.watermark.embedding.worker import SingleProcessContext
 
 #: Steps before the first pair.
 WARM_UP = 2
@@ -27,7 +27,7 @@ class _Enough(BaseException):
     """Ends phase 2 after the last pair."""
 
 
-class _Clocked(Alone):
+class _Clocked(SingleProcessContext):
     def __init__(self, pairs: int, other: Callable[[], object]) -> None:
         super().__init__()
         self.steps: list[Cost] = []
@@ -35,7 +35,7 @@ class _Clocked(Alone):
         self._left, self._other = WARM_UP + pairs, other
         self._started: Cost | None = None
 
-    def sum(self, tensors: list[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: list[Tensor]) -> None:
         if self._started is not None:
             self.steps.append(since(self._started))
             self.others.append(cost(self._other))
@@ -46,14 +46,16 @@ class _Clocked(Alone):
 
 
 def clocked(
-    scene: Scene, s: EmbedSettings, pairs: int, other: Callable[[], object]
+    scene: Scene, settings: EmbedSettings, pairs: int, other: Callable[[], object]
 ) -> tuple[list[Cost], list[Cost]]:
     """Costs of `pairs` whole steps of phase 2, each followed by one call of `other`."""
     # Never a multiple of the checkpoint's interval within the pairs: reports are not part of a step.
     rank = _Clocked(pairs, other)
     model = copy.deepcopy(scene.model)
     with contextlib.suppress(_Enough):
-        training.watermark(model, scene.task, scene.probe, s.model_copy(update={"steps": 10**6}), rank)
+        training.embed_watermark(
+            model, scene.task, scene.detector, settings.model_copy(update={"steps": 10**6}), rank
+        )
     return rank.steps[WARM_UP:], rank.others[WARM_UP:]
 
 
@@ -66,7 +68,7 @@ def step_over_parts(scene: Scene, pairs: int) -> list[Row]:
         ("step", scene.settings, "one phase-2 step / its bare forwards and backwards"),
         ("step-plain", plain, "the same with lambda1 = lambda2 = 0"),
     ):
-        batches = len(training.terms(0, s))
+        batches = len(training.gradient_terms(0, s))
         a, b = clocked(scene, s, pairs, lambda n=batches: bare.step(n))  # type: ignore[misc]
         rows.append(ratio(name, what, a, b, at_most=1.1, note=f"{batches} key batches a step"))
     return rows
@@ -80,8 +82,16 @@ def phase_2_over_1(scene: Scene, pairs: int, *, whole: bool) -> list[Row]:
         b: list[Cost] = []
         for _ in range(pairs):
             model = copy.deepcopy(scene.model)
-            b.append(cost(lambda m=model: training.train_clean(m, scene.task, s, Alone())))  # type: ignore[misc]
-            a.append(cost(lambda m=model: training.watermark(m, scene.task, scene.probe, s, Alone())))  # type: ignore[misc]
+            b.append(
+                cost(lambda m=model: training.train_clean_model(m, scene.task, s, SingleProcessContext()))
+            )  # type: ignore[misc]
+            a.append(
+                cost(
+                    lambda m=model: training.embed_watermark(
+                        m, scene.task, scene.detector, s, SingleProcessContext()
+                    )
+                )
+            )  # type: ignore[misc]
         return [
             ratio("phases", what, a, b, at_most=2, note=f"{s.steps} steps / {s.epochs} epochs, run whole")
         ]
@@ -96,11 +106,11 @@ def phase_2_over_1(scene: Scene, pairs: int, *, whole: bool) -> list[Row]:
     evaluations: list[float] = []
 
     def phase_1() -> None:
-        training.train_clean(clean, small, one_epoch, Alone())
+        training.train_clean_model(clean, small, one_epoch, SingleProcessContext())
 
     steps, epochs = clocked(scene, s, pairs, phase_1)
     for _ in range(pairs):
-        evaluations.append(cost(lambda: loop.evaluate(marked, some, "test", s, Alone()))[0])
+        evaluations.append(cost(lambda: loop.evaluate(marked, some, "test", s, SingleProcessContext()))[0])
     seen = 2 * (scene.task.size("test") + scene.task.size("validation"))
     ending = statistics.median(evaluations) / images * seen
     total = (s.epochs or 0) * per_epoch / few

@@ -18,17 +18,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mtlsign.attacks import Budget, parse
+from mtlsign.attacks import AttackerResources, parse_attacks
 from mtlsign.config import cli
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.models import loading
 from mtlsign.models.architectures import build
-from mtlsign.storage.safetensors_io import read_tensors, tensor_bytes
+from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.tasks import Task, load_task
 from mtlsign.watermark.embedding import loop, pipeline
-from mtlsign.watermark.embedding.worker import Alone
+from mtlsign.watermark.embedding.worker import SingleProcessContext
 from mtlsign.watermark.keys.identity import Identity
-from mtlsign.watermark.verification.detector import Probe, verify
+from mtlsign.watermark.verification.detector import WatermarkDetector, verify
 
 #: Name -> what `--attacks` would take, with rates as parts of phase 1's.
 SETS: dict[str, dict[str, str]] = {
@@ -64,36 +64,43 @@ def main() -> None:
         "--key", type=int, default=0, help="which owner: keys for picking and reporting differ"
     )
     mine, rest = parser.parse_known_args()
-    s = (
+    settings = (
         cli.parse(EmbedSettings, rest, description="")
         .resolved()
         .model_copy(update={"insecure_test_key": True})
     )
     torch.set_num_threads(1)
-    task, rank = load_task(s.task, data=s.data, seed=s.seed), Alone()
-    graph = loading.graph_of(s, loading.TaskShape(task.channels, task.height, task.width, task.classes))
+    task, rank = load_task(settings.task, data=settings.data, seed=settings.seed), SingleProcessContext()
+    graph = loading.architecture_from_settings(
+        settings, loading.InputSpec(task.channels, task.height, task.width, task.classes)
+    )
     model = build(graph)
-    kept = mine.cache / f"{s.task}-{s.model}-w{s.width}-e{s.epochs}-s{s.seed}.safetensors"
+    kept = (
+        mine.cache
+        / f"{settings.task}-{settings.model}-w{settings.width}-e{settings.epochs}-s{settings.seed}.safetensors"
+    )
     if kept.exists():
-        model.load_state_dict(read_tensors(kept.read_bytes()))
+        model.load_state_dict(parse_safetensors(kept.read_bytes()))
     else:
-        w0, _ = pipeline.clean_phase(s, graph, rank)
+        base_weights, _ = pipeline.run_phase1(settings, graph, rank)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_bytes(tensor_bytes(w0))
-        model.load_state_dict(w0)
-    w0 = loading.cpu_state(model)
+        kept.write_bytes(serialize_safetensors(base_weights))
+        model.load_state_dict(base_weights)
+    base_weights = loading.cpu_state(model)
     owner = Identity(hashlib.sha256(f"survival study {mine.key}".encode()).digest(), bytes(32))
     geometry = (task.channels, task.height, task.width)
-    opening, reference = pipeline.commit(build(graph), w0, graph, geometry, s, owner)
+    opening, reference = pipeline.commit_key(build(graph), base_weights, graph, geometry, settings, owner)
     started = time.process_time()
-    marked = pipeline.mark_phase(s, w0, opening, reference, rank)
+    marked = pipeline.run_phase2(settings, base_weights, opening, reference, rank)
     spent = time.process_time() - started
-    probe = Probe(opening, reference, head=marked.head)
+    detector = WatermarkDetector(opening, reference, head=marked.head)
     model.load_state_dict(marked.tensors)
 
     def row(network: nn.Module) -> dict[str, float]:
-        verdict = verify(network.state_dict(), probe)
-        accuracy = loop.evaluate(network, task, "test" if mine.set == "report" else "validation", s, rank)
+        verdict = verify(network.state_dict(), detector)
+        accuracy = loop.evaluate(
+            network, task, "test" if mine.set == "report" else "validation", settings, rank
+        )
         return {"wm": verdict.accuracy, "bits": round(verdict.evidence_bits, 1), "primary": accuracy}
 
     result: dict[str, object] = {
@@ -103,22 +110,22 @@ def main() -> None:
         "cpu_s": round(spent),
     }
     result |= {k: round(v, 4) for k, v in marked.measured.items()}
-    result["marked"], result["w0"] = row(model), verify(w0, probe).accuracy
-    budget = Budget(lr=s.lr or 0.1)
+    result["marked"], result["w0"] = row(model), verify(base_weights, detector).accuracy
+    budget = AttackerResources(lr=settings.lr or 0.1)
     for name, text in SETS[mine.set].items():
         attacked = attack(text.format(fifth=budget.lr / 5), model, task, budget)
         result[name] = row(attacked)
         if name.startswith("tune lr/"):
             result["then"] = {
-                free: verify(attack(change, attacked, task, budget).state_dict(), probe).accuracy
+                free: verify(attack(change, attacked, task, budget).state_dict(), detector).accuracy
                 for free, change in FREE.items()
             }
     print(json.dumps(result), flush=True)
 
 
-def attack(text: str, model: nn.Module, task: Task, budget: Budget) -> nn.Module:
+def attack(text: str, model: nn.Module, task: Task, budget: AttackerResources) -> nn.Module:
     """One attack, as `jobs/attack.py --attacks` takes it."""
-    (order,) = parse(text)
+    (order,) = parse_attacks(text)
     return order.run(model, task, budget, seed=7).model
 
 

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 from mtlsign.config.sweep import SweepSettings
 from mtlsign.experiments.sweeps.space import cells_of, load_space
-from mtlsign.experiments.sweeps.trial import Shared, run_cell, train_shared
+from mtlsign.experiments.sweeps.trial import SharedTrialData, run_cell, train_shared_clean_model
 from mtlsign.storage.locations import open_storage
 
 #: Cells on which the divisor is measured, in each process.
@@ -38,17 +38,17 @@ def space() -> dict[str, Any]:
     return paper_grid() | {"lambda1": {"grid_search": some[:4]}, "lambda2": {"grid_search": [*some, 0.2]}}
 
 
-def plain(s: SweepSettings, number: int) -> dict[str, list[float]]:
+def plain(settings: SweepSettings, number: int) -> dict[str, list[float]]:
     """Wall seconds of phase 1 and of cells, in this process."""
     import torch
 
     torch.set_num_threads(1)
-    cells = cells_of(load_space(s), s)[number * PLAIN :][:PLAIN]
-    folder = open_storage(s.storage)
+    cells = cells_of(load_space(settings), settings)[number * PLAIN :][:PLAIN]
+    folder = open_storage(settings.storage)
     started = time.monotonic()
-    clean = {cells[0].clean_name: train_shared(cells[0], folder)}
+    clean = {cells[0].clean_name: train_shared_clean_model(cells[0], folder)}
     times = [time.monotonic() - started]
-    shared = Shared(folder, clean, s.attacks, s.bits, s.data, s.download)
+    shared = SharedTrialData(folder, clean, settings.attacks, settings.bits, settings.data, settings.download)
     for cell in cells:
         started = time.monotonic()
         run_cell(cell, shared)
@@ -68,12 +68,12 @@ def main() -> int:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        s = SweepSettings.of(
+        settings = SweepSettings.of(
             {"space": "benchmarks.sweep:space", "data": a.data, "task": a.task, "fixed": a.fixed,
              "attacks": a.attacks, "workers": a.workers, "storage": a.folder or scratch}
         )  # fmt: skip
         if a.plain is not None:
-            print(json.dumps(plain(s, a.plain)))
+            print(json.dumps(plain(settings, a.plain)))
             return 0
         command = [sys.executable, __file__, *sys.argv[1:], "--plain"]
         children = [
@@ -88,12 +88,12 @@ def main() -> int:
         print(f"plain: phase 1 {phase1:.1f} s, a cell {cell:.1f} s", file=sys.stderr, flush=True)
 
         from mtlsign.distributed import cluster
-        from mtlsign.distributed.tune import RayFleet
+        from mtlsign.distributed.tune import RaySweepBackend
         from mtlsign.experiments.sweeps.run import run
 
         cluster.connect()
         started = time.monotonic()
-        result = run(s, RayFleet(), say=lambda line: print(line, file=sys.stderr, flush=True))
+        result = run(settings, RaySweepBackend(), say=lambda line: print(line, file=sys.stderr, flush=True))
         wall = time.monotonic() - started
     whole = result["cells"] * cell + phase1
     print(

@@ -21,7 +21,7 @@ from torch import Tensor, distributed
 from benchmarks.measure import Row, ratio
 from benchmarks.scene import Scene
 from mtlsign.watermark.embedding import training
-from mtlsign.watermark.embedding.worker import Alone, sum_over_group
+from mtlsign.watermark.embedding.worker import SingleProcessContext, sum_over_group
 
 STEPS, WARM_UP = 10, 2
 
@@ -30,13 +30,13 @@ class _Enough(BaseException):
     pass
 
 
-class _Member(Alone):
+class _Member(SingleProcessContext):
     def __init__(self, index: int, world: int) -> None:
         super().__init__()
-        self.index, self.world = index, world
+        self.rank, self.world_size = index, world
         self.times: list[float] = []
 
-    def sum(self, tensors: list[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: list[Tensor]) -> None:
         sum_over_group(tensors)
         self.times.append(time.perf_counter())
         if len(self.times) > STEPS:
@@ -51,7 +51,7 @@ def child(index: int, world: int, port: int, options: dict[str, str | int | None
     scene = Scene.of(str(options["task"]), options["data"], options["width"])  # type: ignore[arg-type]
     rank = _Member(index, world)
     with contextlib.suppress(_Enough):
-        training.watermark(copy.deepcopy(scene.model), scene.task, scene.probe, scene.settings, rank)
+        training.embed_watermark(copy.deepcopy(scene.model), scene.task, scene.detector, scene.settings, rank)
     return (rank.times[-1] - rank.times[WARM_UP]) / (len(rank.times) - 1 - WARM_UP)
 
 

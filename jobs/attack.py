@@ -16,26 +16,26 @@ from mtlsign.reports import console
 
 def main(argv: Sequence[str]) -> None:
     """Settings → one call → attacks.csv and a report."""
-    s = cli.parse(AttackSettings, argv, description=__doc__ or "")
+    settings = cli.parse(AttackSettings, argv, description=__doc__ or "")
     from mtlsign.reports import attack_console
 
-    if s.attacks.strip() == "list":
+    if settings.attacks.strip() == "list":
         from mtlsign.attacks import describe
 
-        attack_console.print_catalogue(describe(), as_json=s.json_output)
+        attack_console.print_catalogue(describe(), as_json=settings.json_output)
         return
     from mtlsign.experiments.attack_runs.run import run
 
-    line = attack_console.AttackLine(quiet=s.quiet or s.json_output)
-    if s.workers == 0:
-        from mtlsign.experiments.attack_runs.executor import InTurn
+    line = attack_console.AttackLine(quiet=settings.quiet or settings.json_output)
+    if settings.workers == 0:
+        from mtlsign.experiments.attack_runs.executor import LocalAttackBackend
 
-        done = run(s, InTurn(line.tick), show=line.row, say=line.say)
+        done = run(settings, LocalAttackBackend(line.tick), show=line.row, say=line.say)
     else:
         from mtlsign.distributed.attacks import attack_on_ray
 
-        done = attack_on_ray(s, show=line.row, say=line.say, waiting=line.waiting)
-    if s.json_output:
+        done = attack_on_ray(settings, show=line.row, say=line.say, waiting=line.waiting)
+    if settings.json_output:
         console.print_json(done)
     else:
         print(attack_console.summary(done))

@@ -19,11 +19,11 @@ from mtlsign.reports import console
 
 def main(argv: Sequence[str]) -> None:
     """Settings → one claim in the ledger; the council's votes say what it is worth."""
-    s = cli.parse(ClaimSettings, argv, description=__doc__ or "")
+    settings = cli.parse(ClaimSettings, argv, description=__doc__ or "")
     from mtlsign.claims.commands.owner import claim
 
-    done = claim(s)
-    if s.json_output:
+    done = claim(settings)
+    if settings.json_output:
         console.print_json(done)
         return
     print(f"claim {done['claim']}\n  entry {done['index']}, key {done['key']} of entry {done['publication']}")

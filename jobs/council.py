@@ -20,11 +20,11 @@ from mtlsign.reports import console
 
 def main(argv: Sequence[str]) -> None:
     """Settings → rounds. A ledger that is not what this member saw is an error, and nothing is signed."""
-    s = cli.parse(CouncilSettings, argv, description=__doc__ or "")
+    settings = cli.parse(CouncilSettings, argv, description=__doc__ or "")
     from mtlsign.claims.commands.owner import council
 
     def show(done: dict[str, Any]) -> None:
-        if s.json_output:
+        if settings.json_output:
             console.print_json(done)
             return
         for vote in done["votes"]:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
             return
         print(f"head of {done['head']['entries']} entries, co-signed {done['cosigned']}", flush=True)
 
-    council(s, show=show)
+    council(settings, show=show)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from mtlsign.reports import console
 
 def main(argv: Sequence[str]) -> None:
     """Settings → matrix, edges and a standing for each claim."""
-    s = cli.parse(DisputeSettings, argv, description=__doc__ or "")
-    from mtlsign.claims.commands.owner import settle
+    settings = cli.parse(DisputeSettings, argv, description=__doc__ or "")
+    from mtlsign.claims.commands.owner import resolve_dispute_job
 
-    done = settle(s)
-    if s.json_output:
+    done = resolve_dispute_job(settings)
+    if settings.json_output:
         console.print_json(done.to_json())
         return
     for claim, row in done.matrix.items():

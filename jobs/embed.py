@@ -17,21 +17,21 @@ from mtlsign.reports.embedding_console import EmbedLine, summary
 
 def main(argv: Sequence[str]) -> None:
     """Settings → one call → result.json."""
-    s = cli.parse(EmbedSettings, argv, description=__doc__ or "")
-    line = EmbedLine(quiet=s.quiet or s.json_output)
-    if s.workers == 0:
-        from mtlsign.watermark.embedding.pipeline import PlainRunner, run
+    settings = cli.parse(EmbedSettings, argv, description=__doc__ or "")
+    line = EmbedLine(quiet=settings.quiet or settings.json_output)
+    if settings.workers == 0:
+        from mtlsign.watermark.embedding.pipeline import LocalEmbeddingBackend, run_embedding_job
 
-        done = run(s, PlainRunner(line.row), say=line.say)
+        done = run_embedding_job(settings, LocalEmbeddingBackend(line.row), say=line.say)
     else:
         from mtlsign.distributed.train import embed_on_ray
 
-        done = embed_on_ray(s, show=line.row, say=line.say)
+        done = embed_on_ray(settings, show=line.row, say=line.say)
     line.end()
-    if s.json_output:
+    if settings.json_output:
         console.print_json(done.result)
     else:
-        print(summary(done.result, done.verdict.sentence()))
+        print(summary(done.result, done.verdict.summary()))
 
 
 if __name__ == "__main__":

@@ -18,21 +18,25 @@ from mtlsign.watermark.keys.identity import Identity, read_passphrase
 
 def main(argv: Sequence[str]) -> None:
     """Write a new identity; an existing file is never overwritten."""
-    s = cli.parse(Settings, argv, description=__doc__ or "")
-    if s.owner is None:
+    settings = cli.parse(Settings, argv, description=__doc__ or "")
+    if settings.owner is None:
         raise SettingsError("is required: the file to write", field="owner")
-    passphrase = read_passphrase(s.passphrase_file) if s.passphrase_file else None
+    passphrase = read_passphrase(settings.passphrase_file) if settings.passphrase_file else None
     identity = Identity.generate()
-    identity.save(s.owner, passphrase)
+    identity.save(settings.owner, passphrase)
     kind = "encrypted" if passphrase else "NOT encrypted (give --passphrase-file)"
-    if s.json_output:
+    if settings.json_output:
         console.print_json(
-            {"owner": str(s.owner), "public_key": identity.public_key.hex(), "encrypted": bool(passphrase)}
+            {
+                "owner": str(settings.owner),
+                "public_key": identity.public_key.hex(),
+                "encrypted": bool(passphrase),
+            }
         )
     else:
         print(
             f"public key {identity.public_key.hex()}\n"
-            f"identity ({kind}): {s.owner}\nback it up: it opens your kits"
+            f"identity ({kind}): {settings.owner}\nback it up: it opens your kits"
         )
 
 

@@ -26,11 +26,11 @@ def main(argv: Sequence[str]) -> None:
     from mtlsign.claims.commands.ledger import ACTIONS
 
     action = argv[0] if argv and not argv[0].startswith("-") else ""
-    s = cli.parse(LedgerJobSettings, argv[bool(action) :], description=__doc__ or "")
+    settings = cli.parse(LedgerJobSettings, argv[bool(action) :], description=__doc__ or "")
     if action not in ACTIONS:
         raise SettingsError(f"comes first, one of {', '.join(ACTIONS)}", field="action")
-    done = ACTIONS[action](s)
-    if s.json_output:
+    done = ACTIONS[action](settings)
+    if settings.json_output:
         console.print_json(done)
     elif action == "list":
         for entry in done["entries"]:

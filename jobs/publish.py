@@ -16,14 +16,14 @@ from mtlsign.reports import console
 
 def main(argv: Sequence[str]) -> None:
     """Settings → one entry of the ledger. Give the model away only when `counted` is true."""
-    s = cli.parse(PublishSettings, argv, description=__doc__ or "")
+    settings = cli.parse(PublishSettings, argv, description=__doc__ or "")
     from mtlsign.claims.commands.owner import publish
 
-    done = publish(s)
-    if s.json_output:
+    done = publish(settings)
+    if settings.json_output:
         console.print_json(done)
         return
-    print(f"published as entry {done['index']} of {s.ledger}")
+    print(f"published as entry {done['index']} of {settings.ledger}")
     if not done["counted"]:
         print("  not yet under a head that counts: keep the model until enough of the council co-signed")
     elif done["self_attested"]:

@@ -18,18 +18,18 @@ from mtlsign.reports.embedding_console import EmbedLine
 def main(argv: Sequence[str]) -> None:
     """Settings → one call → the paper's table with means and spread, as CSV, Markdown and JSON."""
     named = [f"--study={argv[0]}"] if argv and not argv[0].startswith("-") else []
-    s = cli.parse(ReproduceSettings, [*named, *argv[len(named) :]], description=__doc__ or "")
-    line = EmbedLine(quiet=s.quiet or s.json_output)
-    if s.workers == 0 or s.study == "thresholds":
-        from mtlsign.experiments.paper_studies.run import study
-        from mtlsign.experiments.sweeps.run import InTurn
+    settings = cli.parse(ReproduceSettings, [*named, *argv[len(named) :]], description=__doc__ or "")
+    line = EmbedLine(quiet=settings.quiet or settings.json_output)
+    if settings.workers == 0 or settings.study == "thresholds":
+        from mtlsign.experiments.paper_studies.run import run_study
+        from mtlsign.experiments.sweeps.run import LocalSweepBackend
 
-        result = study(s, fleet=lambda say: InTurn(say, line.row), say=line.say)
+        result = run_study(settings, fleet=lambda say: LocalSweepBackend(say, line.row), say=line.say)
     else:
         from mtlsign.distributed.tune import study_on_ray
 
-        result = study_on_ray(s, say=line.say)
-    if s.json_output:
+        result = study_on_ray(settings, say=line.say)
+    if settings.json_output:
         console.print_json(result)
         return
     print(result["text"])

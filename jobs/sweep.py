@@ -17,17 +17,17 @@ from mtlsign.reports.embedding_console import EmbedLine
 
 def main(argv: Sequence[str]) -> None:
     """Settings → one call → cells.csv, report.html, result.json."""
-    s = cli.parse(SweepSettings, argv, description=__doc__ or "")
-    line = EmbedLine(quiet=s.quiet or s.json_output)
-    if s.workers == 0:
-        from mtlsign.experiments.sweeps.run import InTurn, run
+    settings = cli.parse(SweepSettings, argv, description=__doc__ or "")
+    line = EmbedLine(quiet=settings.quiet or settings.json_output)
+    if settings.workers == 0:
+        from mtlsign.experiments.sweeps.run import LocalSweepBackend, run
 
-        result = run(s, InTurn(line.say, line.row), say=line.say)
+        result = run(settings, LocalSweepBackend(line.say, line.row), say=line.say)
     else:
         from mtlsign.distributed.tune import sweep_on_ray
 
-        result = sweep_on_ray(s, say=line.say)
-    if s.json_output:
+        result = sweep_on_ray(settings, say=line.say)
+    if settings.json_output:
         console.print_json(result)
         return
     best = result["recommended"] or {}

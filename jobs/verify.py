@@ -22,16 +22,16 @@ def main(argv: Sequence[str]) -> None:
     if any(word.split("=")[0] == "--bundle" for word in argv):
         bundle(argv)
         return
-    s = cli.parse(VerifySettings, argv, description=__doc__ or "", aliases={"model": "append"})
+    settings = cli.parse(VerifySettings, argv, description=__doc__ or "", aliases={"model": "append"})
     from mtlsign.watermark.kit import verify_with_kit
 
-    verdicts = verify_with_kit(s)
-    if s.json_output:
+    verdicts = verify_with_kit(settings)
+    if settings.json_output:
         found = [verdict.to_json() for verdict in verdicts]
         console.print_json(found[0] if len(found) == 1 else found)
         return
-    for place, verdict in zip(s.models, verdicts, strict=True):
-        print(f"{place}\n  {verdict.sentence()}")
+    for place, verdict in zip(settings.models, verdicts, strict=True):
+        print(f"{place}\n  {verdict.summary()}")
         for name, accuracies in verdict.controls.items():
             print(f"  control {name}: " + ", ".join(f"{a:.1%}" for a in accuracies))
 
@@ -41,12 +41,12 @@ def bundle(argv: Sequence[str]) -> None:
     from mtlsign.claims.commands.offline import verify_bundle
     from mtlsign.config.claims import BundleSettings
 
-    s = cli.parse(BundleSettings, argv, description=__doc__ or "")
-    done = verify_bundle(s)
-    if s.json_output:
+    settings = cli.parse(BundleSettings, argv, description=__doc__ or "")
+    done = verify_bundle(settings)
+    if settings.json_output:
         console.print_json(done)
         return
-    print(f"{s.bundle}\n  {done['standing']}: {done['sentence']}\n  {done['caveat']}")
+    print(f"{settings.bundle}\n  {done['standing']}: {done['sentence']}\n  {done['caveat']}")
 
 
 if __name__ == "__main__":

@@ -21,19 +21,22 @@ from mtlsign.reports import console
 
 def main(argv: Sequence[str]) -> None:
     """Settings and claims in, one result line for each out."""
-    s = BatchSettings.merged(cli.parse(BatchSettings, argv, description=__doc__ or ""))
-    from mtlsign.service.batch.jsonl import Results, read_claims
+    settings = BatchSettings.merged(cli.parse(BatchSettings, argv, description=__doc__ or ""))
+    from mtlsign.service.batch.jsonl import ResultWriter, read_claims
 
-    claims = read_claims(s.claims)
+    claims = read_claims(settings.claims)
     from mtlsign.distributed import serve
 
-    with Results(s.out) as results:
-        serve.batch(s, claims, results.add)
-    found = {**results.tally, "out": str(s.out)}
-    if s.json_output:
+    with ResultWriter(settings.out) as results:
+        serve.batch(settings, claims, results.add)
+    found = {**results.tally, "out": str(settings.out)}
+    if settings.json_output:
         console.print_json(found)
-    elif not s.quiet:
-        print(", ".join(f"{count} {name}" for name, count in found.items() if name != "out") + f" → {s.out}")
+    elif not settings.quiet:
+        print(
+            ", ".join(f"{count} {name}" for name, count in found.items() if name != "out")
+            + f" → {settings.out}"
+        )
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ later with a stated error probability.
 An owner's `Identity` signs a *spec*; spec, public key and signature are the `KeyOpening`, whose hash is the
 key. The key alone fixes N images with N bits and a read-out. `embed` trains the early weights of a network
 until the read-out gives those bits in the *verifier's graph*, without hurting the network's task; it returns
-the marked model (public) and the owner's `Kit` (secret). `verify` runs Algorithm 1 of Li et al. 2022 on
+the marked model (public) and the owner's `OwnerKit` (secret). `verify` runs Algorithm 1 of Li et al. 2022 on
 anybody's tensors and answers with a `Verdict`: k of N bits agree, and how unlikely that is for a key that
 the network does not carry.
 
     marked = mtlsign.embed(module, {"train": loader, "test": loader}, trained=True)
-    verdict = mtlsign.verify(tensors, mtlsign.Probe(opening, mtlsign.Reference.from_bytes(data)))
+    verdict = mtlsign.verify(tensors, mtlsign.WatermarkDetector(opening, mtlsign.Reference.from_bytes(data)))
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "EmbedSettings": "config.embed", "Embedded": "watermark.embedding.result", "Identity": "watermark.keys.identity",
-    "Kit": "watermark.kit", "KeyOpening": "watermark.keys.opening", "MTLSignError": "errors",
-    "Probe": "watermark.verification.detector", "Reference": "watermark.verification.reference", "Task": "tasks",
+    "EmbedSettings": "config.embed", "EmbeddingResult": "watermark.embedding.result", "Identity": "watermark.keys.identity",
+    "OwnerKit": "watermark.kit", "KeyOpening": "watermark.keys.opening", "MTLSignError": "errors",
+    "WatermarkDetector": "watermark.verification.detector", "Reference": "watermark.verification.reference", "Task": "tasks",
     "Verdict": "watermark.verification.detector", "embed": "watermark.embedding.pipeline", "read_kit": "watermark.kit",
     "read_model": "storage.model_folder", "verify": "watermark.verification.detector",
 }  # fmt: skip
 __all__ = [
     "EmbedSettings",
-    "Embedded",
+    "EmbeddingResult",
     "Identity",
     "KeyOpening",
-    "Kit",
     "MTLSignError",
-    "Probe",
+    "OwnerKit",
     "Reference",
     "Task",
     "Verdict",
+    "WatermarkDetector",
     "embed",
     "read_kit",
     "read_model",
@@ -49,11 +49,11 @@ if TYPE_CHECKING:
     from mtlsign.storage.model_folder import read_model
     from mtlsign.tasks import Task
     from mtlsign.watermark.embedding.pipeline import embed
-    from mtlsign.watermark.embedding.result import Embedded
+    from mtlsign.watermark.embedding.result import EmbeddingResult
     from mtlsign.watermark.keys.identity import Identity
     from mtlsign.watermark.keys.opening import KeyOpening
-    from mtlsign.watermark.kit import Kit, read_kit
-    from mtlsign.watermark.verification.detector import Probe, Verdict, verify
+    from mtlsign.watermark.kit import OwnerKit, read_kit
+    from mtlsign.watermark.verification.detector import Verdict, WatermarkDetector, verify
     from mtlsign.watermark.verification.reference import Reference
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from job_process import baseline, jobs  # noqa: F401  (fixtures)
 from torch import Tensor, nn
 
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.models import architectures
 from mtlsign.tasks import Task, from_tensors
 from mtlsign.watermark.keys.identity import Identity
+from tests.helpers.job_harness import baseline, jobs  # noqa: F401  (fixtures)
 
 hypothesis.settings.register_profile("shared cores", deadline=None)
 hypothesis.settings.load_profile("shared cores")
@@ -53,7 +53,7 @@ def tiny_task() -> Task:
 
 @pytest.fixture(scope="session")
 def tiny_graph() -> dict[str, object]:
-    return architectures.graph_for("resnet18", channels=1, classes=4, width=8, stem="stock")
+    return architectures.architecture_for("resnet18", channels=1, classes=4, width=8, stem="stock")
 
 
 @pytest.fixture(scope="session")
@@ -89,10 +89,10 @@ def marked(tiny_task: Task, tiny_graph: dict[str, object], tiny_model: Callable[
     import mtlsign
 
     model = tiny_model()
-    w0: dict[str, Tensor] = {name: t.clone() for name, t in model.state_dict().items()}
+    base_weights: dict[str, Tensor] = {name: t.clone() for name, t in model.state_dict().items()}
     options = {k: v for k, v in TINY.items() if k not in ("task", "model", "width")}
     done = mtlsign.embed(model, tiny_task, trained=True, identity=OWNER, graph=tiny_graph, **options)
-    return w0, done
+    return base_weights, done
 
 
 @pytest.fixture

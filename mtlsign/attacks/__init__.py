@@ -8,8 +8,14 @@ use the task's `attacker` part, which embedding never saw. They know nothing of 
 is `mtlsign.experiments.attack_runs.target`.
 """
 
-from mtlsign.attacks.base import Attack, AttackDivergedError, Attacked, Budget, NotApplicableError
-from mtlsign.attacks.expressions import Link, Order, describe, parse
+from mtlsign.attacks.base import (
+    Attack,
+    AttackDivergedError,
+    AttackerResources,
+    AttackOutcome,
+    NotApplicableError,
+)
+from mtlsign.attacks.expressions import AttackPlan, AttackStep, describe, parse_attacks
 from mtlsign.attacks.registry import ATTACKS, STANDARD
 
 __all__ = [
@@ -17,11 +23,11 @@ __all__ = [
     "STANDARD",
     "Attack",
     "AttackDivergedError",
-    "Attacked",
-    "Budget",
-    "Link",
+    "AttackOutcome",
+    "AttackPlan",
+    "AttackStep",
+    "AttackerResources",
     "NotApplicableError",
-    "Order",
     "describe",
-    "parse",
+    "parse_attacks",
 ]

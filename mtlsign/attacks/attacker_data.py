@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor, nn
 
-from mtlsign.attacks.base import Budget, Inputs, device_of
+from mtlsign.attacks.base import AttackerResources, Inputs, device_of
 from mtlsign.tasks import Batch, Split, Task
-from mtlsign.tasks.base import generator
+from mtlsign.tasks.base import seeded_generator
 
 
 @dataclass(frozen=True)
-class Joined:
+class ConcatSplit:
     """Rows of several splits as one."""
 
     parts: Sequence[tuple[Split, Tensor]]
@@ -25,9 +25,9 @@ class Joined:
         """Number of samples."""
         return sum(len(rows) for _, rows in self.parts)
 
-    def to(self, device: torch.device | str) -> Joined:
+    def to(self, device: torch.device | str) -> ConcatSplit:
         """The same on `device`."""
-        return Joined([(split.to(device), rows) for split, rows in self.parts])
+        return ConcatSplit([(split.to(device), rows) for split, rows in self.parts])
 
     def batch(self, indices: Tensor, augment: Generator | None = None, share: slice | None = None) -> Batch:
         """See `Split.batch`."""
@@ -46,7 +46,7 @@ class Joined:
 
 
 @dataclass(frozen=True)
-class Changed:
+class TransformedSplit:
     """A split whose images are changed on the way to the model."""
 
     split: Split
@@ -56,35 +56,35 @@ class Changed:
         """Number of samples."""
         return len(self.split)
 
-    def to(self, device: torch.device | str) -> Changed:
+    def to(self, device: torch.device | str) -> TransformedSplit:
         """The same on `device`."""
-        return Changed(self.split.to(device), self.inputs)
+        return TransformedSplit(self.split.to(device), self.inputs)
 
     def batch(self, indices: Tensor, augment: Generator | None = None, share: slice | None = None) -> Batch:
         """See `Split.batch`."""
         x, y = self.split.batch(indices, augment, share)
-        return change(x, self.inputs), y
+        return transform_inputs(x, self.inputs), y
 
 
-def change(x: Tensor, inputs: Inputs) -> Tensor:
+def transform_inputs(x: Tensor, inputs: Inputs) -> Tensor:
     """Images [n, C, H, W] as an attacked model wants them."""
     for step in inputs:
         x = x.transpose(2, 3) if step == "transposed" else -x
     return x
 
 
-def through(task: Task, inputs: Inputs) -> Task:
+def transform_task(task: Task, inputs: Inputs) -> Task:
     """The task with every image changed."""
     if not inputs:
         return task
     height, width = task.height, task.width
     if inputs.count("transposed") % 2:
         height, width = width, height
-    splits = {name: Changed(split, inputs) for name, split in task.splits.items()}
+    splits = {name: TransformedSplit(split, inputs) for name, split in task.splits.items()}
     return replace(task, splits=splits, height=height, width=width)
 
 
-def attackers(model: nn.Module, task: Task, budget: Budget, seed: int) -> Task:
+def attacker_view(model: nn.Module, task: Task, budget: AttackerResources, seed: int) -> Task:
     """The task on the model's device as the attacker has it: every split but test holds his data alone.
 
     So nothing that reuses the owner's machinery can touch the owner's data, or choose by the test part.
@@ -93,8 +93,8 @@ def attackers(model: nn.Module, task: Task, budget: Budget, seed: int) -> Task:
     if budget.extra > 0:
         train = task.splits["train"]
         count = min(len(train), round(budget.extra * len(train)))
-        rows = torch.randperm(len(train), generator=generator("mtlsign/attack/extra", seed))[:count]
-        mine = Joined([(mine, torch.arange(len(mine))), (train, rows)])
-    few = Joined([(mine, torch.arange(min(500, len(mine))))])
+        rows = torch.randperm(len(train), generator=seeded_generator("mtlsign/attack/extra", seed))[:count]
+        mine = ConcatSplit([(mine, torch.arange(len(mine))), (train, rows)])
+    few = ConcatSplit([(mine, torch.arange(min(500, len(mine))))])
     parts: dict[str, Split] = {"train": mine, "inner": mine, "attacker": mine, "validation": few, "test": few}
     return replace(task, splits=parts).to(device_of(model))

@@ -17,18 +17,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mtlsign.errors import MTLSignError
-from mtlsign.tasks.base import generator
-from mtlsign.watermark.verification.detector import Probe, Verdict
+from mtlsign.tasks.base import seeded_generator
+from mtlsign.watermark.verification.detector import Verdict, WatermarkDetector
 
 State = Mapping[str, Tensor]
 
 Epochs = Annotated[int, Field(ge=1, le=10_000)]
 Steps = Annotated[int, Field(ge=1, le=1_000_000)]
 Batch = Annotated[int, Field(ge=2, le=65_536)]
-Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
-Weight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+LossWeight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 #: A learning rate: a number, or a part of the rate that the model was trained with.
-Rate = (
+LearningRate = (
     Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | Literal["full", "half", "quarter", "tenth"]
 )
 Kind = Literal["none", "removal", "free", "forgery"]
@@ -47,7 +47,7 @@ class NotApplicableError(MTLSignError):
 
 
 @dataclass(frozen=True)
-class Budget:
+class AttackerResources:
     """What the attacker has besides the stolen model and his tenth of the training data.
 
     Attributes:
@@ -60,7 +60,7 @@ class Budget:
 
     extra: float = 0.0
     lr: float = 0.1
-    probe: Probe | None = field(default=None, repr=False)
+    detector: WatermarkDetector | None = field(default=None, repr=False)
     copies: Sequence[State] = field(default=(), repr=False)
     tick: Callable[[int, int], None] = field(default=lambda step, steps: None, repr=False)
 
@@ -70,7 +70,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Attacked:
+class AttackOutcome:
     """The attacked model and its cost.
 
     Attributes:
@@ -89,7 +89,7 @@ class Attacked:
 
 
 #: (model, task, budget, seed, **settings) -> Attacked
-Function = Callable[..., Attacked]
+Function = Callable[..., AttackOutcome]
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def device_of(model: nn.Module) -> torch.device:
 def seeded(*parts: object) -> Iterator[None]:
     """Torch's global generator set by `parts` inside, as it was outside."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator("mtlsign/attack", *parts).initial_seed())
+        torch.manual_seed(seeded_generator("mtlsign/attack", *parts).initial_seed())
         yield
 
 

@@ -21,22 +21,22 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from mtlsign.attacks.attacker_data import through
-from mtlsign.attacks.base import Attacked, Budget, Kind, settings_of
+from mtlsign.attacks.attacker_data import transform_task
+from mtlsign.attacks.base import AttackerResources, AttackOutcome, Kind, settings_of
 from mtlsign.attacks.registry import ATTACKS, CHAINS, STANDARD
 from mtlsign.errors import SettingsError
 from mtlsign.tasks import Task
 
-MAX_TEXT, MAX_ORDERS, MAX_LINKS = 20_000, 2_000, 8
+MAX_TEXT, MAX_PLANS, MAX_STEPS = 20_000, 2_000, 8
 _NAMED_SETS: dict[str, Callable[[], str]] = {
-    "all": lambda: ",".join((_set(lambda a: a.variants), *CHAINS)),
-    "fast": lambda: _set(lambda a: a.fast),
+    "all": lambda: ",".join((_named_set(lambda a: a.variants), *CHAINS)),
+    "fast": lambda: _named_set(lambda a: a.fast),
     "standard": lambda: STANDARD,
 }
 
 
 @dataclass(frozen=True)
-class Link:
+class AttackStep:
     """One attack with all its settings."""
 
     name: str
@@ -49,10 +49,10 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Order:
+class AttackPlan:
     """One row of the table: an attack, or several in sequence."""
 
-    links: tuple[Link, ...]
+    links: tuple[AttackStep, ...]
 
     @property
     def name(self) -> str:
@@ -84,17 +84,17 @@ class Order:
             for link in self.links
         )
 
-    def run(self, model: nn.Module, task: Task, budget: Budget, seed: int) -> Attacked:
+    def run(self, model: nn.Module, task: Task, budget: AttackerResources, seed: int) -> AttackOutcome:
         """Attack `model`, link after link; later links see images as the earlier ones left them.
 
         Raises: NotApplicableError, AttackDivergedError.
         """
-        done = Attacked(model)
+        done = AttackOutcome(model)
         seen = task
         for link in self.links:
             last = ATTACKS[link.name].run(done.model, seen, budget, seed, **dict(link.settings))
-            seen = through(seen, last.inputs)
-            done = Attacked(
+            seen = transform_task(seen, last.inputs)
+            done = AttackOutcome(
                 last.model,
                 done.steps + last.steps,
                 done.images + last.images,
@@ -104,7 +104,7 @@ class Order:
         return done
 
 
-def parse(text: str) -> list[Order]:
+def parse_attacks(text: str) -> list[AttackPlan]:
     """The orders that a line of text asks for, each once, in the order given.
 
     Raises:
@@ -112,9 +112,9 @@ def parse(text: str) -> list[Order]:
     """
     if len(text) > MAX_TEXT:
         raise SettingsError(f"is over {MAX_TEXT} characters; run fewer at a time", field="attacks")
-    found: dict[Order, None] = {}
-    for piece in _pieces(text):
-        for order in _orders(piece):
+    found: dict[AttackPlan, None] = {}
+    for piece in _split_expressions(text):
+        for order in _expand_plan(piece):
             found.setdefault(order)
             _check_count(len(found))
     if not found:
@@ -123,11 +123,11 @@ def parse(text: str) -> list[Order]:
 
 
 def _check_count(count: int) -> None:
-    if count > MAX_ORDERS:
-        raise SettingsError(f"asks for over {MAX_ORDERS} rows; run fewer at a time", field="attacks")
+    if count > MAX_PLANS:
+        raise SettingsError(f"asks for over {MAX_PLANS} rows; run fewer at a time", field="attacks")
 
 
-def _pieces(text: str) -> Iterator[str]:
+def _split_expressions(text: str) -> Iterator[str]:
     """Pieces with their settings joined again and named sets replaced."""
     joined: list[str] = []
     for part in (p.strip() for p in text.split(",")):
@@ -143,22 +143,22 @@ def _pieces(text: str) -> Iterator[str]:
             joined.append(part)
     for piece in joined:
         if piece in _NAMED_SETS:
-            yield from _pieces(_NAMED_SETS[piece]())
+            yield from _split_expressions(_NAMED_SETS[piece]())
         else:
             yield piece
 
 
-def _orders(piece: str) -> Iterator[Order]:
+def _expand_plan(piece: str) -> Iterator[AttackPlan]:
     parts = re.split(r"\+(?=[a-z])", piece)
-    if len(parts) > MAX_LINKS:
-        raise SettingsError(f"chains over {MAX_LINKS} attacks; shorten {piece[:40]!r}", field="attacks")
-    choices = [list(_links(part)) for part in parts]
+    if len(parts) > MAX_STEPS:
+        raise SettingsError(f"chains over {MAX_STEPS} attacks; shorten {piece[:40]!r}", field="attacks")
+    choices = [list(_expand_step(part)) for part in parts]
     _check_count(math.prod(map(len, choices)))
     for links in itertools.product(*choices):
-        yield Order(links)
+        yield AttackPlan(links)
 
 
-def _links(part: str) -> Iterator[Link]:
+def _expand_step(part: str) -> Iterator[AttackStep]:
     name, _, given = part.partition(":")
     name = name.strip()
     if name not in ATTACKS:
@@ -175,7 +175,7 @@ def _links(part: str) -> Iterator[Link]:
         values[key] = [_value(name, key, known[key][0], one.strip()) for one in text.split("/")]
     _check_count(math.prod(map(len, values.values())))
     for chosen in itertools.product(*values.values()):
-        yield Link(name, tuple(zip(values, chosen, strict=True)))
+        yield AttackStep(name, tuple(zip(values, chosen, strict=True)))
 
 
 def _value(name: str, key: str, annotation: Any, text: str) -> Any:
@@ -188,7 +188,7 @@ def _value(name: str, key: str, annotation: Any, text: str) -> Any:
         ) from None
 
 
-def _set(choose: Callable[[Any], tuple[str, ...]]) -> str:
+def _named_set(choose: Callable[[Any], tuple[str, ...]]) -> str:
     return ",".join(
         f"{name}:{variant}" if variant else name
         for name, attack in ATTACKS.items()
@@ -209,6 +209,6 @@ def describe() -> list[dict[str, Any]]:
     ]
 
 
-def as_mapping(order: Order) -> Mapping[str, Any]:
+def row_header(order: AttackPlan) -> Mapping[str, Any]:
     """Name, setting and kind of an order, as a row begins."""
     return {"attack": order.name, "setting": order.setting, "kind": order.kind}

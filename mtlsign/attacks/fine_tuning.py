@@ -12,39 +12,47 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtlsign.attacks.attacker_data import attackers
-from mtlsign.attacks.base import Attacked, Batch, Budget, Epochs, NotApplicableError, Rate, seeded
-from mtlsign.attacks.training import Loss, Path, descend, frozen, stolen_copy
+from mtlsign.attacks.attacker_data import attacker_view
+from mtlsign.attacks.base import (
+    AttackerResources,
+    AttackOutcome,
+    Batch,
+    Epochs,
+    LearningRate,
+    NotApplicableError,
+    seeded,
+)
+from mtlsign.attacks.training import Loss, Path, frozen_copy, train_sgd, trainable_copy
 from mtlsign.tasks import Task
 
 
 def ftal(
     model: nn.Module,
     task: Task,
-    budget: Budget,
+    budget: AttackerResources,
     seed: int,
     *,
-    lr: Rate = "quarter",
+    lr: LearningRate = "quarter",
     epochs: Epochs = 5,
     path: Path = "constant",
     batch: Batch = 128,
-) -> Attacked:
+) -> AttackOutcome:
     """All layers on true labels."""
-    data = attackers(model, task, budget, seed)
-    tuned = stolen_copy(model).train()
-    return descend(tuned, data, budget, seed, lr=budget.rate(lr), epochs=epochs, path=path, batch=batch)
+    data = attacker_view(model, task, budget, seed)
+    tuned = trainable_copy(model).train()
+    return train_sgd(tuned, data, budget, seed, lr=budget.rate(lr), epochs=epochs, path=path, batch=batch)
 
 
-def annealed(
+def retrain(
     model: nn.Module,
     task: Task,
-    budget: Budget,
+    budget: AttackerResources,
     seed: int,
     *,
-    lr: Rate = "full",
+    lr: LearningRate = "full",
     epochs: Epochs = 10,
     batch: Batch = 128,
-) -> Attacked:
+) -> AttackOutcome:
     """Retrain everything from the stolen weights: the training rate falling to 0 along a cosine."""
     return ftal(model, task, budget, seed, lr=lr, epochs=epochs, path="cosine", batch=batch)
 
@@ -52,18 +60,18 @@ def annealed(
 def ftll(
     model: nn.Module,
     task: Task,
-    budget: Budget,
+    budget: AttackerResources,
     seed: int,
     *,
-    lr: Rate = "quarter",
+    lr: LearningRate = "quarter",
     epochs: Epochs = 5,
     batch: Batch = 128,
-) -> Attacked:
+) -> AttackOutcome:
     """The last layer alone on true labels; the rest stays as it is."""
-    data = attackers(model, task, budget, seed)
-    tuned = stolen_copy(model)
+    data = attacker_view(model, task, budget, seed)
+    tuned = trainable_copy(model)
     last = last_layer(tuned)
-    return descend(
+    return train_sgd(
         tuned,
         data,
         budget,
@@ -78,18 +86,18 @@ def ftll(
 def rtll(
     model: nn.Module,
     task: Task,
-    budget: Budget,
+    budget: AttackerResources,
     seed: int,
     *,
-    lr: Rate = "quarter",
+    lr: LearningRate = "quarter",
     epochs: Epochs = 10,
     batch: Batch = 128,
-) -> Attacked:
+) -> AttackOutcome:
     """A new last layer alone, on the stolen model's labels; batch norms drift along with the data."""
-    data = attackers(model, task, budget, seed)
+    data = attacker_view(model, task, budget, seed)
     tuned = _with_new_last_layer(model, seed).train()
     last = last_layer(tuned)
-    return descend(
+    return train_sgd(
         tuned, data, budget, seed, lr=budget.rate(lr), epochs=epochs, batch=batch,
         parameters=last.parameters(), loss=_stolen_labels(model),
     )  # fmt: skip
@@ -98,17 +106,17 @@ def rtll(
 def rtal(
     model: nn.Module,
     task: Task,
-    budget: Budget,
+    budget: AttackerResources,
     seed: int,
     *,
-    lr: Rate = "quarter",
+    lr: LearningRate = "quarter",
     epochs: Epochs = 5,
     batch: Batch = 128,
-) -> Attacked:
+) -> AttackOutcome:
     """A new last layer, then all layers, on the stolen model's labels."""
-    data = attackers(model, task, budget, seed)
+    data = attacker_view(model, task, budget, seed)
     tuned = _with_new_last_layer(model, seed).train()
-    return descend(
+    return train_sgd(
         tuned, data, budget, seed, lr=budget.rate(lr), epochs=epochs, batch=batch, loss=_stolen_labels(model)
     )
 
@@ -122,7 +130,7 @@ def last_layer(model: nn.Module) -> nn.Linear:
 
 
 def _with_new_last_layer(model: nn.Module, seed: int) -> nn.Module:
-    tuned = stolen_copy(model)
+    tuned = trainable_copy(model)
     last = last_layer(tuned)
     fresh = copy.deepcopy(last).cpu()
     with seeded("last layer", seed):
@@ -134,7 +142,7 @@ def _with_new_last_layer(model: nn.Module, seed: int) -> nn.Module:
 
 
 def _stolen_labels(model: nn.Module) -> Loss:
-    teacher = frozen(model)
+    teacher = frozen_copy(model)
 
     def loss(tuned: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():

@@ -13,9 +13,9 @@ from pydantic import Field
 from torch import nn
 
 from mtlsign.attacks import adversary_key
-from mtlsign.attacks.attacker_data import attackers
-from mtlsign.attacks.base import Attacked, Budget, Rate, Steps, require_finite
-from mtlsign.attacks.training import stolen_copy
+from mtlsign.attacks.attacker_data import attacker_view
+from mtlsign.attacks.base import AttackerResources, AttackOutcome, LearningRate, Steps, require_finite
+from mtlsign.attacks.training import trainable_copy
 from mtlsign.tasks import Task
 from mtlsign.watermark.embedding.losses import watermark_loss
 from mtlsign.watermark.verification.detector import verify
@@ -23,31 +23,31 @@ from mtlsign.watermark.verification.detector import verify
 Hidden = Annotated[int, Field(ge=1, le=1024)]
 
 
-def forge_head(
+def ambiguity_trained_head(
     model: nn.Module,
     task: Task,
-    budget: Budget,
+    budget: AttackerResources,
     seed: int,
     *,
     steps: Steps = 200,
-    lr: Rate = 1e-2,
+    lr: LearningRate = 1e-2,
     hidden: Hidden = 64,
-) -> Attacked:
+) -> AttackOutcome:
     """Adam on the head alone, over features that are computed once; the verdict is on the forger's claim."""
-    data = attackers(model, task, budget, seed)
-    s = adversary_key.settings(budget, seed, model, head="free", hidden=hidden)
-    _, _, make_probe = adversary_key.claim(model, data, s)
-    probe, untouched = make_probe(), stolen_copy(model)
+    data = attacker_view(model, task, budget, seed)
+    s = adversary_key.adversary_settings(budget, seed, model, head="free", hidden=hidden)
+    _, _, make_probe = adversary_key.make_adversary_key(model, data, s)
+    detector, untouched = make_probe(), trainable_copy(model)
     with torch.no_grad():
-        framed = probe.graph.into_frame(probe.graph.read(dict(untouched.named_parameters())))
-        features = probe.graph.features(framed, probe.images)
-    optimizer = torch.optim.Adam(probe.head.parameters(), lr=budget.rate(lr))
+        framed = detector.graph.into_frame(detector.graph.read(dict(untouched.named_parameters())))
+        features = detector.graph.features(framed, detector.images)
+    optimizer = torch.optim.Adam(detector.head.parameters(), lr=budget.rate(lr))
     for step in range(steps):
         optimizer.zero_grad(set_to_none=True)
-        loss = watermark_loss(probe.head(features), probe.labels.float())
+        loss = watermark_loss(detector.head(features), detector.labels.float())
         loss.backward()
         optimizer.step()
         require_finite(loss, step)
         budget.tick(step + 1, steps)
-    verdict = verify(untouched.state_dict(), make_probe(probe.head.to_bytes()))
-    return Attacked(untouched, steps, steps * probe.spec.n, verdict=verdict)
+    verdict = verify(untouched.state_dict(), make_probe(detector.head.to_bytes()))
+    return AttackOutcome(untouched, steps, steps * detector.spec.n, verdict=verdict)

@@ -8,19 +8,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mtlsign.attacks.attacker_data import attackers
+from mtlsign.attacks.attacker_data import attacker_view
 from mtlsign.attacks.base import (
-    Attacked,
+    AttackerResources,
+    AttackOutcome,
     Batch,
-    Budget,
+    LearningRate,
+    LossWeight,
     NotApplicableError,
-    Rate,
     Steps,
-    Weight,
     require_finite,
     seeded,
 )
-from mtlsign.attacks.training import frozen, primary, recalibrate, stolen_copy
+from mtlsign.attacks.training import attacker_batches, frozen_copy, recalibrate_batch_norm, trainable_copy
 from mtlsign.errors import ModelError
 from mtlsign.models.architectures import default_taps
 from mtlsign.models.taps import tapped_parameters
@@ -31,28 +31,28 @@ from mtlsign.watermark.embedding.losses import distillation_loss
 Stages = Annotated[int, Field(ge=1, le=3)]
 
 
-def fresh_early(
+def reinit_early_layers(
     model: nn.Module,
     task: Task,
-    budget: Budget,
+    budget: AttackerResources,
     seed: int,
     *,
     stages: Stages = 1,
     steps: Steps = 300,
-    lr: Rate = 5e-3,
-    distillation: Weight = 1.0,
+    lr: LearningRate = 5e-3,
+    distillation: LossWeight = 1.0,
     batch: Batch = 128,
-) -> Attacked:
+) -> AttackOutcome:
     """Stem to stage `stages` drawn anew, then Adam (one-cycle) on the relative squared error of that stage's
     features and on KL(stolen ‖ net) through the untouched rest. No trace of an early mark can remain.
     """
-    data = attackers(model, task, budget, seed)
+    data = attacker_view(model, task, budget, seed)
     batch = min(batch, data.size("attacker"))
     try:
         tap = default_taps(model, "free")[stages - 1]
     except ModelError as error:
         raise NotApplicableError(str(error), field="fresh_early") from None
-    teacher, student = frozen(model), stolen_copy(model)
+    teacher, student = frozen_copy(model), trainable_copy(model)
     sample = data.splits["attacker"].batch(torch.arange(1))[0]
     owners = {name.rpartition(".")[0] for name in tapped_parameters(student, (tap,), sample)}
     early = [student.get_submodule(name) for name in sorted(owners)]
@@ -72,7 +72,7 @@ def fresh_early(
     for p in chosen:
         p.requires_grad_(True)
     optimizer = torch.optim.Adam(chosen, lr=budget.rate(lr))
-    for step, x in zip(range(steps), primary(data, batch, seed), strict=False):
+    for step, x in zip(range(steps), attacker_batches(data, batch, seed), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, steps, budget.rate(lr))
         with torch.no_grad():
@@ -85,7 +85,7 @@ def fresh_early(
         optimizer.step()
         require_finite(loss, step)
         budget.tick(step + 1, steps)
-    return Attacked(recalibrate(student.requires_grad_(True), data), steps, steps * batch)
+    return AttackOutcome(recalibrate_batch_norm(student.requires_grad_(True), data), steps, steps * batch)
 
 
 def _tap_and_output(net: nn.Module, x: Tensor, tap: str) -> tuple[Tensor, Tensor]:

@@ -8,24 +8,24 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from mtlsign.attacks.attacker_data import attackers
-from mtlsign.attacks.base import Attacked, Budget, NotApplicableError
+from mtlsign.attacks.attacker_data import attacker_view
+from mtlsign.attacks.base import AttackerResources, AttackOutcome, NotApplicableError
 from mtlsign.attacks.pruning import Statistics
-from mtlsign.attacks.training import recalibrate, stolen_copy
+from mtlsign.attacks.training import recalibrate_batch_norm, trainable_copy
 from mtlsign.tasks import Task
 
 Copies = Annotated[int, Field(ge=0, le=1000)]
 
 
-def average(
+def average_models(
     model: nn.Module,
     task: Task,
-    budget: Budget,
+    budget: AttackerResources,
     seed: int,
     *,
     copies: Copies = 0,
     bn: Statistics = "recalibrated",
-) -> Attacked:
+) -> AttackOutcome:
     """The mean of the stolen model and the first `copies` others (0: all that there are)."""
     others = list(budget.copies)[: copies or None]
     if len(others) < max(1, copies):
@@ -34,7 +34,7 @@ def average(
             "name them with --copies",
             field="average",
         )
-    mean = stolen_copy(model)
+    mean = trainable_copy(model)
     target = mean.state_dict()
     with torch.no_grad():
         for name, tensor in target.items():
@@ -49,5 +49,5 @@ def average(
             stack = [tensor, *(other[name].to(tensor) for other in others)]
             tensor.copy_(torch.stack(stack).mean(0))
     if bn == "recalibrated":
-        recalibrate(mean, attackers(model, task, budget, seed))
-    return Attacked(mean.eval())
+        recalibrate_batch_norm(mean, attacker_view(model, task, budget, seed))
+    return AttackOutcome(mean.eval())

@@ -8,13 +8,21 @@ from pydantic import Field
 from torch import nn
 
 from mtlsign.attacks import adversary_key
-from mtlsign.attacks.attacker_data import attackers
-from mtlsign.attacks.base import AttackDivergedError, Attacked, Budget, Epochs, Weight, device_of, seeded
-from mtlsign.attacks.training import stolen_copy
+from mtlsign.attacks.attacker_data import attacker_view
+from mtlsign.attacks.base import (
+    AttackDivergedError,
+    AttackerResources,
+    AttackOutcome,
+    Epochs,
+    LossWeight,
+    device_of,
+    seeded,
+)
+from mtlsign.attacks.training import trainable_copy
 from mtlsign.errors import ModelError
 from mtlsign.tasks import Task
 from mtlsign.watermark.embedding import training
-from mtlsign.watermark.embedding.worker import Alone
+from mtlsign.watermark.embedding.worker import SingleProcessContext
 
 KeySize = Annotated[int, Field(ge=0, le=4096)]
 Images = Annotated[int, Field(ge=0, le=65_536)]
@@ -23,15 +31,15 @@ Images = Annotated[int, Field(ge=0, le=65_536)]
 def overwrite(
     model: nn.Module,
     task: Task,
-    budget: Budget,
+    budget: AttackerResources,
     seed: int,
     *,
     epochs: Epochs = 50,
     head: Literal["keyed", "free"] = "keyed",
-    lambda2: Weight = 1.0,
+    lambda2: LossWeight = 1.0,
     n: KeySize = 0,
     images: Images = 0,
-) -> Attacked:
+) -> AttackOutcome:
     """Phase 2 with a second key on the attacker's data.
 
     One epoch is one pass over his key set, which the machinery takes as one batch, and as many primary images
@@ -39,19 +47,19 @@ def overwrite(
     his weight of R_DA, whose copies are those of our own default, as are his other settings. The images
     counted are those of his steps; what R_DA's inner loops look at is not counted.
     """
-    data = attackers(model, task, budget, seed)
-    s = adversary_key.settings(
+    data = attacker_view(model, task, budget, seed)
+    s = adversary_key.adversary_settings(
         budget, seed, model, head=head, lambda2=lambda2, steps=epochs, **({"key_size": n} if n else {})
     )
     count = images or s.key_size or 1
     s = s.model_copy(update={"primary_batch": min(count, data.size("attacker"))})
-    _, _, probe = adversary_key.claim(model, data, s)
-    overwritten = stolen_copy(model)
-    rank = Alone(device_of(model), show=lambda row: budget.tick(int(row["step"]), epochs))
+    _, _, detector = adversary_key.make_adversary_key(model, data, s)
+    overwritten = trainable_copy(model)
+    rank = SingleProcessContext(device_of(model), show=lambda row: budget.tick(int(row["step"]), epochs))
     try:
         with seeded("overwrite", seed):  # the phases set torch's generator for themselves
-            training.watermark(overwritten, data, probe(), s, rank)
+            training.embed_watermark(overwritten, data, detector(), s, rank)
     except ModelError as error:
         raise AttackDivergedError(str(error)) from None
-    keys = (s.key_size or 0) * len(training.terms(0, s))
-    return Attacked(overwritten, epochs, epochs * (keys + s.primary_batch))
+    keys = (s.key_size or 0) * len(training.gradient_terms(0, s))
+    return AttackOutcome(overwritten, epochs, epochs * (keys + s.primary_batch))

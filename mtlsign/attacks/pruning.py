@@ -12,10 +12,18 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from mtlsign.attacks.attacker_data import attackers
-from mtlsign.attacks.base import Attacked, Batch, Budget, Epochs, NotApplicableError, Rate, Share
-from mtlsign.attacks.training import descend, recalibrate, stolen_copy
-from mtlsign.models.channel_groups import norms_of
+from mtlsign.attacks.attacker_data import attacker_view
+from mtlsign.attacks.base import (
+    AttackerResources,
+    AttackOutcome,
+    Batch,
+    Epochs,
+    Fraction,
+    LearningRate,
+    NotApplicableError,
+)
+from mtlsign.attacks.training import recalibrate_batch_norm, train_sgd, trainable_copy
+from mtlsign.models.channel_groups import batch_norm_of_conv
 from mtlsign.models.taps import batch_norm_types
 from mtlsign.tasks import Task
 
@@ -29,73 +37,79 @@ PATH = tuple(round(0.05 * i, 2) for i in range(1, 20))
 
 
 def prune(
-    model: nn.Module, task: Task, budget: Budget, seed: int, *, ratio: Share = 0.5, bn: Statistics = "kept"
-) -> Attacked:
+    model: nn.Module,
+    task: Task,
+    budget: AttackerResources,
+    seed: int,
+    *,
+    ratio: Fraction = 0.5,
+    bn: Statistics = "kept",
+) -> AttackOutcome:
     """Each weight tensor's smallest magnitudes set to 0; batch norm statistics kept or taken anew."""
-    pruned = stolen_copy(model)
+    pruned = trainable_copy(model)
     prune_weights(pruned, ratio)
     if bn == "recalibrated":
-        recalibrate(pruned, attackers(model, task, budget, seed))
-    return Attacked(pruned)
+        recalibrate_batch_norm(pruned, attacker_view(model, task, budget, seed))
+    return AttackOutcome(pruned)
 
 
 def prune_channels(
     model: nn.Module,
     task: Task,
-    budget: Budget,
+    budget: AttackerResources,
     seed: int,
     *,
-    ratio: Share = 0.3,
+    ratio: Fraction = 0.3,
     by: Rule = "activity",
     bn: Statistics = "kept",
-) -> Attacked:
+) -> AttackOutcome:
     """In each convolution the channels least active on clean data (or of the least norm) set to 0."""
-    data = attackers(model, task, budget, seed)
-    pruned = stolen_copy(model)
+    data = attacker_view(model, task, budget, seed)
+    pruned = trainable_copy(model)
     prune_units(pruned, data, ratio, by)
     if bn == "recalibrated":
-        recalibrate(pruned, data)
-    return Attacked(pruned)
+        recalibrate_batch_norm(pruned, data)
+    return AttackOutcome(pruned)
 
 
-def prune_until(
+def prune_to_accuracy_drop(
     model: nn.Module,
     task: Task,
-    budget: Budget,
+    budget: AttackerResources,
     seed: int,
     *,
     points: Points = 10.0,
     units: Units = "weights",
     bn: Statistics = "kept",
-) -> Attacked:
+) -> AttackOutcome:
     """The highest ratio of a path of 5 % steps at which the attacker's own data show a loss of ≤ `points`."""
-    data = attackers(model, task, budget, seed)
-    best, before = stolen_copy(model), accuracy(model, data)
+    data = attacker_view(model, task, budget, seed)
+    best, before = trainable_copy(model), accuracy(model, data)
     for ratio in PATH:
-        pruned = stolen_copy(model)
+        pruned = trainable_copy(model)
         if units == "weights":
             prune_weights(pruned, ratio)
         else:
             prune_units(pruned, data, ratio, "activity")
         if bn == "recalibrated":
-            recalibrate(pruned, data)
+            recalibrate_batch_norm(pruned, data)
         if 100 * (before - accuracy(pruned, data)) > points:
             break
         best = pruned
-    return Attacked(best)
+    return AttackOutcome(best)
 
 
 def fine_prune(
     model: nn.Module,
     task: Task,
-    budget: Budget,
+    budget: AttackerResources,
     seed: int,
     *,
-    ratio: Share = 0.5,
-    lr: Rate = "quarter",
+    ratio: Fraction = 0.5,
+    lr: LearningRate = "quarter",
     epochs: Epochs = 3,
     batch: Batch = 128,
-) -> Attacked:
+) -> AttackOutcome:
     """Prune weights, then tune the rest; what is pruned stays 0."""
     return _then_tune(model, task, budget, seed, lambda m, _: prune_weights(m, ratio), lr, epochs, batch)
 
@@ -103,25 +117,25 @@ def fine_prune(
 def fine_prune_channels(
     model: nn.Module,
     task: Task,
-    budget: Budget,
+    budget: AttackerResources,
     seed: int,
     *,
-    ratio: Share = 0.3,
+    ratio: Fraction = 0.3,
     by: Rule = "activity",
-    lr: Rate = "quarter",
+    lr: LearningRate = "quarter",
     epochs: Epochs = 3,
     batch: Batch = 128,
-) -> Attacked:
+) -> AttackOutcome:
     """Prune channels, then tune the rest; what is pruned stays 0."""
     return _then_tune(model, task, budget, seed, lambda m, d: prune_units(m, d, ratio, by), lr, epochs, batch)
 
 
 def _then_tune(
-    model: nn.Module, task: Task, budget: Budget, seed: int, cut: Callable[[nn.Module, Task], None],
+    model: nn.Module, task: Task, budget: AttackerResources, seed: int, cut: Callable[[nn.Module, Task], None],
     lr: float | str, epochs: int, batch: int,
-) -> Attacked:  # fmt: skip
-    data = attackers(model, task, budget, seed)
-    pruned = stolen_copy(model)
+) -> AttackOutcome:  # fmt: skip
+    data = attacker_view(model, task, budget, seed)
+    pruned = trainable_copy(model)
     before = dict(model.named_parameters())
     cut(pruned, data)
     # Weights that were 0 before were pruned before; a bias or γ may be 0 of itself.
@@ -134,7 +148,7 @@ def _then_tune(
                 p.masked_fill_(hole, 0.0)
 
     pruned.train()
-    return descend(
+    return train_sgd(
         pruned, data, budget, seed, lr=budget.rate(lr), epochs=epochs, batch=batch, after=keep_holes
     )
 
@@ -158,7 +172,7 @@ def prune_units(model: nn.Module, data: Task, ratio: float, by: Rule) -> None:
     convolutions = {n: m for n, m in modules.items() if isinstance(m, _ConvNd)}
     if not convolutions:
         raise NotApplicableError("has no convolution; prune weights instead (prune)", field="model")
-    norms = norms_of(model, data.splits["attacker"].batch(torch.arange(1))[0])
+    norms = batch_norm_of_conv(model, data.splits["attacker"].batch(torch.arange(1))[0])
     importance = {n: m.weight.flatten(1).norm(dim=1) for n, m in convolutions.items()}
     if by == "activity":
         importance = _activity(model, data, {norms.get(n, n): n for n in convolutions})

@@ -5,28 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mtlsign.attacks.base import Attacked, Budget
-from mtlsign.attacks.training import stolen_copy
+from mtlsign.attacks.base import AttackerResources, AttackOutcome
+from mtlsign.attacks.training import trainable_copy
 from mtlsign.tasks import Task
 
 
-def int8(model: nn.Module, task: Task, budget: Budget, seed: int) -> Attacked:
+def int8(model: nn.Module, task: Task, budget: AttackerResources, seed: int) -> AttackOutcome:
     """Eight bits: −127 … 127."""
     return _quantised(model, 8)
 
 
-def int4(model: nn.Module, task: Task, budget: Budget, seed: int) -> Attacked:
+def int4(model: nn.Module, task: Task, budget: AttackerResources, seed: int) -> AttackOutcome:
     """Four bits: −7 … 7."""
     return _quantised(model, 4)
 
 
-def _quantised(model: nn.Module, bits: int) -> Attacked:
-    rounded = stolen_copy(model)
+def _quantised(model: nn.Module, bits: int) -> AttackOutcome:
+    rounded = trainable_copy(model)
     with torch.no_grad():
         for p in rounded.parameters():
             if p.dim() > 1:
                 p.copy_(quantise(p, bits))
-    return Attacked(rounded)
+    return AttackOutcome(rounded)
 
 
 def quantise(weight: Tensor, bits: int) -> Tensor:

@@ -15,13 +15,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from mtlsign.attacks.attacker_data import attackers, change
-from mtlsign.attacks.base import Attacked, Budget, Inputs, NotApplicableError
-from mtlsign.attacks.training import stolen_copy
+from mtlsign.attacks.attacker_data import attacker_view, transform_inputs
+from mtlsign.attacks.base import AttackerResources, AttackOutcome, Inputs, NotApplicableError
+from mtlsign.attacks.training import trainable_copy
 from mtlsign.errors import ModelError
-from mtlsign.models.channel_groups import Channels, channel_sets, norms_of, permute, scale
+from mtlsign.models import channel_groups
+from mtlsign.models.channel_groups import ChannelGroup, batch_norm_of_conv, find_channel_groups
 from mtlsign.tasks import Task
-from mtlsign.tasks.base import generator
+from mtlsign.tasks.base import seeded_generator
 
 #: Largest difference of outputs, relative to the largest output where that is above 1.
 TOLERANCE = 1e-5
@@ -29,9 +30,9 @@ TOLERANCE = 1e-5
 Which = Literal["inner", "stream", "both"]
 
 
-def bn_gauge(model: nn.Module, task: Task, budget: Budget, seed: int) -> Attacked:
+def bn_reparameterize(model: nn.Module, task: Task, budget: AttackerResources, seed: int) -> AttackOutcome:
     """(γ, σ²) → (aγ, a²σ²), (μ, β) → (μ + t, β + γt/σ) with random a > 0 and t, in every batch norm."""
-    gen, changed = generator("mtlsign/attack/gauge", seed), stolen_copy(model)
+    gen, changed = seeded_generator("mtlsign/attack/gauge", seed), trainable_copy(model)
     with torch.no_grad():
         for m in _norms(changed):
             var = m.running_var + m.eps
@@ -45,9 +46,9 @@ def bn_gauge(model: nn.Module, task: Task, budget: Budget, seed: int) -> Attacke
     return _preserved(model, changed, task, budget, seed)
 
 
-def scale_rows(model: nn.Module, task: Task, budget: Budget, seed: int) -> Attacked:
+def scale_filters(model: nn.Module, task: Task, budget: AttackerResources, seed: int) -> AttackOutcome:
     """Convolution rows times s of either sign before their batch norm, which undoes it (γ takes the sign)."""
-    gen, changed = generator("mtlsign/attack/rows", seed), stolen_copy(model)
+    gen, changed = seeded_generator("mtlsign/attack/rows", seed), trainable_copy(model)
     modules = dict(changed.named_modules())
     with torch.no_grad():
         for conv, norm in _pairs(changed, task, budget, seed).items():
@@ -68,14 +69,19 @@ def scale_rows(model: nn.Module, task: Task, budget: Budget, seed: int) -> Attac
 
 
 def bn_fold(
-    model: nn.Module, task: Task, budget: Budget, seed: int, *, decoys: Literal["none", "signs"] = "none"
-) -> Attacked:
+    model: nn.Module,
+    task: Task,
+    budget: AttackerResources,
+    seed: int,
+    *,
+    decoys: Literal["none", "signs"] = "none",
+) -> AttackOutcome:
     """Batch norms folded into their convolutions, which get biases; no batch norm is left.
 
     With `decoys=signs` an unused γ of random sign stays in the file under its old name.
     """
-    changed = stolen_copy(model)
-    gen = generator("mtlsign/attack/decoys", seed)
+    changed = trainable_copy(model)
+    gen = seeded_generator("mtlsign/attack/decoys", seed)
     for conv, norm in _pairs(changed, task, budget, seed).items():
         layer, m = changed.get_submodule(conv), changed.get_submodule(norm)
         plain = type(m) is nn.BatchNorm2d
@@ -94,48 +100,52 @@ def bn_fold(
     return _preserved(model, changed, task, budget, seed)
 
 
-def scale_inner(model: nn.Module, task: Task, budget: Budget, seed: int) -> Attacked:
+def scale_inner_channels(model: nn.Module, task: Task, budget: AttackerResources, seed: int) -> AttackOutcome:
     """Inner channels of every block scaled up in one layer and down in the next."""
     return _scaled(model, task, budget, seed, "inner")
 
 
-def scale_stream(model: nn.Module, task: Task, budget: Budget, seed: int) -> Attacked:
+def scale_residual_channels(
+    model: nn.Module, task: Task, budget: AttackerResources, seed: int
+) -> AttackOutcome:
     """The residual streams scaled: one factor per channel for all that write it and all that read it."""
     return _scaled(model, task, budget, seed, "stream")
 
 
-def _scaled(model: nn.Module, task: Task, budget: Budget, seed: int, place: str) -> Attacked:
-    gen, changed = generator("mtlsign/attack/scale", place, seed), stolen_copy(model)
+def _scaled(model: nn.Module, task: Task, budget: AttackerResources, seed: int, place: str) -> AttackOutcome:
+    gen, changed = seeded_generator("mtlsign/attack/scale", place, seed), trainable_copy(model)
     for channels in _channel_sets(changed):
         if channels.place == place:
-            scale(changed, channels, _positive(next(changed.parameters()), gen, channels.size))
+            channel_groups.scale_channels(
+                changed, channels, _positive(next(changed.parameters()), gen, channels.size)
+            )
     return _preserved(model, changed, task, budget, seed)
 
 
 def permute_channels(
-    model: nn.Module, task: Task, budget: Budget, seed: int, *, which: Which = "both"
-) -> Attacked:
+    model: nn.Module, task: Task, budget: AttackerResources, seed: int, *, which: Which = "both"
+) -> AttackOutcome:
     """Channels of the blocks' inner layers, of the residual streams, or both, in a random order."""
-    gen, changed = generator("mtlsign/attack/permute", seed), stolen_copy(model)
+    gen, changed = seeded_generator("mtlsign/attack/permute", seed), trainable_copy(model)
     for channels in _channel_sets(changed):
         if which in ("both", channels.place):
             order = torch.randperm(channels.size, generator=gen).to(next(changed.parameters()).device)
-            permute(changed, channels, order)
+            channel_groups.permute_channels(changed, channels, order)
     return _preserved(model, changed, task, budget, seed)
 
 
-def transpose_input(model: nn.Module, task: Task, budget: Budget, seed: int) -> Attacked:
+def transpose_input(model: nn.Module, task: Task, budget: AttackerResources, seed: int) -> AttackOutcome:
     """Every kernel transposed; its user transposes each image first."""
-    changed = stolen_copy(model)
+    changed = trainable_copy(model)
     for m in changed.modules():
         if isinstance(m, nn.Conv2d):
             m.weight.data = m.weight.data.transpose(2, 3).contiguous()
     return _preserved(model, changed, task, budget, seed, ("transposed",))
 
 
-def negate_input(model: nn.Module, task: Task, budget: Budget, seed: int) -> Attacked:
+def negate_input(model: nn.Module, task: Task, budget: AttackerResources, seed: int) -> AttackOutcome:
     """The first convolution's kernels negated; its user negates each (normalised) image first."""
-    changed = stolen_copy(model)
+    changed = trainable_copy(model)
     first = next((m for m in changed.modules() if isinstance(m, _ConvNd)), None)
     if first is None:
         raise NotApplicableError("has no convolution that reads the image", field="model")
@@ -148,14 +158,19 @@ def negate_input(model: nn.Module, task: Task, budget: Budget, seed: int) -> Att
 def function_change(model: nn.Module, changed: nn.Module, x: Tensor, inputs: Inputs = ()) -> float:
     """Largest difference of the outputs on x [n, C, H, W] in float64, relative to the largest if above 1."""
     want = copy.deepcopy(model).eval().double()(x.double())
-    got = copy.deepcopy(changed).eval().double()(change(x.double(), inputs))
+    got = copy.deepcopy(changed).eval().double()(transform_inputs(x.double(), inputs))
     return float((want - got).abs().max() / want.abs().max().clamp(min=1))
 
 
 def _preserved(
-    model: nn.Module, changed: nn.Module, task: Task, budget: Budget, seed: int, inputs: Inputs = ()
-) -> Attacked:
-    data = attackers(model, task, budget, seed)
+    model: nn.Module,
+    changed: nn.Module,
+    task: Task,
+    budget: AttackerResources,
+    seed: int,
+    inputs: Inputs = (),
+) -> AttackOutcome:
+    data = attacker_view(model, task, budget, seed)
     x, _ = data.splits["attacker"].batch(torch.arange(min(8, data.size("attacker"))))
     try:
         off = function_change(model, changed, x, inputs)
@@ -166,7 +181,7 @@ def _preserved(
             f"changes the function of this architecture (outputs move by {off:.1e}); it is no symmetry of it",
             field="model",
         )
-    return Attacked(changed.eval(), inputs=inputs)
+    return AttackOutcome(changed.eval(), inputs=inputs)
 
 
 class _Unused(nn.Module):
@@ -189,17 +204,19 @@ def _norms(model: nn.Module) -> list[Any]:
     return found
 
 
-def _pairs(model: nn.Module, task: Task, budget: Budget, seed: int) -> dict[str, str]:
+def _pairs(model: nn.Module, task: Task, budget: AttackerResources, seed: int) -> dict[str, str]:
     """Convolution -> the batch norm behind it."""
-    found = norms_of(model, attackers(model, task, budget, seed).splits["attacker"].batch(torch.arange(1))[0])
+    found = batch_norm_of_conv(
+        model, attacker_view(model, task, budget, seed).splits["attacker"].batch(torch.arange(1))[0]
+    )
     if not found:
         raise NotApplicableError("has no batch norm behind a convolution", field="model")
     return found
 
 
-def _channel_sets(model: nn.Module) -> list[Channels]:
+def _channel_sets(model: nn.Module) -> list[ChannelGroup]:
     try:
-        return channel_sets(model)
+        return find_channel_groups(model)
     except ModelError as error:
         raise NotApplicableError(error.detail, field=error.field) from None
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mtlsign.attacks.base import Attacked, Budget, require_finite
+from mtlsign.attacks.base import AttackerResources, AttackOutcome, require_finite
 from mtlsign.tasks import Task
 from mtlsign.watermark.embedding.losses import distillation_loss
 
@@ -19,20 +19,20 @@ Path = Literal["constant", "cosine"]
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-def stolen_copy(model: nn.Module) -> nn.Module:
+def trainable_copy(model: nn.Module) -> nn.Module:
     """A copy to work on; the given model is never changed."""
     return copy.deepcopy(model).requires_grad_(True).eval()
 
 
-def frozen(model: nn.Module) -> nn.Module:
+def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy that stays: the stolen model as its own teacher."""
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
-def descend(
+def train_sgd(
     model: nn.Module,
     data: Task,
-    budget: Budget,
+    budget: AttackerResources,
     seed: int,
     *,
     lr: float,
@@ -42,7 +42,7 @@ def descend(
     parameters: Iterable[nn.Parameter] | None = None,
     loss: Loss | None = None,
     after: Callable[[], None] = lambda: None,
-) -> Attacked:
+) -> AttackOutcome:
     """SGD with momentum 0.9 and weight decay 5e-4 on the attacker's augmented data, in place.
 
     `model` is in the mode that the caller chose and ends in evaluation mode; `loss` defaults to the task's;
@@ -67,10 +67,10 @@ def descend(
             require_finite(value, step)
             step, images = step + 1, images + len(x)
             budget.tick(step, epochs * per_epoch)
-    return Attacked(model.eval(), step, images)
+    return AttackOutcome(model.eval(), step, images)
 
 
-def primary(data: Task, batch: int, seed: int) -> Iterator[Tensor]:
+def attacker_batches(data: Task, batch: int, seed: int) -> Iterator[Tensor]:
     """Endless augmented images of the attacker, [batch, C, H, W]."""
     step = 0
     while True:
@@ -78,7 +78,9 @@ def primary(data: Task, batch: int, seed: int) -> Iterator[Tensor]:
         step += 1
 
 
-def kept_task(student: nn.Module, teacher: nn.Module, x: Tensor, temperature: float = 2.0) -> Tensor:
+def distillation_from_teacher(
+    student: nn.Module, teacher: nn.Module, x: Tensor, temperature: float = 2.0
+) -> Tensor:
     """Distillation from the stolen model's own outputs: how attackers without labels keep the task."""
     with torch.no_grad():
         wanted = teacher(x)
@@ -86,7 +88,7 @@ def kept_task(student: nn.Module, teacher: nn.Module, x: Tensor, temperature: fl
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, data: Task, batch: int = 256, most: int = 16) -> nn.Module:
+def recalibrate_batch_norm(model: nn.Module, data: Task, batch: int = 256, most: int = 16) -> nn.Module:
     """Batch norms' running statistics anew from the attacker's plain images, at most `most` batches."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:

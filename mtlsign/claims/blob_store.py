@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from mtlsign.errors import ArtifactError, StorageError
 from mtlsign.storage.base import Storage
 from mtlsign.storage.locations import open_file, open_storage
-from mtlsign.storage.manifest import GIB, read_folder
+from mtlsign.storage.manifest import GIB, read_manifest_folder
 
 MAX_MODEL = 2 * GIB
 MAX_REFERENCE = 64 * 2**20
 MAX_HEAD = GIB
 
 
-class Archive:
+class BlobStore:
     """One or more places that hold `blobs/<sha256>`; the first is written to, all are read, in order."""
 
     def __init__(self, places: Sequence[Storage]) -> None:
@@ -28,7 +28,7 @@ class Archive:
         self.places = list(places)
 
     @classmethod
-    def at(cls, locations: str | None, *, ledger: str = "", endpoint: str | None = None) -> Archive:
+    def at(cls, locations: str | None, *, ledger: str = "", endpoint: str | None = None) -> BlobStore:
         """From comma-separated locations; without any, `PATH.archive` beside an SQLite ledger.
 
         Raises:
@@ -70,7 +70,7 @@ def _name(digest: bytes) -> str:
     return f"blobs/{digest.hex()}"
 
 
-def read_bytes(location: str, *, endpoint: str | None = None) -> bytes:
+def read_model_bytes(location: str, *, endpoint: str | None = None) -> bytes:
     """A model's safetensors bytes, at most 2 GiB, from a model folder or one `.safetensors` file.
 
     Raises:
@@ -82,6 +82,6 @@ def read_bytes(location: str, *, endpoint: str | None = None) -> bytes:
     if path.endswith(".safetensors"):
         storage, name = open_file(location, endpoint=endpoint)
         return storage.read(name, MAX_MODEL)
-    return read_folder(open_storage(location, endpoint=endpoint), file_limit=MAX_MODEL, names=(MODEL_FILE,))[
-        MODEL_FILE
-    ]
+    return read_manifest_folder(
+        open_storage(location, endpoint=endpoint), file_limit=MAX_MODEL, names=(MODEL_FILE,)
+    )[MODEL_FILE]

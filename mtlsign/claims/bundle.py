@@ -26,18 +26,18 @@ from pathlib import Path
 from typing import Any
 
 from mtlsign.claims import merkle
-from mtlsign.claims.blob_store import MAX_HEAD, MAX_MODEL, MAX_REFERENCE, Archive
+from mtlsign.claims.blob_store import MAX_HEAD, MAX_MODEL, MAX_REFERENCE, BlobStore
 from mtlsign.claims.judging.admissibility import find_claim
-from mtlsign.claims.judging.judge import Judge
-from mtlsign.claims.judging.lineage import Dispute, dispute
+from mtlsign.claims.judging.judge import ClaimVerifier
+from mtlsign.claims.judging.lineage import DisputeResult, resolve_dispute
 from mtlsign.claims.ledger import checkpoints
 from mtlsign.claims.ledger.base import Ledger
-from mtlsign.claims.ledger.checkpoints import Cosignature, Head
-from mtlsign.claims.ledger.view import Entry, View
+from mtlsign.claims.ledger.checkpoints import Checkpoint, Cosignature
+from mtlsign.claims.ledger.view import Entry, LedgerView
 from mtlsign.claims.statements.envelope import MAX_ENVELOPE
 from mtlsign.claims.statements.types import Claim, Exhibit, Membership, Vote
 from mtlsign.errors import ArtifactError, ClaimError, KeyMaterialError, LedgerError
-from mtlsign.storage.strict_json import strict_json, take
+from mtlsign.storage.strict_json import parse_strict_json, require_fields
 
 FORMAT = "mtlsign/bundle/v0"
 MAX_MEMBERS = 2000
@@ -59,15 +59,17 @@ _LIMITS: list[tuple[re.Pattern[str], int]] = [
 class Checked:
     """What a bundle proves: the sparse view of the ledger, the claim, and its standing by our own judge."""
 
-    view: View
+    view: LedgerView
     entry: Entry
     claim: Claim
-    head: Head
+    head: Checkpoint
     pinned: bool
-    dispute: Dispute
+    dispute: DisputeResult
 
 
-def write_bundle(path: Path, ledger: Ledger, view: View, entry: Entry, archive: Archive) -> Head:
+def write_bundle(
+    path: Path, ledger: Ledger, view: LedgerView, entry: Entry, archive: BlobStore
+) -> Checkpoint:
     """Write the bundle of one claim against the newest head that counts and holds it; returns that head.
 
     Raises:
@@ -89,7 +91,7 @@ def write_bundle(path: Path, ledger: Ledger, view: View, entry: Entry, archive: 
     for counted in view.heads:
         if counted.head == head or counted.head.size in sizes:
             council = view.council(counted.head.size)
-            note = checkpoints.note(counted.head, _lines(counted.head, signed, council))
+            note = checkpoints.encode_signed_note(counted.head, _lines(counted.head, signed, council))
             files.append(("head" if counted.head == head else f"heads/{counted.head.size}", note))
             if counted.head != head:
                 proof = ledger.prove_consistency(counted.head.size, head.size)
@@ -108,7 +110,7 @@ def write_bundle(path: Path, ledger: Ledger, view: View, entry: Entry, archive: 
     return head
 
 
-def _wanted(view: View, entry: Entry, claim: Claim) -> Iterator[int]:
+def _wanted(view: LedgerView, entry: Entry, claim: Claim) -> Iterator[int]:
     """Entries that bear on a claim: councils, what it names, its votes and exhibits, its publication's
     claims.
     """
@@ -123,7 +125,7 @@ def _wanted(view: View, entry: Entry, claim: Claim) -> Iterator[int]:
             yield other.index
 
 
-def _blobs(view: View, entry: Entry, claim: Claim) -> tuple[list[bytes], list[bytes]]:
+def _blobs(view: LedgerView, entry: Entry, claim: Claim) -> tuple[list[bytes], list[bytes]]:
     """Digests that the claim cannot be checked without, and those that lineage would like to have."""
     needed = [claim.suspect]
     with suppress(KeyMaterialError):
@@ -134,9 +136,11 @@ def _blobs(view: View, entry: Entry, claim: Claim) -> tuple[list[bytes], list[by
     return needed, [claim.model, *shown]
 
 
-def _lines(head: Head, signed: Iterable[tuple[Head, Cosignature]], council: Membership) -> list[Cosignature]:
+def _lines(
+    head: Checkpoint, signed: Iterable[tuple[Checkpoint, Cosignature]], council: Membership
+) -> list[Cosignature]:
     stored = [line for at, line in signed if at == head]
-    lines = [checkpoints.first_of(head, stored, member) for member in council.members]
+    lines = [checkpoints.earliest_valid_line(head, stored, member) for member in council.members]
     return [line for line in lines if line is not None]
 
 
@@ -154,7 +158,7 @@ def _write(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
         part.unlink(missing_ok=True)
 
 
-class _Zip(Archive):
+class _Zip(BlobStore):
     """A bundle's members, each read whole and within its limit; its blobs serve as the archive."""
 
     def __init__(self, file: zipfile.ZipFile, size: int) -> None:
@@ -204,7 +208,7 @@ class _Zip(Archive):
         return f"blobs/{digest.hex()}" in self.members
 
 
-def check_bundle(path: Path, judge: Judge, *, pinned: bytes | None = None, bits: int = 0) -> Checked:
+def check_bundle(path: Path, judge: ClaimVerifier, *, pinned: bytes | None = None, bits: int = 0) -> Checked:
     """Check everything in a bundle without any network: signatures, proofs, co-signatures, Algorithm 1.
 
     Args:
@@ -220,16 +224,19 @@ def check_bundle(path: Path, judge: Judge, *, pinned: bytes | None = None, bits:
             wrong is a standing, not an error.
     """
     with _opened(path) as bundle:
-        got = take(
-            strict_json(bundle.read("bundle.json"), limit=256, where="bundle"), "bundle", "format", "claim"
+        got = require_fields(
+            parse_strict_json(bundle.read("bundle.json"), limit=256, where="bundle"),
+            "bundle",
+            "format",
+            "claim",
         )
         if got["format"] != FORMAT or type(got["claim"]) is not int:
             raise _damaged("is no bundle of this version")
-        head, lines = checkpoints.parse_note(bundle.read("head"))
+        head, lines = checkpoints.parse_signed_note(bundle.read("head"))
         signed = [(head, line) for line in lines]
         roots = {head.size: head.root}
         for name in [name for name in bundle.members if re.fullmatch(rf"heads/{_NUMBER}", name)]:
-            earlier, more = checkpoints.parse_note(bundle.read(name))
+            earlier, more = checkpoints.parse_signed_note(bundle.read(name))
             proof = bundle.hashes(f"{name}.proof")
             if name != f"heads/{earlier.size}" or not merkle.verify_consistency(
                 earlier.size, earlier.root, head.size, head.root, proof
@@ -240,12 +247,12 @@ def check_bundle(path: Path, judge: Judge, *, pinned: bytes | None = None, bits:
         trusted = _pinned(pinned, head, roots) if pinned is not None else head
         stated = list(signed)
         if pinned is not None:
-            signed += [(trusted, line) for line in checkpoints.parse_note(pinned)[1]]
+            signed += [(trusted, line) for line in checkpoints.parse_signed_note(pinned)[1]]
         raw = _entries(bundle, head)
         for name in bundle.members:
             if name.startswith("blobs/"):
                 bundle.get(bytes.fromhex(name.removeprefix("blobs/")), MAX_MODEL)
-        view = View.assemble(raw, signed, roots)
+        view = LedgerView.assemble(raw, signed, roots)
         for at, line in stated:  # in a bundle every line must hold: a lost one would move an entry's time
             if not any(line.holds(at.body(), member) for member in view.council(at.size).members):
                 raise _damaged(f"has a co-signature of {at.size} entries that does not hold")
@@ -256,11 +263,11 @@ def check_bundle(path: Path, judge: Judge, *, pinned: bytes | None = None, bits:
         entry, claim = find_claim(view, str(got["claim"]))
         if entry.index >= trusted.size:
             raise ClaimError("the pinned head does not hold the claim yet; pin a newer one", field="head")
-        done = dispute(view, [str(entry.index)], bundle, judge, bits=bits)
+        done = resolve_dispute(view, [str(entry.index)], bundle, judge, bits=bits)
         return Checked(view, entry, claim, trusted, pinned is not None, done)
 
 
-def _entries(bundle: _Zip, head: Head) -> dict[int, bytes]:
+def _entries(bundle: _Zip, head: Checkpoint) -> dict[int, bytes]:
     raw: dict[int, bytes] = {}
     for name in bundle.members:
         if re.fullmatch(rf"entries/{_NUMBER}", name):
@@ -274,8 +281,8 @@ def _entries(bundle: _Zip, head: Head) -> dict[int, bytes]:
     return raw
 
 
-def _pinned(note: bytes, head: Head, roots: dict[int, bytes]) -> Head:
-    found, _ = checkpoints.parse_note(note)
+def _pinned(note: bytes, head: Checkpoint, roots: dict[int, bytes]) -> Checkpoint:
+    found, _ = checkpoints.parse_signed_note(note)
     if found.origin != head.origin:
         raise ClaimError("the pinned head is of another ledger", field="head")
     if roots.get(found.size) != found.root:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mtlsign.claims.ledger.view import View
+from mtlsign.claims.ledger.view import LedgerView
 from mtlsign.claims.statements.types import Claim, Exhibit, Register
 from mtlsign.errors import StorageError
 from mtlsign.storage.locations import open_file
@@ -12,7 +12,7 @@ from mtlsign.storage.locations import open_file
 _PUBLIC = {"public", "public_html", "htdocs", "wwwroot"}
 
 
-def seen_in(view: View, digest: bytes) -> int | None:
+def first_disclosure(view: LedgerView, digest: bytes) -> int | None:
     """The first entry of a ledger that names the model openly."""
     for entry in view.entries.values():
         said = entry.statement
@@ -25,7 +25,7 @@ def seen_in(view: View, digest: bytes) -> int | None:
     return None
 
 
-def is_public(location: str, *, endpoint: str | None = None) -> bool:
+def is_publicly_readable(location: str, *, endpoint: str | None = None) -> bool:
     """Whether anybody can read the model where it lies.
 
     On S3: a request for it without any credentials is answered. A local folder: it lies below one that is

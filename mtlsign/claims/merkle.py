@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 
 #: Reads the hash of the complete subtree (level, index); level 0 are the leaves' hashes.
-Node = Callable[[int, int], bytes]
+NodeReader = Callable[[int, int], bytes]
 EMPTY_ROOT = hashlib.sha256(b"").digest()
 MAX_SIZE = 2**40
 """Most leaves of a tree here; so a proof has at most 40 hashes (inclusion) or 41 (consistency)."""
@@ -27,7 +27,7 @@ def node_hash(left: bytes, right: bytes) -> bytes:
     return hashlib.sha256(b"\x01" + left + right).digest()
 
 
-class Frontier:
+class CompactRange:
     """What one must keep to append to a tree and know its root: the roots of its perfect subtrees."""
 
     def __init__(self, size: int = 0, hashes: Sequence[bytes] = ()) -> None:
@@ -49,35 +49,35 @@ class Frontier:
 
     def root(self) -> bytes:
         """Root of the tree as it is now, 32 bytes."""
-        return _join(self.hashes) if self.hashes else EMPTY_ROOT
+        return _fold(self.hashes) if self.hashes else EMPTY_ROOT
 
 
-def _join(roots: Sequence[bytes]) -> bytes:
+def _fold(roots: Sequence[bytes]) -> bytes:
     found = roots[-1]
     for left in reversed(roots[:-1]):
         found = node_hash(left, found)
     return found
 
 
-def root_of(leaves: Iterable[bytes]) -> bytes:
+def root_from_leaves(leaves: Iterable[bytes]) -> bytes:
     """Root over leaf hashes in order."""
-    tree = Frontier()
+    tree = CompactRange()
     for leaf in leaves:
         tree.append(leaf)
     return tree.root()
 
 
-def _subtree(node: Node, start: int, stop: int) -> bytes:
+def _subtree(node: NodeReader, start: int, stop: int) -> bytes:
     """Root over the leaves start … stop-1, where `start` is a multiple of the range's next power of two."""
     roots = []
     while start < stop:
         level = (stop - start).bit_length() - 1
         roots.append(node(level, start >> level))
         start += 1 << level
-    return _join(roots)
+    return _fold(roots)
 
 
-def tree_root(node: Node, size: int) -> bytes:
+def tree_root(node: NodeReader, size: int) -> bytes:
     """Root of the first `size` leaves."""
     return _subtree(node, 0, size) if size else EMPTY_ROOT
 
@@ -87,7 +87,7 @@ def _split(size: int) -> int:
     return 1 << ((size - 1).bit_length() - 1)
 
 
-def inclusion_path(node: Node, index: int, size: int) -> list[bytes]:
+def inclusion_path(node: NodeReader, index: int, size: int) -> list[bytes]:
     """PATH(index, D[size]), lowest sibling first; raises ValueError outside 0 ≤ index < size."""
     if not 0 <= index < size <= MAX_SIZE:
         raise ValueError(f"index {index} is not in a tree of {size}")
@@ -103,7 +103,7 @@ def inclusion_path(node: Node, index: int, size: int) -> list[bytes]:
     return path[::-1]
 
 
-def consistency_path(node: Node, old: int, new: int) -> list[bytes]:
+def consistency_path(node: NodeReader, old: int, new: int) -> list[bytes]:
     """PROOF(old, D[new]) (RFC 6962 §2.1.2); empty for old = 0 or old = new."""
     if not 0 <= old <= new <= MAX_SIZE:
         raise ValueError(f"a tree of {new} does not extend one of {old}")

@@ -9,7 +9,7 @@ BEGIN, END = "<!-- mtlsign {}: begin -->", "<!-- mtlsign {}: end -->"
 PROVENANCE, CLAIM = "provenance", "claim"
 
 
-def publication_block(done: Mapping[str, Any]) -> str:
+def provenance_block(done: Mapping[str, Any]) -> str:
     """Markdown from the result of `commands.publish`. It reveals nothing about the key."""
     head = done["head"]
     lines = [
@@ -52,7 +52,7 @@ def _block(kind: str, lines: list[str]) -> str:
     return "\n".join([BEGIN.format(kind), *lines, END.format(kind), ""])
 
 
-def insert(card: str, block: str) -> str:
+def insert_block(card: str, block: str) -> str:
     """The card with the block, in place of an earlier one of its kind or at the end."""
     kind = next(kind for kind in (PROVENANCE, CLAIM) if block.startswith(BEGIN.format(kind)))
     before, mark, rest = card.partition(BEGIN.format(kind))

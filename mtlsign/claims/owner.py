@@ -13,21 +13,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtlsign.claims.blob_store import Archive
-from mtlsign.claims.exposure import seen_in
+from mtlsign.claims.blob_store import BlobStore
+from mtlsign.claims.exposure import first_disclosure
 from mtlsign.claims.judging.admissibility import find_claim, opened_keys
 from mtlsign.claims.ledger.base import Ledger
-from mtlsign.claims.ledger.view import Entry, Reader, View
+from mtlsign.claims.ledger.view import Entry, IncrementalReader, LedgerView
 from mtlsign.claims.ledger.witness import Witness
-from mtlsign.claims.ledger.witness_state import refuse_known_place
+from mtlsign.claims.ledger.witness_state import refuse_known_store
 from mtlsign.claims.statements import commitments
-from mtlsign.claims.statements.parsing import seal
+from mtlsign.claims.statements.parsing import sign_statement
 from mtlsign.claims.statements.types import Claim, Exhibit, Membership, Publish, Ref, Register, Statement
 from mtlsign.errors import ClaimError, KeyMaterialError, LedgerError
 from mtlsign.watermark.keys.identity import Identity
 
 if TYPE_CHECKING:
-    from mtlsign.watermark.kit import Kit
+    from mtlsign.watermark.kit import OwnerKit
 
 Clock = Callable[[], float]
 POLL_S = 0.5
@@ -40,15 +40,15 @@ class Owner:
         self, identity: Identity, ledger: Ledger, memory: Path | None = None, clock: Clock = time.time
     ) -> None:
         self.identity, self.ledger, self.memory, self.clock = identity, ledger, memory, clock
-        self._reader = Reader(ledger)
+        self._reader = IncrementalReader(ledger)
 
-    def view(self) -> View:
+    def view(self) -> LedgerView:
         """The ledger as it is now."""
         return self._reader.view()
 
     def append(self, statement: Statement) -> Ref:
         """Sign, append and, as a member, co-sign; returns the entry."""
-        data = seal(statement, self.identity)
+        data = sign_statement(statement, self.identity)
         index = self.ledger.append(data)
         view = self.view()
         entry = view.entries[index]
@@ -63,7 +63,7 @@ class Owner:
         return int(self.clock())
 
 
-def found(
+def create_ledger(
     owner: Owner, members: Sequence[bytes], *, threshold: int | None = None, bits: int = 120,
     window: int = 14 * 86_400,
 ) -> Ref:  # fmt: skip
@@ -75,7 +75,7 @@ def found(
     if owner.ledger.size():
         raise LedgerError("is founded already; change its council with a membership", field="ledger")
     if owner.identity.public_key in members:
-        refuse_known_place(owner.identity, owner.ledger.place, owner.memory)
+        refuse_known_store(owner.identity, owner.ledger.place, owner.memory)
     statement = Membership(
         signer=owner.identity.public_key,
         ledger=None,
@@ -92,7 +92,7 @@ def found(
 
 
 def publish(
-    owner: Owner, kits: Sequence[Kit], *, licence: str = "", recipient: str = ""
+    owner: Owner, kits: Sequence[OwnerKit], *, licence: str = "", recipient: str = ""
 ) -> tuple[Entry, Publish]:
     """Commit to the keys, heads and marked model of one or more kits of one model, before it leaves.
 
@@ -114,7 +114,7 @@ def publish(
         nonce=nonce,
         keys_root=commitments.keys_root(_hidden(owner, nonce, keys)),
         keys_count=len(keys),
-        heads=commitments.hide_heads(_salt(owner, nonce, "head"), owner.identity.public_key, _heads(kits)),
+        heads=commitments.commit_heads(_salt(owner, nonce, "head"), owner.identity.public_key, _heads(kits)),
         model=_hidden_model(owner, nonce, _model(kits)),
         licence=licence,
         recipient=recipient,
@@ -123,7 +123,7 @@ def publish(
     return owner.view().entries[ref.index], statement
 
 
-def find_publication(owner: Owner, view: View, kits: Sequence[Kit]) -> tuple[Entry, Publish]:
+def find_publication(owner: Owner, view: LedgerView, kits: Sequence[OwnerKit]) -> tuple[Entry, Publish]:
     """Our earliest publication of these kits, in their order. Raises ClaimError when there is none."""
     keys = _keys(owner.identity, kits)
     for entry, old in view.all(Publish):
@@ -132,7 +132,7 @@ def find_publication(owner: Owner, view: View, kits: Sequence[Kit]) -> tuple[Ent
     raise ClaimError("is not published in this ledger; jobs/publish.py comes first", field="kit")
 
 
-def register(owner: Owner, archive: Archive, models: Sequence[tuple[str, bytes]]) -> Ref:
+def register(owner: Owner, archive: BlobStore, models: Sequence[tuple[str, bytes]]) -> Ref:
     """Archive suspects' bytes and stamp their digests: (name, safetensors bytes) each."""
     found = tuple((name, archive.put(data)) for name, data in models)
     statement = Register(
@@ -143,8 +143,8 @@ def register(owner: Owner, archive: Archive, models: Sequence[tuple[str, bytes]]
 
 def claim(
     owner: Owner,
-    kits: Sequence[Kit],
-    archive: Archive,
+    kits: Sequence[OwnerKit],
+    archive: BlobStore,
     suspect: bytes,
     *,
     marked: bytes | None = None,
@@ -205,7 +205,7 @@ def claim(
     return owner.view().entries[ref.index], statement
 
 
-def exhibit(owner: Owner, archive: Archive, claim_id: str, model: bytes) -> Ref:
+def exhibit(owner: Owner, archive: BlobStore, claim_id: str, model: bytes) -> Ref:
     """Answer a claim: show a model of ours that an earlier entry stamped, ours or a registration.
 
     Raises:
@@ -240,12 +240,12 @@ def exhibit(owner: Owner, archive: Archive, claim_id: str, model: bytes) -> Ref:
     return owner.append(statement)
 
 
-def already_out(owner: Owner, kits: Sequence[Kit]) -> int | None:
+def already_disclosed(owner: Owner, kits: Sequence[OwnerKit]) -> int | None:
     """The first entry that names the kits' marked model openly, None when the ledger never saw it."""
-    return seen_in(owner.view(), _model(kits))
+    return first_disclosure(owner.view(), _model(kits))
 
 
-def _stamp(view: View, digest: bytes, opened: dict[int, int], count: int) -> tuple[Ref | None, int]:
+def _stamp(view: LedgerView, digest: bytes, opened: dict[int, int], count: int) -> tuple[Ref | None, int]:
     """A registration to use (None: make one) and the number of the key to open against it."""
     stamps = [entry.ref for entry, seen in view.all(Register) if digest in [d for _, d in seen.models]]
     for index, at in sorted(opened.items()):  # an opened key still serves what was registered before
@@ -274,7 +274,7 @@ def _wait(owner: Owner, stamp: Ref, seconds: float) -> None:
         time.sleep(POLL_S)
 
 
-def _keys(identity: Identity, kits: Sequence[Kit]) -> list[bytes]:
+def _keys(identity: Identity, kits: Sequence[OwnerKit]) -> list[bytes]:
     if not kits:
         raise ClaimError("is missing; give at least one", field="kit")
     keys = []
@@ -287,7 +287,7 @@ def _keys(identity: Identity, kits: Sequence[Kit]) -> list[bytes]:
     return keys
 
 
-def _model(kits: Sequence[Kit]) -> bytes:
+def _model(kits: Sequence[OwnerKit]) -> bytes:
     digests = {str(kit.info.get("model_digest")) for kit in kits}
     try:
         if len(digests) != 1:
@@ -300,7 +300,7 @@ def _model(kits: Sequence[Kit]) -> bytes:
     return found
 
 
-def _heads(kits: Sequence[Kit]) -> list[bytes | None]:
+def _heads(kits: Sequence[OwnerKit]) -> list[bytes | None]:
     return [None if kit.head is None else hashlib.sha256(kit.head).digest() for kit in kits]
 
 
@@ -309,14 +309,14 @@ def _salt(owner: Owner, nonce: bytes, kind: str, *about: bytes) -> bytes:
 
 
 def _hidden(owner: Owner, nonce: bytes, keys: Sequence[bytes]) -> list[bytes]:
-    return [commitments.hide_key(_salt(owner, nonce, "key", key), key) for key in keys]
+    return [commitments.commit_key(_salt(owner, nonce, "key", key), key) for key in keys]
 
 
 def _hidden_model(owner: Owner, nonce: bytes, digest: bytes) -> bytes:
-    return commitments.hide_model(_salt(owner, nonce, "model"), owner.identity.public_key, digest)
+    return commitments.commit_model(_salt(owner, nonce, "model"), owner.identity.public_key, digest)
 
 
-def _is_of(owner: Owner, old: Publish, keys: Sequence[bytes], kits: Sequence[Kit]) -> bool:
+def _is_of(owner: Owner, old: Publish, keys: Sequence[bytes], kits: Sequence[OwnerKit]) -> bool:
     return (
         old.signer == owner.identity.public_key
         and old.keys_count == len(keys)

@@ -1,4 +1,4 @@
-"""Every option of the jobs: typed, limited, with defaults chosen on validation data (`docs/log.md`).
+"""Every option of the jobs: typed, limited, with defaults chosen on validation data (`docs/results.md`).
 
 One door: `EmbedSettings(**mapping)` in Python, a YAML file through `--config`, or flags; flags win over the file.
 A value of `None` means "the default of the task or head", which `resolved()` fills in.

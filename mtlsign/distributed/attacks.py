@@ -15,20 +15,20 @@ from mtlsign.distributed import cluster
 import ray
 import torch
 
-from mtlsign.attacks import Order
+from mtlsign.attacks import AttackPlan
 from mtlsign.config.attack import AttackSettings
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import ClusterError, MTLSignError
 from mtlsign.experiments.attack_runs import run
-from mtlsign.experiments.attack_runs.executor import Struck, strike
-from mtlsign.experiments.attack_runs.target import Target
+from mtlsign.experiments.attack_runs.executor import AttackResult, run_attack
+from mtlsign.experiments.attack_runs.target import AttackTarget
 
 #: Called while attacks run, with those that do and how many still wait.
-Waiting = Callable[[Sequence[Order], int], None]
+Waiting = Callable[[Sequence[AttackPlan], int], None]
 
 
 def attack_on_ray(
-    s: AttackSettings,
+    settings: AttackSettings,
     *,
     show: run.Show = lambda *_: None,
     say: Callable[[str], None] = lambda _: None,
@@ -39,40 +39,42 @@ def attack_on_ray(
     Raises:
         MTLSignError: bad input, no room, or an attack whose workers were lost past their retries.
     """
-    if s.kit_passphrase_file is None:
-        cluster.require_owner(s.owner)
-    cluster.refuse_hopeless(_placed(s))
-    return run.run(s, RayCrew(s, waiting), show=show, say=say)
+    if settings.kit_passphrase_file is None:
+        cluster.require_owner(settings.owner)
+    cluster.check_local_cpus(_placed(settings))
+    return run.run(settings, RayAttackBackend(settings, waiting), show=show, say=say)
 
 
-def _placed(s: AttackSettings) -> EmbedSettings:
+def _placed(settings: AttackSettings) -> EmbedSettings:
     """The settings that say how many workers of what size, as `cluster` reads them."""
     names = ("workers", "cpus_per_worker", "gpus_per_worker", "cluster_wait")
-    return EmbedSettings.of({name: getattr(s, name) for name in names})
+    return EmbedSettings.of({name: getattr(settings, name) for name in names})
 
 
-class RayCrew:
+class RayAttackBackend:
     """Attacks as Ray tasks."""
 
-    def __init__(self, s: AttackSettings, waiting: Waiting = lambda *_: None) -> None:
-        self._placed, self._waiting = _placed(s), waiting
+    def __init__(self, settings: AttackSettings, waiting: Waiting = lambda *_: None) -> None:
+        self._placed, self._waiting = _placed(settings), waiting
         self._each: dict[str, float] = {}
 
-    def check(self, target: Target) -> None:
+    def preflight(self, target: AttackTarget) -> None:
         """Connect, check that there is room, and load the data on every node that may hold an attack."""
         cluster.connect()
         self._each = cluster.resources(self._placed)
-        cluster.make_room(self._placed, self._each)
+        cluster.wait_for_resources(self._placed, self._each)
         secret = ray.put(target)
-        cluster.on_every_node(lambda: len(ray.get(secret).load_task().splits), self._each)
+        cluster.run_on_each_node(lambda: len(ray.get(secret).load_task().splits), self._each)
 
-    def strikes(self, target: Target, orders: Sequence[Order], seed: int) -> Iterator[tuple[Order, Struck]]:
+    def run_attacks(
+        self, target: AttackTarget, orders: Sequence[AttackPlan], seed: int
+    ) -> Iterator[tuple[AttackPlan, AttackResult]]:
         """Results as they come. Raises `ClusterError` when an attack's worker is lost past its retries."""
         secret, threads = [ray.put(target)], max(1, int(self._each["CPU"]))
         gpus = self._each.get("GPU", 0)
         task = ray.remote(num_cpus=self._each["CPU"], num_gpus=gpus, max_retries=2)(_strike)
         left = list(reversed(orders))
-        running: dict[Any, Order] = {}
+        running: dict[Any, AttackPlan] = {}
         try:
             while left or running:
                 while left and len(running) < self._placed.workers:
@@ -90,19 +92,19 @@ class RayCrew:
                 ray.cancel(call, force=True)
 
 
-def _strike(secret: list[Any], text: str, seed: int, threads: int) -> Struck | MTLSignError:
+def _strike(secret: list[Any], text: str, seed: int, threads: int) -> AttackResult | MTLSignError:
     """One attack on a worker; bad input comes back as a value, since trying again would not help."""
-    from mtlsign.attacks import parse
+    from mtlsign.attacks import parse_attacks
 
     torch.set_num_threads(threads)
     device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
     try:
-        return strike(ray.get(secret[0]), parse(text)[0], seed, device)
+        return run_attack(ray.get(secret[0]), parse_attacks(text)[0], seed, device)
     except MTLSignError as error:
         return error
 
 
-def _outcome(call: Any, order: Order) -> Struck:
+def _outcome(call: Any, order: AttackPlan) -> AttackResult:
     try:
         result = ray.get(call)
     except ray.exceptions.RayError as error:
@@ -112,5 +114,5 @@ def _outcome(call: Any, order: Order) -> Struck:
         ) from error
     if isinstance(result, MTLSignError):
         raise result
-    assert isinstance(result, Struck)
+    assert isinstance(result, AttackResult)
     return result

@@ -29,32 +29,32 @@ from mtlsign.config.embed import EmbedSettings  # noqa: E402
 from mtlsign.errors import ClusterError, SettingsError  # noqa: E402
 
 
-def attached() -> bool:
+def cluster_address_set() -> bool:
     """Whether a cluster is already there to be joined (`ray job submit`, RAY_ADDRESS, or ray.init before)."""
     return ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
 
 
 def require_owner(owner: Path | None) -> None:
     """On a cluster the identity must be named: one made there would die with the head node."""
-    if owner is None and attached():
+    if owner is None and cluster_address_set():
         raise SettingsError(
             "is required on a cluster, whose disks do not last; make one with jobs/identity.py and pass it",
             field="owner",
         )
 
 
-def refuse_hopeless(s: EmbedSettings) -> None:
+def check_local_cpus(settings: EmbedSettings) -> None:
     """Raise `ClusterError` before Ray starts where this machine alone has too few CPUs."""
-    wanted, have = s.workers * (s.cpus_per_worker or 1), os.cpu_count() or 1
-    if not attached() and wanted > have:
+    wanted, have = settings.workers * (settings.cpus_per_worker or 1), os.cpu_count() or 1
+    if not cluster_address_set() and wanted > have:
         raise ClusterError(
-            f"{s.workers} workers need {wanted} CPUs and this machine has {have}; "
+            f"{settings.workers} workers need {wanted} CPUs and this machine has {have}; "
             "lower --workers or --cpus-per-worker, or join a cluster with RAY_ADDRESS",
             field="workers",
         )
 
 
-def is_this_machine() -> bool:
+def is_single_machine() -> bool:
     """Whether every node that is alive runs on the machine of this process."""
     here = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     return all(n["NodeManagerAddress"] == here for n in ray.nodes() if n["Alive"])  # type: ignore[no-untyped-call]
@@ -97,17 +97,20 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def resources(s: EmbedSettings) -> dict[str, float]:
+def resources(settings: EmbedSettings) -> dict[str, float]:
     """What one worker reserves: CPUs (by default an even share of this machine; one on a cluster), GPUs."""
-    cpus = s.cpus_per_worker
+    cpus = settings.cpus_per_worker
     if cpus is None:
         nodes = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
         total = int(sum(n["Resources"].get("CPU", 0) for n in nodes))
-        cpus = max(1, total // max(1, s.workers)) if len(nodes) == 1 else 1
-    return {"CPU": float(cpus), **({"GPU": float(s.gpus_per_worker)} if s.gpus_per_worker else {})}
+        cpus = max(1, total // max(1, settings.workers)) if len(nodes) == 1 else 1
+    return {
+        "CPU": float(cpus),
+        **({"GPU": float(settings.gpus_per_worker)} if settings.gpus_per_worker else {}),
+    }
 
 
-def room_for(workers: int, each: Mapping[str, float]) -> int:
+def max_placeable_workers(workers: int, each: Mapping[str, float]) -> int:
     """How many such workers the nodes that are alive could hold when idle, at most `workers`."""
     fits = 0
     for node in ray.nodes():  # type: ignore[no-untyped-call]
@@ -116,34 +119,34 @@ def room_for(workers: int, each: Mapping[str, float]) -> int:
     return min(fits, workers)
 
 
-def make_room(s: EmbedSettings, each: Mapping[str, float]) -> None:
+def wait_for_resources(settings: EmbedSettings, each: Mapping[str, float]) -> None:
     """Check that the workers can be placed; ask an autoscaler and wait `cluster_wait` seconds if they cannot.
 
     Raises:
         ClusterError: there is no room, and none comes.
     """
-    if room_for(s.workers, each) >= s.workers:
+    if max_placeable_workers(settings.workers, each) >= settings.workers:
         return
     wanted = ", ".join(f"{value:g} {kind}" for kind, value in each.items())
-    if s.cluster_wait:
+    if settings.cluster_wait:
         from ray.autoscaler.sdk import request_resources
 
-        request_resources(bundles=[dict(each) for _ in range(s.workers)])
-        end = time.monotonic() + s.cluster_wait
+        request_resources(bundles=[dict(each) for _ in range(settings.workers)])
+        end = time.monotonic() + settings.cluster_wait
         while time.monotonic() < end:
             time.sleep(2)
-            if room_for(s.workers, each) >= s.workers:
+            if max_placeable_workers(settings.workers, each) >= settings.workers:
                 return
     have = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}  # type: ignore[no-untyped-call]
     raise ClusterError(
-        f"{s.workers} of {wanted} each do not fit: the cluster has {have or 'nothing'} and room for "
-        f"{room_for(s.workers, each)}; lower --workers or --cpus-per-worker, "
+        f"{settings.workers} of {wanted} each do not fit: the cluster has {have or 'nothing'} and room for "
+        f"{max_placeable_workers(settings.workers, each)}; lower --workers or --cpus-per-worker, "
         "or raise --cluster-wait for an autoscaler",
         field="workers",
     )
 
 
-def on_every_node(check: Callable[[], Any], each: Mapping[str, float]) -> list[Any]:
+def run_on_each_node(check: Callable[[], Any], each: Mapping[str, float]) -> list[Any]:
     """Run `check` on each node that could hold a worker; its results, or the first `MTLSignError`."""
     from mtlsign.errors import MTLSignError
 
@@ -172,7 +175,7 @@ def on_every_node(check: Callable[[], Any], each: Mapping[str, float]) -> list[A
     return list(results)
 
 
-def beside(work: Callable[[], Any]) -> Any:
+def run_in_thread(work: Callable[[], Any]) -> Any:
     """Call `work` in another thread: in the main one Ray Train and Tune take SIGINT for themselves."""
     outcome: list[Any] = []
 

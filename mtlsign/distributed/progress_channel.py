@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-class Board:
+class ProgressChannel:
     """Holds the newest rows of rank 0; an actor without CPUs."""
 
     def __init__(self) -> None:
@@ -23,7 +23,9 @@ class Board:
         return rows
 
 
-def watch(board: Any, show: Callable[[Mapping[str, Any]], None] | None, finished: threading.Event) -> None:
+def forward_progress(
+    board: Any, show: Callable[[Mapping[str, Any]], None] | None, finished: threading.Event
+) -> None:
     """Call `show` with every row until `finished` is set; runs in a thread of the driver."""
     import ray
 

@@ -35,11 +35,18 @@ from mtlsign.errors import ClusterError
 from mtlsign.service import metrics
 from mtlsign.service.app import make_app
 from mtlsign.service.batch import runner
-from mtlsign.service.http.body_limits import BOUNDED
+from mtlsign.service.http.body_limits import PROXY_HEADER
 from mtlsign.service.metrics import METRICS
 from mtlsign.service.problems import Problem
-from mtlsign.service.state import FRESH_S, Office
-from mtlsign.service.verifier.verifier import GRACE_S, Answer, Lost, Outcome, Task, Verifier
+from mtlsign.service.state import FRESH_S, AppState
+from mtlsign.service.verifier.verifier import (
+    GRACE_S,
+    ClaimOutcome,
+    VerificationBatchResult,
+    VerificationTask,
+    Verifier,
+    VerifierCrashed,
+)
 
 APP = "mtlsign"
 #: Ray's name for the setting that puts our limits into its HTTP proxy; read when a cluster starts.
@@ -83,7 +90,7 @@ class RayMetrics:
             self._made[name].observe(value, tags)
 
 
-class Replicas:
+class RayServeVerifier:
     """A backend of verifying replicas; claims on one model go to the replica that has it."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
@@ -93,22 +100,22 @@ class Replicas:
         self._heard = self._looked = -math.inf
         self._there = False
 
-    async def verify(self, task: Task) -> Answer:
+    async def verify(self, task: VerificationTask) -> VerificationBatchResult:
         """Ask one replica. Raises Lost, or Problem `busy`."""
         name = hashlib.sha256(task.model.encode("utf-8", "surrogatepass")).hexdigest()[:32]
         handle: Any = self._handle.options(multiplexed_model_id=name, stream=task.careful)
-        told: list[Outcome] = []
+        told: list[ClaimOutcome] = []
         begun: bool | None = None
         self._under_way += 1
         try:
             if not task.careful:
-                answer: Answer = await handle.verify.remote(task)
+                answer: VerificationBatchResult = await handle.verify.remote(task)
                 self._heard = time.monotonic()
                 return answer
             begun = False
             async for one in handle.verify_carefully.remote(task):
                 self._heard = time.monotonic()
-                if isinstance(one, Answer):
+                if isinstance(one, VerificationBatchResult):
                     return one
                 begun = True
                 if one is not None:
@@ -116,10 +123,10 @@ class Replicas:
         except (BackPressureError, DeploymentUnavailableError):
             raise Problem("busy", "all verifiers are busy", retry_after=2) from None
         except (RayError, RayServeException):
-            raise Lost(told, begun) from None
+            raise VerifierCrashed(told, begun) from None
         finally:
             self._under_way -= 1
-        raise Lost(told, begun)
+        raise VerifierCrashed(told, begun)
 
     async def ready(self) -> bool:
         """Whether a replica is there, as of a few seconds ago: the question takes a place at a replica. One
@@ -142,25 +149,25 @@ class Replicas:
             return False
 
 
-class Verify:
+class VerifierDeployment:
     """A verifying replica."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         import torch
 
-        self._s = ServiceSettings.of(settings)
-        metrics.to_stderr()
-        torch.set_num_threads(self._s.threads)
-        self._verifier = Verifier(self._s)
-        _bound_memory(self._s.memory_mb * MIB)
+        self._settings = ServiceSettings.of(settings)
+        metrics.configure_logging()
+        torch.set_num_threads(self._settings.threads)
+        self._verifier = Verifier(self._settings)
+        _bound_memory(self._settings.memory_mb * MIB)
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while True:
             time.sleep(0.5)
             since = self._verifier.busy_since
-            if since is not None and time.monotonic() - since > self._s.claim_s + GRACE_S:
-                metrics.to_stderr().error('{"event": "claim_too_long"}')
+            if since is not None and time.monotonic() - since > self._settings.claim_s + GRACE_S:
+                metrics.configure_logging().error('{"event": "claim_too_long"}')
                 os._exit(LOST)  # a thread inside a kernel cannot be stopped otherwise
 
     @serve.multiplexed(max_num_models_per_replica=64)  # type: ignore[untyped-decorator]
@@ -168,20 +175,22 @@ class Verify:
         """Tell Ray's router that this replica has the model; the verifier keeps it."""
         return name
 
-    async def verify(self, task: Task) -> Answer:
+    async def verify(self, task: VerificationTask) -> VerificationBatchResult:
         """Answer one task."""
         await self._hold(serve.get_multiplexed_model_id())
         return await asyncio.to_thread(self._answer, task)
 
-    async def verify_carefully(self, task: Task) -> AsyncIterator[Outcome | Answer | None]:
+    async def verify_carefully(
+        self, task: VerificationTask
+    ) -> AsyncIterator[ClaimOutcome | VerificationBatchResult | None]:
         """Answer one task. As each claim begins the outcome of the one before it is told, at last the answer:
         whoever asked knows at which claim this process died.
         """
         await self._hold(serve.get_multiplexed_model_id())
-        told: asyncio.Queue[Outcome | Answer | None] = asyncio.Queue()
+        told: asyncio.Queue[ClaimOutcome | VerificationBatchResult | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def tell(one: Outcome | None) -> None:
+        def tell(one: ClaimOutcome | None) -> None:
             loop.call_soon_threadsafe(told.put_nowait, one)
 
         work = asyncio.create_task(asyncio.to_thread(self._answer, task, tell))
@@ -192,10 +201,12 @@ class Verify:
                 yield one
         yield work.result()
 
-    def _answer(self, task: Task, tell: Callable[[Outcome | None], None] = lambda _: None) -> Answer:
+    def _answer(
+        self, task: VerificationTask, tell: Callable[[ClaimOutcome | None], None] = lambda _: None
+    ) -> VerificationBatchResult:
         import torch
 
-        torch.set_num_threads(self._s.threads)  # OpenMP keeps the number for each thread
+        torch.set_num_threads(self._settings.threads)  # OpenMP keeps the number for each thread
         return self._verifier.answer(task, tell)
 
     async def alive(self) -> bool:
@@ -203,12 +214,14 @@ class Verify:
         return True
 
 
-class Gate:
+class IngressDeployment:
     """The ingress: one process with the service's file. It never touches a model."""
 
     def __init__(self, settings: dict[str, Any], handle: DeploymentHandle[Any]) -> None:
-        metrics.to_stderr()
-        self._office = Office.open(ServiceSettings.received(settings), Replicas(handle), RayMetrics())
+        metrics.configure_logging()
+        self._office = AppState.open(
+            ServiceSettings.received(settings), RayServeVerifier(handle), RayMetrics()
+        )
 
     def __serve_build_asgi_app__(self) -> Any:
         """The app, made in the replica."""
@@ -224,48 +237,48 @@ def _bound_memory(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
-def _plain(s: ServiceSettings) -> dict[str, Any]:
+def _plain(settings: ServiceSettings) -> dict[str, Any]:
     """Settings as they travel: absolute, without what a job adds, and without the signing key, which each
     ingress reads itself.
     """
     names = ServiceSettings.model_fields.keys() - {"signing_key"}
-    found = s.model_dump(mode="json", include=set(names), exclude_none=True, by_alias=True)
+    found = settings.model_dump(mode="json", include=set(names), exclude_none=True, by_alias=True)
     for name in ("state", "identity", "passphrase_file"):
-        found |= {name: str(getattr(s, name).absolute())} if name in found else {}
+        found |= {name: str(getattr(settings, name).absolute())} if name in found else {}
     return found
 
 
-def verifiers(s: ServiceSettings) -> serve.Application:
+def verifier_deployment(settings: ServiceSettings) -> serve.Application:
     """The verifying deployment alone."""
     options: dict[str, Any] = {
         "name": "verify",
         "max_ongoing_requests": 2,  # one computes while the other's model is fetched
-        "max_queued_requests": 8 * max(s.verifiers, s.max_verifiers),
+        "max_queued_requests": 8 * max(settings.verifiers, settings.max_verifiers),
         "health_check_period_s": 2,
         "graceful_shutdown_timeout_s": 5,
         "graceful_shutdown_wait_loop_s": 0.5,
         "ray_actor_options": {
-            "num_cpus": s.threads,
-            "num_gpus": s.gpus,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(s.threads), **KEEP_MEMORY}},
+            "num_cpus": settings.threads,
+            "num_gpus": settings.gpus,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(settings.threads), **KEEP_MEMORY}},
         },
     }
-    if s.max_verifiers > s.verifiers:
+    if settings.max_verifiers > settings.verifiers:
         options["autoscaling_config"] = {
-            "min_replicas": s.verifiers, "max_replicas": s.max_verifiers, "target_ongoing_requests": 1.5,
+            "min_replicas": settings.verifiers, "max_replicas": settings.max_verifiers, "target_ongoing_requests": 1.5,
             "upscale_delay_s": 5, "downscale_delay_s": 120,
         }  # fmt: skip
     else:
-        options["num_replicas"] = s.verifiers
-    return serve.deployment(**options)(Verify).bind(_plain(s))
+        options["num_replicas"] = settings.verifiers
+    return serve.deployment(**options)(VerifierDeployment).bind(_plain(settings))
 
 
 def build(args: ServiceSettings) -> serve.Application:
     """The service as `serve deploy jobs/serve.yaml` wants it; `MTLSIGN_*` win over the file's `args`."""
-    return application(ServiceSettings.load(base=args.model_dump(exclude_unset=True, by_alias=True)))
+    return make_application(ServiceSettings.load(base=args.model_dump(exclude_unset=True, by_alias=True)))
 
 
-def application(s: ServiceSettings) -> serve.Application:
+def make_application(settings: ServiceSettings) -> serve.Application:
     """The service with exactly these settings."""
     gate = serve.deployment(
         name="gate",
@@ -277,8 +290,8 @@ def application(s: ServiceSettings) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
         # It waits for others, verifiers get the CPUs; and its file is on the head, which outlives workers.
         ray_actor_options={"num_cpus": 0, "resources": {HEAD: 0.001}},
-    )(serve.ingress()(Gate))
-    return gate.bind(_plain(s), verifiers(s))
+    )(serve.ingress()(IngressDeployment))
+    return gate.bind(_plain(settings), verifier_deployment(settings))
 
 
 # Ray looks at the annotation itself, which the import above turned into text.
@@ -290,7 +303,7 @@ def _quieten() -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
-def start(s: ServiceSettings) -> None:
+def start(settings: ServiceSettings) -> None:
     """Start the service on the cluster that is there, or on this machine; returns once it answers.
 
     Raises: ClusterError.
@@ -298,35 +311,43 @@ def start(s: ServiceSettings) -> None:
     os.environ.setdefault(PROXY_SETTING, PROXY_VALUE)
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # a busy machine starts it slowly
     for name in ("max_body_mb", "body_s", "upload_s", "upload_mb_s", "max_model_mb"):  # the proxy reads these
-        os.environ[PREFIX + name.upper()] = str(getattr(s, name))
+        os.environ[PREFIX + name.upper()] = str(getattr(settings, name))
     _quieten()
-    joined = cluster.attached()
+    joined = cluster.cluster_address_set()
     cluster.connect()
-    options = {"host": s.host, "port": s.port, "request_timeout_s": max(s.upload_s, s.max_wait_s + 60)}
-    for option, file in (("ssl_certfile", s.tls_cert), ("ssl_keyfile", s.tls_key)):
+    options = {
+        "host": settings.host,
+        "port": settings.port,
+        "request_timeout_s": max(settings.upload_s, settings.max_wait_s + 60),
+    }
+    for option, file in (("ssl_certfile", settings.tls_cert), ("ssl_keyfile", settings.tls_key)):
         options |= {option: str(file)} if file else {}
     quiet = {"enable_access_log": False}
     try:
         serve.start(proxy_location="EveryNode", http_options=options, logging_config=quiet)
-        serve.run(application(s), name=APP, route_prefix="/", logging_config=quiet)
+        serve.run(make_application(settings), name=APP, route_prefix="/", logging_config=quiet)
     except (RuntimeError, RayError, RayServeException, ValueError) as error:
         raise ClusterError(f"the service does not start ({str(error)[:300]})", field="serve") from None
-    if joined and not bounds_bodies(s):
-        where = f"the proxy on {s.host}:{s.port} is not seen to bound bodies before it reads them"
+    if joined and not bounds_bodies(settings):
+        where = (
+            f"the proxy on {settings.host}:{settings.port} is not seen to bound bodies before it reads them"
+        )
         print(f"warning: {where}; start Ray with {PROXY_SETTING}={PROXY_VALUE}", file=sys.stderr, flush=True)
 
 
-def bounds_bodies(s: ServiceSettings) -> bool:
+def bounds_bodies(settings: ServiceSettings) -> bool:
     """Whether the proxy refuses by itself what announces too large a body; nothing of it is sent."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(s.host, s.host)
-    if s.tls_cert is None:
-        link = http.client.HTTPConnection(host, s.port, timeout=10)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    if settings.tls_cert is None:
+        link = http.client.HTTPConnection(host, settings.port, timeout=10)
     else:  # whose proxy it is does not matter here
-        link = http.client.HTTPSConnection(host, s.port, timeout=10, context=ssl._create_unverified_context())
+        link = http.client.HTTPSConnection(
+            host, settings.port, timeout=10, context=ssl._create_unverified_context()
+        )
     try:
         link.request("POST", "/v1/verifications", headers={"Content-Length": str(10**14)})
         answer = link.getresponse()
-        return answer.status == 413 and answer.headers[BOUNDED] == "proxy"
+        return answer.status == 413 and answer.headers[PROXY_HEADER] == "proxy"
     except (OSError, http.client.HTTPException):
         return False
     finally:
@@ -339,7 +360,9 @@ def stop() -> None:
     ray.shutdown()
 
 
-def batch(s: ServiceSettings, claims: Sequence[Any], keep: Callable[[list[dict[str, Any]]], None]) -> None:
+def batch(
+    settings: ServiceSettings, claims: Sequence[Any], keep: Callable[[list[dict[str, Any]]], None]
+) -> None:
     """Verify many claims with a short-lived app of verifying replicas alone. `keep` gets the results in
     order as they come, each with its signed verdict.
 
@@ -350,12 +373,12 @@ def batch(s: ServiceSettings, claims: Sequence[Any], keep: Callable[[list[dict[s
     name = f"{APP}-batch-{os.getpid()}"
     try:
         serve.start(proxy_location="Disabled")  # no HTTP here; a service that is there keeps its own
-        handle = serve.run(verifiers(s), name=name, route_prefix=None)
+        handle = serve.run(verifier_deployment(settings), name=name, route_prefix=None)
     except (RuntimeError, RayError, RayServeException) as error:
         with suppress(RuntimeError, RayError, RayServeException):
             serve.delete(name)
         raise ClusterError(f"the verifiers do not start ({str(error)[:300]})", field="serve") from None
     try:
-        asyncio.run(runner.answer(s, Replicas(handle), claims, keep))
+        asyncio.run(runner.verify_batch(settings, RayServeVerifier(handle), claims, keep))
     finally:
         serve.delete(name)

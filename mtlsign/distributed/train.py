@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mtlsign.distributed import cluster
-from mtlsign.distributed.progress_channel import Board, watch
+from mtlsign.distributed.progress_channel import ProgressChannel, forward_progress
 
 # ruff: isort: split
 import ray
@@ -34,12 +34,12 @@ from torch import Tensor
 
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import ClusterError, MTLSignError
-from mtlsign.models.loading import TaskShape
-from mtlsign.storage.safetensors_io import read_tensors, tensor_bytes
+from mtlsign.models.loading import InputSpec
+from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.watermark.embedding import pipeline
-from mtlsign.watermark.embedding.pipeline import Show
-from mtlsign.watermark.embedding.result import Embedded, Marked, Rows, Tensors
-from mtlsign.watermark.embedding.run_folder import Run, load_state, state_bytes
+from mtlsign.watermark.embedding.pipeline import ProgressCallback
+from mtlsign.watermark.embedding.result import EmbeddingResult, Phase2Result, Rows, Tensors
+from mtlsign.watermark.embedding.run_folder import EmbeddingRun, load_state, state_bytes
 from mtlsign.watermark.embedding.worker import State, sum_over_group
 from mtlsign.watermark.keys.opening import KeyOpening
 from mtlsign.watermark.verification.reference import Reference
@@ -48,8 +48,11 @@ _STATE = "state.pt"
 
 
 def embed_on_ray(
-    s: EmbedSettings, *, show: Show | None = None, say: Callable[[str], None] = lambda _: None
-) -> Embedded:
+    settings: EmbedSettings,
+    *,
+    show: ProgressCallback | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> EmbeddingResult:
     """The main job on Ray: join or start a cluster, run `embedding.run` there.
 
     Args:
@@ -60,89 +63,104 @@ def embed_on_ray(
     Raises:
         MTLSignError: bad input, no room, unreachable storage, or a phase that failed past its retries.
     """
-    cluster.require_owner(s.owner)
-    cluster.refuse_hopeless(s)
-    return pipeline.run(s, RayRunner(show), say=say)
+    cluster.require_owner(settings.owner)
+    cluster.check_local_cpus(settings)
+    return pipeline.run_embedding_job(settings, RayEmbeddingBackend(show), say=say)
 
 
-class RayRunner:
+class RayEmbeddingBackend:
     """Both phases through `TorchTrainer`."""
 
-    def __init__(self, show: Show | None = None) -> None:
+    def __init__(self, show: ProgressCallback | None = None) -> None:
         self._show = show
         self._each: dict[str, float] = {}
 
-    def shape(self, s: EmbedSettings) -> TaskShape:
+    def inspect_task(self, settings: EmbedSettings) -> InputSpec:
         """Connect, check that there is room, and look at the data on every node that may hold a worker."""
         cluster.connect()
-        self._each = cluster.resources(s)
-        cluster.make_room(s, self._each)
-        if cluster.is_this_machine():  # in a worker's process the imports alone take as long as the check
-            return pipeline.task_shape(s)
-        shapes: list[TaskShape] = cluster.on_every_node(lambda: pipeline.task_shape(s), self._each)
+        self._each = cluster.resources(settings)
+        cluster.wait_for_resources(settings, self._each)
+        if cluster.is_single_machine():  # in a worker's process the imports alone take as long as the check
+            return pipeline.inspect_task(settings)
+        shapes: list[InputSpec] = cluster.run_on_each_node(
+            lambda: pipeline.inspect_task(settings), self._each
+        )
         return shapes[0]
 
-    def clean(self, s: EmbedSettings, run: Run, graph: Mapping[str, object]) -> tuple[Tensors, Rows]:
+    def train_clean(
+        self, settings: EmbedSettings, run: EmbeddingRun, graph: Mapping[str, object]
+    ) -> tuple[Tensors, Rows]:
         """Phase 1."""
-        quiet = s.model_copy(update={"owner": None, "passphrase_file": None})
+        quiet = settings.model_copy(update={"owner": None, "passphrase_file": None})
 
-        def phase(rank: RayRank) -> Any:
-            tensors, rows = pipeline.clean_phase(quiet, graph, rank)
-            return (tensor_bytes(tensors), rows) if rank.index == 0 else None
+        def phase(worker: RayWorkerContext) -> Any:
+            tensors, rows = pipeline.run_phase1(quiet, graph, worker)
+            return (serialize_safetensors(tensors), rows) if worker.rank == 0 else None
 
-        data, rows = self._fit("clean", phase, s, run)
-        return read_tensors(data), rows
+        data, rows = self._fit("clean", phase, settings, run)
+        return parse_safetensors(data), rows
 
-    def mark(
-        self, s: EmbedSettings, run: Run, w0: Tensors, opening: KeyOpening, reference: Reference
-    ) -> Marked:
+    def embed_watermark(
+        self,
+        settings: EmbedSettings,
+        run: EmbeddingRun,
+        base_weights: Tensors,
+        opening: KeyOpening,
+        reference: Reference,
+    ) -> Phase2Result:
         """Phase 2. The workers get the opened key; the identity stays on the driver."""
-        quiet = s.model_copy(update={"owner": None, "passphrase_file": None})
-        secret = ray.put((tensor_bytes(w0), opening, reference.data))
+        quiet = settings.model_copy(update={"owner": None, "passphrase_file": None})
+        secret = ray.put((serialize_safetensors(base_weights), opening, reference.data))
 
-        def phase(rank: RayRank) -> Any:
+        def phase(worker: RayWorkerContext) -> Any:
             data, opened, kept = ray.get(secret)
-            marked = pipeline.mark_phase(quiet, read_tensors(data), opened, Reference.from_bytes(kept), rank)
+            marked = pipeline.run_phase2(
+                quiet, parse_safetensors(data), opened, Reference.from_bytes(kept), worker
+            )
             return (
-                (tensor_bytes(marked.tensors), marked.head, marked.rows, marked.measured)
-                if rank.index == 0
+                (serialize_safetensors(marked.tensors), marked.head, marked.rows, marked.measured)
+                if worker.rank == 0
                 else None
             )
 
-        data, head, rows, measured = self._fit("mark", phase, s, run)
-        return Marked(read_tensors(data), head, rows, measured)
+        data, head, rows, measured = self._fit("mark", phase, settings, run)
+        return Phase2Result(parse_safetensors(data), head, rows, measured)
 
-    def _fit(self, name: str, phase: Callable[[RayRank], Any], s: EmbedSettings, run: Run) -> Any:
-        board = ray.remote(num_cpus=0)(Board).remote()
+    def _fit(
+        self, name: str, phase: Callable[[RayWorkerContext], Any], settings: EmbedSettings, run: EmbeddingRun
+    ) -> Any:
+        board = ray.remote(num_cpus=0)(ProgressChannel).remote()
         threads = max(1, int(self._each["CPU"]))
         finished = threading.Event()
 
         def loop() -> Any:
             torch.set_num_threads(threads)
             try:
-                return phase(RayRank(board))
+                return phase(RayWorkerContext(board))
             except MTLSignError as error:
                 return error  # every rank meets it alike, and trying again would not help
 
         trainer = TorchTrainer(
             loop,
             scaling_config=ScalingConfig(
-                num_workers=s.workers, use_gpu=s.gpus_per_worker > 0, resources_per_worker=self._each
+                num_workers=settings.workers,
+                use_gpu=settings.gpus_per_worker > 0,
+                resources_per_worker=self._each,
             ),
             run_config=RunConfig(
                 name=name,
                 storage_path=run.folder.child("ray").ray_path(),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
-                failure_config=FailureConfig(max_failures=s.max_failures),
+                failure_config=FailureConfig(max_failures=settings.max_failures),
             ),
         )
-        watcher = threading.Thread(target=watch, args=(board, self._show, finished), daemon=True)
+        watcher = threading.Thread(target=forward_progress, args=(board, self._show, finished), daemon=True)
         watcher.start()
         try:
-            result = cluster.beside(lambda: trainer.fit().return_value)  # type: ignore[attr-defined]
+            result = cluster.run_in_thread(lambda: trainer.fit().return_value)  # type: ignore[attr-defined]
         except TrainingFailedError as error:
             raise ClusterError(
-                f"failed past its {s.max_failures} retries ({_cause(error)}); "
+                f"failed past its {settings.max_failures} retries ({_cause(error)}); "
                 f"mend that, then --resume {run.name}",
                 field=f"phase {name!r}",
             ) from error
@@ -154,20 +172,20 @@ class RayRunner:
         return result
 
 
-class RayRank:
+class RayWorkerContext:
     """One Ray Train worker as a `progress.Rank`."""
 
     def __init__(self, board: Any) -> None:
         context = ray.train.get_context()
-        self.index, self.world = context.get_world_rank(), context.get_world_size()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device: torch.device = get_device()
         self._board = board
 
-    def sum(self, tensors: list[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: list[Tensor]) -> None:
         """All-reduce over the workers."""
         sum_over_group(tensors)
 
-    def saved(self) -> State | None:
+    def load_checkpoint(self) -> State | None:
         """The last checkpoint that Ray Train stored for this phase."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
@@ -177,17 +195,17 @@ class RayRank:
 
     def report(self, row: Mapping[str, Any], state: Callable[[], State] | None) -> None:
         """Report to Ray Train (a barrier over all ranks); rank 0 hands in the checkpoint."""
-        self.tick(row)
-        if self.index != 0 or state is None:
+        self.show_progress(row)
+        if self.rank != 0 or state is None:
             ray.train.report(dict(row))
             return
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / _STATE).write_bytes(state_bytes(state()))
             ray.train.report(dict(row), checkpoint=Checkpoint.from_directory(folder))
 
-    def tick(self, row: Mapping[str, Any]) -> None:
+    def show_progress(self, row: Mapping[str, Any]) -> None:
         """Rank 0 tells the driver; nobody waits for it."""
-        if self.index == 0:
+        if self.rank == 0:
             self._board.post.remote(dict(row))
 
 

@@ -30,14 +30,14 @@ __all__ = [
     "LIMITS",
     "MAX_PARAMETERS",
     "RESNETS",
-    "STEMS",
+    "STEM_KINDS",
     "Factory",
     "TappedLayer",
+    "architecture_for",
     "batch_norm_types",
     "build",
     "default_taps",
     "forward_to_taps",
-    "graph_for",
     "tapped_layers",
     "tapped_parameters",
 ]
@@ -48,7 +48,7 @@ RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
 }
-STEMS = ("stock", "cifar")
+STEM_KINDS = ("stock", "cifar")
 LIMITS = {"channels": (1, 16), "classes": (1, 65_536), "width": (4, 128), "size": (21, 1024)}
 MAX_PARAMETERS = 400_000_000
 
@@ -56,7 +56,7 @@ _TIMM_NAME = re.compile(r"[A-Za-z0-9_]{1,100}")
 _STEM = re.compile(r"(stem|conv_stem|conv_?[01]\b|(features\.)?(bn|act|norm)[01]\b|act2\b|relu|layer0)")
 
 
-class _NarrowResNet(ResNet):  # type: ignore[misc]
+class ScalableResNet(ResNet):  # type: ignore[misc]
     """torchvision's ResNet with `width` times 1, 2, 4, 8 planes: its very own at 64 with the stock stem."""
 
     def __init__(
@@ -89,7 +89,7 @@ class _NarrowResNet(ResNet):  # type: ignore[misc]
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def graph_for(
+def architecture_for(
     model_name: str,
     *,
     channels: int,
@@ -109,11 +109,11 @@ def graph_for(
         graph |= {"width": width, "stem": stem}
     elif size is not None:
         graph["size"] = size
-    _check_graph(graph)
+    _check_architecture(graph)
     return graph
 
 
-def _check_graph(graph: Mapping[str, object]) -> str:
+def _check_architecture(graph: Mapping[str, object]) -> str:
     arch = graph.get("arch")
     if not isinstance(arch, str):
         raise ModelError('the graph needs an architecture name: give "arch"', field="graph")
@@ -140,8 +140,8 @@ def _check_graph(graph: Mapping[str, object]) -> str:
             value = graph[name]
             if type(value) is not int or not low <= value <= high:
                 raise ModelError(f"must be a whole number from {low} to {high}: change it", field=name)
-    if arch in RESNETS and graph["stem"] not in STEMS:
-        raise ModelError(f"must be one of {', '.join(STEMS)}: change it", field="stem")
+    if arch in RESNETS and graph["stem"] not in STEM_KINDS:
+        raise ModelError(f"must be one of {', '.join(STEM_KINDS)}: change it", field="stem")
     return arch
 
 
@@ -152,11 +152,11 @@ def build(graph: Mapping[str, object], *, factories: Mapping[str, Factory] | Non
     a verifier takes from its operator's settings and the owner from `load_factory` (design decision 7).
     Raises ModelError for anything not on the allow-list or outside its limits.
     """
-    arch = _check_graph(graph)
+    arch = _check_architecture(graph)
     options = {name: value for name, value in graph.items() if name != "arch"}
     if arch in RESNETS:
         block, layers = RESNETS[arch]
-        return _NarrowResNet(block, layers, **options)  # type: ignore[arg-type]
+        return ScalableResNet(block, layers, **options)  # type: ignore[arg-type]
     if arch.startswith("timm/"):
         return _build_timm(arch[5:], options)
     factory = (factories or {}).get(arch[4:])

@@ -18,7 +18,7 @@ from mtlsign.models.taps import tapped_layers
 
 
 @dataclass(frozen=True)
-class Channels:
+class ChannelGroup:
     """One set of channels: everything that writes them and everything that reads them.
 
     Attributes:
@@ -34,7 +34,7 @@ class Channels:
     consumers: tuple[str, ...]
 
 
-def channel_sets(model: nn.Module) -> list[Channels]:
+def find_channel_groups(model: nn.Module) -> list[ChannelGroup]:
     """All channel sets of a torchvision ResNet of any width, in execution order.
 
     Raises:
@@ -48,7 +48,7 @@ def channel_sets(model: nn.Module) -> list[Channels]:
     modules = dict(model.named_modules())
     if any(m.groups != 1 for m in modules.values() if isinstance(m, nn.Conv2d)):
         raise ModelError("has grouped convolutions; only plain ones are supported", field="model")
-    found: list[Channels] = []
+    found: list[ChannelGroup] = []
     producers, consumers = [("conv1", "bn1")], []
     for stage in ("layer1", "layer2", "layer3", "layer4"):
         for index, block in enumerate(modules[stage].children()):
@@ -68,7 +68,7 @@ def channel_sets(model: nn.Module) -> list[Channels]:
     return [*found, _channels(modules, "stream", tuple(producers), (*consumers, "fc"))]
 
 
-def norms_of(model: nn.Module, sample: Tensor) -> dict[str, str]:
+def batch_norm_of_conv(model: nn.Module, sample: Tensor) -> dict[str, str]:
     """Return convolution -> the batch norm that takes its output unchanged, over the whole network.
 
     Args:
@@ -86,14 +86,14 @@ def _channels(
     place: str,
     producers: tuple[tuple[str, str], ...],
     consumers: tuple[str, ...],
-) -> Channels:
+) -> ChannelGroup:
     first = modules[producers[0][0]]
     assert isinstance(first, nn.Conv2d)
-    return Channels(place, first.out_channels, producers, consumers)
+    return ChannelGroup(place, first.out_channels, producers, consumers)
 
 
 @torch.no_grad()
-def scale(model: nn.Module, channels: Channels, factors: Tensor) -> None:
+def scale_channels(model: nn.Module, channels: ChannelGroup, factors: Tensor) -> None:
     """Channels times `factors` > 0 [size] where they are written, divided out where they are read."""
     modules = dict(model.named_modules())
     for conv, norm in channels.producers:
@@ -108,7 +108,7 @@ def scale(model: nn.Module, channels: Channels, factors: Tensor) -> None:
 
 
 @torch.no_grad()
-def permute(model: nn.Module, channels: Channels, order: Tensor) -> None:
+def permute_channels(model: nn.Module, channels: ChannelGroup, order: Tensor) -> None:
     """Channels in another order (int64 [size]) everywhere: kernels, norms and their running statistics."""
     modules = dict(model.named_modules())
     for conv, norm in channels.producers:

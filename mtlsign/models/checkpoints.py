@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlsign.errors import ModelError
-from mtlsign.storage.safetensors_io import read_tensors
+from mtlsign.storage.safetensors_io import parse_safetensors
 
 MAX_BYTES = 4 * 1024**3
 MAX_NAME = 512
@@ -99,16 +99,16 @@ def map_names(
 def _prefixes(required: Sequence[str], table: Mapping[str, str]) -> set[str]:
     if not required:
         return {""}
-    probe = max(required, key=len)
-    starts = {name[: -len(probe)] for name in table if name.endswith(probe)}
+    detector = max(required, key=len)
+    starts = {name[: -len(detector)] for name in table if name.endswith(detector)}
     return {p for p in starts if (not p or p.endswith(".")) and all(p + name in table for name in required)}
 
 
 def _nearest(required: Sequence[str], table: Mapping[str, str]) -> tuple[int, list[str]]:
     """(tensors found, names missing) under the prefix that finds most of those the first names suggest."""
     starts = {""}
-    for probe in required[:3]:
-        starts |= {n[: -len(probe)] for n in table if n.endswith("." + probe)}
+    for detector in required[:3]:
+        starts |= {n[: -len(detector)] for n in table if n.endswith("." + detector)}
     results = [[name for name in required if p + name not in table] for p in sorted(starts, key=len)[:20]]
     missing = min(results, key=len)
     return len(required) - len(missing), missing
@@ -134,7 +134,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         )
     try:
         if path.suffix == ".safetensors":
-            return read_tensors(path.read_bytes(), max_bytes=MAX_BYTES)
+            return parse_safetensors(path.read_bytes(), max_bytes=MAX_BYTES)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's doubts about a stranger's file are not the user's
             held = torch.load(path, map_location="cpu", weights_only=True)
@@ -149,10 +149,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             f"{path} cannot be read ({type(error).__name__}): save the state_dict again, best as safetensors",
             field="checkpoint",
         ) from None
-    return _unwrapped(held, path)
+    return _unwrap_state_dict(held, path)
 
 
-def _unwrapped(held: Any, path: Path) -> dict[str, Tensor]:
+def _unwrap_state_dict(held: Any, path: Path) -> dict[str, Tensor]:
     for _ in range(4):
         if not isinstance(held, Mapping):
             break
@@ -180,7 +180,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, *, classes_may_differ: b
     head = _head(model) if classes_may_differ else ""
     loose = {name for name in own if head and name.startswith(head + ".")}
     names = map_names(own, tensors, optional=loose)
-    _refuse_strangers(names, tensors, head)
+    _reject_unexpected_tensors(names, tensors, head)
     loaded: dict[str, Tensor] = {}
     for name, source in names.items():
         given, target = tensors[source], own[name]
@@ -216,7 +216,7 @@ def _head(model: nn.Module) -> str:
     return next((n for n, m in reversed(list(model.named_modules())) if isinstance(m, nn.Linear)), "")
 
 
-def _refuse_strangers(names: Mapping[str, str], tensors: Mapping[str, Tensor], head: str) -> None:
+def _reject_unexpected_tensors(names: Mapping[str, str], tensors: Mapping[str, Tensor], head: str) -> None:
     """Refuse a deeper network's checkpoint, which would otherwise fill this model with its first layers."""
     used = set(names.values())
     first = next(iter(names), "")
@@ -238,19 +238,19 @@ def _refuse_strangers(names: Mapping[str, str], tensors: Mapping[str, Tensor], h
 
 
 @dataclass(frozen=True)
-class Mapped:
+class MappedTensors:
     """A suspect's tensors under the wanted names, float32 on the CPU; or none and the reason in `problem`."""
 
     tensors: Mapping[str, Tensor]
     problem: str | None
 
 
-def map_suspect(
+def select_tensors_untrusted(
     wanted: Mapping[str, Sequence[int]],
     tensors: Mapping[str, Tensor],
     *,
     optional: Mapping[str, Sequence[int]] | None = None,
-) -> Mapped:
+) -> MappedTensors:
     """Read from a hostile suspect only the tensors `wanted` (name -> shape), and `optional` ones if present.
 
     Half, bfloat16 and double become float32; NaN, infinity, other dtypes, wrong shapes, missing or ambiguous
@@ -261,18 +261,18 @@ def map_suspect(
     try:
         names = map_names(shapes, tensors, optional=set(optional or {}) - set(wanted), strict=True)
         for name, source in names.items():
-            problem, value = _plain(tensors[source], tuple(shapes[name]))
+            problem, value = _validated_tensor(tensors[source], tuple(shapes[name]))
             if value is None:
-                return Mapped({}, f"{source[:80]!r} {problem}")
+                return MappedTensors({}, f"{source[:80]!r} {problem}")
             found[name] = value
     except ModelError as error:
-        return Mapped({}, str(error))
+        return MappedTensors({}, str(error))
     except Exception as error:  # whatever else a hostile object can do
-        return Mapped({}, f"the tensors cannot be read ({type(error).__name__})")
-    return Mapped(found, None)
+        return MappedTensors({}, f"the tensors cannot be read ({type(error).__name__})")
+    return MappedTensors(found, None)
 
 
-def _plain(tensor: Tensor, shape: tuple[int, ...]) -> tuple[str, Tensor | None]:
+def _validated_tensor(tensor: Tensor, shape: tuple[int, ...]) -> tuple[str, Tensor | None]:
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
         return "is no plain tensor", None
     if tuple(tensor.shape) != shape:

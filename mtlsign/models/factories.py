@@ -52,7 +52,7 @@ def call_factory(path: str, factory: Callable[..., Any], options: Mapping[str, o
     Raises ModelError, which names the setting `field` and the line, for whatever the factory raises.
     """
     try:
-        return call_accepting(factory, options)
+        return call_with_accepted_kwargs(factory, options)
     except MTLSignError:
         raise
     except Exception as error:
@@ -64,7 +64,7 @@ def call_factory(path: str, factory: Callable[..., Any], options: Mapping[str, o
         ) from error
 
 
-def call_accepting(function: Callable[..., Any], options: Mapping[str, object]) -> Any:
+def call_with_accepted_kwargs(function: Callable[..., Any], options: Mapping[str, object]) -> Any:
     """Call `function` with those of `options` that its signature names; `**kwargs` names none of them."""
     try:
         parameters = inspect.signature(function).parameters.values()

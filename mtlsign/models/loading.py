@@ -20,7 +20,7 @@ Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class TaskShape:
+class InputSpec:
     """What the driver must know of a task before any worker starts."""
 
     channels: int
@@ -29,32 +29,36 @@ class TaskShape:
     classes: int
 
 
-def graph_of(s: EmbedSettings, shape: TaskShape) -> dict[str, object]:
+def architecture_from_settings(settings: EmbedSettings, shape: InputSpec) -> dict[str, object]:
     """The spec's `graph` of the settings' model on this task."""
-    name = f"own/{s.model}" if ":" in s.model else s.model
+    name = f"own/{settings.model}" if ":" in settings.model else settings.model
     if len(name) > 128:
         raise ModelError(
             "is too long for a spec (124 characters); give the factory a shorter path", field="model"
         )
-    return architectures.graph_for(
-        name, channels=shape.channels, classes=shape.classes, width=s.width or 64, stem=s.stem or "stock"
+    return architectures.architecture_for(
+        name,
+        channels=shape.channels,
+        classes=shape.classes,
+        width=settings.width or 64,
+        stem=settings.stem or "stock",
     )
 
 
-def owner_factories(graph: Mapping[str, object]) -> dict[str, Factory]:
+def custom_factories(graph: Mapping[str, object]) -> dict[str, Factory]:
     """The owner's own architecture, imported on the owner's side only (design decision 7)."""
     arch = str(graph["arch"])
     return {arch[4:]: load_factory(arch[4:], field="model")} if arch.startswith("own/") else {}
 
 
-def initial(s: EmbedSettings, graph: Mapping[str, object]) -> Tensors:
+def load_initial_weights(settings: EmbedSettings, graph: Mapping[str, object]) -> Tensors:
     """W0 from a trained checkpoint, or timm's pretrained weights."""
-    model = architectures.build(graph, factories=owner_factories(graph))
-    if s.init == "pretrained":
+    model = architectures.build(graph, factories=custom_factories(graph))
+    if settings.init == "pretrained":
         load_pretrained(model, graph)
     else:
         try:
-            load_checkpoint(Path(str(s.init)), model)
+            load_checkpoint(Path(str(settings.init)), model)
         except ModelError as error:
             raise ModelError(error.detail, field="init") from None
     return cpu_state(model)
@@ -65,7 +69,7 @@ def cpu_state(model: nn.Module) -> Tensors:
     return {name: t.detach().cpu().clone().contiguous() for name, t in model.state_dict().items()}
 
 
-def own_arch(kind: type[nn.Module]) -> str:
+def custom_architecture_name(kind: type[nn.Module]) -> str:
     """`own/package.module:Class` in the characters of a spec, also for `__main__` and classes inside
     functions.
     """
@@ -78,7 +82,7 @@ def _identifier(text: str) -> str:
     return plain if plain[:1].isalpha() or plain.startswith("_") else f"_{plain}"
 
 
-def check_is(module: nn.Module, graph: Mapping[str, object]) -> None:
+def require_same_architecture(module: nn.Module, graph: Mapping[str, object]) -> None:
     """A stranger builds `graph`: what is marked must have its tensors."""
     if str(graph.get("arch", "")).startswith("own/"):
         return

@@ -26,7 +26,7 @@ def batch_norm_types() -> tuple[type[nn.Module], ...]:
     return (_BatchNorm,)
 
 
-class _Stop(BaseException):
+class _StopForward(BaseException):
     """Ends a forward pass after the last tap; not an Exception, so that no model swallows it."""
 
 
@@ -61,14 +61,14 @@ def forward_to_taps(
             last = len(found) + 1 == len(wanted)
             found[tap] = output if last else output.clone()  # a later in-place operation must not reach it
             if last:
-                raise _Stop
+                raise _StopForward
 
         return hook
 
     handles = [modules[tap].register_forward_hook(keep(tap)) for tap in sorted(wanted)]
     try:
         (call or model)(x)
-    except _Stop:
+    except _StopForward:
         return [found[tap] for tap in taps]
     finally:
         for handle in handles:
@@ -97,7 +97,7 @@ class TappedLayer:
     weight: str
 
 
-class _Uses(TorchDispatchMode):
+class _ParameterUseRecorder(TorchDispatchMode):
     """Notes, in order, which of the given tensors an operation reads."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
@@ -115,7 +115,7 @@ class _Uses(TorchDispatchMode):
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _eval_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -137,7 +137,7 @@ def tapped_parameters(
     names = {id(tensor): name for name, tensor in model.named_parameters()}
     if buffers:
         names |= {id(tensor): name for name, tensor in model.named_buffers()}
-    with _evaluating(model), _Uses(names) as uses:
+    with _eval_mode(model), _ParameterUseRecorder(names) as uses:
         forward_to_taps(model, sample, taps)
     return list(uses.seen)
 

@@ -43,7 +43,7 @@ class AttackLine:
 
     def row(self, row: Row, number: int, of: int) -> None:
         """A finished row."""
-        self._line.show(f"{number:3}/{of} {state_of(row)}", final=True)
+        self._line.show(f"{number:3}/{of} {format_result(row)}", final=True)
 
 
 def print_catalogue(found: Sequence[Mapping[str, Any]], *, as_json: bool = False) -> None:
@@ -87,7 +87,7 @@ def _cell(row: Row) -> str:
     )
 
 
-def state_of(row: Row) -> str:
+def format_result(row: Row) -> str:
     """A finished row in one line, for a person."""
     name = f"{row['attack']} {row['setting']}".strip()
     if row["status"] != "ok":

@@ -152,7 +152,7 @@ def _scatter(ax: Axes, found: Sequence[Point], bits: float, points: float) -> No
         if chosen:
             size = 150 if kind == "none" else 42
             xs, ys = [x for x, _ in chosen], [y for _, y in chosen]
-            ax.scatter(xs, ys, s=size, marker=marker, color=colour, alpha=0.8, label=label,
+            ax.scatter(xs, ys, settings=size, marker=marker, color=colour, alpha=0.8, label=label,
                        edgecolors="white", linewidths=0.6, zorder=3)  # fmt: skip
     _names(ax, found, top, (left, right))
     ax.set_xlim(left, right + 0.02 * (right - left))

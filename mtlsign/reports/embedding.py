@@ -37,7 +37,7 @@ def format_p(bits: float | None) -> str:
     return f"10^-{bits * math.log10(2):.1f}"
 
 
-def render_report(
+def render_embedding_report(
     result: Mapping[str, Any],
     history: Mapping[str, Sequence[Mapping[str, Any]]],
     scores: Mapping[str, Sequence[float]],

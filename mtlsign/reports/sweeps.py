@@ -193,10 +193,10 @@ def _front(
     def plot(some: Sequence[Mapping[str, Any]], **look: Any) -> None:
         ax.scatter([g["drop_points"] for g in some], [g["evidence_bits_attacked"] for g in some], **look)
 
-    plot(groups, color=GREY, alpha=0.5, s=22, label="a combination")
-    plot(front, color=BLUE, s=34, label="on the front")
+    plot(groups, color=GREY, alpha=0.5, settings=22, label="a combination")
+    plot(front, color=BLUE, settings=34, label="on the front")
     if best is not None:
-        plot([best], facecolors="none", edgecolors=ORANGE, linewidths=2.2, s=150, label="recommended")
+        plot([best], facecolors="none", edgecolors=ORANGE, linewidths=2.2, settings=150, label="recommended")
     ax.set_xlabel("points of validation accuracy lost")
     ax.set_ylabel("fewest bits left after an attack")
     figures._legend_above(ax, columns=3)

@@ -12,7 +12,7 @@ from mtlsign.config.service import ServiceSettings
 from mtlsign.errors import SettingsError
 from mtlsign.reports import console
 from mtlsign.service.auth import tokens
-from mtlsign.service.database import Store
+from mtlsign.service.database import Database
 from mtlsign.service.problems import Problem
 
 MAX_HOURS = 24 * 3650
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     file = (given.state or s.state) / "service.sqlite"
     if not file.exists():
         print(f"{file} is new: a service with another state folder does not know it", file=sys.stderr)
-    store = Store(file)
+    store = Database(file)
     try:
         if given.action == "token":
             scopes = [scope.strip() for scope in given.scopes.split(",") if scope.strip()]

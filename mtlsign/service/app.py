@@ -14,27 +14,27 @@ from starlette.exceptions import HTTPException
 
 from mtlsign.service import metrics
 from mtlsign.service.http import routes
-from mtlsign.service.http.body_limits import Limits
+from mtlsign.service.http.body_limits import BodyLimitMiddleware
 from mtlsign.service.http.schemas import problems
 from mtlsign.service.problems import Problem
-from mtlsign.service.state import Office
+from mtlsign.service.state import AppState
 from mtlsign.service.web import pages
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _OF_STATUS = {404: "not-found", 405: "wrong-method", 413: "too-large", 415: "wrong-media-type"}
 
 
-def make_app(office: Office) -> FastAPI:
+def make_app(office: AppState) -> FastAPI:
     """The app of one process. Its lifespan starts and stops the desk."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await office.desk.start()
-        if office.ledger is not None and office.s.announce:
+        if office.ledger is not None and office.settings.announce:
             try:
                 await office.ledger.ask(office.ledger.announce, office.keys.current)
             except Problem as problem:
-                metrics.event("not_announced", reason=problem.detail)
+                metrics.log_event("not_announced", reason=problem.detail)
         yield
         await office.desk.stop()
 
@@ -45,7 +45,11 @@ def make_app(office: Office) -> FastAPI:
     app.state.office = office
     app.include_router(routes.router)
     app.include_router(pages.router)
-    app.add_middleware(Limits, s=office.s, count=lambda kind: office.metrics.add("mtlsign_refusals", 1, kind))
+    app.add_middleware(
+        BodyLimitMiddleware,
+        settings=office.settings,
+        count=lambda kind: office.metrics.add("mtlsign_refusals", 1, kind),
+    )
 
     @app.get("/healthz", responses=problems())
     async def healthz() -> JSONResponse:
@@ -64,7 +68,7 @@ def make_app(office: Office) -> FastAPI:
     async def on_problem(request: Request, problem: Problem) -> Response:
         office.metrics.add("mtlsign_refusals", 1, problem.kind)
         if _for_people(request):
-            return pages.show("error", status=problem.status, token=None, problem=problem.document())
+            return pages.render("error", status=problem.status, token=None, problem=problem.document())
         return routes.answer_problem(problem)
 
     @app.exception_handler(HTTPException)
@@ -77,13 +81,13 @@ def make_app(office: Office) -> FastAPI:
     async def on_disk(request: Request, error: Exception) -> Response:
         if isinstance(error, OSError) and error.errno not in _DISK:
             return await on_bug(request, error)
-        metrics.event("not_written", reason=str(error))
+        metrics.log_event("not_written", reason=str(error))
         detail = "the service cannot write its file at the moment; try again later"
         return await on_problem(request, Problem("busy", detail, retry_after=10))
 
     @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> Response:
-        metrics.defect("defect", error)
+        metrics.log_exception("defect", error)
         return await on_problem(request, Problem("internal", "this is a defect; it was logged"))
 
     @app.middleware("http")
@@ -91,7 +95,7 @@ def make_app(office: Office) -> FastAPI:
         start = time.perf_counter()
         answer = await follow(request)
         route = getattr(request.scope.get("route"), "path", None)  # the pattern, never what stands in it
-        metrics.event(
+        metrics.log_event(
             "request", method=request.method, route=route, status=answer.status_code,
             token=getattr(request.state, "token", None),
             seconds=round(time.perf_counter() - start, 4),

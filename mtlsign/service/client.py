@@ -30,7 +30,7 @@ MAX_ANSWER = 64 * 2**20
 _AGAIN = (429, 502, 503, 504)
 
 
-class Refused(ClaimError):
+class RequestRejected(ClaimError):
     """The service refused a request: `problem` is its RFC 9457 document."""
 
     def __init__(self, problem: Mapping[str, Any]) -> None:
@@ -38,7 +38,7 @@ class Refused(ClaimError):
         self.problem = dict(problem)
 
 
-def claim_of(
+def make_claim(
     model: str, opening: KeyOpening, reference: bytes, *, head: bytes | None = None, claim: str | None = None
 ) -> dict[str, Any]:
     """One claim as the service takes it. The opening is secret until then, and spent afterwards."""
@@ -113,12 +113,12 @@ class Client:
         name = digest.hexdigest()
         try:
             _document(self._send("GET", f"/v1/models/{name}", {}))
-        except Refused as refused:
+        except RequestRejected as refused:
             if refused.problem.get("status") != 404:
                 raise
             headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
             with path.open("rb") as data:
-                _document(self._send("PUT", f"/v1/models/{name}", headers, lambda: _again(data)))
+                _document(self._send("PUT", f"/v1/models/{name}", headers, lambda: _replayable_body(data)))
         return f"sha256:{name}"
 
     def verdict(self, name: str) -> bytes:
@@ -151,8 +151,8 @@ class Client:
                     raise ClusterError("the answer is over 64 MiB; ask for fewer claims", field="service")
                 if answer.status < 300:
                     return urllib3.HTTPResponse(data, status=answer.status, headers=answer.headers)
-                if answer.status not in _AGAIN and not _of_a_proxy(answer):
-                    raise Refused(_problem(answer.status, data))
+                if answer.status not in _AGAIN and not _is_proxy_error(answer):
+                    raise RequestRejected(_problem(answer.status, data))
                 why = f"answers {answer.status}"
                 given = answer.headers.get("Retry-After", "")
                 wait = max(pause, min(float(given), 60.0)) if given.isdigit() else pause
@@ -164,13 +164,13 @@ class Client:
             pause = min(2 * pause, 5.0)
 
 
-def _again(data: IO[bytes]) -> Iterator[bytes]:
+def _replayable_body(data: IO[bytes]) -> Iterator[bytes]:
     data.seek(0)
     while piece := data.read(2**20):
         yield piece
 
 
-def _of_a_proxy(answer: urllib3.BaseHTTPResponse) -> bool:
+def _is_proxy_error(answer: urllib3.BaseHTTPResponse) -> bool:
     """A 500 that is not the service's own: the process with the request died. What we send is idempotent."""
     kind = answer.headers.get("Content-Type", "")
     return answer.status == 500 and not kind.startswith("application/problem+json")

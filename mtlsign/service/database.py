@@ -54,7 +54,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Room:
+class QueueLimits:
     """How much may wait: claims and sealed bytes, of one token and of all together."""
 
     token_claims: int
@@ -63,7 +63,7 @@ class Room:
     bytes: int
 
 
-class Store:
+class Database:
     """One file, one connection behind a lock; other processes may have it open too."""
 
     def __init__(self, path: Path, *, clock: Any = time.time) -> None:
@@ -119,7 +119,7 @@ class Store:
 
     # requests
     def add(
-        self, job: Job, sealed: Sequence[bytes], idem: str | None, owner: str, lease: float, room: Room
+        self, job: Job, sealed: Sequence[bytes], idem: str | None, owner: str, lease: float, room: QueueLimits
     ) -> Job:
         """Keep a new request; the same idempotency key of the same token: the request that is there.
 
@@ -151,7 +151,7 @@ class Store:
         found = self.rows("SELECT id FROM jobs WHERE token=? AND idem=?", token, idem)
         return self.job(found[0][0], token) if found else None
 
-    def check_room(self, token: str, claims: int, size: int, room: Room) -> None:
+    def check_room(self, token: str, claims: int, size: int, room: QueueLimits) -> None:
         """Raises Problem `busy` (all tokens) or `too-many-claims` (this one) when no more may wait."""
         query = "SELECT coalesce(sum(count),0), coalesce(sum(bytes),0) FROM jobs WHERE finished IS NULL"
         ((own_claims, own_bytes),) = self.rows(f"{query} AND token=?", token)

@@ -11,15 +11,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from mtlsign.claims.commands.owner import head_json
+from mtlsign.claims.commands.owner import checkpoint_json
 from mtlsign.claims.judging import admissibility, council
 from mtlsign.claims.ledger.base import Ledger
 from mtlsign.claims.ledger.open import open_ledger
-from mtlsign.claims.ledger.view import Reader, View
+from mtlsign.claims.ledger.view import IncrementalReader, LedgerView
 from mtlsign.claims.owner import Owner
 from mtlsign.claims.statements.types import Claim, Publish, Register
 from mtlsign.errors import MTLSignError
-from mtlsign.service.problems import Problem, of_error
+from mtlsign.service.problems import Problem, problem_from_error
 from mtlsign.service.verifier.claim_bundle import key_id
 from mtlsign.watermark.keys.identity import Identity
 
@@ -27,34 +27,34 @@ T = TypeVar("T")
 KEY_NAME = "service signing key"
 
 
-class LedgerDesk:
+class LedgerReader:
     """One ledger, read by one thread at a time. Methods block, and raise Problem."""
 
     def __init__(self, uri: str) -> None:
         self._uri, self._lock = uri, threading.Lock()
         self._pool = ThreadPoolExecutor(1, "ledger")
         self._ledger: Ledger | None = None
-        self._reader: Reader | None = None
+        self._reader: IncrementalReader | None = None
 
     async def ask(self, method: Callable[..., T], *args: Any) -> T:
         """Call what reads the ledger in a thread of its own: where that hangs, nothing else does."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, method, *args)
 
-    def _view(self) -> tuple[Ledger, View]:
+    def _view(self) -> tuple[Ledger, LedgerView]:
         try:
             if self._ledger is None or self._reader is None:
                 self._ledger = open_ledger(self._uri)
-                self._reader = Reader(self._ledger)
+                self._reader = IncrementalReader(self._ledger)
             return self._ledger, self._reader.view()
         except (MTLSignError, OSError, sqlite3.Error) as error:
             self._ledger = self._reader = None
-            raise of_error(error, about="ledger") from None
+            raise problem_from_error(error, about="ledger") from None
 
     def head(self) -> dict[str, Any]:
         """The newest head that counts, as `jobs/ledger.py head --json` gives it."""
         with self._lock:
             ledger, view = self._view()
-            return head_json(ledger, view)
+            return checkpoint_json(ledger, view)
 
     def entry(self, index: int) -> dict[str, Any]:
         """One entry: its envelope (base64, the exact bytes), kind, signers, time."""
@@ -85,7 +85,7 @@ class LedgerDesk:
                 path = ledger.prove(index, within)
                 root = ledger.head(within).root
             except MTLSignError as error:
-                raise of_error(error, about="ledger") from None
+                raise problem_from_error(error, about="ledger") from None
             return {
                 "index": index, "size": within, "leaf": view.entries[index].leaf.hex(), "root": root.hex(),
                 "path": [step.hex() for step in path],
@@ -118,7 +118,7 @@ class LedgerDesk:
                 key = key_id(claim.opening.key())
             except MTLSignError:
                 key = ""
-            tally = council.tally(view, entry, claim)
+            tally = council.tally_votes(view, entry, claim)
             published = view.at(claim.publish, Publish)
             return {
                 "claim": name,
@@ -128,7 +128,9 @@ class LedgerDesk:
                 "publication": claim.publish.index if published else None,
                 "committed": view.time(claim.publish.index) if published else None,
                 "suspect": claim.suspect.hex(),
-                "faults": [fault.sentence for fault in admissibility.faults(view, entry, claim)],
+                "faults": [
+                    fault.sentence for fault in admissibility.inadmissibility_reasons(view, entry, claim)
+                ],
                 "votes": tally.counts,
                 "outcome": tally.outcome,
                 "threshold": tally.threshold,
@@ -136,7 +138,7 @@ class LedgerDesk:
                 "rivals": self._rivals(view, claim),
             }
 
-    def _rivals(self, view: View, claim: Claim) -> int:
+    def _rivals(self, view: LedgerView, claim: Claim) -> int:
         """Claims of other publications on the same model: what `jobs/dispute.py` would compare."""
         return sum(
             other.suspect == claim.suspect and other.publish != claim.publish for _, other in view.all(Claim)
@@ -172,4 +174,4 @@ class LedgerDesk:
                     )
                 ).index
             except MTLSignError as error:
-                raise of_error(error, about="ledger") from None
+                raise problem_from_error(error, about="ledger") from None

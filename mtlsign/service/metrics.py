@@ -30,7 +30,7 @@ class Metrics(Protocol):
         """Count, observe or set `value` under a name of `METRICS`."""
 
 
-class Kept:
+class InMemoryMetrics:
     """Figures in this process: sums by (name, label)."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Kept:
 _log = logging.getLogger("mtlsign.service")
 
 
-def to_stderr() -> logging.Logger:
+def configure_logging() -> logging.Logger:
     """Write events to standard error, one line each, which Ray keeps in this process's log."""
     if not _log.handlers:
         handler = logging.StreamHandler(sys.stderr)
@@ -58,13 +58,13 @@ def to_stderr() -> logging.Logger:
     return _log
 
 
-def defect(name: str, error: BaseException) -> None:
+def log_exception(name: str, error: BaseException) -> None:
     """One line about what should not have happened: where, and of what type. Never the error's own text."""
     frames = traceback.extract_tb(error.__traceback__)[-12:]
-    event(name, error=type(error).__name__, at=[f"{f.filename}:{f.lineno} {f.name}" for f in frames])
+    log_event(name, error=type(error).__name__, at=[f"{f.filename}:{f.lineno} {f.name}" for f in frames])
 
 
-def event(name: str, **fields: Any) -> None:
+def log_event(name: str, **fields: Any) -> None:
     """One structured line: who asked what. Callers pass ids and counts, never tokens, keys or pointers."""
     line = {"event": name, **{k: v for k, v in fields.items() if v is not None}}
     _log.info(json.dumps(line, sort_keys=True, default=str), extra={"mtlsign": line})

@@ -67,7 +67,7 @@ class Problem(Exception):
         self.status, self.title = KINDS[kind]
 
     def __reduce__(self) -> Any:
-        return _again, (self.kind, self.detail, self.retry_after, self.extra)
+        return _rebuild, (self.kind, self.detail, self.retry_after, self.extra)
 
     def document(self) -> dict[str, Any]:
         """The RFC 9457 object."""
@@ -80,20 +80,20 @@ class Problem(Exception):
         return found | self.extra
 
 
-def _again(kind: str, detail: str, retry_after: float | None, extra: dict[str, Any]) -> Problem:
+def _rebuild(kind: str, detail: str, retry_after: float | None, extra: dict[str, Any]) -> Problem:
     return Problem(kind, detail, retry_after=retry_after, **extra)
 
 
-def of_error(error: Exception, *, about: str) -> Problem:
+def problem_from_error(error: Exception, *, about: str) -> Problem:
     """The problem of one of the package's errors; `about` is "model", "bundle" or "ledger".
 
     What an error tells of the operator's machines goes to the log alone.
     """
     if about == "ledger" or isinstance(error, LedgerError):
-        metrics.event("ledger_unread", reason=str(error))
+        metrics.log_event("ledger_unread", reason=str(error))
         return Problem("ledger", "the ledger cannot be read at the moment; try again later", retry_after=5)
     if isinstance(error, StorageError):
-        metrics.event("not_fetched", reason=str(error))
+        metrics.log_event("not_fetched", reason=str(error))
         return Problem(
             "unreachable", "what the pointer names cannot be had; correct the pointer, or try later"
         )

@@ -13,13 +13,13 @@ from starlette.requests import Request
 
 from mtlsign.config.service import ServiceSettings
 from mtlsign.service.auth.signing import Keys
-from mtlsign.service.database import Store
-from mtlsign.service.fetch.model_cache import Shelf
-from mtlsign.service.ledger_reader import LedgerDesk
-from mtlsign.service.metrics import Kept, Metrics
+from mtlsign.service.database import Database
+from mtlsign.service.fetch.model_cache import ContentStore
+from mtlsign.service.ledger_reader import LedgerReader
+from mtlsign.service.metrics import InMemoryMetrics, Metrics
 from mtlsign.service.problems import Problem
-from mtlsign.service.queue.job_queue import Desk
-from mtlsign.service.verifier.verifier import Backend
+from mtlsign.service.queue.job_queue import JobQueue
+from mtlsign.service.verifier.verifier import VerifierBackend
 
 #: What anybody may ask for is looked up once in so many seconds.
 FRESH_S = 3.0
@@ -27,17 +27,17 @@ LEDGER_S = 5.0
 
 
 @dataclass
-class Office:
+class AppState:
     """All that an ingress process holds."""
 
-    s: ServiceSettings
-    store: Store
+    settings: ServiceSettings
+    store: Database
     keys: Keys
-    backend: Backend
+    backend: VerifierBackend
     metrics: Metrics
-    desk: Desk
-    shelf: Shelf
-    ledger: LedgerDesk | None
+    desk: JobQueue
+    shelf: ContentStore
+    ledger: LedgerReader | None
     #: large bodies are parsed one at a time
     heavy: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -46,13 +46,17 @@ class Office:
     _listed: tuple[float, list[dict[str, Any]]] = (-math.inf, [])
 
     @classmethod
-    def open(cls, s: ServiceSettings, backend: Backend, figures: Metrics | None = None) -> Office:
+    def open(
+        cls, settings: ServiceSettings, backend: VerifierBackend, figures: Metrics | None = None
+    ) -> AppState:
         """From settings. Raises KeyMaterialError, and Problem where the state is a newer version's."""
-        store, keys = Store(s.state / "service.sqlite"), Keys.load(s)
-        figures = figures or Kept()
-        desk = Desk(s, store, keys, backend, figures)
-        ledger = LedgerDesk(s.ledger) if s.ledger else None
-        return cls(s, store, keys, backend, figures, desk, Shelf(s.state / "uploads"), ledger)
+        store, keys = Database(settings.state / "service.sqlite"), Keys.load(settings)
+        figures = figures or InMemoryMetrics()
+        desk = JobQueue(settings, store, keys, backend, figures)
+        ledger = LedgerReader(settings.ledger) if settings.ledger else None
+        return cls(
+            settings, store, keys, backend, figures, desk, ContentStore(settings.state / "uploads"), ledger
+        )
 
     async def writable(self) -> None:
         """The file can be written to, as of a few seconds ago. Raises sqlite3.OperationalError."""
@@ -77,14 +81,14 @@ class Office:
                 self._listed = time.monotonic(), found
         return self._listed[1]
 
-    def need_ledger(self) -> LedgerDesk:
+    def need_ledger(self) -> LedgerReader:
         """The ledger. Raises Problem `not-found` where the operator named none."""
         if self.ledger is None:
             raise Problem("not-found", "this service reads no ledger (setting ledger)")
         return self.ledger
 
 
-def office_of(request: Request) -> Office:
+def get_state(request: Request) -> AppState:
     """The office of the app that serves this request."""
-    found: Office = request.app.state.office
+    found: AppState = request.app.state.office
     return found

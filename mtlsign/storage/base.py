@@ -38,7 +38,7 @@ class Storage(ABC):
         """The folder `name` below this one; nothing is touched."""
 
     @abstractmethod
-    def write(self, name: str, data: bytes, *, only_if_new: bool = False) -> bool:
+    def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Write one whole file atomically: a reader sees the old bytes or the new, never a part.
 
         Args:
@@ -72,18 +72,18 @@ class Storage(ABC):
 
         Raises: StorageError naming `storage`, within about ten seconds when nothing answers.
         """
-        probe = f"mtlsign-probe-{secrets.token_hex(8)}"
-        first = self.write(probe, b"first", only_if_new=True)
+        detector = f"mtlsign-probe-{secrets.token_hex(8)}"
+        first = self.write(detector, b"first", if_absent=True)
         try:
-            second = self.write(probe, b"second", only_if_new=True)
-            if not first or second or self.read(probe, 16) != b"first":
+            second = self.write(detector, b"second", if_absent=True)
+            if not first or second or self.read(detector, 16) != b"first":
                 raise StorageError(
                     f"{self.uri} overwrites a file that was to be written only if new; "
                     "use a server that honours If-None-Match (AWS S3, SeaweedFS, Ceph) or a local folder",
                     field="storage",
                 )
         finally:
-            self.delete(probe)
+            self.delete(detector)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.uri!r})"
@@ -93,7 +93,7 @@ class Storage(ABC):
         """Names of all files in the folder `prefix` (default: everything), at any depth, sorted."""
 
 
-def checked_name(name: str) -> str:
+def validate_name(name: str) -> str:
     """`name` itself, if it is safe below a folder: relative, no `.` or `..`, backslash, control character.
 
     Raises: StorageError otherwise.

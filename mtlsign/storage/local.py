@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mtlsign.errors import ArtifactError, StorageError
-from mtlsign.storage.base import LIST_LIMIT, TEMPORARY_PREFIX, Names, Storage, check_size, checked_name
+from mtlsign.storage.base import LIST_LIMIT, TEMPORARY_PREFIX, Names, Storage, check_size, validate_name
 
 
 class LocalStorage(Storage):
@@ -25,9 +25,9 @@ class LocalStorage(Storage):
         return LocalStorage(self._path(name))
 
     def _path(self, name: str) -> Path:
-        return self.root / checked_name(name)
+        return self.root / validate_name(name)
 
-    def write(self, name: str, data: bytes, *, only_if_new: bool = False) -> bool:  # noqa: D102
+    def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:  # noqa: D102
         target = self._path(name)
         temporary = target.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
         with _local_errors("write", target):
@@ -37,7 +37,7 @@ class LocalStorage(Storage):
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
-                if only_if_new:
+                if if_absent:
                     try:
                         os.link(temporary, target)
                     except FileExistsError:

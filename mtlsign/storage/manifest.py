@@ -82,20 +82,20 @@ def parse_manifest(data: bytes) -> dict[str, Entry]:
     return entries
 
 
-def write_folder(storage: Storage, files: Mapping[str, bytes]) -> None:
+def write_manifest_folder(storage: Storage, files: Mapping[str, bytes]) -> None:
     """Write `files` as the folder `storage`, all or nothing. Again with the same files: no change.
 
     Raises: ArtifactError when another folder is already there; StorageError when the place fails.
     """
     manifest = manifest_bytes(files)
-    if not _already(storage, manifest):
+    if not _already_written(storage, manifest):
         for name in sorted(files):
             storage.write(name, files[name])
-        if not storage.write(MANIFEST, manifest, only_if_new=True):
-            _already(storage, manifest)
+        if not storage.write(MANIFEST, manifest, if_absent=True):
+            _already_written(storage, manifest)
 
 
-def _already(storage: Storage, manifest: bytes) -> bool:
+def _already_written(storage: Storage, manifest: bytes) -> bool:
     if not storage.exists(MANIFEST):
         return False
     if storage.read(MANIFEST, MANIFEST_LIMIT) != manifest:
@@ -115,7 +115,7 @@ def read_manifest(storage: Storage) -> dict[str, Entry]:
     return parse_manifest(storage.read(MANIFEST, MANIFEST_LIMIT))
 
 
-def read_folder(
+def read_manifest_folder(
     storage: Storage,
     *,
     file_limit: int = 2 * GIB,

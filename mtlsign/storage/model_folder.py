@@ -21,8 +21,8 @@ from torch import Tensor
 from mtlsign.errors import ArtifactError
 from mtlsign.storage.base import Storage
 from mtlsign.storage.locations import open_file, open_storage
-from mtlsign.storage.manifest import GIB, MANIFEST, read_folder, read_manifest, write_folder
-from mtlsign.storage.safetensors_io import read_tensors, tensor_bytes
+from mtlsign.storage.manifest import GIB, MANIFEST, read_manifest, read_manifest_folder, write_manifest_folder
+from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 
 MODELS, KITS, RUNS = "models", "kits", "runs"
 MODEL_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
@@ -46,7 +46,7 @@ def model_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
     Raises: ModelError for a dtype that safetensors lacks.
     """
-    return tensor_bytes(tensors)
+    return serialize_safetensors(tensors)
 
 
 def model_digest(data: bytes) -> str:
@@ -70,7 +70,7 @@ def write_model(storage: Storage, tensors: Mapping[str, Tensor], config: Mapping
         same = (MODEL_FILE, CONFIG_FILE)
         if all(name in entries and entries[name].sha256 == model_digest(files[name]) for name in same):
             return digest
-    write_folder(folder, files)
+    write_manifest_folder(folder, files)
     return digest
 
 
@@ -90,7 +90,7 @@ def read_model(location: str, *, endpoint: str | None = None, max_bytes: int = 2
         data, config = storage.read(name, max_bytes), {}
     else:
         storage = open_storage(location, endpoint=endpoint)
-        files = read_folder(
+        files = read_manifest_folder(
             storage, file_limit=max_bytes, total_limit=max_bytes + JSON_LIMIT, names=(MODEL_FILE, CONFIG_FILE)
         )
         data, config = files[MODEL_FILE], json_object(files[CONFIG_FILE], CONFIG_FILE)
@@ -98,7 +98,7 @@ def read_model(location: str, *, endpoint: str | None = None, max_bytes: int = 2
     own_name = _last_segment(storage.uri)
     if not is_single_file(location, ".safetensors") and _DIGEST.fullmatch(own_name) and own_name != digest:
         raise ArtifactError(f"{location} holds another model than its name says; fetch the folder again")
-    return LoadedModel(read_tensors(data, max_bytes=max_bytes), config, digest, location)
+    return LoadedModel(parse_safetensors(data, max_bytes=max_bytes), config, digest, location)
 
 
 def is_single_file(location: str, ending: str) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from mtlsign.errors import ArtifactError, StorageError
-from mtlsign.storage.base import LIST_LIMIT, Names, Storage, check_size, checked_name
+from mtlsign.storage.base import LIST_LIMIT, Names, Storage, check_size, validate_name
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -80,9 +80,9 @@ class S3Storage(Storage):
         return S3Storage(self.connection, self.bucket, key)
 
     def _key(self, name: str) -> str:
-        return f"{self.prefix}/{checked_name(name)}" if self.prefix else checked_name(name)
+        return f"{self.prefix}/{validate_name(name)}" if self.prefix else validate_name(name)
 
-    def write(self, name: str, data: bytes, *, only_if_new: bool = False) -> bool:  # noqa: D102
+    def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:  # noqa: D102
         if len(data) > _PUT_LIMIT:
             raise StorageError(
                 f"{name} has more than 5 GiB, S3's limit for one put; write it to a local folder"
@@ -90,7 +90,7 @@ class S3Storage(Storage):
         key = self._key(name)
         for attempt in range(6):
             with self._errors("write", key) as refused:
-                if only_if_new:
+                if if_absent:
                     self.connection.client.put_object(Bucket=self.bucket, Key=key, Body=data, IfNoneMatch="*")
                 else:
                     self.connection.client.put_object(Bucket=self.bucket, Key=key, Body=data)

@@ -19,7 +19,7 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+def serialize_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
     """Safetensors bytes: tensors sorted by name in header and data, no metadata, header padded to 8 bytes.
 
     The library's own writer sorts by dtype first and so does not give this layout. Raises `ModelError` for a
@@ -46,7 +46,7 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return b"".join([struct.pack("<Q", len(head)), head, *chunks])
 
 
-def read_tensors(
+def parse_safetensors(
     data: bytes, *, max_bytes: int = 2 * 1024**3, max_tensors: int = 10_000, max_dims: int = 8
 ) -> dict[str, Tensor]:
     """Parse safetensors bytes from anybody. Raises `ModelError`; never executes anything."""

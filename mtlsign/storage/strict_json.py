@@ -17,12 +17,12 @@ _HEX = re.compile(r"(?:[0-9a-f]{2})*")
 _FIX = "docs/format.md says what belongs here, and mtlsign.watermark.keys.opening writes it"
 
 
-def refuse(where: str, message: str) -> NoReturn:
+def raise_invalid(where: str, message: str) -> NoReturn:
     """Raise FormatError for field `where`, with the fix appended."""
     raise FormatError(message, _FIX, field=where)
 
 
-def strict_json(data: bytes, *, limit: int, where: str) -> object:
+def parse_strict_json(data: bytes, *, limit: int, where: str) -> object:
     """Parse UTF-8 JSON that has one meaning only.
 
     Refused: more than `limit` bytes, a byte order mark, invalid UTF-8, more than 64 opening brackets,
@@ -39,22 +39,22 @@ def strict_json(data: bytes, *, limit: int, where: str) -> object:
     def integer(text: str) -> int:
         value = int(text) if _INTEGER.fullmatch(text) else 1 << 64
         if text == "-0" or not -(1 << 63) <= value < 1 << 63:
-            refuse(where, "holds an integer that is -0 or outside 64 bits")
+            raise_invalid(where, "holds an integer that is -0 or outside 64 bits")
         return value
 
     def refused(_: str) -> NoReturn:
-        refuse(where, "holds a number that is not an integer")
+        raise_invalid(where, "holds a number that is not an integer")
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            refuse(where, "holds a field twice")
+            raise_invalid(where, "holds a field twice")
         return found
 
     try:
         text = data.decode("utf-8")
         if text.startswith("\ufeff"):
-            refuse(where, "starts with a byte order mark")
+            raise_invalid(where, "starts with a byte order mark")
         parsed: object = json.loads(
             text, parse_int=integer, parse_float=refused, parse_constant=refused, object_pairs_hook=unique
         )
@@ -63,21 +63,21 @@ def strict_json(data: bytes, *, limit: int, where: str) -> object:
     return parsed
 
 
-def take(value: object, where: str, *names: str) -> dict[str, object]:
+def require_fields(value: object, where: str, *names: str) -> dict[str, object]:
     """`value` as an object that holds exactly these fields; KeyMaterialError names the first one amiss."""
     if not isinstance(value, dict):
-        refuse(where, "must be an object")
+        raise_invalid(where, "must be an object")
     for name in names:
         if name not in value:
-            refuse(f"{where}.{name}", "is missing")
+            raise_invalid(f"{where}.{name}", "is missing")
     for name in value:
         if name not in names:
-            refuse(where, f"unknown field {ascii(name)[:60]}")
+            raise_invalid(where, f"unknown field {ascii(name)[:60]}")
     return value
 
 
-def take_hex(value: object, where: str, size: int) -> bytes:
+def require_hex(value: object, where: str, size: int) -> bytes:
     """`value` as `size` bytes in lower-case hexadecimal."""
     if not isinstance(value, str) or len(value) != 2 * size or not _HEX.fullmatch(value):
-        refuse(where, f"must be {2 * size} lower-case hexadecimal digits")
+        raise_invalid(where, f"must be {2 * size} lower-case hexadecimal digits")
     return bytes.fromhex(value)

@@ -15,9 +15,9 @@ from pathlib import Path
 from mtlsign.errors import DataError
 from mtlsign.tasks.base import SPLITS, Batch, Split, Task
 from mtlsign.tasks.digits import load_digits
-from mtlsign.tasks.tensor_split import Recipe
+from mtlsign.tasks.tensor_split import InputTransform
 from mtlsign.tasks.torchvision_datasets import SOURCES, load_images
-from mtlsign.tasks.user_task import from_loaders, from_tensors, load_own
+from mtlsign.tasks.user_task import from_loaders, from_tensors, load_user_task
 
 NAMES = ("digits", *SOURCES)
 
@@ -25,7 +25,7 @@ __all__ = [
     "NAMES",
     "SPLITS",
     "Batch",
-    "Recipe",
+    "InputTransform",
     "Split",
     "Task",
     "data_root",
@@ -64,7 +64,9 @@ def load_task(
             base, data_root(data), download=download, seed=seed, share=_share(name, share) if at else 1.0
         )
     if ":" in name:
-        return load_own(name, seed=seed, options={"data": data, "download": download, **(options or {})})
+        return load_user_task(
+            name, seed=seed, options={"data": data, "download": download, **(options or {})}
+        )
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(NAMES)} or package.module:factory"
     raise DataError(f"unknown task {name[:80]!r}: {hint}", field="task")

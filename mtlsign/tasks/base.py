@@ -40,13 +40,13 @@ class Split(Protocol):
         """The same split whose batches lie on `device`."""
 
 
-def generator(*parts: object) -> Generator:
+def seeded_generator(*parts: object) -> Generator:
     """A CPU generator seeded from SHA-256 of `parts`, independent of torch's global one."""
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
     return Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def spread(labels: Tensor | int, gen: Generator) -> Tensor:
+def stratified_permutation(labels: Tensor | int, gen: Generator) -> Tensor:
     """A random order of the samples, int64 [n], of which every stretch holds the classes in proportion.
 
     `labels` are int64 [n], or the number of samples when there are no classes to keep in proportion.
@@ -63,13 +63,15 @@ def spread(labels: Tensor | int, gen: Generator) -> Tensor:
     return order[torch.argsort(place, stable=True)]
 
 
-def carve(labels: Tensor | int, seed: int, present: frozenset[str] = frozenset()) -> dict[str, Tensor]:
+def split_training_rows(
+    labels: Tensor | int, seed: int, present: frozenset[str] = frozenset()
+) -> dict[str, Tensor]:
     """Rows of the official train part for train, inner, validation and attacker (int64), fixed by `seed`.
 
     Validation gets 5 %, the attacker 10 %, train the rest; inner is 10 % of train, inside it. Parts in
     `present` come from elsewhere and take nothing. Raises DataError when a part would be empty.
     """
-    order = spread(labels, generator("mtlsign/splits", seed))
+    order = stratified_permutation(labels, seeded_generator("mtlsign/splits", seed))
     count, start = len(order), 0
     rows: dict[str, Tensor] = {}
     for name, fraction in (("validation", VALIDATION), ("attacker", ATTACKER)):
@@ -90,7 +92,7 @@ def cross_entropy(out: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(out.float(), y)
 
 
-def is_right(out: Tensor, y: Tensor) -> Tensor:
+def accuracy_per_sample(out: Tensor, y: Tensor) -> Tensor:
     """1 where the largest logit is the label's, else 0: float32 [n]."""
     return (out.argmax(1) == y).float()
 
@@ -106,7 +108,7 @@ class Task:
     classes: int
     splits: Mapping[str, Split]
     loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
-    correct: Callable[[Tensor, Tensor], Tensor] = is_right
+    correct: Callable[[Tensor, Tensor], Tensor] = accuracy_per_sample
     _orders: dict[tuple[object, ...], Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -165,7 +167,7 @@ class Task:
             indices = torch.arange(start, min(start + batch_size, size))
             share = _share(len(indices), rank, world)
             if share.start < share.stop:
-                gen = generator("mtlsign/augment", seed, split, epoch, step) if augment else None
+                gen = seeded_generator("mtlsign/augment", seed, split, epoch, step) if augment else None
                 yield data.batch(indices, gen, share)
 
     def batch_at(
@@ -194,7 +196,7 @@ class Task:
             )
         epoch, position = divmod(step, size // batch_size)
         order = self._order(split, size, seed, epoch)
-        gen = generator("mtlsign/augment", seed, split, epoch, position) if augment else None
+        gen = seeded_generator("mtlsign/augment", seed, split, epoch, position) if augment else None
         indices = order[position * batch_size : (position + 1) * batch_size]
         return data.batch(indices, gen, _share(batch_size, rank, world))
 
@@ -203,7 +205,9 @@ class Task:
         if key not in self._orders:
             for old in [k for k in self._orders if k[0] == split]:
                 del self._orders[old]
-            self._orders[key] = torch.randperm(size, generator=generator("mtlsign/order", seed, split, epoch))
+            self._orders[key] = torch.randperm(
+                size, generator=seeded_generator("mtlsign/order", seed, split, epoch)
+            )
         return self._orders[key]
 
     def _split(self, name: str) -> Split:

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mtlsign.tasks.base import Task, carve, generator, spread
-from mtlsign.tasks.tensor_split import Recipe, tensor_splits
+from mtlsign.tasks.base import Task, seeded_generator, split_training_rows, stratified_permutation
+from mtlsign.tasks.tensor_split import InputTransform, tensor_splits
 
 SIDE = 32
 TEST = 0.20
-RECIPE = Recipe((0.3053,), (0.3290,), pad=2)
+RECIPE = InputTransform((0.3053,), (0.3290,), pad=2)
 
 
 def load_digits(*, seed: int) -> Task:
@@ -25,9 +25,9 @@ def load_digits(*, seed: int) -> Task:
     images = torch.from_numpy(np.asarray(raw, dtype=np.float32).reshape(-1, 1, 8, 8) / 16)
     x = (F.interpolate(images, size=(SIDE, SIDE), mode="bilinear") * 255).round().to(torch.uint8)
     y = torch.from_numpy(np.asarray(labels, dtype=np.int64))
-    order = spread(y, generator("mtlsign/digits/test"))
+    order = stratified_permutation(y, seeded_generator("mtlsign/digits/test"))
     held = round(TEST * len(y))
     test, rest = order[:held], order[held:]
     x_rest, y_rest = x[rest], y[rest]
-    splits = tensor_splits(x_rest, y_rest, carve(y_rest, seed), RECIPE, (x[test], y[test]))
+    splits = tensor_splits(x_rest, y_rest, split_training_rows(y_rest, seed), RECIPE, (x[test], y[test]))
     return Task("digits", 1, SIDE, SIDE, 10, splits)

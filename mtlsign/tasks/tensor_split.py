@@ -13,7 +13,7 @@ from mtlsign.tasks.base import Batch
 
 
 @dataclass(frozen=True)
-class Recipe:
+class InputTransform:
     """How samples become inputs: v (over 255 if uint8) minus mean over std, and the random crop and flip.
 
     `pad` is in pixels (zeros, before normalisation); `mean` and `std` hold one number per channel, or one.
@@ -32,7 +32,7 @@ class TensorSplit:
     x: Tensor
     y: Tensor
     rows: Tensor
-    recipe: Recipe
+    recipe: InputTransform
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -74,7 +74,7 @@ def crop_and_flip(x: Tensor, draws: Tensor, pad: int, flip: bool) -> Tensor:
 
 
 def tensor_splits(
-    x: Tensor, y: Tensor, rows: Mapping[str, Tensor], recipe: Recipe, test: tuple[Tensor, Tensor]
+    x: Tensor, y: Tensor, rows: Mapping[str, Tensor], recipe: InputTransform, test: tuple[Tensor, Tensor]
 ) -> dict[str, TensorSplit]:
     """The splits named by `rows` over (x, y), and all of `test` as the split `test`."""
     splits = {name: TensorSplit(x, y, chosen, recipe) for name, chosen in rows.items()}

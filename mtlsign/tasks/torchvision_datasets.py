@@ -15,8 +15,8 @@ from torch import Tensor
 from torchvision import datasets
 
 from mtlsign.errors import DataError
-from mtlsign.tasks.base import Task, carve, generator, spread
-from mtlsign.tasks.tensor_split import Recipe, tensor_splits
+from mtlsign.tasks.base import Task, seeded_generator, split_training_rows, stratified_permutation
+from mtlsign.tasks.tensor_split import InputTransform, tensor_splits
 
 _IDX = (
     "train-images-idx3-ubyte",
@@ -36,11 +36,13 @@ class Source:
     channels: int
     side: int
     classes: int
-    recipe: Recipe
+    recipe: InputTransform
 
 
 SOURCES: dict[str, Source] = {
-    "mnist": Source(datasets.MNIST, "MNIST/raw", _IDX, 1, 28, 10, Recipe((0.1307,), (0.3081,), pad=2)),
+    "mnist": Source(
+        datasets.MNIST, "MNIST/raw", _IDX, 1, 28, 10, InputTransform((0.1307,), (0.3081,), pad=2)
+    ),
     "fashion-mnist": Source(
         datasets.FashionMNIST,
         "FashionMNIST/raw",
@@ -48,7 +50,7 @@ SOURCES: dict[str, Source] = {
         1,
         28,
         10,
-        Recipe((0.2860,), (0.3530,), pad=2, flip=True),
+        InputTransform((0.2860,), (0.3530,), pad=2, flip=True),
     ),
     "cifar10": Source(
         datasets.CIFAR10,
@@ -57,7 +59,7 @@ SOURCES: dict[str, Source] = {
         3,
         32,
         10,
-        Recipe((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), pad=4, flip=True),
+        InputTransform((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), pad=4, flip=True),
     ),
     "cifar100": Source(
         datasets.CIFAR100,
@@ -66,7 +68,7 @@ SOURCES: dict[str, Source] = {
         3,
         32,
         100,
-        Recipe((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), pad=4, flip=True),
+        InputTransform((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), pad=4, flip=True),
     ),
 }
 
@@ -86,12 +88,14 @@ def load_images(name: str, root: Path, *, download: bool, seed: int, share: floa
     test = _read(name, source, root, train=False, download=False)
     if share < 1:
         name, (x, y), test = f"{name}@{share:g}", _part(name, x, y, share), _part(name, *test, share)
-    splits = tensor_splits(x, y, carve(y, seed), source.recipe, test)
+    splits = tensor_splits(x, y, split_training_rows(y, seed), source.recipe, test)
     return Task(name, source.channels, source.side, source.side, source.classes, splits)
 
 
 def _part(name: str, x: Tensor, y: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    rows = spread(y, generator("mtlsign/share", name))[: max(10, round(share * len(y)))]
+    rows = stratified_permutation(y, seeded_generator("mtlsign/share", name))[
+        : max(10, round(share * len(y)))
+    ]
     return x[rows].contiguous(), y[rows]
 
 

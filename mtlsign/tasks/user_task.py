@@ -15,8 +15,18 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from mtlsign.errors import DataError
 from mtlsign.models.factories import call_factory, load_factory
-from mtlsign.tasks.base import SPLITS, Batch, Split, Task, carve, cross_entropy, generator, is_right, spread
-from mtlsign.tasks.tensor_split import Recipe, TensorSplit, tensor_splits
+from mtlsign.tasks.base import (
+    SPLITS,
+    Batch,
+    Split,
+    Task,
+    accuracy_per_sample,
+    cross_entropy,
+    seeded_generator,
+    split_training_rows,
+    stratified_permutation,
+)
+from mtlsign.tasks.tensor_split import InputTransform, TensorSplit, tensor_splits
 
 MAX_BYTES = 2 * 1024**3
 FIELDS = {"loaders", "loss", "metric", "classes", "name"}
@@ -24,7 +34,7 @@ FIELDS = {"loaders", "loss", "metric", "classes", "name"}
 Loss = Callable[[Tensor, Tensor], Any]
 
 
-def load_own(path: str, *, seed: int, options: Mapping[str, object] | None = None) -> Task:
+def load_user_task(path: str, *, seed: int, options: Mapping[str, object] | None = None) -> Task:
     """Call the factory `package.module:function` with those of `options` it names; it gives a Task or a dict.
 
     The dict has `loaders` ({"train", "test", optionally "validation", "attacker", "inner"}), and optionally
@@ -76,7 +86,7 @@ def from_loaders(
             raise DataError(f"{part} is empty: give more data", field="task")
     train = splits["train"]
     labels = _labels(train)
-    rows = carve(len(train) if labels is None else labels, seed, frozenset(splits) - {"train"})
+    rows = split_training_rows(len(train) if labels is None else labels, seed, frozenset(splits) - {"train"})
     splits |= {part: _subset(train, chosen) for part, chosen in rows.items()}
     x, _ = splits["train"].batch(torch.arange(1))
     if x.ndim != 4:
@@ -103,7 +113,7 @@ def from_tensors(
     loss: Loss | None = None,
     metric: Loss | None = None,
     classes: int | None = None,
-    recipe: Recipe | None = None,
+    recipe: InputTransform | None = None,
     name: str = "own",
     seed: int = 0,
 ) -> Task:
@@ -115,7 +125,9 @@ def from_tensors(
     x, y = _check_tensors(x, y)
     has_classes = y.ndim == 1 and not y.is_floating_point()
     if test is None:
-        order = spread(y if has_classes else len(y), generator("mtlsign/own/test", seed))
+        order = stratified_permutation(
+            y if has_classes else len(y), seeded_generator("mtlsign/own/test", seed)
+        )
         held = max(1, round(0.2 * len(y)))
         test, x, y = (x[order[:held]], y[order[:held]]), x[order[held:]], y[order[held:]]
     else:
@@ -124,7 +136,9 @@ def from_tensors(
         if not has_classes:
             raise DataError("the number of classes is not known: give classes=", field="task")
         classes = int(max(y.max(), test[1].max())) + 1
-    splits = tensor_splits(x, y, carve(y if has_classes else len(y), seed), recipe or Recipe(), test)
+    splits = tensor_splits(
+        x, y, split_training_rows(y if has_classes else len(y), seed), recipe or InputTransform(), test
+    )
     channels, height, width = (int(n) for n in x.shape[1:])
     return Task(name, channels, height, width, int(classes), splits, _mean_loss(loss), _per_sample(metric))
 
@@ -163,18 +177,18 @@ class DatasetSplit:
         else:
             seeds = torch.randint(2**31, (len(indices),), generator=augment)
         samples = []
-        with _generators_kept():
+        with _preserve_rng_state():
             for row, seed in zip(self.rows[indices[share]].tolist(), seeds[share].tolist(), strict=True):
                 torch.manual_seed(seed)
                 np.random.seed(seed % 2**32)
                 random.seed(seed)
                 samples.append(self.dataset[row])
-        x, y = _pair(self.collate(samples))
+        x, y = _validate_batch(self.collate(samples))
         return x.to(self.device), y.to(self.device)
 
 
 @contextmanager
-def _generators_kept() -> Any:
+def _preserve_rng_state() -> Any:
     python, legacy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -184,7 +198,7 @@ def _generators_kept() -> Any:
         np.random.set_state(legacy)
 
 
-def _pair(batch: Any) -> Batch:
+def _validate_batch(batch: Any) -> Batch:
     if (
         not isinstance(batch, tuple | list)
         or len(batch) != 2
@@ -213,7 +227,7 @@ def _as_split(part: str, loader: Any) -> Split:
         raise DataError(f"{part} is a {type(loader).__name__}: give a DataLoader or a dataset", field="task")
     xs, ys, size = [], [], 0
     for batch in loader:
-        x, y = _pair(batch)
+        x, y = _validate_batch(batch)
         xs.append(x)
         ys.append(y)
         size += x.nbytes + y.nbytes
@@ -225,7 +239,7 @@ def _as_split(part: str, loader: Any) -> Split:
             )
     if not xs:
         raise DataError(f"{part} gives no batch: give a loader that can be read more than once", field="task")
-    return TensorSplit(torch.cat(xs), torch.cat(ys), torch.arange(sum(map(len, ys))), Recipe())
+    return TensorSplit(torch.cat(xs), torch.cat(ys), torch.arange(sum(map(len, ys))), InputTransform())
 
 
 def _subset(split: Split, rows: Tensor) -> Split:
@@ -270,7 +284,7 @@ def _mean_loss(loss: Loss | None) -> Callable[[Tensor, Tensor], Tensor]:
 
 def _per_sample(metric: Loss | None) -> Callable[[Tensor, Tensor], Tensor]:
     if metric is None:
-        return is_right
+        return accuracy_per_sample
     given = metric
 
     def correct(out: Tensor, y: Tensor) -> Tensor:

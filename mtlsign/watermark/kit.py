@@ -14,30 +14,39 @@ from mtlsign.errors import ArtifactError, KeyMaterialError, ModelError
 from mtlsign.models.factories import load_factory
 from mtlsign.storage.base import Storage
 from mtlsign.storage.locations import open_file, open_storage
-from mtlsign.storage.manifest import read_folder, write_folder
+from mtlsign.storage.manifest import read_manifest_folder, write_manifest_folder
 from mtlsign.storage.model_folder import JSON_LIMIT, KITS, is_single_file, json_bytes, json_object, read_model
-from mtlsign.storage.safetensors_io import read_tensors
+from mtlsign.storage.safetensors_io import parse_safetensors
 from mtlsign.watermark.keys.identity import load_or_create_identity, read_passphrase
 from mtlsign.watermark.keys.opening import KeyOpening
-from mtlsign.watermark.keys.sealing import PLAINTEXT_LIMIT, Secret, seal, unseal
-from mtlsign.watermark.verification.detector import Probe, Verdict, verify
+from mtlsign.watermark.keys.sealing import (
+    PLAINTEXT_LIMIT,
+    EncryptionSecret,
+    decrypt_envelope,
+    encrypt_envelope,
+)
+from mtlsign.watermark.verification.detector import Verdict, WatermarkDetector, verify
 from mtlsign.watermark.verification.reference import Reference
 
 
-def open_kit(s: VerifySettings | AttackSettings, place: str) -> Kit:
+def open_kit(settings: VerifySettings | AttackSettings, place: str) -> OwnerKit:
     """Open a kit with the passphrase or owner identity that the settings name.
 
     Raises:
         KeyMaterialError: the kit does not open. ArtifactError, StorageError: it cannot be fetched.
     """
-    if s.kit_passphrase_file is not None:
-        secret = Secret.from_passphrase(read_passphrase(s.kit_passphrase_file))
+    if settings.kit_passphrase_file is not None:
+        secret = EncryptionSecret.from_passphrase(read_passphrase(settings.kit_passphrase_file))
     else:
-        secret = Secret.from_kit_key(load_or_create_identity(s.owner, s.passphrase_file)[0].kit_key)
-    return read_kit(place, secret, endpoint=s.endpoint)
+        secret = EncryptionSecret.from_kit_key(
+            load_or_create_identity(settings.owner, settings.passphrase_file)[0].kit_key
+        )
+    return read_kit(place, secret, endpoint=settings.endpoint)
 
 
-def probe_of(kit: Kit, factory: str | None = None, *, device: torch.device | str = "cpu") -> Probe:
+def detector_for_kit(
+    kit: OwnerKit, factory: str | None = None, *, device: torch.device | str = "cpu"
+) -> WatermarkDetector:
     """The kit's test. An own architecture is imported only if the caller names it: a kit may come from
     anybody.
 
@@ -52,29 +61,29 @@ def probe_of(kit: Kit, factory: str | None = None, *, device: torch.device | str
             field="factory",
         )
     reference = Reference.from_bytes(kit.reference)
-    return Probe(kit.opening, reference, head=kit.head, device=device, factories=factories)
+    return WatermarkDetector(kit.opening, reference, head=kit.head, device=device, factories=factories)
 
 
-def verify_with_kit(s: VerifySettings) -> list[Verdict]:
+def verify_with_kit(settings: VerifySettings) -> list[Verdict]:
     """A verdict for each model, in order.
 
     Raises:
         KeyMaterialError: the kit does not open. ArtifactError, ModelError, StorageError: a model cannot be
         fetched.
     """
-    kit = open_kit(s, s.kit)
-    probe, w0 = probe_of(kit, s.factory), read_tensors(kit.w0)
+    kit = open_kit(settings, settings.kit)
+    detector, base_weights = detector_for_kit(kit, settings.factory), parse_safetensors(kit.base_weights)
     verdicts = []
-    for place in s.models:
-        model = read_model(place, endpoint=s.endpoint)
+    for place in settings.models:
+        model = read_model(place, endpoint=settings.endpoint)
         verdicts.append(
             verify(
                 model.tensors,
-                probe,
-                bits=s.bits,
-                gamma=s.gamma,
-                controls=s.controls,
-                w0=w0,
+                detector,
+                bits=settings.bits,
+                gamma=settings.gamma,
+                controls=settings.controls,
+                base_weights=base_weights,
                 model_digest=model.digest,
             )
         )
@@ -89,7 +98,7 @@ _KIT_MAGIC = b"mtlsign/kit/v0\n"
 
 
 @dataclass(frozen=True)
-class Kit:
+class OwnerKit:
     """Everything the owner needs to verify or claim one mark. SECRET; never shown by `repr`.
 
     Attributes:
@@ -102,7 +111,7 @@ class Kit:
 
     opening: KeyOpening = field(repr=False)
     reference: bytes = field(repr=False)
-    w0: bytes = field(repr=False)
+    base_weights: bytes = field(repr=False)
     head: bytes | None = field(repr=False)
     info: dict[str, Any] = field(repr=False)
 
@@ -110,7 +119,7 @@ class Kit:
         return "Kit(hidden)"
 
 
-def write_kit(storage: Storage, kit: Kit, secret: Secret) -> str:
+def write_kit(storage: Storage, kit: OwnerKit, secret: EncryptionSecret) -> str:
     """Seal the kit and write `kits/<id>/` below `storage`; returns the id.
 
     The id is the first 16 hex of SHA-256 over the sealed bytes. Their salt and nonce are random, so it says
@@ -118,16 +127,16 @@ def write_kit(storage: Storage, kit: Kit, secret: Secret) -> str:
 
     Raises: KeyMaterialError when it is over 2 GiB; ArtifactError when `info` is no JSON; StorageError.
     """
-    parts = [kit.opening.to_json().encode(), json_bytes(kit.info), kit.reference, kit.w0]
+    parts = [kit.opening.to_json().encode(), json_bytes(kit.info), kit.reference, kit.base_weights]
     parts += [] if kit.head is None else [kit.head]
     plaintext = _KIT_MAGIC + b"".join(len(part).to_bytes(8, "big") + part for part in parts)
-    sealed = seal(plaintext, secret, purpose=KIT_PURPOSE)
+    sealed = encrypt_envelope(plaintext, secret, purpose=KIT_PURPOSE)
     kit_id = hashlib.sha256(sealed).hexdigest()[:16]
-    write_folder(storage.child(f"{KITS}/{kit_id}"), {KIT_FILE: sealed})
+    write_manifest_folder(storage.child(f"{KITS}/{kit_id}"), {KIT_FILE: sealed})
     return kit_id
 
 
-def read_kit(location: str, secret: Secret, *, endpoint: str | None = None) -> Kit:
+def read_kit(location: str, secret: EncryptionSecret, *, endpoint: str | None = None) -> OwnerKit:
     """Open a kit folder, or one `.sealed` file, from anywhere (at most 2 GiB).
 
     The opening's signature is checked when its `key()` is asked for, not here.
@@ -140,11 +149,11 @@ def read_kit(location: str, secret: Secret, *, endpoint: str | None = None) -> K
         sealed = storage.read(name, limit)
     else:
         storage = open_storage(location, endpoint=endpoint)
-        sealed = read_folder(storage, file_limit=limit, names=(KIT_FILE,))[KIT_FILE]
-    return _parse_kit(unseal(sealed, secret, purpose=KIT_PURPOSE))
+        sealed = read_manifest_folder(storage, file_limit=limit, names=(KIT_FILE,))[KIT_FILE]
+    return _parse_kit(decrypt_envelope(sealed, secret, purpose=KIT_PURPOSE))
 
 
-def _parse_kit(data: bytes) -> Kit:
+def _parse_kit(data: bytes) -> OwnerKit:
     damaged = KeyMaterialError(
         "the kit's content is damaged or from another version; take another copy", field="kit"
     )
@@ -166,4 +175,4 @@ def _parse_kit(data: bytes) -> Kit:
         info = json_object(parts[1], "kit info")
     except ArtifactError:
         raise damaged from None
-    return Kit(opening, parts[2], parts[3], parts[4] if len(parts) == 5 else None, info)
+    return OwnerKit(opening, parts[2], parts[3], parts[4] if len(parts) == 5 else None, info)

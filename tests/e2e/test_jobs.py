@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from job_process import ROOT, Jobs
 from safetensors.torch import save_file
 
 from mtlsign.config import cli
 from mtlsign.models import architectures
 from mtlsign.watermark.keys.identity import Identity
+from tests.helpers.job_harness import ROOT, Jobs
 
 Ran = tuple[int, str, str]
 Run = Callable[..., Ran]
@@ -52,10 +52,10 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Files that a user might hand in, good and bad."""
     folder = tmp_path_factory.mktemp("given")
     narrow = architectures.build(
-        architectures.graph_for("resnet18", channels=1, classes=10, width=8, stem="stock")
+        architectures.architecture_for("resnet18", channels=1, classes=10, width=8, stem="stock")
     ).state_dict()
     wide = architectures.build(
-        architectures.graph_for("resnet18", channels=1, classes=10, width=12, stem="stock")
+        architectures.architecture_for("resnet18", channels=1, classes=10, width=12, stem="stock")
     ).state_dict()
     torch.save({f"module.{name}": t for name, t in narrow.items()}, folder / "prefixed.pt")
     save_file(narrow, folder / "good.safetensors")

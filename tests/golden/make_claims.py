@@ -8,19 +8,16 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "unit" / "claims"))
-from world import ALICE, Town, kit_of, person
-
 from mtlsign.claims import owner
-from mtlsign.claims.commands.owner import note_of
+from mtlsign.claims.commands.owner import signed_note
 from mtlsign.claims.judging.admissibility import find_claim
-from mtlsign.claims.judging.council import tally
+from mtlsign.claims.judging.council import tally_votes
+from tests.unit.claims.scenario import ALICE, Town, kit_of, person
 
 OUT = Path(__file__).parent / "v0" / "claims.json"
 WARNING = "PUBLISHED TEST KEYS: anybody can sign as these people. Never use any of them."
@@ -53,7 +50,7 @@ def vectors() -> dict[str, Any]:
                 {"size": head.size, "root": head.root.hex(), "line": line.line()}
                 for head, line in town.ledger.cosignatures(view.origin)
             ],
-            "head": note_of(town.ledger, view).decode(),
+            "head": signed_note(town.ledger, view).decode(),
             "inclusion": [[step.hex() for step in town.ledger.prove(i, size)] for i in range(size)],
             "consistency": {
                 str(old): [step.hex() for step in town.ledger.prove_consistency(old, size)]
@@ -67,7 +64,7 @@ def vectors() -> dict[str, Any]:
                 "roots": {str(n): town.ledger.head(n).root.hex() for n in range(1, size + 1)},
                 "key": kit.opening.key().hex(),
                 "tallies": {
-                    str(e.index): tally(view, e, c).counts
+                    str(e.index): tally_votes(view, e, c).counts
                     for e, c in (find_claim(view, str(i)) for i in (entry.index, entry.index + 2))
                 },
                 "statements": [hashlib.sha256(_payload(row)).hexdigest() for row in rows],

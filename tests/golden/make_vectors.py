@@ -21,7 +21,7 @@ from mtlsign.watermark.carriers import qr
 from mtlsign.watermark.keys import identity, spec
 from mtlsign.watermark.keys import opening as key
 from mtlsign.watermark.verification import evidence
-from mtlsign.watermark.verification.detector import Probe, verify
+from mtlsign.watermark.verification.detector import WatermarkDetector, verify
 from mtlsign.watermark.verification.reference import Reference, make_reference
 
 TEST_SEED = b"MTLSIGN TEST OWNER, NEVER USE IT"
@@ -67,8 +67,12 @@ def specs() -> dict[str, bytes]:
 def expand(opening: key.KeyOpening) -> dict[str, Any]:
     """Everything a key fixes, by the package."""
     secret, spec = opening.key(), opening.parse()
-    pi, bits, signs = key.integers(secret, spec.n), key.labels(secret, spec.n), key.signs(secret, D)
-    codes, images = qr.modules(pi[:2], spec.carrier.digits), qr.images(pi[:2], spec.carrier)
+    pi, bits, signs = (
+        key.watermark_integers(secret, spec.n),
+        key.watermark_labels(secret, spec.n),
+        key.head_signs(secret, D),
+    )
+    codes, images = qr.encode_modules(pi[:2], spec.carrier.digits), qr.images(pi[:2], spec.carrier)
     return {
         "key": secret.hex(),
         "m": spec.m_bits(spec.n),
@@ -103,7 +107,9 @@ def tails() -> list[dict[str, Any]]:
         (128, 128),
         (4096, 2500),
     )
-    rows: list[dict[str, Any]] = [{"n": n, "k": k, "bits": evidence.tail_bits(k, n)} for n, k in counts]
+    rows: list[dict[str, Any]] = [
+        {"n": n, "k": k, "bits": evidence.binomial_evidence_bits(k, n)} for n, k in counts
+    ]
     weights = [byte % 16 for byte in hashlib.sha512(b"weights").digest()]
     correct = [int(byte % 4 > 0) for byte in hashlib.sha512(b"correct").digest()]
     bits = evidence.weighted_tail_bits(weights, np.array(correct, bool))
@@ -209,9 +215,9 @@ def tensors_of(integers: dict[str, list[int]]) -> dict[str, Tensor]:
 def frame() -> dict[str, Any]:
     """Reference, frame and scores of a small network, from kernels to verdict."""
     owner = identity.Identity(TEST_SEED, TEST_KIT_KEY)
-    w0, suspect = network("w0"), network("suspect")
+    base_weights, suspect = network("w0"), network("suspect")
     model = tiny()
-    model.load_state_dict(tensors_of(w0), strict=False)
+    model.load_state_dict(tensors_of(base_weights), strict=False)
     carrier = qr.make_carrier(128, 1, 21, 21)
     reference = make_reference(model, [FRAME_TAP], torch.zeros(2, 1, 21, 21))
     opening = key.sign_spec(
@@ -226,7 +232,7 @@ def frame() -> dict[str, Any]:
         "warning": WARNING,
         "convolutions": [list(conv) for conv in CONVS],
         "eps": 2.0**-10,
-        "w0": w0,
+        "w0": base_weights,
         "suspect": suspect,
         "opening": json.loads(opening.to_json()),
         "reference": base64.b64encode(reference.data).decode("ascii"),
@@ -236,12 +242,12 @@ def frame() -> dict[str, Any]:
 
 def judged(opening: key.KeyOpening, reference: Reference, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """What the package makes of a suspect: framed kernels, scores, k, control keys."""
-    probe = Probe(opening, reference, factories={"golden:tiny": tiny})
-    framed = probe.graph.into_frame(probe.graph.read(tensors))
-    scores, _ = probe.scores(tensors)
+    detector = WatermarkDetector(opening, reference, factories={"golden:tiny": tiny})
+    framed = detector.graph.into_frame(detector.graph.read(tensors))
+    scores, _ = detector.score_state_dict(tensors)
     assert scores is not None
-    verdict = verify(tensors, probe)
-    controls = [key.keystream(probe.key, f"mtlsign/v0/control/{i}".encode(), 32).hex() for i in range(2)]
+    verdict = verify(tensors, detector)
+    controls = [key.keystream(detector.key, f"mtlsign/v0/control/{i}".encode(), 32).hex() for i in range(2)]
     return {
         "framed": {name: kernel.flatten().tolist() for name, kernel in framed.items()},
         "scores": scores.tolist(),

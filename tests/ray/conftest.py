@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from job_process import Job, Jobs
+
+from tests.helpers.job_harness import Job, Jobs
 
 
 @pytest.fixture

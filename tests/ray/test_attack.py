@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from job_process import Finished, Job, Jobs
 
-from mtlsign.watermark.keys.sealing import Secret
+from mtlsign.watermark.keys.sealing import EncryptionSecret
 from mtlsign.watermark.kit import read_kit
+from tests.helpers.job_harness import Finished, Job, Jobs
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
@@ -48,7 +48,7 @@ def test_tasks_give_the_rows_of_one_process_and_show_no_secret(
     for ray_row, plain_row in zip(table(tmp_path, "ray"), table(tmp_path, "plain"), strict=True):
         for column in set(ray_row) - LOOSE:
             assert ray_row[column] == plain_row[column], (ray_row["attack"], column)
-    opening = read_kit(baseline.result["kit"], Secret.from_kit_key(jobs.identity.kit_key)).opening
+    opening = read_kit(baseline.result["kit"], EncryptionSecret.from_kit_key(jobs.identity.kit_key)).opening
     nonce = bytes.fromhex(json.loads(opening.spec)["nonce"])
     forms = [opening.spec, jobs.passphrase]
     for raw in (opening.key(), opening.signature, nonce, jobs.identity.kit_key, jobs.identity._seed):

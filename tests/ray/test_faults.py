@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from job_process import SMALL, Finished, Job, Jobs, checkpoints, result_of
+
+from tests.helpers.job_harness import SMALL, Finished, Job, Jobs, checkpoints, result_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 

@@ -18,20 +18,20 @@ from typing import Any
 
 import pytest
 import urllib3
-from certificates import certificate
-from job_process import Job, Jobs
 from safetensors.torch import save
 
 from mtlsign.config.service import ServiceSettings
 from mtlsign.distributed import serve
 from mtlsign.service.auth import tokens
 from mtlsign.service.auth.signing import read_verdict
-from mtlsign.service.client import Client, claim_of
-from mtlsign.service.database import Store
+from mtlsign.service.client import Client, make_claim
+from mtlsign.service.database import Database
 from mtlsign.storage.model_folder import model_bytes
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.keys.opening import sign_spec
 from mtlsign.watermark.keys.spec import make_spec
+from tests.helpers.job_harness import Job, Jobs
+from tests.helpers.tls_fixtures import certificate
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
@@ -66,7 +66,7 @@ class Running:
             "--max-body-mb", "4", "--controls", "4", PYTHONUNBUFFERED="1",
         )  # fmt: skip
         self.job.until(lambda: "answers" in self.job.out, 600)
-        store = Store(self.state / "service.sqlite")
+        store = Database(self.state / "service.sqlite")
         self.token = tokens.issue(store, "test", ["verify", "ledger"], 1)
         store.close()
 
@@ -85,7 +85,7 @@ class Running:
         found, wanted = [], []
         for i in range(count):
             right = i % 3 == 0
-            claim = claim_of(pointers[i % 5], self.right if right else self.other, self.reference)
+            claim = make_claim(pointers[i % 5], self.right if right else self.other, self.reference)
             answer = "accepted" if right and i % 5 == 0 else "rejected"
             if i % 10 == 7:
                 claim["bundle"]["reference"] = base64.b64encode(b"%d" % i).decode()
@@ -133,8 +133,8 @@ def test_the_service_starts_and_answers_over_tls(
     service = Running(jobs, marked, owner, tmp_path, 1, "--tls-cert", str(cert), "--tls-key", str(key))
     model = f"file://{service.goods}/marked.safetensors"
     claims = [
-        claim_of(model, service.right, service.reference), claim_of(model, service.other, service.reference),
-        claim_of("file:///etc/passwd", service.right, service.reference),
+        make_claim(model, service.right, service.reference), make_claim(model, service.other, service.reference),
+        make_claim("file:///etc/passwd", service.right, service.reference),
     ]  # fmt: skip
     url = service.url.replace("http://127.0.0.1", "https://localhost")
     with Client(url, service.token, patience_s=120, ca=cert) as client:
@@ -220,7 +220,7 @@ def test_a_killed_ingress_loses_nothing(running: Running) -> None:
             return client.verify(part, wait_s=30)
 
     def kept() -> tuple[int, int, int]:
-        store = Store(running.state / "service.sqlite")
+        store = Database(running.state / "service.sqlite")
         query = "SELECT count(*), count(DISTINCT idem), sum(finished IS NULL) FROM jobs WHERE count=25"
         (found,) = store.rows(query)
         store.close()
@@ -240,7 +240,7 @@ def test_a_killed_ingress_loses_nothing(running: Running) -> None:
 @pytest.mark.slow
 def test_figures_and_log_say_what_happened_and_no_secret(running: Running) -> None:
     with Client(running.url, running.token, patience_s=120) as client:
-        client.verify([claim_of(running.model("logged", 77), running.right, running.reference)])
+        client.verify([make_claim(running.model("logged", 77), running.right, running.reference)])
     for name in ("mtlsign_claims", "mtlsign_answers", "mtlsign_stage_seconds_count", "mtlsign_cache"):
         assert running.figure(name) > 0, name
     logs = list((running.ray / "ray" / "session_latest" / "logs").rglob("*"))

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from job_process import ROOT, Jobs, free_port
 
-from mtlsign.service.client import Client, claim_of
+from mtlsign.service.client import Client, make_claim
 from mtlsign.storage.model_folder import model_bytes
+from tests.helpers.job_harness import ROOT, Jobs, free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -30,7 +30,7 @@ def test_serve_deploy_and_bulk_work_through_submit(jobs: Jobs, marked: Any, tmp_
     model = tmp_path / "goods" / "marked.safetensors"
     model.parent.mkdir()
     model.write_bytes(model_bytes(done.tensors))
-    claim = claim_of(f"file://{model}", done.kit.opening, done.kit.reference)
+    claim = make_claim(f"file://{model}", done.kit.opening, done.kit.reference)
     state = tmp_path / "state"
     env = {
         PROXY_SETTING: PROXY_VALUE, "MTLSIGN_STATE": str(state), "MTLSIGN_ALLOW": f"file://{model.parent}",

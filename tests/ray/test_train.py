@@ -11,12 +11,12 @@ import shlex
 from pathlib import Path
 
 import pytest
-from job_process import ROOT, Finished, Jobs
 
 from mtlsign.config import cli
 from mtlsign.storage.model_folder import read_model
-from mtlsign.watermark.keys.sealing import Secret
+from mtlsign.watermark.keys.sealing import EncryptionSecret
 from mtlsign.watermark.kit import read_kit
+from tests.helpers.job_harness import ROOT, Finished, Jobs
 
 # The limit is for crowded machines; on two quiet cores the whole file takes about a minute.
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -98,7 +98,7 @@ def test_no_ray_noise_reaches_the_terminal(baseline: Finished) -> None:
 
 
 def test_no_secret_is_in_rays_logs_in_the_storage_or_in_the_output(baseline: Finished, jobs: Jobs) -> None:
-    opening = read_kit(baseline.result["kit"], Secret.from_kit_key(jobs.identity.kit_key)).opening
+    opening = read_kit(baseline.result["kit"], EncryptionSecret.from_kit_key(jobs.identity.kit_key)).opening
     secrets = {"key": opening.key(), "signature": opening.signature, "kit key": jobs.identity.kit_key}
     secrets["nonce"] = bytes.fromhex(json.loads(opening.spec)["nonce"])
     secrets["seed"] = jobs.identity._seed

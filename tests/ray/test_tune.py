@@ -11,13 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from job_process import ROOT, Job, Jobs
 
 from mtlsign.config.sweep import SweepSettings
 from mtlsign.experiments.sweeps.run import SweepRun
 from mtlsign.experiments.sweeps.space import count_of
-from mtlsign.experiments.sweeps.trial import Shared
+from mtlsign.experiments.sweeps.trial import SharedTrialData
 from mtlsign.storage.locations import open_storage
+from tests.helpers.job_harness import ROOT, Job, Jobs
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -58,7 +58,7 @@ def test_rows_of_what_was_stopped_or_lost_hold_their_settings(tmp_path: Path) ->
         SimpleNamespace(metrics={"step": 7}, config=space, error=None),
         SimpleNamespace(metrics=None, config={**space, "seed": 5}, error=RuntimeError("a node\ndied")),
     ]
-    shared = Shared(open_storage(str(tmp_path)), {}, "int8", 120.0, None, False)
+    shared = SharedTrialData(open_storage(str(tmp_path)), {}, "int8", 120.0, None, False)
     stopped, lost = tune._rows(results, shared)  # type: ignore[arg-type]
     assert (stopped["status"], stopped["reason"]) == ("stopped", "stopped at step 7")
     assert (lost["status"], lost["reason"]) == ("failed", "died")
@@ -91,20 +91,20 @@ def test_a_resumed_sweep_draws_the_same_cells_and_keeps_what_else_was_finished(
             return [SimpleNamespace(metrics={"step": 7}, config=c, error=None) for c in configs]
 
     monkeypatch.setattr(tune, "Tuner", Tuner)
-    monkeypatch.setattr(tune.RayFleet, "_clean", lambda *_: {})
+    monkeypatch.setattr(tune.RaySweepBackend, "_clean", lambda *_: {})
 
     def drawn(seed: int) -> dict[str, str]:
-        s = SweepSettings.of({"num_samples": 3, "seed": seed})
+        settings = SweepSettings.of({"num_samples": 3, "seed": seed})
         space = {
             "task": "digits",
             "lambda1": uniform(0, 1),
             "lambda2": {"grid_search": [0.0, 1.0]},
             "seed": 0,
         }
-        assert count_of(space, s) == 6
-        fleet = tune.RayFleet()
+        assert count_of(space, settings) == 6
+        fleet = tune.RaySweepBackend()
         fleet._each = {"CPU": 1.0}
-        rows = fleet.sweep(s, space, run)
+        rows = fleet.run_trials(settings, space, run)
         assert fleet.grid is not None and len(fleet.grid) == 6, "what a notebook looks at afterwards"
         return {row["cell"]: row["status"] for row in rows}
 

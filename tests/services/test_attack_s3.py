@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from seaweed import S3Server
 
 from mtlsign.config import cli
 from mtlsign.storage.locations import open_storage
 from mtlsign.storage.model_folder import read_model
 from mtlsign.watermark.keys.identity import Identity
-from mtlsign.watermark.keys.sealing import Secret
+from mtlsign.watermark.keys.sealing import EncryptionSecret
+from tests.helpers.seaweedfs_server import S3Server
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
 
@@ -43,7 +43,7 @@ def test_an_attack_run_lives_in_s3(
     owner.save(identity, None)
     place = f"s3://{s3.bucket}/attack"
     store, done = open_storage(place, endpoint=s3.endpoint), marked[1]
-    done.save(store, Secret.from_kit_key(owner.kit_key))
+    done.save(store, EncryptionSecret.from_kit_key(owner.kit_key))
     main = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "attack.py"))["main"]
     flags = [
         "--model", done.result["model_path"], "--kit", done.result["kit"], "--owner", str(identity),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from job_process import Finished, Jobs
-from seaweed import S3Server
 
 from mtlsign.storage.locations import open_storage
 from mtlsign.storage.model_folder import read_model
-from mtlsign.watermark.keys.sealing import Secret
+from mtlsign.watermark.keys.sealing import EncryptionSecret
 from mtlsign.watermark.kit import read_kit
+from tests.helpers.job_harness import Finished, Jobs
+from tests.helpers.seaweedfs_server import S3Server
 
 pytestmark = [pytest.mark.ray, pytest.mark.services, pytest.mark.timeout(1800)]
 
@@ -42,7 +42,7 @@ def test_embedding_into_s3_gives_the_same_model(
     }
     assert json.loads(store.read("runs/s/result.json", 2**20)) == result
     assert read_model(result["model_path"]).digest == result["model_digest"]
-    secret = Secret.from_kit_key(jobs.identity.kit_key)
+    secret = EncryptionSecret.from_kit_key(jobs.identity.kit_key)
     ours, theirs = read_kit(result["kit"], secret), read_kit(baseline.result["kit"], secret)
     assert ours.opening == theirs.opening
     hidden = [s3.env["AWS_SECRET_ACCESS_KEY"].encode(), s3.env["AWS_ACCESS_KEY_ID"].encode()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import secrets
-import sys
 import tempfile
 import threading
 import time
@@ -13,40 +12,41 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import etcd
 import pytest
 
 from mtlsign.claims import merkle, owner
 from mtlsign.claims.judging.admissibility import find_claim
-from mtlsign.claims.judging.council import tally
+from mtlsign.claims.judging.council import tally_votes
 from mtlsign.claims.ledger.etcd import EtcdLedger, open_etcd
 from mtlsign.claims.ledger.etcd_client import encode
 from mtlsign.claims.ledger.open import open_ledger
-from mtlsign.claims.ledger.rebuild import check
+from mtlsign.claims.ledger.rebuild import verify_stored_tree
 from mtlsign.claims.ledger.tls import Tls
-from mtlsign.claims.ledger.view import read_view
+from mtlsign.claims.ledger.view import read_ledger
 from mtlsign.claims.ledger.witness import Witness
-from mtlsign.claims.statements.parsing import seal
+from mtlsign.claims.statements.parsing import sign_statement
 from mtlsign.claims.statements.types import Register
 from mtlsign.errors import LedgerError
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "unit" / "claims"))
-from world import ALICE, Town, kit_of, person
+from tests.helpers import etcd_cluster
+from tests.unit.claims.scenario import ALICE, Town, kit_of, person
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[etcd.Cluster]:
-    found, reason = etcd.program()
+def cluster() -> Iterator[etcd_cluster.Cluster]:
+    found, reason = etcd_cluster.program()
     if found is None:
         pytest.skip(reason)
-    with tempfile.TemporaryDirectory(prefix="mtlsign-etcd-") as folder, etcd.running(Path(folder)) as running:
+    with (
+        tempfile.TemporaryDirectory(prefix="mtlsign-etcd-") as folder,
+        etcd_cluster.running(Path(folder)) as running,
+    ):
         yield running
 
 
 @pytest.fixture
-def fresh(cluster: etcd.Cluster) -> Iterator[Callable[[], EtcdLedger]]:
+def fresh(cluster: etcd_cluster.Cluster) -> Iterator[Callable[[], EtcdLedger]]:
     """Opens clients of one new, empty ledger."""
     prefix, opened = f"/test/{secrets.token_hex(4)}", []
 
@@ -77,7 +77,7 @@ def test_it_is_the_same_tree_as_sqlite(fresh: Callable[[], EtcdLedger], tmp_path
             assert merkle.verify_inclusion(merkle.leaf_hash(rows[index]), index, size, path, head.root)
         proof = ledger.prove_consistency(size // 2, size)
         assert merkle.verify_consistency(size // 2, local.head(size // 2).root, size, head.root, proof)
-    assert check(ledger) == check(local)
+    assert verify_stored_tree(ledger) == verify_stored_tree(local)
     for wrong in (lambda: ledger.get(60), lambda: ledger.prove(60, 60), lambda: ledger.append(b""),
                   lambda: ledger.append(bytes(65_537)), lambda: list(ledger.scan(50, 70))):  # fmt: skip
         with pytest.raises(LedgerError):
@@ -106,7 +106,7 @@ def test_racing_writers_lose_and_double_nothing(fresh: Callable[[], EtcdLedger])
     for pairs in got.values():
         own = [index for index, row in pairs if row.startswith(b"of")]
         assert own == sorted(own)
-    check(fresh())
+    verify_stored_tree(fresh())
 
 
 def test_the_whole_way_on_etcd(fresh: Callable[[], EtcdLedger], tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_the_whole_way_on_etcd(fresh: Callable[[], EtcdLedger], tmp_path: Path) 
     owner.publish(town.owner(ALICE), [kit])
     entry, claim = owner.claim(town.owner(ALICE), [kit], town.archive, model + b" tuned", marked=model)
     view = town.vote()
-    assert tally(view, *find_claim(view, entry.leaf.hex())).counts == {"accepted": 5}
+    assert tally_votes(view, *find_claim(view, entry.leaf.hex())).counts == {"accepted": 5}
     assert town.dispute(entry.leaf.hex()).standings[0].standing == "in_the_weights"
     assert claim.publish.index == 1 and town.ledger.freshness().current
 
@@ -150,7 +150,7 @@ def test_a_thief_with_credentials_is_noticed(
     town = Town(tmp_path, ["1", "2"], ledger=ledger)
     who = {"signer": ALICE.public_key, "ledger": town.view().origin, "time": 1_790_000_000}
     rows = [ledger.get(0)] + [
-        seal(Register(**who, models=((f"m{i}", bytes([i]) * 32),)), ALICE) for i in range(6)
+        sign_statement(Register(**who, models=((f"m{i}", bytes([i]) * 32),)), ALICE) for i in range(6)
     ]
     for row in rows[1:]:
         ledger.append(row)
@@ -173,7 +173,7 @@ def test_a_thief_with_credentials_is_noticed(
         with pytest.raises(LedgerError, match="stored tree does not prove entry 1"):
             fresh().prove(1, 7)
     elif crime == "state":
-        tree = merkle.Frontier(7, [bytes(32)] * 3)
+        tree = merkle.CompactRange(7, [bytes(32)] * 3)
         found = {"size": 7, "frontier": [h.hex() for h in tree.hashes]}
         put(ledger, "h", json.dumps(found, separators=(",", ":")).encode())
     elif crime == "empty":
@@ -187,7 +187,7 @@ def test_a_thief_with_credentials_is_noticed(
             Witness(town.members[0], fresh(), path, clock=town.clock).step()
     if crime != "replace":  # a reader sees it too, from the nodes, or from the members' old co-signatures
         with pytest.raises(LedgerError):
-            read_view(fresh())
+            read_ledger(fresh())
 
 
 def test_deleted_cosignatures_come_back(fresh: Callable[[], EtcdLedger], tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_flipped_bits_of_stored_values(fresh: Callable[[], EtcdLedger], tmp_path
 
     def picture() -> object:
         seen = fresh()
-        view = read_view(seen)
+        view = read_ledger(seen)
         proofs = [seen.prove(i, 6) for i in range(6)]
         places = [seen.append(row) for row in rows]  # a retry finds its entry
         for member in town.members:
@@ -254,8 +254,8 @@ def test_flipped_bits_of_stored_values(fresh: Callable[[], EtcdLedger], tmp_path
     assert picture() == good and not [what for what in noticed if what.startswith("without")]
 
 
-def test_a_stranger_gets_in_nowhere(cluster: etcd.Cluster, tmp_path: Path) -> None:
-    stranger = etcd.Authority(tmp_path, "stranger")
+def test_a_stranger_gets_in_nowhere(cluster: etcd_cluster.Cluster, tmp_path: Path) -> None:
+    stranger = etcd_cluster.Authority(tmp_path, "stranger")
     good, bad = cluster.tls, stranger.issue("nobody")
     for files in (Tls(good.ca, bad.cert, bad.key), Tls(bad.ca, good.cert, good.key)):
         with pytest.raises(LedgerError) as caught:
@@ -264,7 +264,7 @@ def test_a_stranger_gets_in_nowhere(cluster: etcd.Cluster, tmp_path: Path) -> No
 
 
 def test_a_minority_refuses_writes_and_says_how_old_its_answers_are(
-    cluster: etcd.Cluster, fresh: Callable[[], EtcdLedger]
+    cluster: etcd_cluster.Cluster, fresh: Callable[[], EtcdLedger]
 ) -> None:
     ledger = fresh()
     for i in range(5):
@@ -296,12 +296,12 @@ def test_a_minority_refuses_writes_and_says_how_old_its_answers_are(
     ]
     again = ledger.append(b"refused")
     assert list(reader.scan()).count(b"refused") == 1 and again == 6
-    check(reader)
+    verify_stored_tree(reader)
 
 
 @pytest.mark.slow
 def test_the_leader_is_killed_under_1000_publishes_of_4_clients(
-    cluster: etcd.Cluster, fresh: Callable[[], EtcdLedger], tmp_path: Path
+    cluster: etcd_cluster.Cluster, fresh: Callable[[], EtcdLedger], tmp_path: Path
 ) -> None:
     town = Town(tmp_path, ["1", "2", "3"], ledger=fresh())
     origin, acknowledged, kills = town.view().origin, {}, []
@@ -314,7 +314,7 @@ def test_the_leader_is_killed_under_1000_publishes_of_4_clients(
             said = Register(
                 signer=me.public_key, ledger=origin, time=int(time.time()), models=((f"{i}", digest),)
             )
-            data = seal(said, me)
+            data = sign_statement(said, me)
             while True:
                 try:
                     acknowledged[data] = ledger.append(data)
@@ -348,7 +348,7 @@ def test_the_leader_is_killed_under_1000_publishes_of_4_clients(
     rows = list(ledger.scan())
     assert len(rows) == 1001 == len(set(rows)) and len(acknowledged) == 1000
     assert all(rows[index] == data for data, index in acknowledged.items())
-    head = check(ledger)
+    head = verify_stored_tree(ledger)
     for index in range(0, 1001, 97):
         path = ledger.prove(index, 1001)
         assert merkle.verify_inclusion(merkle.leaf_hash(rows[index]), index, 1001, path, head.root)
@@ -357,4 +357,4 @@ def test_the_leader_is_killed_under_1000_publishes_of_4_clients(
     assert view.heads[-1].head == head and not view.remarks
     cluster.stop()
     cluster.start()
-    assert check(fresh()) == head and list(fresh().scan()) == rows
+    assert verify_stored_tree(fresh()) == head and list(fresh().scan()) == rows

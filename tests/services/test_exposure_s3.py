@@ -6,18 +6,18 @@ import json
 
 import boto3
 import pytest
-import seaweed
 from botocore.config import Config
 
-from mtlsign.claims.exposure import is_public
+from mtlsign.claims.exposure import is_publicly_readable
 from mtlsign.errors import StorageError
 from mtlsign.storage.locations import open_storage
+from tests.helpers import seaweedfs_server
 
 pytestmark = pytest.mark.services
 
 
 def test_a_model_that_anybody_can_read_is_public(
-    s3: seaweed.S3Server, monkeypatch: pytest.MonkeyPatch
+    s3: seaweedfs_server.S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in s3.env.items():
         monkeypatch.setenv(name, value)
@@ -44,12 +44,12 @@ def test_a_model_that_anybody_can_read_is_public(
         ],
     }
     for folder in ("open/m", "closed/m", "nowhere"):
-        assert not is_public(f"s3://{bucket}/{folder}", endpoint=s3.endpoint)
+        assert not is_publicly_readable(f"s3://{bucket}/{folder}", endpoint=s3.endpoint)
     client.put_bucket_policy(Bucket=bucket, Policy=json.dumps(everybody))
     found = [
-        is_public(f"s3://{bucket}/{place}", endpoint=s3.endpoint)
+        is_publicly_readable(f"s3://{bucket}/{place}", endpoint=s3.endpoint)
         for place in ("open/m", "open/m/model.safetensors", "closed/m", "closed/m/model.safetensors")
     ]
     assert found == [True, True, False, False]
     with pytest.raises(StorageError, match="cannot ask"):
-        is_public(f"s3://{bucket}/open/m", endpoint="http://127.0.0.1:9")
+        is_publicly_readable(f"s3://{bucket}/open/m", endpoint="http://127.0.0.1:9")

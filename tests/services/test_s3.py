@@ -10,16 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from seaweed import S3Server
 
 from mtlsign.errors import ArtifactError, StorageError
 from mtlsign.storage.base import Storage
 from mtlsign.storage.locations import open_storage
-from mtlsign.storage.manifest import MANIFEST, read_folder, write_folder
+from mtlsign.storage.manifest import MANIFEST, read_manifest_folder, write_manifest_folder
 from mtlsign.storage.model_folder import read_model, write_model
 from mtlsign.watermark.keys.opening import KeyOpening
-from mtlsign.watermark.keys.sealing import Secret
-from mtlsign.watermark.kit import Kit, read_kit, write_kit
+from mtlsign.watermark.keys.sealing import EncryptionSecret
+from mtlsign.watermark.kit import OwnerKit, read_kit, write_kit
+from tests.helpers.seaweedfs_server import S3Server
 
 pytestmark = pytest.mark.services
 
@@ -58,9 +58,9 @@ def test_what_is_too_large_or_missing_is_not_read(store: Storage) -> None:
 
 def test_of_eight_racing_writers_one_wins(store: Storage) -> None:
     with ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(lambda i: store.write("once", b"%d" % i, only_if_new=True), range(8)))
+        won = list(pool.map(lambda i: store.write("once", b"%d" % i, if_absent=True), range(8)))
     assert sum(won) == 1 and store.read("once", 9) == b"%d" % won.index(True)
-    assert not store.write("once", b"late", only_if_new=True)
+    assert not store.write("once", b"late", if_absent=True)
 
 
 def test_check_writable_passes_and_leaves_nothing(store: Storage) -> None:
@@ -72,21 +72,21 @@ def test_the_folder_rule_holds(store: Storage) -> None:
     folder, files = store.child("runs/one"), {"a": b"alpha", "b": b""}
     folder.write("a", b"left by a crash")
     with pytest.raises(ArtifactError, match="no complete folder"):
-        read_folder(folder)
-    write_folder(folder, files)
-    write_folder(folder, files)
-    assert read_folder(folder) == files and folder.list() == ["a", "b", MANIFEST]
+        read_manifest_folder(folder)
+    write_manifest_folder(folder, files)
+    write_manifest_folder(folder, files)
+    assert read_manifest_folder(folder) == files and folder.list() == ["a", "b", MANIFEST]
     with pytest.raises(ArtifactError, match="already holds"):
-        write_folder(folder, {"a": b"other"})
+        write_manifest_folder(folder, {"a": b"other"})
     folder.write("a", b"ALPHA")
     with pytest.raises(ArtifactError, match="is not what"):
-        read_folder(folder)
+        read_manifest_folder(folder)
     store.delete("runs/one")
     assert folder.list() == []
 
 
 def test_models_and_kits_go_there_and_back(store: Storage, s3: S3Server) -> None:
-    tensors, secret = {"w": torch.arange(5.0)}, Secret.from_kit_key(bytes(32))
+    tensors, secret = {"w": torch.arange(5.0)}, EncryptionSecret.from_kit_key(bytes(32))
     digest = write_model(store, tensors, {"a": 1}, "card")
     bare = store.uri.partition("?")[0] + f"/models/{digest}"
     for place in (
@@ -96,7 +96,9 @@ def test_models_and_kits_go_there_and_back(store: Storage, s3: S3Server) -> None
         found = read_model(place)
         assert found.digest == digest and torch.equal(found.tensors["w"], tensors["w"])
     assert read_model(bare, endpoint=s3.endpoint).config == {"a": 1}
-    kit = Kit(KeyOpening(b"{}", b"\1" * 32, b"\2" * 64), b"reference", b"w0", None, {"model_digest": digest})
+    kit = OwnerKit(
+        KeyOpening(b"{}", b"\1" * 32, b"\2" * 64), b"reference", b"w0", None, {"model_digest": digest}
+    )
     kit_id = write_kit(store, kit, secret)
     assert read_kit(store.child(f"kits/{kit_id}").uri, secret) == kit
 

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import seaweed
 
 from mtlsign.config.service import ServiceSettings
-from mtlsign.service.fetch.model_cache import Library
+from mtlsign.service.fetch.model_cache import ModelFetcher
 from mtlsign.service.problems import Problem
 from mtlsign.storage.locations import open_storage
 from mtlsign.storage.model_folder import model_bytes, write_model
+from tests.helpers import seaweedfs_server
 
 pytestmark = pytest.mark.services
 
 
 def test_models_in_s3(
-    s3: seaweed.S3Server, marked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: seaweedfs_server.S3Server, marked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in s3.env.items():
         monkeypatch.setenv(name, value)
@@ -30,10 +30,10 @@ def test_models_in_s3(
     assert write_model(place, done.tensors, {}, "") == digest
     place.write("bare.safetensors", data)
     place.write("other.safetensors", b"x" * (2**20 + 1))
-    s = ServiceSettings.of(
+    settings = ServiceSettings.of(
         {"state": tmp_path, "allow": f"s3://{s3.bucket}/service", "endpoint": s3.endpoint, "max_model_mb": 1}
     )
-    library = Library(s)
+    library = ModelFetcher(settings)
     for pointer in (f"models/{digest}", "bare.safetensors"):
         found, path, _ = library.model(f"s3://{s3.bucket}/service/{pointer}")
         assert found == digest and path.read_bytes() == data

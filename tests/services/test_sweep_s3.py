@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from seaweed import S3Server
 
 from mtlsign.config import cli
 from mtlsign.experiments.sweeps import run, trial
 from mtlsign.experiments.sweeps.space import Cell
-from mtlsign.experiments.sweeps.trial import Shared
+from mtlsign.experiments.sweeps.trial import SharedTrialData
 from mtlsign.storage.locations import open_storage
 from mtlsign.tasks import Task
+from tests.helpers.seaweedfs_server import S3Server
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
 
@@ -46,7 +46,7 @@ def test_a_sweep_lives_in_s3(
     steps: dict[str, list[int]] = {}
 
     def watch(stop: bool) -> Callable[..., Any]:
-        def run_cell(cell: Cell, shared: Shared, show: object) -> Any:
+        def run_cell(cell: Cell, shared: SharedTrialData, show: object) -> Any:
             seen = steps.setdefault(cell.name, [])
 
             def look(row: Mapping[str, Any]) -> None:
@@ -73,7 +73,7 @@ def test_a_sweep_lives_in_s3(
     steps.clear()
     monkeypatch.setattr(run, "run_cell", watch(stop=False))
     monkeypatch.setattr(
-        "mtlsign.watermark.embedding.pipeline.clean_phase", lambda *_: pytest.fail("phase 1 ran again")
+        "mtlsign.watermark.embedding.pipeline.run_phase1", lambda *_: pytest.fail("phase 1 ran again")
     )
     code, out = start("--resume", "s")
     assert code == 0 and steps[first] == [] and min(steps[second]) > 50

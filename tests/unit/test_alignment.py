@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mtlsign.watermark.verification import alignment
-from mtlsign.watermark.verification.alignment import column_norms, into_frame, mass
+from mtlsign.watermark.verification.alignment import canonicalize_kernels, column_norms, squared_block_norms
 
 SHAPES = [((6, 4, 3, 3), 1), ((6, 2, 3, 3), 2), ((6, 1, 3, 3), 6), ((8, 5), 1), ((12, 3, 1, 1), 4)]
 
@@ -30,7 +30,7 @@ def scaled(kernel: Tensor, groups: int, seed: int, spread: float = 2.0) -> Tenso
 @pytest.mark.parametrize(("shape", "groups"), SHAPES)
 def test_mass_is_blockwise(shape: tuple[int, ...], groups: int) -> None:
     kernel = kernel_of(shape)
-    p = mass(kernel, groups)
+    p = squared_block_norms(kernel, groups)
     assert p.shape == (groups, shape[0] // groups, shape[1]) and p.dtype == torch.float64
     per = shape[0] // groups
     assert p[-1, 0, -1] == pytest.approx(float(kernel[per * (groups - 1), -1].double().square().sum()))
@@ -41,14 +41,14 @@ def test_w0_is_a_fixed_point(shape: tuple[int, ...], groups: int) -> None:
     kernel = kernel_of(shape)
     unit = kernel / kernel.flatten(1).norm(dim=1).reshape(-1, *[1] * (kernel.dim() - 1))
     torch.testing.assert_close(
-        into_frame(kernel, column_norms(kernel, groups), groups), unit, rtol=0, atol=1e-6
+        canonicalize_kernels(kernel, column_norms(kernel, groups), groups), unit, rtol=0, atol=1e-6
     )
 
 
 @pytest.mark.parametrize(("shape", "groups"), SHAPES)
 def test_rows_are_units_and_columns_are_those_of_w0(shape: tuple[int, ...], groups: int) -> None:
     columns = column_norms(kernel_of(shape), groups)
-    framed = into_frame(kernel_of(shape, 1), columns, groups)
+    framed = canonicalize_kernels(kernel_of(shape, 1), columns, groups)
     assert framed.dtype == torch.float32
     torch.testing.assert_close(framed.flatten(1).norm(dim=1), torch.ones(shape[0]), rtol=0, atol=1e-5)
     torch.testing.assert_close(column_norms(framed, groups), columns, rtol=1e-3, atol=1e-3)
@@ -59,13 +59,16 @@ def test_rows_are_units_and_columns_are_those_of_w0(shape: tuple[int, ...], grou
 def test_positive_scalings_are_gone(which: int, seed: int) -> None:
     shape, groups = SHAPES[which]
     # Groups of three single weights by three converge slowly: over 3,000 seeds 50 rounds leave at most .066
-    # there (docs/log.md), and at most 1.9e-5 in the other shapes.
+    # there (docs/results.md), and at most 1.9e-5 in the other shapes.
     tolerance = 0.066 if shape == (12, 3, 1, 1) else 1e-4
     columns, suspect = column_norms(kernel_of(shape), groups), kernel_of(shape, seed + 1)
     other = scaled(suspect, groups, seed)
     assert not torch.allclose(other, suspect, rtol=0.5)
     torch.testing.assert_close(
-        into_frame(other, columns, groups), into_frame(suspect, columns, groups), rtol=0, atol=tolerance
+        canonicalize_kernels(other, columns, groups),
+        canonicalize_kernels(suspect, columns, groups),
+        rtol=0,
+        atol=tolerance,
     )
 
 
@@ -74,7 +77,7 @@ def test_a_negative_scaling_is_not_free() -> None:
     columns = column_norms(kernel)
     flipped = kernel.clone()
     flipped[0] *= -1
-    assert (into_frame(flipped, columns) - into_frame(kernel, columns)).abs().max() > 0.1
+    assert (canonicalize_kernels(flipped, columns) - canonicalize_kernels(kernel, columns)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -83,12 +86,12 @@ def test_zero_rows_and_columns_stay_zero(groups: int) -> None:
     columns = column_norms(kernel, groups)
     kernel[1], kernel[:, 2] = 0, 0
     for target in (columns, column_norms(kernel, groups), torch.zeros_like(columns)):
-        framed = into_frame(kernel, target, groups)
+        framed = canonicalize_kernels(kernel, target, groups)
         assert torch.isfinite(framed).all() and not framed[1].any() and not framed[:, 2].any()
-    framed = into_frame(kernel, columns, groups)
+    framed = canonicalize_kernels(kernel, columns, groups)
     norms = framed.flatten(1).norm(dim=1)
     torch.testing.assert_close(norms[norms > 0], torch.ones(5), rtol=0, atol=1e-5)
-    assert not into_frame(torch.zeros(6, 4, 3, 3), columns, groups).any()
+    assert not canonicalize_kernels(torch.zeros(6, 4, 3, 3), columns, groups).any()
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-12, 1e30])
@@ -96,7 +99,7 @@ def test_extreme_sizes(size: float) -> None:
     kernel = kernel_of((6, 4, 3, 3))
     columns = column_norms(kernel)
     torch.testing.assert_close(
-        into_frame(kernel * size, columns), into_frame(kernel, columns), rtol=0, atol=1e-5
+        canonicalize_kernels(kernel * size, columns), canonicalize_kernels(kernel, columns), rtol=0, atol=1e-5
     )
 
 
@@ -104,7 +107,7 @@ def unrolled(kernel: Tensor, columns: Tensor, groups: int) -> Tensor:
     """The written algorithm with a graph through all rounds, in other words than the package's."""
     k = kernel.double().reshape(groups, -1, *kernel.shape[1:])
     rest = [1] * (kernel.dim() - 2)
-    for _ in range(alignment.ROUNDS):
+    for _ in range(alignment.SINKHORN_ITERATIONS):
         k = k / k.flatten(2).norm(dim=2).reshape(*k.shape[:2], 1, *rest)
         norms = k.transpose(1, 2).flatten(2).norm(dim=2)
         k = k * (columns / norms).reshape(groups, 1, -1, *rest)
@@ -116,17 +119,17 @@ def unrolled(kernel: Tensor, columns: Tensor, groups: int) -> Tensor:
 @pytest.mark.parametrize("rounds", [0, 2])
 def test_against_all_rounds_unrolled(shape: tuple[int, ...], groups: int, rounds: int) -> None:
     """Two differentiated rounds from the fixed point give the gradient of all fifty."""
-    w0 = kernel_of(shape)
-    columns = column_norms(w0, groups)
-    probe = kernel_of(shape, 3).double()
+    base_weights = kernel_of(shape)
+    columns = column_norms(base_weights, groups)
+    detector = kernel_of(shape, 3).double()
     grads = []
     for form in (
-        lambda k: into_frame(k, columns, groups, differentiable_rounds=rounds).double(),
+        lambda k: canonicalize_kernels(k, columns, groups, differentiable_rounds=rounds).double(),
         lambda k: unrolled(k, columns, groups),
     ):
-        kernel = (w0 + 0.3 * kernel_of(shape, 2)).requires_grad_(True)
+        kernel = (base_weights + 0.3 * kernel_of(shape, 2)).requires_grad_(True)
         out = form(kernel)
-        grads.append((out.detach(), torch.autograd.grad((out * probe).sum(), kernel)[0].double()))
+        grads.append((out.detach(), torch.autograd.grad((out * detector).sum(), kernel)[0].double()))
     torch.testing.assert_close(grads[0][0], grads[1][0], rtol=0, atol=1e-5)
     error = float((grads[0][1] - grads[1][1]).norm() / grads[1][1].norm())
     if rounds:

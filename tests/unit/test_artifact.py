@@ -19,12 +19,12 @@ from mtlsign.errors import ArtifactError, KeyMaterialError, ModelError, MTLSignE
 from mtlsign.storage.base import Storage
 from mtlsign.storage.locations import open_storage
 from mtlsign.storage.model_folder import model_bytes, model_digest, read_model, write_model
-from mtlsign.storage.safetensors_io import read_tensors
+from mtlsign.storage.safetensors_io import parse_safetensors
 from mtlsign.watermark.keys.opening import KeyOpening
-from mtlsign.watermark.keys.sealing import Secret, seal
-from mtlsign.watermark.kit import KIT_PURPOSE, Kit, read_kit, write_kit
+from mtlsign.watermark.keys.sealing import EncryptionSecret, encrypt_envelope
+from mtlsign.watermark.kit import KIT_PURPOSE, OwnerKit, read_kit, write_kit
 
-SECRET = Secret.from_kit_key(bytes(32))
+SECRET = EncryptionSecret.from_kit_key(bytes(32))
 TENSORS = {
     "z.weight": torch.arange(6.0).reshape(2, 3).t(),
     "a.flag": torch.tensor([True]),
@@ -62,7 +62,7 @@ def test_model_bytes_are_sorted_deterministic_and_readable_by_the_library(tmp_pa
     assert ends[0][0] == 0 and all(a[1] == b[0] for a, b in pairwise(ends))
     assert struct.unpack("<Q", data[:8])[0] % 8 == 0
     (tmp_path / "x.safetensors").write_bytes(data)
-    for found in (load(data), load_file(tmp_path / "x.safetensors"), read_tensors(data)):
+    for found in (load(data), load_file(tmp_path / "x.safetensors"), parse_safetensors(data)):
         assert found.keys() == TENSORS.keys()
         for name, tensor in TENSORS.items():
             assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
@@ -117,12 +117,12 @@ GOOD: dict[str, Any] = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 
 )
 def test_hostile_tensor_files_are_refused(data: bytes) -> None:
     with pytest.raises(ModelError):
-        read_tensors(data)
+        parse_safetensors(data)
 
 
 def test_byte_limits_hold_before_anything_is_parsed() -> None:
     with pytest.raises(ModelError):
-        read_tensors(_file(GOOD, bytes(4)), max_bytes=10)
+        parse_safetensors(_file(GOOD, bytes(4)), max_bytes=10)
 
 
 SCALAR = st.none() | st.integers(-2, 2**65) | st.text(max_size=3) | st.lists(st.integers(-1, 9), max_size=9)
@@ -138,7 +138,7 @@ ENTRY = st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "x"])
 )
 def test_the_tensor_reader_raises_nothing_else(data: bytes) -> None:
     try:
-        found = read_tensors(data)
+        found = parse_safetensors(data)
     except ModelError:
         return
     assert all(isinstance(tensor, torch.Tensor) for tensor in found.values())
@@ -202,16 +202,18 @@ def test_a_foreign_safetensors_file_is_read(tmp_path: Path) -> None:
 # --- kits ---
 
 
-def _kit(head: bytes | None = b"head") -> Kit:
+def _kit(head: bytes | None = b"head") -> OwnerKit:
     opening = KeyOpening(spec=b'{"hush":1}', public_key=b"\1" * 32, signature=b"\2" * 64)
-    return Kit(
+    return OwnerKit(
         opening, b"reference-bytes", b"w0-bytes", head, {"task": "digits", "created": "2026", "score": 0.5}
     )
 
 
-@pytest.mark.parametrize("secret", [SECRET, Secret.from_passphrase(b"correct horse")])
+@pytest.mark.parametrize("secret", [SECRET, EncryptionSecret.from_passphrase(b"correct horse")])
 @pytest.mark.parametrize("head", [None, b"", b"head"])
-def test_a_kit_comes_back_and_lies_sealed(store: Storage, secret: Secret, head: bytes | None) -> None:
+def test_a_kit_comes_back_and_lies_sealed(
+    store: Storage, secret: EncryptionSecret, head: bytes | None
+) -> None:
     kit_id = write_kit(store, _kit(head), secret)
     assert len(kit_id) == 16 and kit_id != write_kit(store, _kit(head), secret)
     folder = f"{store.uri}/kits/{kit_id}"
@@ -225,7 +227,7 @@ def test_a_kit_shows_nothing(store: Storage) -> None:
     assert repr(_kit()) == str(_kit()) == "Kit(hidden)"
     kit_id = write_kit(store, _kit(), SECRET)
     with pytest.raises(KeyMaterialError, match="; give the one it was sealed under") as caught:
-        read_kit(f"{store.uri}/kits/{kit_id}", Secret.from_kit_key(b"\1" * 32))
+        read_kit(f"{store.uri}/kits/{kit_id}", EncryptionSecret.from_kit_key(b"\1" * 32))
     assert "hush" not in str(caught.value)
 
 
@@ -260,7 +262,7 @@ CONTENT = (
 @settings(max_examples=60)
 def test_the_kit_parser_raises_nothing_else(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.sealed"
-    path.write_bytes(seal(content, SECRET, purpose=KIT_PURPOSE))
+    path.write_bytes(encrypt_envelope(content, SECRET, purpose=KIT_PURPOSE))
     try:
         kit = read_kit(str(path), SECRET)
     except MTLSignError:

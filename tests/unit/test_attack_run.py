@@ -16,21 +16,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mtlsign.attacks import Order
-from mtlsign.attacks.expressions import as_mapping
+from mtlsign.attacks import AttackPlan
+from mtlsign.attacks.expressions import row_header
 from mtlsign.config import cli
 from mtlsign.config.verify import VerifySettings
 from mtlsign.experiments.attack_runs import executor
-from mtlsign.experiments.attack_runs.executor import Struck, carry_out, orders_of
-from mtlsign.experiments.attack_runs.results import COLUMNS, compared, summary_counts
-from mtlsign.experiments.attack_runs.target import Target
-from mtlsign.reports.attack_console import state_of
+from mtlsign.experiments.attack_runs.executor import AttackResult, plans_with_baseline, run_all
+from mtlsign.experiments.attack_runs.results import COLUMNS, compare_with_baseline, summary_counts
+from mtlsign.experiments.attack_runs.target import AttackTarget
+from mtlsign.reports.attack_console import format_result
 from mtlsign.reports.attacks import render_attack_report
 from mtlsign.storage.locations import open_storage
 from mtlsign.storage.model_folder import MODEL_FILE, read_model
-from mtlsign.storage.safetensors_io import tensor_bytes
+from mtlsign.storage.safetensors_io import serialize_safetensors
 from mtlsign.watermark.keys.identity import Identity
-from mtlsign.watermark.keys.sealing import Secret
+from mtlsign.watermark.keys.sealing import EncryptionSecret
 from mtlsign.watermark.kit import verify_with_kit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,7 +79,7 @@ def job(
     identity.parent.mkdir(mode=0o700)
     owner.save(identity, None)
     _, done = marked
-    done.save(open_storage(str(tmp_path / "embedded")), Secret.from_kit_key(owner.kit_key))
+    done.save(open_storage(str(tmp_path / "embedded")), EncryptionSecret.from_kit_key(owner.kit_key))
     storage = tmp_path / "store"
     always = [
         "--model", done.result["model_path"], "--kit", done.result["kit"], "--owner", str(identity),
@@ -137,11 +137,11 @@ def test_a_run_from_end_to_end(job: Job) -> None:
 def test_attacked_models_are_read_by_the_verifier(job: Job) -> None:
     assert job("--attacks", "bn_fold,permute_channels,int8", "--run", "two")[0] == 0
     rows = {r["attack"]: r for r in table(job.storage, "two")}
-    s = VerifySettings.of(
+    settings = VerifySettings.of(
         {"model": ",".join(r["model"] for r in rows.values()), "kit": job.saved.result["kit"],
          "owner": job.always[5], "controls": 0}
     )  # fmt: skip
-    for row, verdict in zip(rows.values(), verify_with_kit(s), strict=True):
+    for row, verdict in zip(rows.values(), verify_with_kit(settings), strict=True):
         assert (str(verdict.matches), verdict.model_digest) == (row["matches"], row["model_digest"])
         found = read_model(row["model"])
         assert found.digest == row["model_digest"] and found.config["graph"]["width"] == 8
@@ -154,7 +154,7 @@ def test_attacked_models_are_read_by_the_verifier(job: Job) -> None:
 
 def test_an_interrupted_run_keeps_its_rows_and_goes_on(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
 
-    strike, seen = executor.strike, []
+    strike, seen = executor.run_attack, []
 
     def interrupted(target: Any, order: Any, *rest: Any) -> Any:
         seen.append(order.name)
@@ -162,14 +162,16 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on(job: Job, monkeypatch: py
             raise KeyboardInterrupt
         return strike(target, order, *rest)
 
-    monkeypatch.setattr(executor, "strike", interrupted)
+    monkeypatch.setattr(executor, "run_attack", interrupted)
     attacks = ("--attacks", "int8,noise,int4,bn_gauge")
     code, out, err = job(*attacks, "--run", "cut")
     assert (code, out) == (130, "") and err.splitlines()[-1].startswith("interrupted")
     kept = table(job.storage, "cut")
     assert [r["attack"] for r in kept] == ["none", "int8", "noise"]
     assert not (job.storage / "runs/cut/manifest.json").exists()
-    monkeypatch.setattr(executor, "strike", lambda t, o, *rest: seen.append(o.name) or strike(t, o, *rest))
+    monkeypatch.setattr(
+        executor, "run_attack", lambda t, o, *rest: seen.append(o.name) or strike(t, o, *rest)
+    )
     seen.clear()
     code, _, err = job("--resume", "cut")
     assert code == 0 and seen == ["int4", "bn_gauge"] and "3 of them are done already" in err
@@ -269,7 +271,7 @@ def test_the_fields_rule() -> None:
         row = dict.fromkeys(COLUMNS) | {
             "kind": kind, "verdict": verdict, "evidence_bits": bits, "primary_after": after,
         }  # fmt: skip
-        return compared(row, whole, 120.0)["removed"]
+        return compare_with_baseline(row, whole, 120.0)["removed"]
 
     whole: dict[str, Any] = {"primary_after": 0.9, "evidence_bits": 500.0}
     assert removed("removal", "rejected", 119.9, 0.85) is True
@@ -280,35 +282,35 @@ def test_the_fields_rule() -> None:
     assert removed("forgery", "rejected", 0, 0.9) is None
     whole["evidence_bits"] = 119.0  # there was nothing to remove
     assert removed("removal", "rejected", 100.0, 0.9) is None
-    assert orders_of("int8,none")[0].name == "none" and len(orders_of("int8,none")) == 2
+    assert plans_with_baseline("int8,none")[0].name == "none" and len(plans_with_baseline("int8,none")) == 2
 
 
 def test_rows_of_an_interrupted_run_are_compared_with_the_later_whole() -> None:
     """`none` may fail at first: then the rows kept beside it knew nothing to compare themselves with."""
 
     class Crew:
-        def check(self, target: Target) -> None:
+        def check(self, target: AttackTarget) -> None:
             """Nothing to look at."""
 
-        def strikes(
-            self, target: Target, orders: Sequence[Order], seed: int
-        ) -> Iterator[tuple[Order, Struck]]:
+        def run_attacks(
+            self, target: AttackTarget, orders: Sequence[AttackPlan], seed: int
+        ) -> Iterator[tuple[AttackPlan, AttackResult]]:
             for order in orders:
                 failed = order.name == "none" and seed == 1
                 found = {"status": "failed"} if failed else numbers[order.name] | {"status": "ok"}
-                yield order, Struck(dict.fromkeys(COLUMNS) | as_mapping(order) | found, None)
+                yield order, AttackResult(dict.fromkeys(COLUMNS) | row_header(order) | found, None)
 
     numbers: dict[str, Any] = {
         "none": {"primary_after": 0.9, "evidence_bits": 500.0, "verdict": "accepted"},
         "int8": {"primary_after": 0.88, "evidence_bits": 3.0, "verdict": "rejected"},
     }
     target: Any = SimpleNamespace(bits=120.0)
-    orders = orders_of("int8")
-    first = carry_out(target, orders, 1, Crew(), keep=lambda row, _: row)
+    orders = plans_with_baseline("int8")
+    first = run_all(target, orders, 1, Crew(), keep=lambda row, _: row)
     assert first[1]["removed"] is None and summary_counts(first)["marked"] == 0
     kept = [row for row in first if row["status"] != "failed"]
-    again = carry_out(target, orders, 0, Crew(), have=kept, keep=lambda row, _: row)
-    assert again == carry_out(target, orders, 0, Crew(), keep=lambda row, _: row)
+    again = run_all(target, orders, 0, Crew(), have=kept, keep=lambda row, _: row)
+    assert again == run_all(target, orders, 0, Crew(), keep=lambda row, _: row)
     assert (again[1]["primary_before"], again[1]["points_lost"], again[1]["removed"]) == (0.9, 2.0, True)
     assert summary_counts(again)["marked"] == summary_counts(again)["removed"] == 1
 
@@ -355,8 +357,8 @@ def test_the_report_holds_every_row_and_draws_the_rule(job: Job) -> None:
 
 def test_rows_in_words(job: Job) -> None:
     row = dict.fromkeys(COLUMNS) | {"attack": "x", "setting": "a=1", "seconds": 1.0}
-    assert state_of(row | {"status": "diverged", "reason": "NaN"}) == "x a=1 · diverged: NaN · 1.0 s"
-    assert "not verifiable: gone" in state_of(
+    assert format_result(row | {"status": "diverged", "reason": "NaN"}) == "x a=1 · diverged: NaN · 1.0 s"
+    assert "not verifiable: gone" in format_result(
         row | {"status": "ok", "verdict": "not_verifiable", "reason": "gone", "points_lost": None}
     )
 
@@ -364,15 +366,15 @@ def test_rows_in_words(job: Job) -> None:
 def test_a_model_that_is_not_the_architecture_is_refused(job: Job, tmp_path: Path) -> None:
     tensors = dict(read_model(job.always[1]).tensors)
     del tensors["bn1.weight"]
-    (tmp_path / MODEL_FILE).write_bytes(tensor_bytes(tensors))
+    (tmp_path / MODEL_FILE).write_bytes(serialize_safetensors(tensors))
     job.always[1] = str(tmp_path / MODEL_FILE)
     code, _, err = job("--attacks", "int8")
     assert code == 2 and "is not the architecture" in err and not job.storage.exists()
 
 
 def test_a_model_without_the_mark_has_nothing_to_remove(job: Job, marked: Any, tmp_path: Path) -> None:
-    w0, _ = marked
-    (tmp_path / MODEL_FILE).write_bytes(tensor_bytes(w0))
+    base_weights, _ = marked
+    (tmp_path / MODEL_FILE).write_bytes(serialize_safetensors(base_weights))
     job.always[1] = str(tmp_path / MODEL_FILE)  # a bare file: its graph and task come from the kit and flags
     code, out, _ = job("--attacks", "int8,permute_channels", "--run", "w0")
     assert code == 0 and out.startswith("the model did not carry 120 bits before any attack")

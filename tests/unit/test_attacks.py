@@ -10,14 +10,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtlsign.attacks import ATTACKS, AttackDivergedError, Attacked, Budget, NotApplicableError, parse
-from mtlsign.attacks.attacker_data import attackers, change, through
+from mtlsign.attacks import (
+    ATTACKS,
+    AttackDivergedError,
+    AttackerResources,
+    AttackOutcome,
+    NotApplicableError,
+    parse_attacks,
+)
+from mtlsign.attacks.attacker_data import attacker_view, transform_inputs, transform_task
 from mtlsign.attacks.quantisation import quantise
 from mtlsign.attacks.symmetries import TOLERANCE, function_change
 from mtlsign.models import architectures
 from mtlsign.tasks import Task
-from mtlsign.watermark.kit import probe_of
-from mtlsign.watermark.verification.detector import Probe, verify
+from mtlsign.watermark.kit import detector_for_kit
+from mtlsign.watermark.verification.detector import WatermarkDetector, verify
 
 Maker = Callable[..., nn.Module]
 
@@ -32,14 +39,14 @@ TRAINED = ("ftll", "ftal", "rtll", "rtal", "annealed", "fine_prune", "fine_prune
 FREE = [name for name, attack in ATTACKS.items() if attack.kind == "free"]
 
 
-def run(text: str, model: nn.Module, task: Task, seed: int = 0, **means: Any) -> Attacked:
-    (order,) = parse(text)
-    return order.run(model, task, Budget(**{"lr": 0.02, **means}), seed)
+def run(text: str, model: nn.Module, task: Task, seed: int = 0, **means: Any) -> AttackOutcome:
+    (order,) = parse_attacks(text)
+    return order.run(model, task, AttackerResources(**{"lr": 0.02, **means}), seed)
 
 
 @pytest.fixture
-def probe(marked: Any) -> Probe:
-    return probe_of(marked[1].kit)
+def detector(marked: Any) -> WatermarkDetector:
+    return detector_for_kit(marked[1].kit)
 
 
 @pytest.fixture
@@ -51,17 +58,17 @@ def stolen(marked: Any, tiny_model: Maker) -> nn.Module:
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))
 def test_every_attack_runs_repeats_and_leaves_the_stolen_model_alone(
-    name: str, stolen: nn.Module, tiny_task: Task, probe: Probe
+    name: str, stolen: nn.Module, tiny_task: Task, detector: WatermarkDetector
 ) -> None:
     settings = QUICK.get(name, "epochs=1,batch=16" if name in TRAINED else "")
     text = f"{name}:{settings}" if settings else name
     before = copy.deepcopy(stolen.state_dict())
     copies = [{n: t + 0.01 if t.is_floating_point() else t for n, t in before.items()}]
     noise = torch.random.get_rng_state()
-    first = run(text, stolen, tiny_task, seed=3, probe=probe, copies=copies)
+    first = run(text, stolen, tiny_task, seed=3, detector=detector, copies=copies)
     assert torch.equal(noise, torch.random.get_rng_state()), "the caller's generator moved"
     assert all(torch.equal(t, before[n]) for n, t in stolen.state_dict().items())
-    again = run(text, stolen, tiny_task, seed=3, probe=probe, copies=copies)
+    again = run(text, stolen, tiny_task, seed=3, detector=detector, copies=copies)
     same = first.model.state_dict()
     assert all(torch.equal(t, same[n]) for n, t in again.model.state_dict().items())
     assert not first.model.training and (first.steps, first.images) == (again.steps, again.images)
@@ -69,7 +76,7 @@ def test_every_attack_runs_repeats_and_leaves_the_stolen_model_alone(
     assert changed != (name in ("none", "forge_head"))
     trains = name in (*TRAINED, "overwrite", "spoil", "scrub", "fresh_early", "forge_head")
     assert (first.steps > 0) == trains == (first.images > 0)
-    verdict = verify(same, probe)
+    verdict = verify(same, detector)
     assert verdict.status != "not_verifiable" and all(torch.isfinite(t).all() for t in same.values())
 
 
@@ -81,7 +88,7 @@ def test_symmetries_preserve_the_function(name: str, tiny_model: Maker, tiny_tas
     x = torch.rand(16, 1, 24, 24, generator=torch.Generator().manual_seed(1))
     assert function_change(model, done.model, x, done.inputs) < TOLERANCE  # in float64
     with torch.no_grad():
-        want, got = model(x), done.model(change(x, done.inputs))  # in float32
+        want, got = model(x), done.model(transform_inputs(x, done.inputs))  # in float32
     assert float((want - got).abs().max() / want.abs().max()) < TOLERANCE
     # what needs changed inputs is another function without them
     assert (function_change(model, done.model, x) > 1e-3) == bool(done.inputs)
@@ -91,7 +98,7 @@ def test_symmetries_preserve_the_function(name: str, tiny_model: Maker, tiny_tas
 @pytest.mark.parametrize("text", ["scale_stream+permute_channels+scale_inner+scale_rows+bn_gauge+bn_fold"])
 def test_symmetries_in_sequence_on_both_kinds_of_block(arch: str, text: str, tiny_task: Task) -> None:
     torch.manual_seed(0)
-    model = architectures.build(architectures.graph_for(arch, channels=1, classes=4, width=8)).eval()
+    model = architectures.build(architectures.architecture_for(arch, channels=1, classes=4, width=8)).eval()
     with torch.no_grad():
         for m in model.modules():
             if isinstance(m, nn.BatchNorm2d):
@@ -106,10 +113,10 @@ def test_symmetries_in_sequence_on_both_kinds_of_block(arch: str, text: str, tin
 
 
 def test_symmetries_that_the_verifier_undoes_and_those_it_does_not(
-    stolen: nn.Module, tiny_task: Task, probe: Probe
+    stolen: nn.Module, tiny_task: Task, detector: WatermarkDetector
 ) -> None:
     def bits(text: str) -> float:
-        return verify(run(text, stolen, tiny_task).model.state_dict(), probe).accuracy
+        return verify(run(text, stolen, tiny_task).model.state_dict(), detector).accuracy
 
     whole = bits("none")
     assert whole > 0.95
@@ -166,12 +173,12 @@ def test_other_networks(tiny_task: Task) -> None:
 
 def test_attackers_see_their_part_alone(tiny_task: Task, tiny_model: Maker) -> None:
     model = tiny_model()
-    mine = attackers(model, tiny_task, Budget(), 0)
+    mine = attacker_view(model, tiny_task, AttackerResources(), 0)
     original = tiny_task.splits["attacker"].batch(torch.arange(tiny_task.size("attacker")))[0]
     for split in ("train", "inner", "attacker", "test", "validation"):
         x = mine.splits[split].batch(torch.arange(mine.size(split)))[0]
         assert torch.equal(x, original[: len(x)]), split
-    more = attackers(model, tiny_task, Budget(extra=0.5), 0)
+    more = attacker_view(model, tiny_task, AttackerResources(extra=0.5), 0)
     extra = round(0.5 * tiny_task.size("train"))
     assert more.size("attacker") == tiny_task.size("attacker") + extra
     order = torch.randperm(more.size("attacker"), generator=torch.Generator().manual_seed(0))
@@ -190,8 +197,8 @@ def test_later_links_see_images_as_earlier_ones_left_them(stolen: nn.Module, tin
     assert done.inputs == ("transposed", "negated") and done.steps > 0
     from mtlsign.attacks.pruning import accuracy
 
-    before = accuracy(stolen, attackers(stolen, tiny_task, Budget(), 0))
-    seen = attackers(done.model, through(tiny_task, done.inputs), Budget(), 0)
+    before = accuracy(stolen, attacker_view(stolen, tiny_task, AttackerResources(), 0))
+    seen = attacker_view(done.model, transform_task(tiny_task, done.inputs), AttackerResources(), 0)
     assert accuracy(done.model, seen) >= before - 0.1
 
 
@@ -215,7 +222,7 @@ def test_pruning_takes_what_it_says_and_fine_pruning_keeps_the_holes(
 def test_prune_until_stops_before_the_price(stolen: nn.Module, tiny_task: Task) -> None:
     from mtlsign.attacks.pruning import accuracy
 
-    data = attackers(stolen, tiny_task, Budget(), 0)
+    data = attacker_view(stolen, tiny_task, AttackerResources(), 0)
     free = run("prune_until:points=0", stolen, tiny_task).model
     assert accuracy(free, data) >= accuracy(stolen, data)
     dear = run("prune_until:points=100", stolen, tiny_task).model
@@ -242,10 +249,10 @@ def test_forging_a_free_head_needs_no_weight_and_counts_for_nothing(
     assert all(torch.equal(t, done.model.state_dict()[n]) for n, t in stolen.state_dict().items())
 
 
-def test_knowing_the_key_spoils_it(stolen: nn.Module, tiny_task: Task, probe: Probe) -> None:
-    before = verify(stolen.state_dict(), probe).accuracy
-    done = run("spoil:steps=40,batch=16,lr=0.003", stolen, tiny_task, probe=probe)
-    assert verify(done.model.state_dict(), probe).accuracy < before - 0.2
+def test_knowing_the_key_spoils_it(stolen: nn.Module, tiny_task: Task, detector: WatermarkDetector) -> None:
+    before = verify(stolen.state_dict(), detector).accuracy
+    done = run("spoil:steps=40,batch=16,lr=0.003", stolen, tiny_task, detector=detector)
+    assert verify(done.model.state_dict(), detector).accuracy < before - 0.2
     with pytest.raises(NotApplicableError, match="opened key"):
         run("spoil", stolen, tiny_task)
 
@@ -261,11 +268,13 @@ def test_averaging_needs_copies_that_fit(stolen: nn.Module, tiny_task: Task) -> 
 
 
 @pytest.mark.parametrize("text", ["ftal:lr=100,epochs=5,batch=16", "spoil:steps=20,lr=100,batch=16"])
-def test_divergence_is_told(text: str, stolen: nn.Module, tiny_task: Task, probe: Probe) -> None:
+def test_divergence_is_told(
+    text: str, stolen: nn.Module, tiny_task: Task, detector: WatermarkDetector
+) -> None:
     with torch.no_grad():
         stolen.fc.bias[0] = float("nan")  # type: ignore[index, union-attr]
     with pytest.raises(AttackDivergedError, match="not finite"):
-        run(text, stolen, tiny_task, probe=probe)
+        run(text, stolen, tiny_task, detector=detector)
 
 
 def test_a_free_head_is_attacked_like_a_keyed_one(
@@ -279,10 +288,10 @@ def test_a_free_head_is_attacked_like_a_keyed_one(
         features="pooled", steps=15, lambda2=0, epochs=1, primary_batch=16, wm_lr=0.02,
         insecure_test_key=True,
     )  # fmt: skip
-    probe = probe_of(done.kit)
-    head = probe.head.to_bytes()
-    before = verify(model.state_dict(), probe).accuracy
-    spoiled = run("spoil:steps=15,batch=16,lr=0.003", model, tiny_task, probe=probe)
-    assert verify(spoiled.model.state_dict(), probe).accuracy < before - 0.1
-    assert probe.head.to_bytes() == head, "the thief trained the owner's head"
+    detector = detector_for_kit(done.kit)
+    head = detector.head.to_bytes()
+    before = verify(model.state_dict(), detector).accuracy
+    spoiled = run("spoil:steps=15,batch=16,lr=0.003", model, tiny_task, detector=detector)
+    assert verify(spoiled.model.state_dict(), detector).accuracy < before - 0.1
+    assert detector.head.to_bytes() == head, "the thief trained the owner's head"
     run("scrub:steps=2,codes=32,batch=16,stages=3", model, tiny_task)

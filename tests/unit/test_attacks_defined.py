@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from mtlsign.attacks import Attacked, Budget, adversary_key, decorrelation, parse
-from mtlsign.attacks.attacker_data import attackers
+from mtlsign.attacks import AttackerResources, AttackOutcome, adversary_key, decorrelation, parse_attacks
+from mtlsign.attacks.attacker_data import attacker_view
 from mtlsign.tasks import Batch, Split, Task
 from mtlsign.watermark.embedding.losses import correlation_loss
 from mtlsign.watermark.verification.detector import verify
@@ -20,9 +20,9 @@ Maker = Callable[..., nn.Module]
 RATE = 0.02
 
 
-def run(text: str, model: nn.Module, task: Task, seed: int = 0, **means: Any) -> Attacked:
-    (order,) = parse(text)
-    return order.run(model, task, Budget(**{"lr": RATE, **means}), seed)
+def run(text: str, model: nn.Module, task: Task, seed: int = 0, **means: Any) -> AttackOutcome:
+    (order,) = parse_attacks(text)
+    return order.run(model, task, AttackerResources(**{"lr": RATE, **means}), seed)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def stolen(tiny_model: Maker) -> nn.Module:
 
 def mine(model: nn.Module, task: Task) -> Tensor:
     """All images of the attacker."""
-    (x, _), *more = attackers(model, task, Budget(), 0).batches("attacker", 256, shuffle=False)
+    (x, _), *more = attacker_view(model, task, AttackerResources(), 0).batches("attacker", 256, shuffle=False)
     assert not more
     return x
 
@@ -120,7 +120,7 @@ def test_annealing_starts_at_the_training_rate_and_ends_near_0(
 
 
 def test_scrubbing_tears_the_response_to_codes_away(stolen: nn.Module, tiny_task: Task) -> None:
-    data = attackers(stolen, tiny_task, Budget(), 0)
+    data = attacker_view(stolen, tiny_task, AttackerResources(), 0)
     graph, images = decorrelation._graph(stolen, data, 99, 1)  # codes that the attack never saw
 
     def likeness(model: nn.Module) -> float:
@@ -237,10 +237,14 @@ def test_overwriting_embeds_a_second_key_in_as_many_steps_as_it_says(
         text = f"overwrite:epochs={epochs},n=128,lambda2=0,images=16"
         return run(text, stolen, tiny_task, tick=lambda step, _: steps.append(step)).model
 
-    s = adversary_key.settings(Budget(lr=RATE), 0, stolen, head="keyed", lambda2=0.0, steps=30, key_size=128)
-    probe = adversary_key.claim(stolen, attackers(stolen, tiny_task, Budget(), 0), s)[2]()
+    s = adversary_key.adversary_settings(
+        AttackerResources(lr=RATE), 0, stolen, head="keyed", lambda2=0.0, steps=30, key_size=128
+    )
+    detector = adversary_key.make_adversary_key(
+        stolen, attacker_view(stolen, tiny_task, AttackerResources(), 0), s
+    )[2]()
     found = [
-        verify(model.state_dict(), probe).accuracy for model in (stolen, overwritten(1), overwritten(30))
+        verify(model.state_dict(), detector).accuracy for model in (stolen, overwritten(1), overwritten(30))
     ]
     assert found[0] < 0.65 and found[1] < 0.75 and found[2] > 0.9
     assert max(steps) == 30

@@ -10,13 +10,13 @@ import torchvision
 from torch import Tensor, nn
 
 from mtlsign.errors import ModelError
-from mtlsign.models.architectures import RESNETS, build, default_taps, graph_for
+from mtlsign.models.architectures import RESNETS, architecture_for, build, default_taps
 from mtlsign.models.factories import load_factory
 from mtlsign.models.taps import forward_to_taps, tapped_layers, tapped_parameters
 
 
 def narrow(arch: str = "resnet18", stem: str = "cifar", width: int = 8) -> Any:
-    return build(graph_for(arch, channels=1, classes=10, width=width, stem=stem)).eval()
+    return build(architecture_for(arch, channels=1, classes=10, width=width, stem=stem)).eval()
 
 
 def small_network(channels: int = 1, classes: int = 10) -> nn.Module:
@@ -26,14 +26,14 @@ def small_network(channels: int = 1, classes: int = 10) -> nn.Module:
 @pytest.mark.parametrize("arch", RESNETS)
 def test_width_64_is_torchvisions_own_model(arch: str) -> None:
     with torch.device("meta"):
-        ours = build(graph_for(arch, channels=3, classes=1000)).state_dict()
+        ours = build(architecture_for(arch, channels=3, classes=1000)).state_dict()
         theirs = getattr(torchvision.models, arch)().state_dict()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
     assert list(ours) == list(theirs)
 
 
 def test_width_64_computes_what_torchvisions_own_model_does() -> None:
-    ours = build(graph_for("resnet18", channels=3, classes=1000)).eval()
+    ours = build(architecture_for("resnet18", channels=3, classes=1000)).eval()
     theirs = torchvision.models.resnet18().eval()
     theirs.load_state_dict(ours.state_dict())
     x = torch.rand(1, 3, 32, 32)
@@ -77,11 +77,11 @@ def test_only_listed_graphs_are_built(graph: dict[str, object]) -> None:
 
 def test_huge_timm_models_are_refused_before_they_are_allocated() -> None:
     with pytest.raises(ModelError, match="parameters"):
-        build(graph_for("timm/vit_giant_patch14_224", channels=3, classes=10))
+        build(architecture_for("timm/vit_giant_patch14_224", channels=3, classes=10))
 
 
 def test_own_factories_come_from_the_caller_only() -> None:
-    graph = graph_for(f"own/{__name__}:small_network", channels=2, classes=3)
+    graph = architecture_for(f"own/{__name__}:small_network", channels=2, classes=3)
     with pytest.raises(ModelError, match="not registered"):
         build(graph)
     model: Any = build(graph, factories={f"{__name__}:small_network": small_network})
@@ -240,7 +240,7 @@ def test_only_direct_consumers_are_paired() -> None:
 
 def test_timm_models_by_name() -> None:
     pytest.importorskip("timm")
-    model = build(graph_for("timm/test_byobnet", channels=1, classes=10))
+    model = build(architecture_for("timm/test_byobnet", channels=1, classes=10))
     taps = default_taps(model, "free")
     assert taps == ("stages.0", "stages.1", "stages.2")
     x = torch.rand(1, 1, 32, 32)
@@ -255,14 +255,14 @@ def test_timm_models_by_name() -> None:
 
 def test_timm_network_without_batch_norm() -> None:
     pytest.importorskip("timm")
-    model = build(graph_for("timm/test_convnext", channels=3, classes=10))
+    model = build(architecture_for("timm/test_convnext", channels=3, classes=10))
     layers = tapped_layers(model, default_taps(model, "keyed"), torch.rand(1, 3, 32, 32))
     assert layers and all(layer.bn is None for layer in layers)
 
 
 def test_timm_transformers_take_a_size() -> None:
     pytest.importorskip("timm")
-    model = build(graph_for("timm/test_vit", channels=1, classes=10, size=32))
+    model = build(architecture_for("timm/test_vit", channels=1, classes=10, size=32))
     taps = default_taps(model, "keyed")
     assert taps == ("blocks.0",)
     layers = tapped_layers(model, taps, torch.rand(1, 1, 32, 32))

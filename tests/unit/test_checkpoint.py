@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from mtlsign.errors import ModelError
 from mtlsign.models import checkpoints
-from mtlsign.models.architectures import build, graph_for
-from mtlsign.models.checkpoints import load_checkpoint, map_names, map_suspect, torchvision_name
+from mtlsign.models.architectures import architecture_for, build
+from mtlsign.models.checkpoints import load_checkpoint, map_names, select_tensors_untrusted, torchvision_name
 
 
 def network(arch: str = "resnet18", classes: int = 10, width: int = 4) -> Any:
-    return build(graph_for(arch, channels=1, classes=classes, width=width, stem="cifar"))
+    return build(architecture_for(arch, channels=1, classes=classes, width=width, stem="cifar"))
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,9 @@ def test_a_suspects_tapped_tensors_are_read() -> None:
         "net.n.weight": torch.ones(2),
         "net.evil": torch.ones(1),
     }
-    mapped = map_suspect({"a.weight": (2, 2)}, tensors, optional={"n.weight": (2,), "m.weight": (2,)})
+    mapped = select_tensors_untrusted(
+        {"a.weight": (2, 2)}, tensors, optional={"n.weight": (2,), "m.weight": (2,)}
+    )
     assert mapped.problem is None
     assert set(mapped.tensors) == {"a.weight", "n.weight"}
     assert all(value.dtype == torch.float32 for value in mapped.tensors.values())
@@ -242,23 +244,23 @@ def test_a_suspects_tapped_tensors_are_read() -> None:
     ],
 )
 def test_a_hostile_suspect_gives_a_reason(value: Any, text: str) -> None:
-    mapped = map_suspect({"a.weight": (2, 2)}, {"a.weight": value})
+    mapped = select_tensors_untrusted({"a.weight": (2, 2)}, {"a.weight": value})
     assert not mapped.tensors and mapped.problem is not None and text in mapped.problem
 
 
 def test_hostile_names_give_a_reason() -> None:
     for names in ([], ["x." * 10_000 + "a.weight"], ["p.a.weight", "q.a.weight"]):
-        mapped = map_suspect({"a.weight": (1,)}, {name: torch.ones(1) for name in names})
+        mapped = select_tensors_untrusted({"a.weight": (1,)}, {name: torch.ones(1) for name in names})
         assert not mapped.tensors and mapped.problem
     odd: Any = {7: torch.ones(1), None: torch.ones(1)}
-    assert map_suspect({"a.weight": (1,)}, odd).problem
+    assert select_tensors_untrusted({"a.weight": (1,)}, odd).problem
     broken: Any = 5
-    assert "TypeError" in (map_suspect({"a.weight": (1,)}, broken).problem or "")
+    assert "TypeError" in (select_tensors_untrusted({"a.weight": (1,)}, broken).problem or "")
 
 
 def test_decoys_beside_the_weights_are_not_read_as_the_model() -> None:
     real, decoy = torch.ones(4, 1, 3, 3), torch.zeros(4, 1, 3, 3)
     wanted = {"conv1.weight": (4, 1, 3, 3)}
-    mapped = map_suspect(wanted, {"net.conv1.weight": real, "conv1.weight": decoy})
+    mapped = select_tensors_untrusted(wanted, {"net.conv1.weight": real, "conv1.weight": decoy})
     assert mapped.problem is not None and "several prefixes" in mapped.problem
-    assert map_suspect(wanted, {"net.conv1.weight": real}).problem is None
+    assert select_tensors_untrusted(wanted, {"net.conv1.weight": real}).problem is None

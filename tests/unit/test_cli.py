@@ -53,8 +53,8 @@ def test_other_refusals(tmp_path: Path) -> None:
 
 def test_a_repeated_model_is_a_list() -> None:
     argv = ["--model", "a", "--model", "b", "--kit", "k"]
-    s = cli.parse(VerifySettings, argv, description="", aliases={"model": "append"})
-    assert s.models == ["a", "b"]
+    settings = cli.parse(VerifySettings, argv, description="", aliases={"model": "append"})
+    assert settings.models == ["a", "b"]
 
 
 def test_help_lists_every_option_and_exits_0(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,8 +24,8 @@ from mtlsign.tasks import Task
 from mtlsign.watermark.embedding import pipeline, training
 from mtlsign.watermark.embedding import result as outcome
 from mtlsign.watermark.keys.identity import Identity
-from mtlsign.watermark.keys.sealing import Secret
-from mtlsign.watermark.kit import probe_of, verify_with_kit
+from mtlsign.watermark.keys.sealing import EncryptionSecret
+from mtlsign.watermark.kit import detector_for_kit, verify_with_kit
 from mtlsign.watermark.verification.detector import verify
 
 Maker = Callable[..., nn.Module]
@@ -50,13 +50,13 @@ def owner_file(tmp_path: Path, owner: Identity) -> Path:
 
 
 def test_embed_end_to_end(marked: tuple[dict[str, Tensor], Any], tiny_model: Maker) -> None:
-    w0, done = marked
+    base_weights, done = marked
     r = done.result
     assert r["wm_accuracy"] >= 0.95 and done.verdict.accepted and r["status"] == "accepted"
     assert 0.3 < r["wm_accuracy_on_clean"] < 0.7 and all(0.3 < a < 0.7 for a in r["wm_accuracy_wrong_keys"])
     assert len(r["wm_accuracy_wrong_keys"]) == 5
-    weights = [n for n, p in w0.items() if p.is_floating_point() and "running_" not in n]
-    moved = torch.cat([(done.tensors[n].double() - w0[n].double()).flatten() for n in weights])
+    weights = [n for n, p in base_weights.items() if p.is_floating_point() and "running_" not in n]
+    moved = torch.cat([(done.tensors[n].double() - base_weights[n].double()).flatten() for n in weights])
     assert r["deviation_l2"] == pytest.approx(float(moved.norm())) and r["deviation_l2"] > 0.1
     assert {
         "primary_clean",
@@ -78,14 +78,14 @@ def test_kit_survives_storage(
     marked: tuple[dict[str, Tensor], Any], folder: str, owner: Identity, owner_file: Path
 ) -> None:
     _, done = marked
-    done.save(open_storage(folder), Secret.from_kit_key(owner.kit_key))
+    done.save(open_storage(folder), EncryptionSecret.from_kit_key(owner.kit_key))
     stored = b"".join(p.read_bytes() for p in Path(folder).rglob("*") if p.is_file())
     spec = done.kit.opening.spec
     assert spec not in stored and done.kit.opening.signature.hex().encode() not in stored
     place, kit = str(done.result["model_path"]), str(done.result["kit"])
     bare = str(Path(place) / "model.safetensors")
-    s = VerifySettings.of({"model": f"{place},{bare}", "kit": kit, "owner": owner_file, "controls": 2})
-    verdicts = verify_with_kit(s)
+    settings = VerifySettings.of({"model": f"{place},{bare}", "kit": kit, "owner": owner_file, "controls": 2})
+    verdicts = verify_with_kit(settings)
     assert [v.status for v in verdicts] == ["accepted", "accepted"] and verdicts[0] == verdicts[1]
     assert (
         verdicts[0].matches == done.verdict.matches
@@ -95,7 +95,7 @@ def test_kit_survives_storage(
     stranger = owner_file.with_name("stranger.json")
     Identity.generate().save(stranger, None)
     with pytest.raises(KeyMaterialError, match="wrong or the sealed file is damaged"):
-        verify_with_kit(s.model_copy(update={"owner": stranger}))
+        verify_with_kit(settings.model_copy(update={"owner": stranger}))
 
 
 def test_free_head(
@@ -115,7 +115,7 @@ def test_free_head(
     )
     assert done.kit.head is not None and done.result["wm_accuracy"] > 0.7
     assert done.verdict.status in ("needs_commitment", "rejected") and not done.verdict.accepted
-    again = verify(done.tensors, probe_of(done.kit), bits=5.0)
+    again = verify(done.tensors, detector_for_kit(done.kit), bits=5.0)
     assert (again.status, again.matches) == ("needs_commitment", done.verdict.matches)
     assert not any("w1" in name for name in done.tensors)
 
@@ -159,7 +159,7 @@ def test_embed_your_own_objects(owner: Identity) -> None:
     arch = str(done.kit.opening.parse().graph["arch"])
     assert ARCH.fullmatch(arch) and arch.startswith("own/") and arch.endswith("Inner")
     with pytest.raises(ModelError, match="--factory"):
-        probe_of(done.kit)  # a kit's own architecture is code: nobody imports it unasked
+        detector_for_kit(done.kit)  # a kit's own architecture is code: nobody imports it unasked
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_embed_your_own_objects(owner: Identity) -> None:
 )
 def test_own_names_fit_the_spec_and_the_graph(module: str, qualname: str) -> None:
     kind = type("Net", (Small,), {"__module__": module, "__qualname__": qualname})
-    arch = loading.own_arch(kind)
+    arch = loading.custom_architecture_name(kind)
     assert ARCH.fullmatch(arch)
     assert isinstance(build({"arch": arch}, factories={arch[4:]: Small}), Small)
 
@@ -226,9 +226,9 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner_file: Path, folde
     }
 
 
-def start(job: dict[str, Any], show: Any = None, **changes: Any) -> outcome.Embedded:
+def start(job: dict[str, Any], show: Any = None, **changes: Any) -> outcome.EmbeddingResult:
     values = {k: v for k, v in (job | changes).items() if v is not None}
-    return pipeline.run(EmbedSettings.of(values), pipeline.PlainRunner(show))
+    return pipeline.run_embedding_job(EmbedSettings.of(values), pipeline.LocalEmbeddingBackend(show))
 
 
 class Killed(BaseException):

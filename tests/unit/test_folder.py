@@ -16,7 +16,13 @@ from mtlsign.errors import ArtifactError
 from mtlsign.storage.base import Storage
 from mtlsign.storage.local import LocalStorage
 from mtlsign.storage.locations import open_storage
-from mtlsign.storage.manifest import MANIFEST, manifest_bytes, parse_manifest, read_folder, write_folder
+from mtlsign.storage.manifest import (
+    MANIFEST,
+    manifest_bytes,
+    parse_manifest,
+    read_manifest_folder,
+    write_manifest_folder,
+)
 
 FILES = {"a.bin": b"alpha", "b.bin": b"", "README.md": b"card\n"}
 
@@ -37,11 +43,11 @@ class DyingStorage(LocalStorage):
         super().__init__(root)
         self.deadline, self.late = deadline, late
 
-    def write(self, name: str, data: bytes, *, only_if_new: bool = False) -> bool:
+    def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
         self.deadline -= 1
         if self.deadline == 0 and not self.late:
             raise Crash
-        done = super().write(name, data, only_if_new=only_if_new)
+        done = super().write(name, data, if_absent=if_absent)
         if self.deadline == 0:
             raise Crash
         return done
@@ -53,21 +59,21 @@ def test_death_between_any_two_writes_leaves_all_or_nothing(
     store: Storage, deadline: int, late: bool
 ) -> None:
     with pytest.raises(Crash):
-        write_folder(DyingStorage(Path(store.uri), deadline, late), FILES)
+        write_manifest_folder(DyingStorage(Path(store.uri), deadline, late), FILES)
     if deadline == len(FILES) + 1 and late:
-        assert read_folder(store) == FILES
+        assert read_manifest_folder(store) == FILES
     else:
         with pytest.raises(ArtifactError, match="no complete folder"):
-            read_folder(store)
+            read_manifest_folder(store)
     other = {**FILES, "a.bin": b"another attempt"}
     if not store.exists(MANIFEST):
-        write_folder(store, other)
-        assert read_folder(store) == other
+        write_manifest_folder(store, other)
+        assert read_manifest_folder(store) == other
     else:
-        write_folder(store, FILES)
+        write_manifest_folder(store, FILES)
         with pytest.raises(ArtifactError, match="already holds"):
-            write_folder(store, other)
-        assert read_folder(store) == FILES
+            write_manifest_folder(store, other)
+        assert read_manifest_folder(store) == FILES
 
 
 def test_death_inside_a_local_write_leaves_the_old_file(
@@ -87,7 +93,7 @@ def test_death_inside_a_local_write_leaves_the_old_file(
 def test_death_while_deleting_never_leaves_a_half_folder(
     store: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_folder(store.child("runs/one"), FILES)
+    write_manifest_folder(store.child("runs/one"), FILES)
 
     def die(path: Path) -> None:
         raise Crash
@@ -96,41 +102,41 @@ def test_death_while_deleting_never_leaves_a_half_folder(
     with pytest.raises(Crash):
         store.delete("runs")
     with pytest.raises(ArtifactError, match="no complete folder"):
-        read_folder(store.child("runs/one"))
+        read_manifest_folder(store.child("runs/one"))
 
 
 def test_racing_writers_of_one_folder(store: Storage) -> None:
     def attempt(i: int) -> bool:
         try:
-            write_folder(store, {"same": b"same", f"own{i % 2}": b""})
+            write_manifest_folder(store, {"same": b"same", f"own{i % 2}": b""})
         except ArtifactError:
             return False
         return True
 
     with ThreadPoolExecutor(4) as pool:
         won = list(pool.map(attempt, range(4)))
-    assert any(won) and read_folder(store)["same"] == b"same"
+    assert any(won) and read_manifest_folder(store)["same"] == b"same"
 
 
 def test_read_folder_keeps_to_its_limits_and_names(store: Storage) -> None:
-    write_folder(store, FILES)
+    write_manifest_folder(store, FILES)
     store.write("unlisted", b"never read")
-    assert read_folder(store) == FILES
-    assert read_folder(store, names=["a.bin"], total_limit=5) == {"a.bin": b"alpha"}
+    assert read_manifest_folder(store) == FILES
+    assert read_manifest_folder(store, names=["a.bin"], total_limit=5) == {"a.bin": b"alpha"}
     for limits in ({"file_limit": 4}, {"total_limit": 9}, {"names": ["unlisted"]}):
         with pytest.raises(ArtifactError):
-            read_folder(store, **limits)
+            read_manifest_folder(store, **limits)
 
 
 @pytest.mark.parametrize("damage", [b"alphA", b"alph", b"alphaa", None])
 def test_damaged_or_missing_files_are_found(store: Storage, damage: bytes | None) -> None:
-    write_folder(store, FILES)
+    write_manifest_folder(store, FILES)
     if damage is None:
         store.delete("a.bin")
     else:
         store.write("a.bin", damage)
     with pytest.raises(ArtifactError):
-        read_folder(store)
+        read_manifest_folder(store)
 
 
 def _manifest(**changes: object) -> bytes:
@@ -215,4 +221,4 @@ def test_the_manifest_parser_raises_nothing_else(data: bytes) -> None:
 def test_an_oversized_manifest_is_not_read(store: Storage) -> None:
     store.write(MANIFEST, b" " * (2**20 + 1))
     with pytest.raises(ArtifactError, match="more than the 1048576 bytes"):
-        read_folder(store)
+        read_manifest_folder(store)

@@ -9,26 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from mtlsign.errors import ArtifactError, ModelError
-from mtlsign.storage.safetensors_io import read_tensors, tensor_bytes
-from mtlsign.watermark.verification.graph import MIN_STD, Features, VerifierGraph, exact_fp32
+from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
+from mtlsign.watermark.verification.graph import MIN_STD, Features, VerifierModel, exact_fp32
 from mtlsign.watermark.verification.reference import Reference, make_reference
 
 Maker = Callable[..., nn.Module]
 IMAGES = torch.randn(16, 1, 24, 24, generator=torch.Generator().manual_seed(5)).sign()
 
 
-def graph_of(w0: nn.Module, skeleton: nn.Module, taps: tuple[str, ...] = ("layer1",)) -> VerifierGraph:
-    return VerifierGraph(skeleton, taps, make_reference(w0, taps, IMAGES[:2]), IMAGES[:2])
+def graph_of(
+    base_weights: nn.Module, skeleton: nn.Module, taps: tuple[str, ...] = ("layer1",)
+) -> VerifierModel:
+    return VerifierModel(skeleton, taps, make_reference(base_weights, taps, IMAGES[:2]), IMAGES[:2])
 
 
 @torch.no_grad()
-def features(graph: VerifierGraph, tensors: dict[str, Tensor]) -> Tensor:
+def features(graph: VerifierModel, tensors: dict[str, Tensor]) -> Tensor:
     return graph.features(graph.into_frame(graph.read(tensors)), IMAGES).standardised
 
 
 def test_the_skeletons_values_do_not_matter(tiny_model: Maker) -> None:
-    w0, state = tiny_model(0), tiny_model(3).state_dict()
-    one, two = graph_of(w0, tiny_model(1)), graph_of(w0, tiny_model(2).train())
+    base_weights, state = tiny_model(0), tiny_model(3).state_dict()
+    one, two = graph_of(base_weights, tiny_model(1)), graph_of(base_weights, tiny_model(2).train())
     assert torch.equal(features(one, state), features(two, state))
     assert set(one.kernels) == {
         "conv1.weight",
@@ -57,12 +59,14 @@ def test_only_kernels_and_signs_are_read(tiny_model: Maker) -> None:
 
 def test_w0_in_its_own_graph_is_w0_with_batch_statistics(tiny_model: Maker) -> None:
     """Written out by hand: BN in training mode on W0 itself gives the graph's taps for W0."""
-    w0 = tiny_model(0)
-    graph, state = graph_of(w0, tiny_model(1)), w0.state_dict()
+    base_weights = tiny_model(0)
+    graph, state = graph_of(base_weights, tiny_model(1)), base_weights.state_dict()
     with torch.no_grad():
         got = graph.taps_of(graph.into_frame(graph.read(state)), IMAGES)[0]
-        w0.train()
-        x = w0.layer1(w0.maxpool(w0.relu(w0.bn1(w0.conv1(IMAGES)))))
+        base_weights.train()
+        x = base_weights.layer1(
+            base_weights.maxpool(base_weights.relu(base_weights.bn1(base_weights.conv1(IMAGES))))
+        )
     # ε is relative to the variance, and unit rows change the variance
     torch.testing.assert_close(got, x, rtol=1e-2, atol=1e-2)
 
@@ -86,8 +90,8 @@ def test_conv_biases_before_a_batch_norm_are_dropped_and_other_vectors_are_those
         )
 
     torch.manual_seed(0)
-    w0, suspect = net(), net()
-    graph = graph_of(w0, net(), ("3",))
+    base_weights, suspect = net(), net()
+    graph = graph_of(base_weights, net(), ("3",))
     state = dict(suspect.state_dict())
     expected = features(graph, state)
     for name in ("0.bias", "2.bias", "3.weight", "3.bias"):
@@ -142,19 +146,19 @@ def test_a_reference_that_does_not_fit_is_refused(tiny_model: Maker) -> None:
     }.items():  # fmt: skip
         tensors = {n: t for n, t in reference.tensors.items() if n != name}
         tensors |= {} if value is None else {name: value}
-        data = tensor_bytes(tensors)
+        data = serialize_safetensors(tensors)
         if name == "conv1/columns":
-            VerifierGraph(
+            VerifierModel(
                 tiny_model(1), ["layer1"], Reference(data, tensors), IMAGES[:2]
             )  # [1, 1] is right here
             tensors[name] = torch.ones(2, 1)
         with pytest.raises(ArtifactError, match=name):
-            VerifierGraph(tiny_model(1), ["layer1"], Reference(data, tensors), IMAGES[:2])
+            VerifierModel(tiny_model(1), ["layer1"], Reference(data, tensors), IMAGES[:2])
     with pytest.raises(ModelError, match="layer9"):
-        VerifierGraph(tiny_model(1), ["layer9"], reference, IMAGES[:2])
-    whole = read_tensors(reference.data) | {"conv1/beta": torch.ones(8, dtype=torch.int64)}
+        VerifierModel(tiny_model(1), ["layer9"], reference, IMAGES[:2])
+    whole = parse_safetensors(reference.data) | {"conv1/beta": torch.ones(8, dtype=torch.int64)}
     with pytest.raises(ArtifactError, match="conv1/beta"):
-        VerifierGraph(tiny_model(1), ["layer1"], Reference(b"", whole), IMAGES[:2])
+        VerifierModel(tiny_model(1), ["layer1"], Reference(b"", whole), IMAGES[:2])
 
 
 def test_exact_fp32_overrules_the_caller_and_gives_back() -> None:

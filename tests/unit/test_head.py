@@ -6,24 +6,24 @@ import pytest
 import torch
 
 from mtlsign.errors import ArtifactError, MTLSignError
-from mtlsign.storage.safetensors_io import read_tensors, tensor_bytes
-from mtlsign.watermark.keys.opening import signs
+from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
+from mtlsign.watermark.keys.opening import head_signs
 from mtlsign.watermark.verification.graph import Features
-from mtlsign.watermark.verification.heads import FreeHead, KeyedHead
+from mtlsign.watermark.verification.heads import KeyDerivedHead, TrainedHead
 
 KEY = bytes(range(32))
 FEATURES = Features.of(torch.randn(10, 12, generator=torch.Generator().manual_seed(0)))
 
 
 def test_keyed_scores_are_the_written_formula() -> None:
-    p = torch.from_numpy(signs(KEY, 12)).float() / 12**0.5
-    torch.testing.assert_close(KeyedHead(KEY, 12)(FEATURES), FEATURES.standardised @ p)
-    other = KeyedHead(bytes(32), 12)(FEATURES)
-    assert not torch.allclose(other, KeyedHead(KEY, 12)(FEATURES), atol=0.01)
+    p = torch.from_numpy(head_signs(KEY, 12)).float() / 12**0.5
+    torch.testing.assert_close(KeyDerivedHead(KEY, 12)(FEATURES), FEATURES.standardised @ p)
+    other = KeyDerivedHead(bytes(32), 12)(FEATURES)
+    assert not torch.allclose(other, KeyDerivedHead(KEY, 12)(FEATURES), atol=0.01)
 
 
 def test_a_keyed_head_trains_and_stores_nothing() -> None:
-    head = KeyedHead(KEY, 12)
+    head = KeyDerivedHead(KEY, 12)
     assert head.parameters() == [] and head.to_bytes() is None and head.pooled is False
 
 
@@ -32,40 +32,40 @@ def test_dead_coordinates_do_not_count() -> None:
     flat[:, 3] = 7.0
     without = flat.clone()
     without[:, 3] = 100.0
-    head = KeyedHead(KEY, 12)
+    head = KeyDerivedHead(KEY, 12)
     assert torch.equal(head(Features.of(flat)), head(Features.of(without)))
 
 
 def test_free_head_is_a_two_layer_perceptron_and_survives_its_bytes() -> None:
-    head = FreeHead(12, 5, pooled=True, seed=3)
+    head = TrainedHead(12, 5, pooled=True, seed=3)
     w1, b1, w2, b2 = head.parameters()
     with torch.no_grad():
         b1.uniform_(-1, 1)
         b2.fill_(0.25)
     expected = torch.relu(FEATURES.standardised @ w1.T + b1) @ w2 + b2
     torch.testing.assert_close(head(FEATURES), expected)
-    again = FreeHead.from_bytes(head.to_bytes(), 12, 5, pooled=True)
+    again = TrainedHead.from_bytes(head.to_bytes(), 12, 5, pooled=True)
     assert torch.equal(again(FEATURES), head(FEATURES)) and again.pooled
-    assert {name: t.shape for name, t in read_tensors(head.to_bytes()).items()} == {
+    assert {name: t.shape for name, t in parse_safetensors(head.to_bytes()).items()} == {
         "w1": (5, 12), "b1": (5,), "w2": (5,), "b2": (),
     }  # fmt: skip
     assert torch.equal(
-        FreeHead(12, 5, pooled=False, seed=3)(FEATURES), FreeHead(12, 5, pooled=False, seed=3)(FEATURES)
+        TrainedHead(12, 5, pooled=False, seed=3)(FEATURES), TrainedHead(12, 5, pooled=False, seed=3)(FEATURES)
     )
     assert not torch.equal(
-        FreeHead(12, 5, pooled=False, seed=4)(FEATURES), FreeHead(12, 5, pooled=False, seed=3)(FEATURES)
+        TrainedHead(12, 5, pooled=False, seed=4)(FEATURES), TrainedHead(12, 5, pooled=False, seed=3)(FEATURES)
     )
 
 
 def test_a_free_head_that_does_not_fit_is_refused() -> None:
-    head = FreeHead(12, 5, pooled=False)
-    good = read_tensors(head.to_bytes())
+    head = TrainedHead(12, 5, pooled=False)
+    good = parse_safetensors(head.to_bytes())
     for bad in (
         {n: t for n, t in good.items() if n != "b2"},
         good | {"w1": torch.zeros(5, 11)},
         good | {"w2": torch.full((5,), float("inf"))},
     ):
         with pytest.raises(ArtifactError, match="head: tensor"):
-            FreeHead.from_bytes(tensor_bytes(bad), 12, 5, pooled=False)
+            TrainedHead.from_bytes(serialize_safetensors(bad), 12, 5, pooled=False)
     with pytest.raises(MTLSignError):
-        FreeHead.from_bytes(b"\x80\x04.", 12, 5, pooled=False)
+        TrainedHead.from_bytes(b"\x80\x04.", 12, 5, pooled=False)

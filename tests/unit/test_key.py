@@ -260,13 +260,15 @@ def test_a_small_order_key_would_have_matched_without_the_check() -> None:
 
 def test_streams_are_separate_prefixes_of_themselves() -> None:
     key = OPENING.key()
-    pi, bits, p = K.integers(key, 600), K.labels(key, 600), K.signs(key, 4097)
+    pi, bits, p = K.watermark_integers(key, 600), K.watermark_labels(key, 600), K.head_signs(key, 4097)
     assert pi.dtype == np.int64 and pi.shape == (600,) and len(set(pi.tolist())) == 600
     assert pi.min() >= 0 and pi.max() < 2**30
     assert bits.dtype == np.uint8 and set(bits.tolist()) == {0, 1}
     assert p.dtype == np.int8 and p.shape == (4097,) and set(p.tolist()) == {-1, 1}
-    assert np.array_equal(K.integers(key, 700)[:600], pi) and np.array_equal(K.labels(key, 700)[:600], bits)
-    assert not np.array_equal(K.signs(key, 4097, 1), p)
+    assert np.array_equal(K.watermark_integers(key, 700)[:600], pi) and np.array_equal(
+        K.watermark_labels(key, 700)[:600], bits
+    )
+    assert not np.array_equal(K.head_signs(key, 4097, 1), p)
     assert not np.array_equal((p[:600] + 1) // 2, bits)
     assert K.keystream(key, b"mtlsign/v0/labels", 75) == np.packbits(bits).tobytes()
 
@@ -278,16 +280,16 @@ def test_repeated_integers_are_dropped_and_the_stream_read_on() -> None:
         stream = K.keystream(key, b"mtlsign/v0/integers", 300)
         text = "".join(f"{byte:08b}" for byte in stream)
         expected = list(dict.fromkeys(int(text[i : i + m], 2) for i in range(0, len(text) - m, m)))[:n]
-        assert K.integers(key, n).tolist() == expected
+        assert K.watermark_integers(key, n).tolist() == expected
 
 
 def test_keystream_limits() -> None:
     for bad in (b"short", "00" * 32):
         with pytest.raises(KeyMaterialError):
-            K.labels(bad, 8)  # type: ignore[arg-type]
+            K.watermark_labels(bad, 8)  # type: ignore[arg-type]
     calls: tuple[Callable[[], object], ...] = (
-        lambda: K.labels(bytes(32), 0), lambda: K.integers(bytes(32), 1), lambda: K.signs(bytes(32), 0),
-        lambda: K.signs(bytes(32), 1, -1), lambda: m_bits(1),
+        lambda: K.watermark_labels(bytes(32), 0), lambda: K.watermark_integers(bytes(32), 1), lambda: K.head_signs(bytes(32), 0),
+        lambda: K.head_signs(bytes(32), 1, -1), lambda: m_bits(1),
     )  # fmt: skip
     for call in calls:
         with pytest.raises(ValueError):

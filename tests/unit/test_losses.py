@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtlsign.watermark.embedding.losses import (
-    InnerTuning,
+    FineTuningLoop,
     add_r_func_gradient,
     distillation_loss,
-    noise_snapshot,
-    pruned_snapshot,
+    noise_perturbation,
+    pruning_perturbation,
     watermark_loss,
 )
 
@@ -35,16 +35,16 @@ def test_r_func_gradient_is_that_of_the_summed_square() -> None:
         torch.randn(3, 2, generator=gen(1), requires_grad=True),
         torch.randn(4, generator=gen(2), requires_grad=True),
     ]
-    w0 = [torch.randn(3, 2, generator=gen(3)), torch.randn(4, generator=gen(4))]
-    total = torch.stack([((a - b) ** 2).sum() for a, b in zip(w, w0, strict=True)]).sum()
+    base_weights = [torch.randn(3, 2, generator=gen(3)), torch.randn(4, generator=gen(4))]
+    total = torch.stack([((a - b) ** 2).sum() for a, b in zip(w, base_weights, strict=True)]).sum()
     expected = torch.autograd.grad(0.3 * total, w)
     for p in w:
         p.grad = torch.ones_like(p)
-    deviation = add_r_func_gradient(w, w0, 0.3)
+    deviation = add_r_func_gradient(w, base_weights, 0.3)
     assert deviation == pytest.approx(float(total.detach()) ** 0.5)
     for p, g in zip(w, expected, strict=True):
         torch.testing.assert_close(p.grad, g + 1)
-    assert add_r_func_gradient(w, w0, 0.0) == deviation
+    assert add_r_func_gradient(w, base_weights, 0.0) == deviation
     torch.testing.assert_close(w[0].grad, expected[0] + 1)
 
 
@@ -60,10 +60,10 @@ def test_distillation() -> None:
 
 def test_noise_is_relative_to_each_tensor_and_fixed_by_its_generator() -> None:
     kernels = {"a": torch.randn(200, 50, generator=gen(1)), "b": 100 * torch.randn(200, 50, generator=gen(2))}
-    out = noise_snapshot(kernels, 0.3, gen(7))
+    out = noise_perturbation(kernels, 0.3, gen(7))
     for name, kernel in kernels.items():
         assert float((out[name] - kernel).std() / kernel.std()) == pytest.approx(0.3, rel=0.05)
-    again, other = noise_snapshot(kernels, 0.3, gen(7)), noise_snapshot(kernels, 0.3, gen(8))
+    again, other = noise_perturbation(kernels, 0.3, gen(7)), noise_perturbation(kernels, 0.3, gen(8))
     assert torch.equal(out["b"], again["b"]) and not torch.equal(out["b"], other["b"])
 
 
@@ -71,7 +71,7 @@ def test_pruned_snapshots_drop_the_smallest() -> None:
     kernel = torch.randn(40, 50, generator=gen(1)).requires_grad_(True)
     ratios = []
     for seed in range(20):
-        out = pruned_snapshot({"a": kernel}, 0.7, gen(seed))["a"]
+        out = pruning_perturbation({"a": kernel}, 0.7, gen(seed))["a"]
         dropped = out == 0
         ratios.append(float(dropped.float().mean()))
         assert kernel[dropped].abs().max() < kernel[~dropped].abs().min()
@@ -83,18 +83,18 @@ def test_pruned_snapshots_drop_the_smallest() -> None:
 
 @pytest.mark.parametrize("largest", [0.0, 0.05])
 def test_small_pruning_ratios(largest: float) -> None:
-    out = pruned_snapshot({"a": torch.randn(100, generator=gen(1))}, largest, gen(2))["a"]
+    out = pruning_perturbation({"a": torch.randn(100, generator=gen(1))}, largest, gen(2))["a"]
     assert int((out == 0).sum()) <= max(1, int(100 * largest))
 
 
-def tuner(model: nn.Module, steps: int, lr: float, seen: list[int]) -> InnerTuning:
+def tuner(model: nn.Module, steps: int, lr: float, seen: list[int]) -> FineTuningLoop:
     def batches(index: int) -> Iterator[tuple[Tensor, Tensor]]:
         seen.append(index)
         for i in range(steps):
             x = torch.randn(8, 4, generator=gen(100 * index + i))
             yield x, (x[:, 0] > 0).long()
 
-    return InnerTuning(model, ["0.weight"], F.cross_entropy, batches, steps=steps, lr=lr)
+    return FineTuningLoop(model, ["0.weight"], F.cross_entropy, batches, steps=steps, lr=lr)
 
 
 def net() -> nn.Module:

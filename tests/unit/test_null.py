@@ -19,18 +19,20 @@ def exact(k: int, n: int) -> Fraction:
 
 
 def test_quoted_numbers() -> None:
-    assert evidence.tail_bits(420, 600) == pytest.approx(75.242, abs=5e-4)
-    assert math.log10(evidence.p_value(evidence.tail_bits(420, 600))) == pytest.approx(-22.65, abs=5e-3)
+    assert evidence.binomial_evidence_bits(420, 600) == pytest.approx(75.242, abs=5e-4)
+    assert math.log10(evidence.p_value(evidence.binomial_evidence_bits(420, 600))) == pytest.approx(
+        -22.65, abs=5e-3
+    )
     assert (evidence.threshold(600, 120), evidence.threshold(1024, 120)) == (452, 712)
-    assert evidence.paper_chernoff(0.7, p=0.575, n=600, lam=0.34) == pytest.approx(3.37e-8, rel=2e-3)
-    assert evidence.tail_bits(1024, 1024) == 1024.0 and evidence.p_value(1024.0) == 2.0**-1024
+    assert evidence.chernoff_bound_paper(0.7, p=0.575, n=600, lam=0.34) == pytest.approx(3.37e-8, rel=2e-3)
+    assert evidence.binomial_evidence_bits(1024, 1024) == 1024.0 and evidence.p_value(1024.0) == 2.0**-1024
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 11, 60])
 def test_tail_is_exact(n: int) -> None:
     for k in range(-1, n + 2):
         expected = exact(k, n)
-        found = evidence.tail_bits(k, n)
+        found = evidence.binomial_evidence_bits(k, n)
         assert found >= 0.0 and math.copysign(1.0, found) == 1.0
         if expected == 0:
             assert found == math.inf and evidence.p_value(found) == 0.0
@@ -39,21 +41,21 @@ def test_tail_is_exact(n: int) -> None:
 
 
 def test_tail_near_certainty_keeps_its_digits() -> None:
-    assert evidence.tail_bits(1, 100) == pytest.approx(2.0**-100 / math.log(2), rel=1e-12)
+    assert evidence.binomial_evidence_bits(1, 100) == pytest.approx(2.0**-100 / math.log(2), rel=1e-12)
 
 
 @settings(max_examples=120, deadline=None)
 @given(st.integers(1, 700), st.data())
 def test_bound_and_monotony(n: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(0, n))
-    bits = evidence.tail_bits(k, n)
+    bits = evidence.binomial_evidence_bits(k, n)
     assert evidence.chernoff_bits(k, n) <= bits + 1e-9 and evidence.chernoff_bound(k, n) <= 1.0
-    assert evidence.tail_bits(k + 1, n) > bits or bits < 1e-9
+    assert evidence.binomial_evidence_bits(k + 1, n) > bits or bits < 1e-9
     lam = data.draw(st.floats(0, 20))
-    assert evidence.paper_chernoff(k / n, 0.5, n, lam) >= evidence.chernoff_bound(k, n) * (1 - 1e-9)
+    assert evidence.chernoff_bound_paper(k / n, 0.5, n, lam) >= evidence.chernoff_bound(k, n) * (1 - 1e-9)
     if n / 2 < k < n:
         best = math.log(k / (n - k))
-        assert evidence.paper_chernoff(k / n, 0.5, n, best) == pytest.approx(
+        assert evidence.chernoff_bound_paper(k / n, 0.5, n, best) == pytest.approx(
             evidence.chernoff_bound(k, n), rel=1e-9
         )
 
@@ -62,15 +64,15 @@ def test_bound_and_monotony(n: int, data: st.DataObject) -> None:
 @given(st.integers(1, 400), st.floats(0, 420))
 def test_threshold_is_the_smallest(n: int, bits: float) -> None:
     k = evidence.threshold(n, bits)
-    assert evidence.tail_bits(k, n) >= bits
-    assert k == 0 or evidence.tail_bits(k - 1, n) < bits
+    assert evidence.binomial_evidence_bits(k, n) >= bits
+    assert k == 0 or evidence.binomial_evidence_bits(k - 1, n) < bits
     assert (k == n + 1) == (bits > n)
 
 
 @pytest.mark.parametrize("alpha", [0.9, 0.5, 0.01, 2.0**-20, 1e-300])
 @pytest.mark.parametrize("n", [1, 2, 7, 600])
 def test_wrong_band(n: int, alpha: float) -> None:
-    low, high = evidence.wrong_band(n, alpha)
+    low, high = evidence.control_band(n, alpha)
     assert 0 <= low <= high <= n and low + high == n
     outside = 2 * exact(high + 1, n)
     assert outside <= Fraction(alpha)
@@ -97,7 +99,9 @@ def test_weighted_tail_with_equal_weights_is_the_count_tail(n: int) -> None:
     for weight in (1, 15):
         for k in {0, n // 3, n // 2, (3 * n) // 4, n}:
             correct = np.arange(n) < k
-            assert evidence.weighted_tail_bits(np.full(n, weight), correct) == evidence.tail_bits(k, n)
+            assert evidence.weighted_tail_bits(
+                np.full(n, weight), correct
+            ) == evidence.binomial_evidence_bits(k, n)
 
 
 def test_weighted_tail_at_full_size() -> None:
@@ -131,9 +135,9 @@ def test_score_weights_look_at_sizes_only() -> None:
 
 def test_limits() -> None:
     for call in (
-        lambda: evidence.tail_bits(1, 0), lambda: evidence.tail_bits(1, 10**6), lambda: evidence.threshold(0, 1.0),
-        lambda: evidence.wrong_band(10, 0.0), lambda: evidence.wrong_band(10, 1.0),
-        lambda: evidence.paper_chernoff(2, 0.5, 9, 1),
+        lambda: evidence.binomial_evidence_bits(1, 0), lambda: evidence.binomial_evidence_bits(1, 10**6), lambda: evidence.threshold(0, 1.0),
+        lambda: evidence.control_band(10, 0.0), lambda: evidence.control_band(10, 1.0),
+        lambda: evidence.chernoff_bound_paper(2, 0.5, 9, 1),
         lambda: evidence.weighted_tail_bits([1, 2], [True]), lambda: evidence.weighted_tail_bits([16], [True]),
         lambda: evidence.weighted_tail_bits([-1], [True]), lambda: evidence.weighted_tail_bits([1.0], [True]),
         lambda: evidence.weighted_tail_bits([1], [1]),

@@ -17,9 +17,9 @@ from mtlsign.models import loading
 from mtlsign.tasks import Task, from_tensors
 from mtlsign.watermark.embedding import loop, losses, perturbations, pipeline, training
 from mtlsign.watermark.embedding.run_folder import load_state, state_bytes
-from mtlsign.watermark.embedding.worker import Alone, State
+from mtlsign.watermark.embedding.worker import SingleProcessContext, State
 from mtlsign.watermark.keys.identity import Identity
-from mtlsign.watermark.verification.detector import Probe
+from mtlsign.watermark.verification.detector import WatermarkDetector
 
 Settings = Callable[..., EmbedSettings]
 Maker = Callable[..., nn.Module]
@@ -35,18 +35,20 @@ def often(monkeypatch: pytest.MonkeyPatch) -> int:
 @pytest.fixture
 def probe_of(
     tiny_graph: dict[str, object], tiny_model: Maker, owner: Identity
-) -> Callable[[EmbedSettings], Probe]:
+) -> Callable[[EmbedSettings], WatermarkDetector]:
     """A fresh probe of `tiny_model()` as W0; with the test key each call gives the same one."""
 
-    def make(s: EmbedSettings) -> Probe:
-        w0 = tiny_model()
-        opening, reference = pipeline.commit(w0, loading.cpu_state(w0), tiny_graph, (1, 24, 24), s, owner)
-        return Probe(opening, reference)
+    def make(settings: EmbedSettings) -> WatermarkDetector:
+        base_weights = tiny_model()
+        opening, reference = pipeline.commit_key(
+            base_weights, loading.cpu_state(base_weights), tiny_graph, (1, 24, 24), settings, owner
+        )
+        return WatermarkDetector(opening, reference)
 
     return make
 
 
-class Recorder(Alone):
+class Recorder(SingleProcessContext):
     """Keeps every checkpoint as bytes and every row."""
 
     def __init__(self, state: State | None = None) -> None:
@@ -68,14 +70,14 @@ def test_phase_1_resumes_bit_for_bit(tiny_task: Task, tiny_settings: Settings, t
     s = tiny_settings(epochs=3, lr=0.02)
     whole, model = Recorder(), tiny_model()
     start = loading.cpu_state(model)
-    rows = training.train_clean(model, tiny_task, s, whole)
+    rows = training.train_clean_model(model, tiny_task, s, whole)
     assert [row["epoch"] for row in rows] == [1, 2, 3] and len(whole.kept) == 3
     assert rows[-1]["loss"] < rows[0]["loss"]
     final = loading.cpu_state(model)
     assert any(not torch.equal(start[n], final[n]) for n in start if n.endswith("running_mean"))
     for at in range(3):
         again = tiny_model(seed=5)
-        rows_again = training.train_clean(again, tiny_task, s, Recorder(load_state(whole.kept[at])))
+        rows_again = training.train_clean_model(again, tiny_task, s, Recorder(load_state(whole.kept[at])))
         assert_equal(loading.cpu_state(again), final)
         assert timeless(rows_again) == timeless(rows)
 
@@ -104,18 +106,18 @@ def test_phase_2_resumes_bit_for_bit(
     probe_of: Any,
 ) -> None:
     s = tiny_settings(steps=10, **options)
-    model, probe, whole = tiny_model(), probe_of(s), Recorder()
-    rows, measured = training.watermark(model, tiny_task, probe, s, whole)
+    model, detector, whole = tiny_model(), probe_of(s), Recorder()
+    rows, measured = training.embed_watermark(model, tiny_task, detector, s, whole)
     assert [row["step"] for row in rows] == [4, 8, 10] and len(whole.kept) == 3
     final = loading.cpu_state(model)
     for at in range(3):
         torch.manual_seed(99)
         again, fresh = tiny_model(), probe_of(s)
-        rows_again, measured_again = training.watermark(
+        rows_again, measured_again = training.embed_watermark(
             again, tiny_task, fresh, s, Recorder(load_state(whole.kept[at]))
         )
         assert_equal(loading.cpu_state(again), final)
-        assert fresh.head.to_bytes() == probe.head.to_bytes()
+        assert fresh.head.to_bytes() == detector.head.to_bytes()
         assert timeless(rows_again) == timeless(rows) and measured_again == measured
 
 
@@ -131,13 +133,15 @@ def test_phase_2_leaves_affine_statistics_and_the_head_past_the_taps_sane(
         kinds = "noise,tuned,pruned,scrubbed,spoiled"
         s = tiny_settings(steps=5, lambda2=1.0, snapshots=kinds, distillation=distillation)
         model = tiny_model()
-        _, measured = training.watermark(model, tiny_task, probe_of(s), s, Alone())
+        _, measured = training.embed_watermark(model, tiny_task, probe_of(s), s, SingleProcessContext())
         after = loading.cpu_state(model)
         assert {n for n in norms if torch.equal(before[n], after[n])} == kept
         assert not torch.equal(before["conv1.weight"], after["conv1.weight"])
     assert all(p.requires_grad for p in model.parameters())
-    assert measured["primary_clean"] == loop.evaluate(tiny_model(), tiny_task, "test", s, Alone())
-    assert measured["primary_marked"] == loop.evaluate(model, tiny_task, "test", s, Alone())
+    assert measured["primary_clean"] == loop.evaluate(
+        tiny_model(), tiny_task, "test", s, SingleProcessContext()
+    )
+    assert measured["primary_marked"] == loop.evaluate(model, tiny_task, "test", s, SingleProcessContext())
 
 
 def test_lambda2_zero_asks_for_no_snapshot(
@@ -152,15 +156,15 @@ def test_lambda2_zero_asks_for_no_snapshot(
 
     for name in ("noise_snapshot", "pruned_snapshot"):
         monkeypatch.setattr(perturbations, name, never)
-    for inner in (losses.InnerTuning, perturbations.InnerAttack):
+    for inner in (losses.FineTuningLoop, perturbations.GradientAttackLoop):
         monkeypatch.setattr(inner, "refresh", never)
     s = tiny_settings(steps=2, snapshots="noise,tuned,pruned")
-    assert [training.terms(i, s) for i in range(3)] == [[(1.0, "clean")]] * 3
-    rows, _ = training.watermark(tiny_model(), tiny_task, probe_of(s), s, Alone())
+    assert [training.gradient_terms(i, s) for i in range(3)] == [[(1.0, "clean")]] * 3
+    rows, _ = training.embed_watermark(tiny_model(), tiny_task, probe_of(s), s, SingleProcessContext())
     assert "snapshot_loss" not in rows[-1] and "wm_loss" in rows[-1]
     with pytest.raises(AssertionError, match="a snapshot was made"):
         s = tiny_settings(steps=2, snapshots="noise", lambda2=1.0)
-        training.watermark(tiny_model(), tiny_task, probe_of(s), s, Alone())
+        training.embed_watermark(tiny_model(), tiny_task, probe_of(s), s, SingleProcessContext())
 
 
 @pytest.mark.parametrize("kind", ["scrubbed", "spoiled"])
@@ -168,24 +172,28 @@ def test_an_inner_attack_tears_at_the_mark_and_leaves_the_model_alone(
     kind: str, tiny_task: Task, tiny_settings: Settings, tiny_model: Maker, probe_of: Any
 ) -> None:
     s = tiny_settings(steps=60, snapshots=kind, lambda2=1.0, inner_steps=12)
-    model, probe = tiny_model(), probe_of(s)
-    training.watermark(model, tiny_task, probe, s.model_copy(update={"lambda2": 0.0}), Alone())
+    model, detector = tiny_model(), probe_of(s)
+    training.embed_watermark(
+        model, tiny_task, detector, s.model_copy(update={"lambda2": 0.0}), SingleProcessContext()
+    )
     before = loading.cpu_state(model)
-    kernels = probe.graph.read(dict(model.named_parameters()))
-    bits = probe.labels.float()
+    kernels = detector.graph.read(dict(model.named_parameters()))
+    bits = detector.labels.float()
 
     def loss(of: Any) -> float:
-        return float(losses.watermark_loss(probe.scores_of(of), bits).detach())
+        return float(losses.watermark_loss(detector.score_kernels(of), bits).detach())
 
-    copies = perturbations.Snapshots(model, tiny_task, probe, s, 50)
+    copies = perturbations.Perturbations(model, tiny_task, detector, s, 50)
     attacked = [copies.of(kind, kernels, step, 1) for step in (49, 0, 1, s.inner_every)]
     assert all(loss(copy) > loss(kernels) + 0.01 for copy in attacked)
     sizes = [{n: float((c[n] - k).detach().norm()) for n, k in kernels.items()} for c in attacked[1:]]
     assert sizes[0] != sizes[1] and all(size > 0 for found in sizes for size in found.values())
-    again = perturbations.Snapshots(model, tiny_task, probe, s, 50).of(kind, kernels, 0, 1)
+    again = perturbations.Perturbations(model, tiny_task, detector, s, 50).of(kind, kernels, 0, 1)
     assert all(torch.equal(again[n], attacked[1][n]) for n in kernels)
     assert_equal(loading.cpu_state(model), before)
-    grads = torch.autograd.grad(probe.scores_of(again, differentiable=True).sum(), list(kernels.values()))
+    grads = torch.autograd.grad(
+        detector.score_kernels(again, differentiable=True).sum(), list(kernels.values())
+    )
     assert all(torch.isfinite(g).all() for g in grads) and any(g.any() for g in grads)
 
 
@@ -194,17 +202,17 @@ def test_an_inner_attack_teaches_a_trained_head_nothing(
     kind: str, tiny_task: Task, tiny_settings: Settings, tiny_model: Maker, probe_of: Any
 ) -> None:
     s = tiny_settings(snapshots=kind, lambda2=1.0, inner_steps=2, head="free")
-    model, probe = tiny_model(), probe_of(s)
-    assert list(probe.head.parameters())
-    kernels = probe.graph.read(dict(model.named_parameters()))
-    perturbations.Snapshots(model, tiny_task, probe, s, 50).of(kind, kernels, 0, 1)
-    parameters = [*probe.head.parameters(), *model.parameters()]
+    model, detector = tiny_model(), probe_of(s)
+    assert list(detector.head.parameters())
+    kernels = detector.graph.read(dict(model.named_parameters()))
+    perturbations.Perturbations(model, tiny_task, detector, s, 50).of(kind, kernels, 0, 1)
+    parameters = [*detector.head.parameters(), *model.parameters()]
     assert all(p.grad is None for p in parameters)
 
 
 def test_terms_take_turns_and_share_lambda2(tiny_settings: Settings) -> None:
     s = tiny_settings(snapshots="noise,tuned,pruned", snapshots_per_step=2, lambda2=3.0)
-    seen = [training.terms(step, s) for step in range(3)]
+    seen = [training.gradient_terms(step, s) for step in range(3)]
     assert [[kind for _, kind in step] for step in seen] == [
         ["clean", "noise", "tuned"], ["clean", "pruned", "noise"], ["clean", "tuned", "pruned"],
     ]  # fmt: skip
@@ -219,13 +227,13 @@ class Meeting:
         self.brought: list[list[Tensor]] = [[] for _ in range(world)]
 
 
-class Threaded(Alone):
+class Threaded(SingleProcessContext):
     def __init__(self, index: int, meeting: Meeting) -> None:
         super().__init__()
         self.index, self.world, self.meeting = index, len(meeting.brought), meeting  # type: ignore[misc]
         self.sums: list[list[Tensor]] = []
 
-    def sum(self, tensors: list[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: list[Tensor]) -> None:
         self.meeting.brought[self.index] = [t.clone() for t in tensors]
         self.meeting.barrier.wait()
         for i, tensor in enumerate(tensors):
@@ -242,7 +250,7 @@ def test_ranks_share_the_terms_and_their_sum_is_the_gradient_of_one_rank(
     s = tiny_settings(steps=1, lambda2=2.0, snapshots=kind, snapshots_per_step=3, primary_batch=12)
 
     def gradients(rank: Threaded) -> None:
-        training.watermark(models[rank.index], tiny_task, probes[rank.index], s, rank)
+        training.embed_watermark(models[rank.rank], tiny_task, probes[rank.rank], s, rank)
 
     found = []
     for count in (1, world):
@@ -273,25 +281,27 @@ def test_the_gradient_is_that_of_the_written_objective(
     model, states = tiny_model(), []
 
     class Looking(Threaded):
-        def sum(self, tensors: list[Tensor]) -> None:
+        def all_reduce_sum(self, tensors: list[Tensor]) -> None:
             states.append(loading.cpu_state(model))
             super().sum(tensors)
 
     rank = Looking(0, Meeting(1))
-    training.watermark(model, tiny_task, probe_of(s), s, rank)
-    model, teacher, probe = tiny_model(), tiny_model(), probe_of(s)
+    training.embed_watermark(model, tiny_task, probe_of(s), s, rank)
+    model, teacher, detector = tiny_model(), tiny_model(), probe_of(s)
     model.load_state_dict(states[1])  # in the second step W is no longer W0, so that distillation pulls
     for module in (*model.modules(), *teacher.modules()):
         if isinstance(module, nn.BatchNorm2d):
             module.train()
     parameters = dict(model.named_parameters())
     trained = [p for n, p in parameters.items() if "bn" not in n and "downsample.1" not in n]
-    kernels = probe.graph.read(parameters)
-    generator = torch.Generator().manual_seed(loop.number_of(s.seed, "noise", 1, 1))
-    noisy = losses.noise_snapshot(kernels, s.noise, generator)
-    bits = probe.labels.float()
-    total = F.binary_cross_entropy_with_logits(probe.scores_of(kernels, differentiable=True), bits)
-    total = total + 2 * F.binary_cross_entropy_with_logits(probe.scores_of(noisy, differentiable=True), bits)
+    kernels = detector.graph.read(parameters)
+    generator = torch.Generator().manual_seed(loop.seed_from(s.seed, "noise", 1, 1))
+    noisy = losses.noise_perturbation(kernels, s.noise, generator)
+    bits = detector.labels.float()
+    total = F.binary_cross_entropy_with_logits(detector.score_kernels(kernels, differentiable=True), bits)
+    total = total + 2 * F.binary_cross_entropy_with_logits(
+        detector.score_kernels(noisy, differentiable=True), bits
+    )
     x, _ = tiny_task.batch_at("train", s.primary_batch, 1, seed=s.seed, augment=True)
     kl = losses.distillation_loss(model(x), teacher(x).detach(), 2.0)
     assert float(kl.detach()) > 1e-4
@@ -307,7 +317,7 @@ def test_evaluate_is_shared_out_and_restores_modes(
     s, model = tiny_settings(), tiny_model().train()
     model.layer2.eval()
     modes = [m.training for m in model.modules()]
-    whole = loop.evaluate(model, tiny_task, "test", s, Alone())
+    whole = loop.evaluate(model, tiny_task, "test", s, SingleProcessContext())
     assert [m.training for m in model.modules()] == modes and 0 <= whole <= 1
     meeting, found, models = Meeting(2), {}, [tiny_model(), tiny_model()]
 
@@ -329,12 +339,12 @@ def test_divergence_is_an_error_that_names_the_setting(
         tiny_task.splits["train"].x, tiny_task.splits["train"].y, loss=lambda out, y: out.sum() * float("nan")
     )  # type: ignore[attr-defined]
     with pytest.raises(ModelError, match="lower --lr"):
-        training.train_clean(tiny_model(), broken, tiny_settings(), Alone())
+        training.train_clean_model(tiny_model(), broken, tiny_settings(), SingleProcessContext())
     s = tiny_settings(steps=2)
-    probe = probe_of(s)
-    probe.images = probe.images * float("nan")
+    detector = probe_of(s)
+    detector.images = detector.images * float("nan")
     with pytest.raises(ModelError, match="lower --wm-lr"):
-        training.watermark(tiny_model(), tiny_task, probe, s, Alone())
+        training.embed_watermark(tiny_model(), tiny_task, detector, s, SingleProcessContext())
 
 
 def test_one_cycle() -> None:

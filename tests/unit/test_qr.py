@@ -27,7 +27,7 @@ def library(value: int, digits: int) -> bytes:
 
 
 def same_as_library(values: np.ndarray, digits: int) -> bool:
-    drawn = qr.modules(values, digits)
+    drawn = qr.encode_modules(values, digits)
     assert drawn.dtype == np.uint8 and drawn.shape == (len(values), 21, 21)
     return all(
         code.tobytes() == library(int(value), digits) for code, value in zip(drawn, values, strict=True)
@@ -47,25 +47,27 @@ def test_bit_identical_at_every_digit_count(digits: int, m: int) -> None:
         [[0, 1, 2**m - 1, 10**digits - 1], np.random.default_rng(digits).integers(0, 2**m, 200)]
     )
     assert same_as_library(values, digits)
-    assert np.array_equal(qr.draw("7".zfill(digits)), qr.modules(np.array([7]), digits)[0])
+    assert np.array_equal(
+        qr.encode_with_library("7".zfill(digits)), qr.encode_modules(np.array([7]), digits)[0]
+    )
 
 
 def test_different_integers_never_share_a_symbol() -> None:
-    rest = qr.modules(np.arange(1, 31) * 0 + (1 << np.arange(30)), 10)
+    rest = qr.encode_modules(np.arange(1, 31) * 0 + (1 << np.arange(30)), 10)
     assert len({code.tobytes() for code in rest}) == 30
-    assert len({code.tobytes() for code in qr.modules(np.arange(5000), 10)}) == 5000
+    assert len({code.tobytes() for code in qr.encode_modules(np.arange(5000), 10)}) == 5000
 
 
 def test_a_thousand_codes_take_milliseconds() -> None:
     values = np.random.default_rng(0).integers(0, 2**30, 1024)
-    qr.modules(values, 10)
+    qr.encode_modules(values, 10)
     best = min(_timed(values) for _ in range(5))
     assert best < 0.03
 
 
 def _timed(values: np.ndarray) -> float:
     start = time.perf_counter()
-    qr.modules(values, 10)
+    qr.encode_modules(values, 10)
     return time.perf_counter() - start
 
 
@@ -75,7 +77,7 @@ def test_images_centre_scale_pad_and_normalise() -> None:
     x = qr.images(values, carrier)
     assert x.dtype == torch.float32 and x.shape == (3, 3, 46, 51) and x.is_contiguous()
     dark, light = np.float32(714 / 353), np.float32(-286 / 353)
-    codes = qr.modules(values, 10)
+    codes = qr.encode_modules(values, 10)
     expected = np.full((3, 46, 51), dark)
     for row in range(42):
         for column in range(42):  # 46 - 42 = 4: two above; 51 - 42 = 9: four left, five right
@@ -119,9 +121,9 @@ def test_bad_integers() -> None:
         (np.array([2**63], dtype=np.uint64), 17),
     ):  # fmt: skip
         with pytest.raises(CarrierError):
-            qr.modules(values, digits)  # type: ignore[arg-type]
-    assert qr.modules(np.array([], dtype=np.int64), 10).shape == (0, 21, 21)
-    assert qr.modules(np.array([10**17 - 1]), 17).shape == (1, 21, 21)
+            qr.encode_modules(values, digits)  # type: ignore[arg-type]
+    assert qr.encode_modules(np.array([], dtype=np.int64), 10).shape == (0, 21, 21)
+    assert qr.encode_modules(np.array([10**17 - 1]), 17).shape == (1, 21, 21)
 
 
 def test_a_strangers_carrier_cannot_ask_for_all_memory() -> None:

@@ -10,9 +10,15 @@ import torch
 from torch import nn
 
 from mtlsign.errors import ArtifactError
-from mtlsign.storage.safetensors_io import tensor_bytes
+from mtlsign.storage.safetensors_io import serialize_safetensors
 from mtlsign.watermark.verification.alignment import column_norms
-from mtlsign.watermark.verification.reference import SKETCH_KEY, Reference, make_reference, signed, sketch
+from mtlsign.watermark.verification.reference import (
+    SKETCH_KEY,
+    Reference,
+    apply_bn_sign,
+    make_reference,
+    random_projection,
+)
 
 SAMPLE = torch.zeros(2, 1, 24, 24)
 
@@ -29,8 +35,10 @@ def test_holds_the_frame_of_each_tapped_convolution(tiny_model: Callable[..., nn
     assert (gamma < 0).any() and torch.equal(kept["gamma"], gamma.abs())
     assert torch.equal(kept["beta"], state["layer1.0.bn2.bias"]) and float(kept["eps"]) == 1e-5
     assert torch.equal(kept["columns"], column_norms(kernel)) and kept["columns"].dtype == torch.float64
-    assert torch.equal(kept["sketch"], sketch(signed(kernel, gamma))) and kept["sketch"].shape == (8, 18)
-    assert not torch.equal(kept["sketch"], sketch(kernel))
+    assert torch.equal(kept["sketch"], random_projection(apply_bn_sign(kernel, gamma))) and kept[
+        "sketch"
+    ].shape == (8, 18)
+    assert not torch.equal(kept["sketch"], random_projection(kernel))
     assert reference.digest == hashlib.sha256(reference.data).hexdigest()
 
 
@@ -70,18 +78,22 @@ def test_networks_without_affine_or_batch_norm() -> None:
 def test_signed_reads_only_the_sign() -> None:
     kernel = torch.ones(4, 2, 1, 1)
     gamma = torch.tensor([-3.0, 0.0, -0.0, 2.0])
-    assert signed(kernel, gamma)[:, 0, 0, 0].tolist() == [-1, 1, 1, 1]
-    assert signed(kernel, None) is kernel
+    assert apply_bn_sign(kernel, gamma)[:, 0, 0, 0].tolist() == [-1, 1, 1, 1]
+    assert apply_bn_sign(kernel, None) is kernel
 
 
 def test_sketch_is_small_and_linear_in_unit_rows() -> None:
     kernel = torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(0))
-    got = sketch(kernel)
+    got = random_projection(kernel)
     assert got.shape == (5, 6) and got.dtype == torch.float16
-    assert torch.equal(sketch(kernel * torch.tensor([1, 2, 0.25, 64, 1]).reshape(-1, 1, 1, 1)), got)
-    assert sketch(torch.randn(2, 64, 3, 3)).shape == (2, 32) and sketch(torch.randn(2, 3)).shape == (2, 1)
-    assert not sketch(torch.zeros(2, 8)).any()
-    eye = sketch(torch.eye(8))  # the matrix itself, over sqrt(2)
+    assert torch.equal(
+        random_projection(kernel * torch.tensor([1, 2, 0.25, 64, 1]).reshape(-1, 1, 1, 1)), got
+    )
+    assert random_projection(torch.randn(2, 64, 3, 3)).shape == (2, 32) and random_projection(
+        torch.randn(2, 3)
+    ).shape == (2, 1)
+    assert not random_projection(torch.zeros(2, 8)).any()
+    eye = random_projection(torch.eye(8))  # the matrix itself, over sqrt(2)
     torch.testing.assert_close(eye.double().abs(), torch.full((8, 2), 0.5**0.5).double(), rtol=0, atol=1e-3)
     assert hashlib.sha256(b"mtlsign/v0/sketch").digest() == SKETCH_KEY
 
@@ -90,6 +102,6 @@ def test_hostile_references() -> None:
     good = make_reference(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)), ["1"], SAMPLE)
     assert Reference.from_bytes(good.data).digest == good.digest
     bad = dict(good.tensors) | {"0/beta": torch.full((4,), float("nan"))}
-    for data in (b"", b"\x80\x04.", good.data[:-1], tensor_bytes(bad)):
+    for data in (b"", b"\x80\x04.", good.data[:-1], serialize_safetensors(bad)):
         with pytest.raises(ArtifactError, match=r"reference: .*; take the kit"):
             Reference.from_bytes(data)

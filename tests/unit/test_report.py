@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mtlsign.reports import figures, formatting
-from mtlsign.reports.embedding import format_p, render_report
+from mtlsign.reports.embedding import format_p, render_embedding_report
 
 N = 128
 
@@ -64,7 +64,7 @@ def test_p_is_written_from_bits_because_floats_underflow(bits: float | None, tex
 
 
 def test_whole_page_is_self_contained_and_described(tmp_path: Path) -> None:
-    text = render_report(*made_up())
+    text = render_embedding_report(*made_up())
     (tmp_path / "report.html").write_text(text, encoding="utf-8")
     page = Page(text)
     assert text.startswith("<!doctype html>")
@@ -80,7 +80,7 @@ def test_whole_page_is_self_contained_and_described(tmp_path: Path) -> None:
 
 
 def test_equal_data_give_equal_bytes() -> None:
-    assert render_report(*made_up()) == render_report(*made_up())
+    assert render_embedding_report(*made_up()) == render_embedding_report(*made_up())
 
 
 def test_data_are_escaped_and_never_read_as_markup_or_formulas() -> None:
@@ -88,25 +88,27 @@ def test_data_are_escaped_and_never_read_as_markup_or_formulas() -> None:
     hostile = "<script>alert(1)</script>{{ 7*7 }}\x00"
     result |= {"task": hostile, "kit": hostile, "status": hostile, "model_digest": "x" * 10_000}
     result["deviation_by_layer"] = {hostile: 1.0, "$\\frac{": 2.0}
-    text = render_report(result, history, scores)
+    text = render_embedding_report(result, history, scores)
     assert "<script" not in text and "49" not in re.findall(r"<td>(.*?)</td>", text)[0]
     assert "\x00" not in text and "x" * 301 not in text
 
 
 @pytest.mark.parametrize("result", [{}, {"evidence_bits": math.nan}, {"primary_clean": "high", "n": None}])
 def test_missing_parts_are_left_out(result: dict[str, Any]) -> None:
-    text = render_report(result, {}, {})
+    text = render_embedding_report(result, {}, {})
     assert "<svg" not in text and "No verdict" in text
-    partial = render_report(result, {"phase1": [{"epoch": 0}, {"loss": 1.0}], "phase2": []}, {"marked": []})
+    partial = render_embedding_report(
+        result, {"phase1": [{"epoch": 0}, {"loss": 1.0}], "phase2": []}, {"marked": []}
+    )
     assert "<svg" not in partial
 
 
 def test_verdicts_are_told_apart() -> None:
     result, _, _ = made_up()
-    assert "too weak to count" in render_report(result | {"evidence_bits": 20.0}, {}, {})
-    assert "too weak to count" in render_report(result | {"accepted": False}, {}, {})
-    assert "committed" in render_report(result | {"status": "needs_commitment"}, {}, {})
-    assert "does not mean" in render_report(result | {"status": "not_verifiable"}, {}, {})
+    assert "too weak to count" in render_embedding_report(result | {"evidence_bits": 20.0}, {}, {})
+    assert "too weak to count" in render_embedding_report(result | {"accepted": False}, {}, {})
+    assert "committed" in render_embedding_report(result | {"status": "needs_commitment"}, {}, {})
+    assert "does not mean" in render_embedding_report(result | {"status": "not_verifiable"}, {}, {})
 
 
 def test_scores_below_the_floor_count_as_wrong() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mtlsign.attacks import ATTACKS, parse
+from mtlsign.attacks import ATTACKS, parse_attacks
 from mtlsign.config.reproduce import ReproduceSettings
 from mtlsign.errors import SettingsError
 from mtlsign.experiments.paper_studies import definitions, random_keys, run
@@ -29,9 +29,9 @@ def test_the_ablation_crosses_both_regularisers_heads_and_seeds() -> None:
     cells = [cell.settings for cell in cells_of(load_space(s), s)]
     assert len(cells) == 4 * 2 * 3 and {c.snapshots for c in cells} == {"tuned"}
     assert {(c.lambda1, c.lambda2) for c in cells} == {(a, b) for a in (0, 0.1) for b in (0, 0.1)}
-    orders = [order.name for order in parse(s.attacks)]
+    orders = [order.name for order in parse_attacks(s.attacks)]
     assert orders == ["prune_channels"] * 9 + ["fine_prune_channels"]
-    orders = [order.name for order in parse(definitions.sweep_settings(of(units="weights")).attacks)]
+    orders = [order.name for order in parse_attacks(definitions.sweep_settings(of(units="weights")).attacks)]
     assert orders == ["prune"] * 9 + ["fine_prune"]
 
 
@@ -39,7 +39,7 @@ def test_overwriting_meets_the_papers_epochs_with_both_adversaries() -> None:
     s = definitions.sweep_settings(of(study="overwriting", heads="keyed", seeds=2))
     cells = [cell.settings for cell in cells_of(load_space(s), s)]
     assert [(c.head, c.seed) for c in cells] == [("keyed", 0), ("keyed", 1)]
-    settings = [dict(order.links[0].settings) for order in parse(s.attacks)]
+    settings = [dict(order.links[0].settings) for order in parse_attacks(s.attacks)]
     assert [(x["epochs"], x["head"]) for x in settings] == [(e, "keyed") for e in (50, 150, 250, 350)]
 
 
@@ -89,7 +89,7 @@ def test_the_table_of_attacks_has_both_heads_with_and_without_r_da() -> None:
     cells = [cell.settings for cell in cells_of(load_space(s), s)]
     assert {(c.head, c.lambda2) for c in cells} == {(a, b) for a in ("keyed", "free") for b in (0, 1)}
     assert len(cells) == 12
-    left_out = set(ATTACKS) - {order.name for order in parse(s.attacks)}
+    left_out = set(ATTACKS) - {order.name for order in parse_attacks(s.attacks)}
     assert left_out == {"none", "average"}
 
 
@@ -98,10 +98,11 @@ def test_the_controls_differ_in_their_copies_alone() -> None:
     assert s.attacks == "int8"
     rows = [{"lambda2": c.lambda2, "snapshots": c.snapshots, "noise": c.noise, "head": c.head}
             for c in (cell.settings for cell in cells_of(load_space(s), s))]  # fmt: skip
-    kinds = [definitions.arm_of(row)["R_DA"] for row in rows]
+    kinds = [definitions.variant_of(row)["R_DA"] for row in rows]
     mixed = "noise,pruned,scrubbed,spoiled"
     assert (
-        definitions.arm_of({"lambda2": 1, "snapshots": "noise", "noise": "0"})["R_DA"] == "the model itself"
+        definitions.variant_of({"lambda2": 1, "snapshots": "noise", "noise": "0"})["R_DA"]
+        == "the model itself"
     )
     assert sorted(kinds) == sorted(["tuned", "noise", "pruned", mixed, "the model itself", "none"])
 
@@ -133,7 +134,10 @@ def test_the_band_tells_fair_coins_from_loaded_ones() -> None:
     def keys(p: float) -> list[float]:
         return [sum(draw.random() < p for _ in range(600)) / 600 for _ in range(400)]
 
-    fair, loaded = random_keys.band(keys(0.5), 600), random_keys.band(keys(0.51), 600)
+    fair, loaded = (
+        random_keys.compare_with_binomial(keys(0.5), 600),
+        random_keys.compare_with_binomial(keys(0.51), 600),
+    )
     assert fair["p"] > 0.001 > loaded["p"] and fair["keys"] == 400
     assert fair["sd of Binomial(N, 1/2)"] == pytest.approx(0.0204, abs=1e-4)
 
@@ -147,7 +151,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch, tiny_task: Task) -> None:
 @pytest.mark.usefixtures("_tiny")
 def test_a_study_runs_and_keeps_its_table(tmp_path: Path) -> None:
     s = of(study="overwriting", seeds=1, epochs="1", fixed=FIXED, storage=str(tmp_path), run="o", workers=0)
-    answer = run.study(s)
+    answer = run.run_study(s)
     table = list(csv.DictReader(io.StringIO((tmp_path / "runs/o/study.csv").read_text())))
     assert {(r["owner's head"], r["adversary's head"]) for r in table} == {
         (a, b) for a in ("free", "keyed") for b in ("free", "keyed")
@@ -160,12 +164,12 @@ def test_a_study_runs_and_keeps_its_table(tmp_path: Path) -> None:
 def test_a_study_is_resumed_by_its_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {"study": "attacks", "storage": str(tmp_path), "workers": 0}
     with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
-        during.setattr("mtlsign.experiments.sweeps.run.InTurn.sweep", _killed)
-        run.study(of(**given, heads="keyed", seeds=1, attacks="int8", fixed=FIXED, run="a"))
+        during.setattr("mtlsign.experiments.sweeps.run.LocalSweepBackend.sweep", _killed)
+        run.run_study(of(**given, heads="keyed", seeds=1, attacks="int8", fixed=FIXED, run="a"))
     for other, field in (({"study": "controls"}, "space"), ({"seeds": 2}, "num-samples")):
         with pytest.raises(SettingsError, match=field):
-            run.study(of(**{**given, **other}, resume="a"))
-    answer = run.study(of(**given, resume="a"))
+            run.run_study(of(**{**given, **other}, resume="a"))
+    answer = run.run_study(of(**given, resume="a"))
     assert [(r["R_DA"], r["attack"], r["n"]) for r in answer["rows"]] == [
         (copies, attack, 1)
         for copies in ("noise,pruned,scrubbed,spoiled", "none")
@@ -180,7 +184,7 @@ def _killed(*_: Any) -> None:
 @pytest.mark.usefixtures("_tiny")
 def test_random_keys_are_resumed_and_end_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     s = of(study="thresholds", width=8, keys=120, seeds=2, heads="keyed", storage=str(tmp_path), run="t")
-    real, calls = random_keys.guesses, []
+    real, calls = random_keys.random_key_accuracies, []
 
     def cut(*args: Any, **options: Any) -> list[float]:
         calls.append(len(options["done"]))
@@ -194,17 +198,17 @@ def test_random_keys_are_resumed_and_end_the_same(tmp_path: Path, monkeypatch: p
             options["tick"] = die
         return real(*args, **options)
 
-    monkeypatch.setattr(random_keys, "guesses", cut)
+    monkeypatch.setattr(random_keys, "random_key_accuracies", cut)
     monkeypatch.setattr("mtlsign.experiments.sweeps.space.Cell.settings", _short)
     with pytest.raises(KeyboardInterrupt):
-        run.study(s)
-    answer = run.study(of(study="thresholds", storage=str(tmp_path), resume="t"))
+        run.run_study(s)
+    answer = run.run_study(of(study="thresholds", storage=str(tmp_path), resume="t"))
     assert calls == [0, 100, 0] and answer["rows"][0]["keys"] == 240
     kept = [(tmp_path / f"runs/t/keyed-{seed}-guesses.json").read_text() for seed in (0, 1)]
     assert kept[0] != kept[1], "each seed has its own W0 and keys"
     assert 0.4 < answer["rows"][0]["mean"] < 0.6
     with pytest.raises(SettingsError, match="finished"):
-        run.study(of(study="thresholds", storage=str(tmp_path), resume="t"))
+        run.run_study(of(study="thresholds", storage=str(tmp_path), resume="t"))
 
 
 @property  # type: ignore[misc]

@@ -14,43 +14,43 @@ import torch
 
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import ArtifactError, KeyMaterialError, SettingsError, StorageError
-from mtlsign.watermark.embedding.run_folder import CHANGEABLE, Run, load_state, state_bytes
+from mtlsign.watermark.embedding.run_folder import RESUMABLE_SETTINGS, EmbeddingRun, load_state, state_bytes
 from mtlsign.watermark.keys.identity import Identity
-from mtlsign.watermark.keys.sealing import Secret
+from mtlsign.watermark.keys.sealing import EncryptionSecret
 
-SECRET = Secret.from_kit_key(bytes(32))
+SECRET = EncryptionSecret.from_kit_key(bytes(32))
 
 
 def settings(folder: str, **changes: Any) -> EmbedSettings:
     return EmbedSettings.of({"storage": folder, **changes})
 
 
-def begun(folder: str, **changes: Any) -> Run:
-    run, s = Run.open(settings(folder, **changes))
+def begun(folder: str, **changes: Any) -> EmbeddingRun:
+    run, s = EmbeddingRun.open(settings(folder, **changes))
     run.begin(s)
     return run
 
 
 def test_opening_writes_nothing_and_beginning_takes_the_name(folder: str) -> None:
-    run, s = Run.open(settings(folder, run="a"))
+    run, s = EmbeddingRun.open(settings(folder, run="a"))
     assert [p for p in Path(folder).rglob("*") if p.is_file()] == []
     assert s == settings(folder, run="a").resolved() and run.name == "a"
-    other, same = Run.open(settings(folder, run="a"))
+    other, same = EmbeddingRun.open(settings(folder, run="a"))
     run.begin(s)
     with pytest.raises(SettingsError, match=r"^run: 'a' exists; .*--resume a"):
         other.begin(same)
     with pytest.raises(SettingsError, match=r"^run: 'a' exists"):
-        Run.open(settings(folder, run="a"))
+        EmbeddingRun.open(settings(folder, run="a"))
     assert {p.name for p in (Path(folder) / "runs" / "a").iterdir()} == {"settings.json"}
 
 
 def test_names_are_unique_by_default(folder: str) -> None:
-    assert len({Run.open(settings(folder))[0].name for _ in range(5)}) == 5
+    assert len({EmbeddingRun.open(settings(folder))[0].name for _ in range(5)}) == 5
 
 
 def test_resuming_keeps_the_science_and_changes_the_place(folder: str) -> None:
     begun(folder, run="a", lambda1=0.5, task="fashion-mnist")
-    _, s = Run.open(settings(folder, resume="a", workers=3, json=True, lambda1=0.5))
+    _, s = EmbeddingRun.open(settings(folder, resume="a", workers=3, json=True, lambda1=0.5))
     assert (s.lambda1, s.task, s.workers, s.json_output, s.resume, s.run) == (
         0.5,
         "fashion-mnist",
@@ -68,12 +68,12 @@ def test_resuming_keeps_the_science_and_changes_the_place(folder: str) -> None:
         "insecure_test_key": True,
     }.items():
         with pytest.raises(SettingsError, match="leave it out, or start a new run") as caught:
-            Run.open(settings(folder, resume="a", **{name: value}))
+            EmbeddingRun.open(settings(folder, resume="a", **{name: value}))
         assert caught.value.field == name.replace("_", "-")
 
 
 def test_every_setting_is_either_science_or_named_as_changeable() -> None:
-    assert set(EmbedSettings.model_fields) >= CHANGEABLE
+    assert set(EmbedSettings.model_fields) >= RESUMABLE_SETTINGS
     science = {
         "task",
         "model",
@@ -86,12 +86,12 @@ def test_every_setting_is_either_science_or_named_as_changeable() -> None:
         "name",
         "insecure_test_key",
     }
-    assert not science & CHANGEABLE
+    assert not science & RESUMABLE_SETTINGS
 
 
 def test_unknown_and_finished_and_damaged_runs(folder: str) -> None:
     with pytest.raises(SettingsError, match=r"^resume: no run 'b'"):
-        Run.open(settings(folder, resume="b"))
+        EmbeddingRun.open(settings(folder, resume="b"))
     run = begun(folder, run="a")
     run.keep_checkpoint("clean", {"history": []})
     run.keep_clean({"w": torch.zeros(2)}, [])
@@ -100,14 +100,14 @@ def test_unknown_and_finished_and_damaged_runs(folder: str) -> None:
         "settings.json", "result.json", "metrics.json", "report.html", "manifest.json",
     }  # fmt: skip
     with pytest.raises(SettingsError, match=r"^resume: run 'a' is finished; its result lies in"):
-        Run.open(settings(folder, resume="a"))
+        EmbeddingRun.open(settings(folder, resume="a"))
     with pytest.raises(SettingsError, match="exists"):
-        Run.open(settings(folder, run="a"))
+        EmbeddingRun.open(settings(folder, run="a"))
     broken = begun(folder, run="c")
     for content in (b"{", b"7", b"\xff"):
         broken.folder.write("settings.json", content)
         with pytest.raises(ArtifactError, match="damaged"):
-            Run.open(settings(folder, resume="c"))
+            EmbeddingRun.open(settings(folder, resume="c"))
 
 
 def test_checkpoints_can_be_kept(folder: str) -> None:
@@ -121,17 +121,21 @@ def test_checkpoints_can_be_kept(folder: str) -> None:
 def test_what_each_phase_leaves(folder: str, marked: tuple[Any, Any]) -> None:
     run = begun(folder, run="a")
     assert run.clean() is None and run.commitment(SECRET) is None and run.checkpoint("mark") is None
-    w0, rows = {"w": torch.randn(3), "n": torch.tensor(7)}, [{"epoch": 1, "loss": 0.1}]
-    run.keep_clean(w0, rows)
+    base_weights, rows = {"w": torch.randn(3), "n": torch.tensor(7)}, [{"epoch": 1, "loss": 0.1}]
+    run.keep_clean(base_weights, rows)
     found = run.clean()
-    assert found is not None and found[1] == rows and all(torch.equal(w0[n], t) for n, t in found[0].items())
+    assert (
+        found is not None
+        and found[1] == rows
+        and all(torch.equal(base_weights[n], t) for n, t in found[0].items())
+    )
     kit = marked[1].kit
     run.keep_commitment(kit.opening, kit.reference, SECRET)
     assert run.commitment(SECRET) == (kit.opening, kit.reference)
     stored = (Path(folder) / "runs" / "a" / "commitment.sealed").read_bytes()
     assert kit.opening.spec not in stored and b"nonce" not in stored[200:]
     with pytest.raises(KeyMaterialError, match=r"^owner: is not the one that began this run"):
-        run.commitment(Secret.from_kit_key(Identity.generate().kit_key))
+        run.commitment(EncryptionSecret.from_kit_key(Identity.generate().kit_key))
 
 
 def test_settings_on_disk_hold_no_secret(folder: str, tmp_path: Path) -> None:
@@ -179,7 +183,7 @@ def test_states_are_tensors_and_plain_containers_only(folder: str) -> None:
 def test_an_unwritable_place_is_told_before_anything_runs(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError):
-        Run.open(settings(str(tmp_path / "file" / "store")))
+        EmbeddingRun.open(settings(str(tmp_path / "file" / "store")))
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -188,6 +192,6 @@ def test_what_a_crash_left_of_a_finished_run_goes_when_somebody_resumes_it(folde
     run.keep_checkpoint("mark", {"model": {}})
     run.finish({}, {}, "page", keep=True)  # as if the deletion had not happened any more
     with pytest.raises(SettingsError, match="finished"):
-        Run.open(settings(folder, resume="a"))
+        EmbeddingRun.open(settings(folder, resume="a"))
     assert (Path(folder) / "runs/a/plain/mark.pt").exists() == keep
     assert (Path(folder) / "runs/a/result.json").exists()

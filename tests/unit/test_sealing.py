@@ -12,12 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtlsign.errors import KeyMaterialError
-from mtlsign.watermark.keys.sealing import HEADER_LIMIT, MAGIC, Secret, seal, unseal
+from mtlsign.watermark.keys.sealing import (
+    HEADER_LIMIT,
+    MAGIC,
+    EncryptionSecret,
+    decrypt_envelope,
+    encrypt_envelope,
+)
 
-KEY = Secret.from_kit_key(bytes(range(32)))
-PASSPHRASE = Secret.from_passphrase(b"correct horse")
+KEY = EncryptionSecret.from_kit_key(bytes(range(32)))
+PASSPHRASE = EncryptionSecret.from_passphrase(b"correct horse")
 PURPOSE = "mtlsign/v0/test"
-SEALED = seal(b"hello", KEY, purpose=PURPOSE)
+SEALED = encrypt_envelope(b"hello", KEY, purpose=PURPOSE)
 
 
 def _header(sealed: bytes) -> dict[str, object]:
@@ -34,10 +40,10 @@ def _envelope(header: object, ciphertext: bytes = bytes(32)) -> bytes:
 
 @pytest.mark.parametrize("secret", [KEY, PASSPHRASE])
 @pytest.mark.parametrize("plaintext", [b"", b"x" * 100_000])
-def test_what_is_sealed_is_unsealed(secret: Secret, plaintext: bytes) -> None:
-    sealed = seal(plaintext, secret, purpose=PURPOSE)
-    assert unseal(sealed, secret, purpose=PURPOSE) == plaintext
-    assert seal(plaintext, secret, purpose=PURPOSE) != sealed
+def test_what_is_sealed_is_unsealed(secret: EncryptionSecret, plaintext: bytes) -> None:
+    sealed = encrypt_envelope(plaintext, secret, purpose=PURPOSE)
+    assert decrypt_envelope(sealed, secret, purpose=PURPOSE) == plaintext
+    assert encrypt_envelope(plaintext, secret, purpose=PURPOSE) != sealed
 
 
 def test_the_envelope_is_the_documented_one() -> None:
@@ -50,19 +56,23 @@ def test_the_envelope_is_the_documented_one() -> None:
 
 
 def test_the_wrong_secret_is_one_line_with_the_fix() -> None:
-    under_passphrase = seal(b"hello", PASSPHRASE, purpose=PURPOSE)
+    under_passphrase = encrypt_envelope(b"hello", PASSPHRASE, purpose=PURPOSE)
     for sealed, secret, fix in (
-        (SEALED, Secret.from_kit_key(bytes(32)), "kit key is wrong or .* damaged; give the one"),
-        (under_passphrase, Secret.from_passphrase(b"wrong horse"), "passphrase is wrong or .* damaged; give"),
+        (SEALED, EncryptionSecret.from_kit_key(bytes(32)), "kit key is wrong or .* damaged; give the one"),
+        (
+            under_passphrase,
+            EncryptionSecret.from_passphrase(b"wrong horse"),
+            "passphrase is wrong or .* damaged; give",
+        ),
         (under_passphrase, KEY, "sealed under a passphrase; give that passphrase"),
         (SEALED, PASSPHRASE, "sealed under a kit key; give the owner's identity"),
     ):
         with pytest.raises(KeyMaterialError, match=fix) as caught:
-            unseal(sealed, secret, purpose=PURPOSE)
+            decrypt_envelope(sealed, secret, purpose=PURPOSE)
         text = str(caught.value)
         assert "\n" not in text and "horse" not in text and caught.value.__cause__ is None
     with pytest.raises(KeyMaterialError, match="something else than other"):
-        unseal(SEALED, KEY, purpose="other")
+        decrypt_envelope(SEALED, KEY, purpose="other")
 
 
 @pytest.mark.parametrize("place", range(len(SEALED)))
@@ -70,12 +80,12 @@ def test_every_flipped_byte_is_noticed(place: int) -> None:
     damaged = bytearray(SEALED)
     damaged[place] ^= 1
     with pytest.raises(KeyMaterialError):
-        unseal(bytes(damaged), KEY, purpose=PURPOSE)
+        decrypt_envelope(bytes(damaged), KEY, purpose=PURPOSE)
     with pytest.raises(KeyMaterialError):
-        unseal(SEALED[:place], KEY, purpose=PURPOSE)
+        decrypt_envelope(SEALED[:place], KEY, purpose=PURPOSE)
 
 
-SCRYPT = _header(seal(b"", PASSPHRASE, purpose=PURPOSE))
+SCRYPT = _header(encrypt_envelope(b"", PASSPHRASE, purpose=PURPOSE))
 
 
 @pytest.mark.parametrize(
@@ -109,9 +119,9 @@ def test_costs_and_fields_are_checked_before_any_work(
 
     monkeypatch.setattr("mtlsign.watermark.keys.sealing._derive", never)
     with pytest.raises(KeyMaterialError):
-        unseal(_envelope({**SCRYPT, **change}), PASSPHRASE, purpose=PURPOSE)
+        decrypt_envelope(_envelope({**SCRYPT, **change}), PASSPHRASE, purpose=PURPOSE)
     with pytest.raises(KeyMaterialError):
-        unseal(_envelope(b" " * (HEADER_LIMIT + 1)), PASSPHRASE, purpose=PURPOSE)
+        decrypt_envelope(_envelope(b" " * (HEADER_LIMIT + 1)), PASSPHRASE, purpose=PURPOSE)
 
 
 @given(
@@ -123,17 +133,17 @@ def test_costs_and_fields_are_checked_before_any_work(
 )
 def test_the_parser_raises_nothing_else(data: bytes) -> None:
     with pytest.raises(KeyMaterialError):
-        unseal(data, KEY, purpose=PURPOSE)
+        decrypt_envelope(data, KEY, purpose=PURPOSE)
 
 
 def test_secrets_are_limited_and_never_shown() -> None:
     assert "horse" not in repr(PASSPHRASE) and "horse" not in f"{PASSPHRASE}" and "x00" not in repr(KEY)
     for make in (
-        lambda: Secret.from_kit_key(b"short"),
-        lambda: Secret.from_passphrase(b""),
-        lambda: Secret.from_passphrase(b"x" * 1025),
-        lambda: seal(b"", KEY, purpose=""),
-        lambda: seal(b"", KEY, purpose="é"),
+        lambda: EncryptionSecret.from_kit_key(b"short"),
+        lambda: EncryptionSecret.from_passphrase(b""),
+        lambda: EncryptionSecret.from_passphrase(b"x" * 1025),
+        lambda: encrypt_envelope(b"", KEY, purpose=""),
+        lambda: encrypt_envelope(b"", KEY, purpose="é"),
     ):
         with pytest.raises(KeyMaterialError):
             make()

@@ -90,9 +90,9 @@ def test_required_and_lists() -> None:
 
 
 def test_defaults_are_valid_and_resolved_by_task_and_head() -> None:
-    s = EmbedSettings.of({})
-    assert (s.width, s.key_size, s.epochs) == (None, None, None)
-    digits, free = s.resolved(), EmbedSettings.of({"task": "cifar10", "head": "free"}).resolved()
+    settings = EmbedSettings.of({})
+    assert (settings.width, settings.key_size, settings.epochs) == (None, None, None)
+    digits, free = settings.resolved(), EmbedSettings.of({"task": "cifar10", "head": "free"}).resolved()
     assert (digits.width, digits.key_size, digits.epochs) == (16, 1024, RECIPES["digits"]["epochs"])
     assert (free.width, free.key_size, free.stem) == (64, 600, "cifar") and digits.inner_lr == digits.lr
     own = EmbedSettings.of(
@@ -111,8 +111,10 @@ def test_settings_cannot_be_changed_in_place() -> None:
 
 
 def test_what_is_dumped_is_read_again() -> None:
-    s = EmbedSettings.of({"lambda1": 0.5, "json": True, "owner": "/o", "snapshots": "noise,tuned"}).resolved()
-    assert EmbedSettings.of(json.loads(dump(s))) == s
+    settings = EmbedSettings.of(
+        {"lambda1": 0.5, "json": True, "owner": "/o", "snapshots": "noise,tuned"}
+    ).resolved()
+    assert EmbedSettings.of(json.loads(dump(settings))) == settings
 
 
 def test_config_files(tmp_path: Path) -> None:

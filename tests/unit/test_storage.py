@@ -45,7 +45,7 @@ def test_what_is_written_is_read_listed_and_deleted(store: Storage) -> None:
 
 def test_only_if_new_lets_exactly_one_of_many_writers_win(store: Storage) -> None:
     with ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(lambda i: store.write("once", b"%d" % i, only_if_new=True), range(8)))
+        won = list(pool.map(lambda i: store.write("once", b"%d" % i, if_absent=True), range(8)))
     assert sum(won) == 1
     assert store.read("once", 9) == b"%d" % won.index(True)
     assert store.list() == ["once"]
@@ -73,7 +73,7 @@ def test_check_writable_names_the_setting_and_the_fix(
     with pytest.raises(StorageError, match=r"storage: cannot write .*; choose a folder"):
         open_storage(str(tmp_path / "file")).check_writable()
 
-    def overwrites(self: LocalStorage, name: str, data: bytes, *, only_if_new: bool = False) -> bool:
+    def overwrites(self: LocalStorage, name: str, data: bytes, *, if_absent: bool = False) -> bool:
         return True
 
     monkeypatch.setattr(LocalStorage, "write", overwrites)

@@ -20,7 +20,7 @@ def of(**values: Any) -> ReproduceSettings:
 
 def test_random_keys_take_no_settings_of_an_embedding(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="fixed: thresholds embeds nothing"):
-        run.study(of(fixed="steps=3", storage=str(tmp_path / "new")))
+        run.run_study(of(fixed="steps=3", storage=str(tmp_path / "new")))
     assert not (tmp_path / "new").exists()
 
 
@@ -33,7 +33,7 @@ def test_resuming_random_keys_refuses_other_ones(tmp_path: Path, monkeypatch: py
         ({"width": 8}, "width"), ({"study": "ablation"}, "is no sweep's"),
     ):  # fmt: skip
         with pytest.raises(MTLSignError, match=says):
-            run.study(of(**{"storage": str(tmp_path), "resume": "t", **other}))
+            run.run_study(of(**{"storage": str(tmp_path), "resume": "t", **other}))
     began: list[ReproduceSettings] = []
 
     def train(cell: Any, _: Any) -> bytes:
@@ -42,5 +42,5 @@ def test_resuming_random_keys_refuses_other_ones(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(run, "train_shared", train)
     with pytest.raises(KeyboardInterrupt):
-        run.study(of(storage=str(tmp_path), resume="t", keys=120, data=tmp_path, quiet=True))
+        run.run_study(of(storage=str(tmp_path), resume="t", keys=120, data=tmp_path, quiet=True))
     assert began[0].seed == 4 and began[0].data == tmp_path

@@ -17,11 +17,17 @@ from hypothesis import strategies as st
 from mtlsign.config.sweep import SweepSettings
 from mtlsign.errors import ArtifactError, ModelError, SettingsError
 from mtlsign.experiments.attack_runs import executor
-from mtlsign.experiments.attack_runs.executor import Struck
+from mtlsign.experiments.attack_runs.executor import AttackResult
 from mtlsign.experiments.sweeps import pareto, run, trial
-from mtlsign.experiments.sweeps.run import InTurn, SweepRun
+from mtlsign.experiments.sweeps.run import LocalSweepBackend, SweepRun
 from mtlsign.experiments.sweeps.space import Cell, cells_of, load_space
-from mtlsign.experiments.sweeps.trial import Shared, finished, rows_of, run_cell, train_shared
+from mtlsign.experiments.sweeps.trial import (
+    SharedTrialData,
+    load_finished_row,
+    rows_of,
+    run_cell,
+    train_shared_clean_model,
+)
 from mtlsign.reports import sweeps, tables
 from mtlsign.storage.locations import open_storage
 from mtlsign.tasks import Task
@@ -51,8 +57,8 @@ def tiny(**changes: Any) -> SweepSettings:
 
 
 def test_the_papers_grid_has_its_hundred_cells() -> None:
-    s = SweepSettings.of({"space": "paper_grid"})
-    cells = cells_of(load_space(s), s)
+    settings = SweepSettings.of({"space": "paper_grid"})
+    cells = cells_of(load_space(settings), settings)
     pairs = {(c.settings.lambda1, c.settings.lambda2) for c in cells}
     wanted = [i / 50 for i in range(1, 11)]
     assert pairs == {(a, b) for a in wanted for b in wanted} and len(cells) == 100
@@ -60,8 +66,8 @@ def test_the_papers_grid_has_its_hundred_cells() -> None:
 
 
 def test_the_ablation_has_its_four_corners() -> None:
-    s = SweepSettings.of({"space": "paper_ablation"})
-    found = [(c.settings.lambda1, c.settings.lambda2) for c in cells_of(load_space(s), s)]
+    settings = SweepSettings.of({"space": "paper_ablation"})
+    found = [(c.settings.lambda1, c.settings.lambda2) for c in cells_of(load_space(settings), settings)]
     assert found == [(0.0, 0.0), (0.0, 0.1), (0.1, 0.0), (0.1, 0.1)]
 
 
@@ -127,9 +133,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sweep")
 
 
-def shared_of(place: Path, cell: Cell) -> Shared:
+def shared_of(place: Path, cell: Cell) -> SharedTrialData:
     storage = open_storage(str(place))
-    return Shared(storage, {cell.clean_name: train_shared(cell, storage)}, ATTACKS, 120.0, None, False)
+    return SharedTrialData(
+        storage, {cell.clean_name: train_shared_clean_model(cell, storage)}, ATTACKS, 120.0, None, False
+    )
 
 
 class Killed(BaseException):
@@ -150,7 +158,7 @@ def test_an_interrupted_cell_goes_on_and_gives_the_same_row(folder: Path, tmp_pa
     shared = shared_of(tmp_path, cell)
     with pytest.raises(Killed):
         run_cell(cell, shared, kill)
-    assert finished(shared.folder.child(f"cells/{cell.name}")) is None
+    assert load_finished_row(shared.folder.child(f"cells/{cell.name}")) is None
     steps.clear()
     again = run_cell(cell, shared, lambda row: steps.append(row["step"]) if row["phase"] == "mark" else None)
     assert min(steps) > 50, "the checkpoint of step 50 was not used"
@@ -163,7 +171,7 @@ def test_an_interrupted_cell_goes_on_and_gives_the_same_row(folder: Path, tmp_pa
 def test_an_attack_that_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     s = tiny()
     cell = cells_of(load_space(s), s)[0]
-    shared, real, seen = shared_of(tmp_path, cell), executor.strike, []
+    shared, real, seen = shared_of(tmp_path, cell), executor.run_attack, []
 
     def strike(*args: Any) -> Any:
         seen.append(args[1].name)
@@ -184,14 +192,14 @@ def test_an_attack_that_was_done_is_not_done_again(tmp_path: Path, monkeypatch: 
 
 def first_attack_fails(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the attacks that run from now on; the first of them is a failed one."""
-    real, ran = executor.strike, []
+    real, ran = executor.run_attack, []
 
     def strike(*args: Any) -> Any:
         struck = real(*args)
         ran.append(args[1].name)
         if len(ran) == 1:
             row = dict.fromkeys(struck.row) | {"status": "failed", "reason": "out of memory"}
-            return Struck(row | {"kind": "free"}, None)
+            return AttackResult(row | {"kind": "free"}, None)
         return struck
 
     monkeypatch.setattr(trial, "strike", strike)
@@ -208,10 +216,10 @@ def test_a_cell_is_not_finished_before_its_failed_attacks_are(
     row = run_cell(cell, shared)
     assert (row["status"], row["evidence_bits_attacked"]) == ("failed", None)
     assert row["reason"] == "bn_gauge: failed (out of memory)" and row["bits prune ratio=0.3 bn=kept"] > 0
-    assert finished(kept) is None and pareto.means([row], ["lambda1"]) == []
+    assert load_finished_row(kept) is None and pareto.aggregate_over_seeds([row], ["lambda1"]) == []
     again = run_cell(cell, shared)
     assert seen == ["bn_gauge", "prune", "bn_gauge"], "what had worked was done again"
-    assert again["status"] == "ok" and again["reason"] is None and finished(kept) == again
+    assert again["status"] == "ok" and again["reason"] is None and load_finished_row(kept) == again
     bits = [again[name] for name in again if name.startswith("bits ")]
     assert again["evidence_bits_attacked"] == min(again["evidence_bits"], *bits)
 
@@ -221,15 +229,17 @@ def test_attacks_that_end_without_a_readable_model_take_nothing(
 ) -> None:
     s = tiny(fixed=SHORT)
     cell = cells_of(load_space(s), s)[0]
-    shared, real = shared_of(tmp_path, cell), executor.strike
+    shared, real = shared_of(tmp_path, cell), executor.run_attack
 
     def strike(*args: Any) -> Any:
         row = real(*args).row
         if args[1].name == "prune":
-            return Struck(
+            return AttackResult(
                 dict.fromkeys(row) | {"status": "diverged", "reason": "NaN", "kind": "removal"}, None
             )
-        return Struck(row | {"verdict": "not_verifiable", "wm_accuracy": 0.0, "evidence_bits": 0.0}, None)
+        return AttackResult(
+            row | {"verdict": "not_verifiable", "wm_accuracy": 0.0, "evidence_bits": 0.0}, None
+        )
 
     monkeypatch.setattr(trial, "strike", strike)
     row = run_cell(cell, shared)
@@ -275,10 +285,12 @@ def test_a_diverging_cell_is_a_row_that_says_so(tmp_path: Path, monkeypatch: pyt
     def diverge(*_: Any) -> None:
         raise ModelError("phase 2 diverged (the loss is not finite); lower --wm-lr", field="wm-lr")
 
-    monkeypatch.setattr("mtlsign.watermark.embedding.pipeline.mark_phase", diverge)
+    monkeypatch.setattr("mtlsign.watermark.embedding.pipeline.run_phase2", diverge)
     row = run_cell(cell, shared)
     assert row["status"] == "diverged" and "wm-lr" in row["reason"] and row["evidence_bits"] is None
-    assert finished(shared.folder.child(f"cells/{cell.name}")) == row, "it would be tried again and again"
+    assert load_finished_row(shared.folder.child(f"cells/{cell.name}")) == row, (
+        "it would be tried again and again"
+    )
 
 
 def test_a_damaged_row_is_not_believed(tmp_path: Path) -> None:
@@ -297,14 +309,14 @@ def test_phase_1_is_trained_once_and_resumed(tmp_path: Path, monkeypatch: pytest
             raise Killed
 
     with pytest.raises(Killed):
-        train_shared(cell, place, kill)
+        train_shared_clean_model(cell, place, kill)
     epochs: list[int] = []
-    data = train_shared(cell, place, lambda row: epochs.append(row["epoch"]))
+    data = train_shared_clean_model(cell, place, lambda row: epochs.append(row["epoch"]))
     assert set(epochs) == {2}, "the first epoch was trained again"
     monkeypatch.setattr(
-        "mtlsign.watermark.embedding.pipeline.clean_phase", lambda *_: pytest.fail("trained twice")
+        "mtlsign.watermark.embedding.pipeline.run_phase1", lambda *_: pytest.fail("trained twice")
     )
-    assert train_shared(cell, place) == data
+    assert train_shared_clean_model(cell, place) == data
 
 
 # -- what is chosen --------------------------------
@@ -336,7 +348,7 @@ def better(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
 
 @given(groups)
 def test_the_front_is_what_nothing_beats(found: list[dict[str, float]]) -> None:
-    chosen = pareto.front(found)
+    chosen = pareto.pareto_front(found)
     assert all(not any(better(a, b) for a in found) for b in chosen)
     assert all(any(better(a, b) for a in found) for b in found if b not in chosen)
     assert bool(found) == bool(chosen)
@@ -367,7 +379,7 @@ def test_means_leave_out_what_did_not_finish() -> None:
         }  # fmt: skip
 
     rows = [row("ok", 0, 100), row("ok", 1, 110), row("diverged", 2, None), row("stopped", 3, 9)]
-    (mean,) = pareto.means(rows, ["lambda1"])
+    (mean,) = pareto.aggregate_over_seeds(rows, ["lambda1"])
     assert (mean["n"], mean["cells"]) == (2, 4) and mean["evidence_bits_attacked"] == 105
     assert mean["sd evidence_bits_attacked"] == pytest.approx(7.0710678)
 
@@ -375,8 +387,8 @@ def test_means_leave_out_what_did_not_finish() -> None:
 def test_cells_that_did_not_finish_vary_in_nothing_but_their_settings() -> None:
     space = {"task": "digits", "width": 8, "steps": 30, "lambda2": {"grid_search": [0.0, 1.0]}, "seed": 0}
     cells = [Cell({**space, "lambda2": value}, None, False) for value in (0.0, 1.0)]
-    rows = [trial.row_of(cells[0], "ok"), trial.row_of(cells[1], "stopped", "stopped at step 3")]
-    assert run.varying(rows, space) == ["lambda1", "lambda2"]
+    rows = [trial.empty_row(cells[0], "ok"), trial.empty_row(cells[1], "stopped", "stopped at step 3")]
+    assert run.varied_settings(rows, space) == ["lambda1", "lambda2"]
     assert (rows[1]["lambda2"], rows[1]["steps"], rows[1]["reason"]) == (1.0, 30, "stopped at step 3")
 
 
@@ -386,7 +398,7 @@ def test_cells_that_did_not_finish_vary_in_nothing_but_their_settings() -> None:
 def test_a_sweep_writes_its_tables_and_forgets_w0(tmp_path: Path) -> None:
     said: list[str] = []
     shown: list[Mapping[str, Any]] = []
-    fleet = InTurn(said.append, shown.append)
+    fleet = LocalSweepBackend(said.append, shown.append)
     result = run.run(tiny(storage=str(tmp_path), run="s"), fleet, say=said.append)
     assert [row["phase"] for row in shown if row.get("step") in (None, 0)].count("attacks") == 4
     assert {row["phase"] for row in shown} == {"clean", "mark", "attacks"}
@@ -425,14 +437,16 @@ def test_a_killed_sweep_keeps_its_finished_cells(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(run, "run_cell", two_then_dead)
     with pytest.raises(Killed):
-        run.run(tiny(storage=str(tmp_path), run="s"), InTurn())
+        run.run(tiny(storage=str(tmp_path), run="s"), LocalSweepBackend())
     marks: list[str] = []
 
-    def counted(cell: Cell, shared: Shared, show: Callable[..., None] | None = None) -> Any:
+    def counted(cell: Cell, shared: SharedTrialData, show: Callable[..., None] | None = None) -> Any:
         return real(cell, shared, lambda row: marks.append(cell.name))
 
     monkeypatch.setattr(run, "run_cell", counted)
-    result = run.run(SweepSettings.of({"storage": str(tmp_path), "resume": "s", "workers": 0}), InTurn())
+    result = run.run(
+        SweepSettings.of({"storage": str(tmp_path), "resume": "s", "workers": 0}), LocalSweepBackend()
+    )
     assert len(result["rows"]) == 4 and not set(marks) & set(ran) and len(set(marks)) == 2
     with pytest.raises(SettingsError, match="lambda"):
         SweepSettings.of({"lambda1": 3})
@@ -440,7 +454,7 @@ def test_a_killed_sweep_keeps_its_finished_cells(tmp_path: Path, monkeypatch: py
 
 def test_a_sweep_with_failed_cells_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran, said = first_attack_fails(monkeypatch), []
-    first = run.run(tiny(storage=str(tmp_path), run="s"), InTurn(), say=said.append)
+    first = run.run(tiny(storage=str(tmp_path), run="s"), LocalSweepBackend(), say=said.append)
     assert (first["failed"], first["try_again"], first["ok"]) == (1, 1, 3)
     assert said[-1] == "1 of 4 cells failed; --resume s tries again what failed"
     place = tmp_path / "runs/s"
@@ -448,7 +462,7 @@ def test_a_sweep_with_failed_cells_stays_open(tmp_path: Path, monkeypatch: pytes
     assert not (place / "manifest.json").exists()
     ran.append("again")
     resumed = SweepSettings.of({"storage": str(tmp_path), "resume": "s", "workers": 0})
-    second = run.run(resumed, InTurn(), say=said.append)
+    second = run.run(resumed, LocalSweepBackend(), say=said.append)
     assert ran[ran.index("again") + 1 :] == [ran[0]], "more was done again than what had failed"
     assert (second["failed"], second["try_again"], second["ok"]) == (0, 0, 4)
     assert (place / "manifest.json").exists() and not (place / "clean").exists()
@@ -474,9 +488,9 @@ def test_tables_keep_types_and_gaps() -> None:
 
 
 def test_a_cell_is_told_whatever_its_settings_were_written_as() -> None:
-    assert run.told(None, {"lambda1": "0.02"}) == "lambda1 0.02 · stopped early"
+    assert run.format_trial(None, {"lambda1": "0.02"}) == "lambda1 0.02 · stopped early"
     row = {"lambda1": 0.02, "lambda2": 1.0, "status": "failed", "reason": "why"}
-    assert run.told(row, {"lambda1": "0.02"}) == "lambda1 0.02, lambda2 1.0 · failed: why"
+    assert run.format_trial(row, {"lambda1": "0.02"}) == "lambda1 0.02, lambda2 1.0 · failed: why"
 
 
 @pytest.mark.parametrize(("bits", "warned"), [(50.0, True), (120.0, False)])

@@ -20,19 +20,19 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchvision import datasets
 
 from mtlsign.errors import DataError, ModelError
-from mtlsign.tasks import SPLITS, Recipe, Task, from_loaders, load_task, user_task
-from mtlsign.tasks.base import carve, generator, spread
+from mtlsign.tasks import SPLITS, InputTransform, Task, from_loaders, load_task, user_task
+from mtlsign.tasks.base import seeded_generator, split_training_rows, stratified_permutation
 from mtlsign.tasks.tensor_split import crop_and_flip
 
 
 def images(count: int = 100, side: int = 6, classes: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
-    gen = generator("test", seed)
+    gen = seeded_generator("test", seed)
     x = torch.randint(256, (count, 1, side, side), generator=gen, dtype=torch.uint8)
     return x, torch.arange(count) % classes
 
 
 def task(**options: Any) -> Task:
-    return Task.from_tensors(*images(), recipe=Recipe((0.5,), (0.5,), pad=2, flip=True), **options)
+    return Task.from_tensors(*images(), recipe=InputTransform((0.5,), (0.5,), pad=2, flip=True), **options)
 
 
 def joined(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -44,7 +44,7 @@ def joined(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("labels", [100, torch.arange(100) % 5])
 def test_parts_are_disjoint_and_of_the_right_size(labels: Tensor | int) -> None:
-    rows = carve(labels, 3)
+    rows = split_training_rows(labels, 3)
     assert {name: len(part) for name, part in rows.items()} == {
         "validation": 5,
         "attacker": 10,
@@ -54,21 +54,21 @@ def test_parts_are_disjoint_and_of_the_right_size(labels: Tensor | int) -> None:
     together = torch.cat([rows[name] for name in ("validation", "attacker", "train")])
     assert torch.equal(together.sort().values, torch.arange(100))
     assert set(rows["inner"].tolist()) < set(rows["train"].tolist())
-    again, other = carve(labels, 3), carve(labels, 4)
+    again, other = split_training_rows(labels, 3), split_training_rows(labels, 4)
     assert all(torch.equal(rows[name], again[name]) for name in rows)
     assert not torch.equal(rows["attacker"], other["attacker"])
 
 
 def test_every_stretch_holds_the_classes_in_proportion() -> None:
     labels = torch.tensor([0] * 80 + [1] * 20)
-    order = spread(labels, generator(1))
+    order = stratified_permutation(labels, seeded_generator(1))
     for start in range(0, 100, 20):
         assert 3 <= int(labels[order[start : start + 20]].sum()) <= 5
 
 
 def test_too_few_samples() -> None:
     with pytest.raises(DataError, match="too few"):
-        carve(3, 0)
+        split_training_rows(3, 0)
 
 
 # Batches

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from mtlsign.errors import ModelError
-from mtlsign.storage.safetensors_io import read_tensors, tensor_bytes
+from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 
 DTYPES = [
     torch.float64,
@@ -37,8 +37,8 @@ def header_of(data: bytes) -> dict[str, dict[str, object]]:
 def test_every_dtype_survives_and_the_library_agrees() -> None:
     tensors = {str(d): (torch.arange(6).reshape(2, 3) % 2).to(d) for d in DTYPES}
     tensors |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4)}
-    data = tensor_bytes(tensors)
-    for read in (read_tensors(data), load(data)):
+    data = serialize_safetensors(tensors)
+    for read in (parse_safetensors(data), load(data)):
         assert read.keys() == tensors.keys()
         for name, tensor in tensors.items():
             assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
@@ -46,11 +46,11 @@ def test_every_dtype_survives_and_the_library_agrees() -> None:
 
 def test_one_layout_whatever_the_order_stride_or_device_of_origin() -> None:
     a, b = torch.randn(4, 3), torch.arange(5)
-    data = tensor_bytes({"b": b, "a": a})
+    data = serialize_safetensors({"b": b, "a": a})
     assert (
         data
-        == tensor_bytes({"a": a.T.contiguous().T, "b": b})
-        == tensor_bytes({"a": a.clone().requires_grad_(True), "b": b})
+        == serialize_safetensors({"a": a.T.contiguous().T, "b": b})
+        == serialize_safetensors({"a": a.clone().requires_grad_(True), "b": b})
     )
     header = header_of(data)
     assert list(header) == ["a", "b"] and "__metadata__" not in header
@@ -60,7 +60,7 @@ def test_one_layout_whatever_the_order_stride_or_device_of_origin() -> None:
 
 def test_a_dtype_without_a_name_is_refused() -> None:
     with pytest.raises(ModelError, match="complex64; convert it to float32"):
-        tensor_bytes({"a": torch.zeros(2, dtype=torch.complex64)})
+        serialize_safetensors({"a": torch.zeros(2, dtype=torch.complex64)})
 
 
 def bytes_of(header: object, body: bytes = b"") -> bytes:
@@ -88,26 +88,26 @@ def bytes_of(header: object, body: bytes = b"") -> bytes:
 )
 def test_damaged_or_hostile_bytes(data: bytes) -> None:
     with pytest.raises(ModelError):
-        read_tensors(data)
+        parse_safetensors(data)
 
 
 def test_limits() -> None:
-    data = tensor_bytes({str(i): torch.zeros(2) for i in range(4)})
+    data = serialize_safetensors({str(i): torch.zeros(2) for i in range(4)})
     with pytest.raises(ModelError, match="over the limit of 10"):
-        read_tensors(data, max_bytes=10)
+        parse_safetensors(data, max_bytes=10)
     with pytest.raises(ModelError, match="over 3 tensors"):
-        read_tensors(data, max_tensors=3)
+        parse_safetensors(data, max_tensors=3)
     with pytest.raises(ModelError, match="0 dimensions"):
-        read_tensors(data, max_dims=0)
-    assert len(read_tensors(data, max_tensors=4, max_dims=1)) == 4
+        parse_safetensors(data, max_dims=0)
+    assert len(parse_safetensors(data, max_tensors=4, max_dims=1)) == 4
 
 
 @settings(max_examples=60)
 @given(at=st.integers(0, 200), value=st.integers(0, 255), cut=st.integers(0, 200))
 def test_only_model_errors_come_out(at: int, value: int, cut: int) -> None:
-    data = bytearray(tensor_bytes({"a": torch.randn(3), "b": torch.arange(2)}))
+    data = bytearray(serialize_safetensors({"a": torch.randn(3), "b": torch.arange(2)}))
     data[at % len(data)] = value
     try:
-        read_tensors(bytes(data[: len(data) - cut % 40]))
+        parse_safetensors(bytes(data[: len(data) - cut % 40]))
     except ModelError as error:
         assert len(str(error).splitlines()) == 1

@@ -6,7 +6,7 @@ from typing import Any
 
 from mtlsign.claims.bundle import check_bundle, to_json
 from mtlsign.claims.commands.owner import factories_of, write_card
-from mtlsign.claims.judging.judge import AlgorithmOne, Finding
+from mtlsign.claims.judging.judge import DetectorClaimVerifier, Finding
 from mtlsign.claims.model_card import claim_block
 from mtlsign.claims.statements.types import Claim
 from mtlsign.config.claims import BundleSettings
@@ -14,7 +14,7 @@ from mtlsign.errors import ClaimError
 from mtlsign.watermark.verification.detector import Verdict
 
 
-class _Remembering(AlgorithmOne):
+class _VerdictCache(DetectorClaimVerifier):
     """Algorithm 1 that keeps the verdict on the accused model, so that it is computed once."""
 
     kept: Verdict | None = None
@@ -26,27 +26,27 @@ class _Remembering(AlgorithmOne):
         return found
 
 
-def verify_bundle(s: BundleSettings) -> dict[str, Any]:
+def verify_bundle(settings: BundleSettings) -> dict[str, Any]:
     """The fields of a verdict on the accused model, and beside them standing, sentence, votes and head.
 
     Raises:
         ClaimError: the bundle is damaged, or is not of the pinned head.
     """
     pinned = None
-    if s.head is not None:
+    if settings.head is not None:
         try:
-            with open(s.head, "rb") as file:
+            with open(settings.head, "rb") as file:
                 pinned = file.read(64 * 1024 + 1)
         except OSError as error:
-            raise ClaimError(f"{s.head}: {error.strerror}; give a head", field="head") from None
-    judge = _Remembering(factories_of(s.factory))
-    checked = check_bundle(s.bundle, judge, pinned=pinned, bits=s.bits)
+            raise ClaimError(f"{settings.head}: {error.strerror}; give a head", field="head") from None
+    judge = _VerdictCache(factories_of(settings.factory))
+    checked = check_bundle(settings.bundle, judge, pinned=pinned, bits=settings.bits)
     found = checked.dispute.matrix[checked.entry.leaf.hex()][checked.claim.suspect.hex()]
     bits = checked.dispute.standings[0].numbers["bits_required"]
     verdict = judge.kept or _without_numbers(found, checked.claim, bits)
     done = verdict.to_json() | to_json(checked)
-    if s.card is not None:
-        write_card(s.card, claim_block(done))
+    if settings.card is not None:
+        write_card(settings.card, claim_block(done))
     return done
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mtlsign.claims import merkle
-from mtlsign.claims.ledger.view import Entry, View
+from mtlsign.claims.ledger.view import Entry, LedgerView
 from mtlsign.claims.statements import commitments
 from mtlsign.claims.statements.types import Claim, Publish, Ref, Register
 from mtlsign.errors import ClaimError, KeyMaterialError
@@ -30,7 +30,7 @@ FAULTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class InadmissibilityReason:
     """One thing said against a claim: a code of FAULTS."""
 
     code: str
@@ -41,7 +41,7 @@ class Fault:
         return FAULTS[self.code]
 
 
-def find_claim(view: View, name: str) -> tuple[Entry, Claim]:
+def find_claim(view: LedgerView, name: str) -> tuple[Entry, Claim]:
     """The claim of that id: its entry's hash (64 hex) or number.
 
     Raises:
@@ -53,18 +53,20 @@ def find_claim(view: View, name: str) -> tuple[Entry, Claim]:
     raise ClaimError(f"{name[:80]!r} names no claim of this ledger; see jobs/ledger.py list", field="claims")
 
 
-def first_opening(view: View, claim: Claim) -> int | None:
+def first_opening(view: LedgerView, claim: Claim) -> int | None:
     """Number of the first entry that reveals this claim's key to everybody."""
     return next((entry.index for entry, other in view.all(Claim) if other.opening == claim.opening), None)
 
 
-def faults(view: View, entry: Entry, claim: Claim) -> tuple[Fault, ...]:
+def inadmissibility_reasons(
+    view: LedgerView, entry: Entry, claim: Claim
+) -> tuple[InadmissibilityReason, ...]:
     """Everything that the ledger says against the claim, in the order of FAULTS; empty: it may be judged."""
     publication = view.at(claim.publish, Publish)
     wrong: dict[str, Callable[[], bool]] = {
         "no_publication": lambda: publication is None,
         "claim_before_publication": lambda: claim.publish.index >= entry.index,
-        "bad_opening": lambda: not _opens(claim),
+        "bad_opening": lambda: not _is_valid_opening(claim),
         "somebody_elses_key": lambda: (
             claim.opening.public_key != claim.signer
             or (publication is not None and publication.signer != claim.signer)
@@ -74,19 +76,19 @@ def faults(view: View, entry: Entry, claim: Claim) -> tuple[Fault, ...]:
             claim.register.index > (first_opening(view, claim) or entry.index)
         ),
     }
-    if publication is not None and _opens(claim):
+    if publication is not None and _is_valid_opening(claim):
         wrong |= {
             "key_not_committed": lambda: not key_is_committed(claim, publication),
             "head_not_committed": lambda: not _head_is_committed(claim, publication),
             "model_not_committed": lambda: (
-                commitments.hide_model(claim.model_salt, claim.signer, claim.model) != publication.model
+                commitments.commit_model(claim.model_salt, claim.signer, claim.model) != publication.model
             ),
             "key_out_of_order": lambda: not _in_order(view, entry, claim),
         }
-    return tuple(Fault(code) for code in FAULTS if code in wrong and wrong[code]())
+    return tuple(InadmissibilityReason(code) for code in FAULTS if code in wrong and wrong[code]())
 
 
-def _opens(claim: Claim) -> bool:
+def _is_valid_opening(claim: Claim) -> bool:
     try:
         claim.opening.key()
     except KeyMaterialError:
@@ -96,7 +98,7 @@ def _opens(claim: Claim) -> bool:
 
 def key_is_committed(claim: Claim, publication: Publish) -> bool:
     """Whether the opened key is number `key_index` under the publication's root."""
-    leaf = merkle.leaf_hash(commitments.hide_key(claim.key_salt, claim.opening.key()))
+    leaf = merkle.leaf_hash(commitments.commit_key(claim.key_salt, claim.opening.key()))
     return merkle.verify_inclusion(
         leaf, claim.key_index, publication.keys_count, claim.key_path, publication.keys_root
     )
@@ -108,17 +110,17 @@ def _head_is_committed(claim: Claim, publication: Publish) -> bool:
     free = claim.opening.parse().head.kind == "free"
     if free != (claim.heads[claim.key_index] is not None):
         return False
-    return commitments.hide_heads(claim.heads_salt, claim.signer, claim.heads) == publication.heads
+    return commitments.commit_heads(claim.heads_salt, claim.signer, claim.heads) == publication.heads
 
 
-def _registered(view: View, ref: Ref, digest: bytes, before: int) -> Register | None:
+def _registered(view: LedgerView, ref: Ref, digest: bytes, before: int) -> Register | None:
     found = view.at(ref, Register)
     if found is None or ref.index >= before or digest not in [d for _, d in found.models]:
         return None
     return found
 
 
-def _in_order(view: View, entry: Entry, claim: Claim) -> bool:
+def _in_order(view: LedgerView, entry: Entry, claim: Claim) -> bool:
     """Keys open in the committed order; one that is open already may serve again (for what was
     registered).
     """
@@ -126,7 +128,7 @@ def _in_order(view: View, entry: Entry, claim: Claim) -> bool:
     return claim.key_index in opened or all(index in opened for index in range(claim.key_index))
 
 
-def opened_keys(view: View, ref: Ref, before: int) -> dict[int, int]:
+def opened_keys(view: LedgerView, ref: Ref, before: int) -> dict[int, int]:
     """Which keys of a publication its owner's earlier claims opened: key's number → number of the first
     entry.
     """
@@ -135,6 +137,6 @@ def opened_keys(view: View, ref: Ref, before: int) -> dict[int, int]:
         if entry.index >= before or publication is None:
             break
         ours = claim.publish == ref and claim.signer == publication.signer
-        if ours and _opens(claim) and key_is_committed(claim, publication):
+        if ours and _is_valid_opening(claim) and key_is_committed(claim, publication):
             opened.setdefault(claim.key_index, first_opening(view, claim) or entry.index)
     return opened

@@ -12,20 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mtlsign.claims.blob_store import Archive
-from mtlsign.claims.judging.admissibility import faults
-from mtlsign.claims.judging.judge import Finding, Judge, look
+from mtlsign.claims.blob_store import BlobStore
+from mtlsign.claims.judging.admissibility import inadmissibility_reasons
+from mtlsign.claims.judging.judge import ClaimVerifier, Finding, fetch_and_verify
 from mtlsign.claims.ledger.base import Ledger
-from mtlsign.claims.ledger.view import Entry, View, read_view
-from mtlsign.claims.ledger.witness import Step, Witness
-from mtlsign.claims.statements.parsing import seal
+from mtlsign.claims.ledger.view import Entry, LedgerView, read_ledger
+from mtlsign.claims.ledger.witness import Witness, WitnessRound
+from mtlsign.claims.statements.parsing import sign_statement
 from mtlsign.claims.statements.types import Claim, Membership, Vote
 from mtlsign.errors import KeyMaterialError
 from mtlsign.watermark.keys.identity import Identity
 
 
 @dataclass(frozen=True, slots=True)
-class Ballot:
+class CountedVote:
     """One vote on a claim and whether it counts; `why` says what is wrong with one that does not."""
 
     index: int
@@ -49,10 +49,10 @@ class Tally:
     threshold: int
     members: int
     counts: dict[str, int]
-    ballots: tuple[Ballot, ...]
+    ballots: tuple[CountedVote, ...]
 
 
-def tally(view: View, entry: Entry, claim: Claim) -> Tally:
+def tally_votes(view: LedgerView, entry: Entry, claim: Claim) -> Tally:
     """Count the votes on a claim, from the ledger alone.
 
     A vote counts when it lies under a head that counts, comes from a member in force when the claim was
@@ -60,7 +60,7 @@ def tally(view: View, entry: Entry, claim: Claim) -> Tally:
     claim's bytes, suspect and key.
     """
     council, came = view.council(entry.index), view.time(entry.index)
-    ballots: list[Ballot] = []
+    ballots: list[CountedVote] = []
     done: set[bytes] = set()
     for at, vote in view.all(Vote):
         if vote.claim.index != entry.index and vote.claim.leaf != entry.leaf:
@@ -68,7 +68,7 @@ def tally(view: View, entry: Entry, claim: Claim) -> Tally:
         why = _problem(view, at, vote, entry, claim, council, came, done)
         if why is None:
             done.add(vote.signer)
-        ballots.append(Ballot(at.index, vote.signer, vote, why))
+        ballots.append(CountedVote(at.index, vote.signer, vote, why))
     counts = Counter(ballot.vote.status for ballot in ballots if ballot.counts)
     winner = next((status for status, n in counts.items() if n >= council.threshold), None)
     newest = view.heads[-1].time if view.heads else 0
@@ -80,7 +80,7 @@ def tally(view: View, entry: Entry, claim: Claim) -> Tally:
 
 
 def _problem(
-    view: View,
+    view: LedgerView,
     at: Entry,
     vote: Vote,
     entry: Entry,
@@ -116,23 +116,23 @@ def _key(claim: Claim) -> bytes:
 
 
 @dataclass(frozen=True)
-class Round:
+class MemberRound:
     """What one member's round did: (claim's entry, finding, vote's entry), and its witness's two steps."""
 
     votes: tuple[tuple[int, Finding, int], ...]
-    before: Step
-    after: Step
+    before: WitnessRound
+    after: WitnessRound
 
 
-def take_part(
+def run_member_round(
     identity: Identity,
     ledger: Ledger,
-    archive: Archive,
-    judge: Judge,
+    archive: BlobStore,
+    judge: ClaimVerifier,
     *,
     memory: Path | None = None,
     clock: Callable[[], float] = time.time,
-) -> Round:
+) -> MemberRound:
     """One round of one member: witness, judge every claim that still wants this member's vote, witness again.
 
     Raises:
@@ -140,14 +140,14 @@ def take_part(
     """
     witness = Witness(identity, ledger, memory, clock=clock)
     before = witness.step()
-    view = read_view(ledger)
+    view = read_ledger(ledger)
     votes = []
     for entry, claim in view.all(Claim):
         council = view.council(entry.index)
         mine = [v for _, v in view.all(Vote) if v.signer == identity.public_key and v.claim == entry.ref]
         if mine or identity.public_key not in council.members:
             continue
-        finding = decide(view, entry, claim, archive, judge)
+        finding = member_finding(view, entry, claim, archive, judge)
         vote = Vote(
             signer=identity.public_key,
             ledger=view.origin,
@@ -162,13 +162,15 @@ def take_part(
             bits=council.bits,
             reason=finding.reason,
         )
-        votes.append((entry.index, finding, ledger.append(seal(vote, identity))))
-    return Round(tuple(votes), before, witness.step() if votes else before)
+        votes.append((entry.index, finding, ledger.append(sign_statement(vote, identity))))
+    return MemberRound(tuple(votes), before, witness.step() if votes else before)
 
 
-def decide(view: View, entry: Entry, claim: Claim, archive: Archive, judge: Judge) -> Finding:
+def member_finding(
+    view: LedgerView, entry: Entry, claim: Claim, archive: BlobStore, judge: ClaimVerifier
+) -> Finding:
     """One member's finding: the ledger's rules first, then Algorithm 1 at the council's policy."""
-    wrong = faults(view, entry, claim)
+    wrong = inadmissibility_reasons(view, entry, claim)
     if wrong:
         return Finding("inadmissible", reason=wrong[0].code)
-    return look(judge, archive, claim, claim.suspect, view.council(entry.index).bits)
+    return fetch_and_verify(judge, archive, claim, claim.suspect, view.council(entry.index).bits)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from mtlsign.claims.blob_store import MAX_HEAD, MAX_MODEL, MAX_REFERENCE, Archive
+from mtlsign.claims.blob_store import MAX_HEAD, MAX_MODEL, MAX_REFERENCE, BlobStore
 from mtlsign.claims.statements.types import Claim
 from mtlsign.errors import ArtifactError, CarrierError, KeyMaterialError, MTLSignError
 
@@ -36,14 +36,14 @@ class Finding:
         return self.status in ("accepted", "needs_commitment")
 
 
-class Judge(Protocol):
+class ClaimVerifier(Protocol):
     """Decides whether a claim's key passes on a model. Never raises for what a stranger supplied."""
 
     def judge(self, claim: Claim, reference: bytes, head: bytes | None, model: bytes, bits: int) -> Finding:
         """One finding; `reference`, `head` and `model` have been checked against the claim's digests."""
 
 
-class AlgorithmOne:
+class DetectorClaimVerifier:
     """`verification.verify` on bytes from strangers: safetensors and allow-listed architectures only.
 
     Args:
@@ -60,18 +60,18 @@ class AlgorithmOne:
             ArtifactError, KeyMaterialError: what the claimant opened does not fit together.
             ModelError: the model or its architecture cannot be read.
         """
-        from mtlsign.storage.safetensors_io import read_tensors
-        from mtlsign.watermark.verification.detector import Probe, verify
+        from mtlsign.storage.safetensors_io import parse_safetensors
+        from mtlsign.watermark.verification.detector import WatermarkDetector, verify
         from mtlsign.watermark.verification.reference import Reference
 
-        probe = Probe(
+        detector = WatermarkDetector(
             claim.opening,
             Reference.from_bytes(reference),
             head=head,
             factories=self.factories,  # type: ignore[arg-type]  # load_factory gave them
         )
-        tensors = read_tensors(model, max_bytes=MAX_MODEL)
-        return verify(tensors, probe, bits=float(bits), model_digest=hashlib.sha256(model).hexdigest())
+        tensors = parse_safetensors(model, max_bytes=MAX_MODEL)
+        return verify(tensors, detector, bits=float(bits), model_digest=hashlib.sha256(model).hexdigest())
 
     def judge(  # noqa: D102
         self, claim: Claim, reference: bytes, head: bytes | None, model: bytes, bits: int
@@ -87,7 +87,9 @@ class AlgorithmOne:
         return Finding(found.status, found.matches, found.n, found.evidence_bits, _short(found.reason or ""))
 
 
-def look(judge: Judge, archive: Archive, claim: Claim, model: bytes, bits: int) -> Finding:
+def fetch_and_verify(
+    judge: ClaimVerifier, archive: BlobStore, claim: Claim, model: bytes, bits: int
+) -> Finding:
     """Fetch what a claim names and judge its key on the model of digest `model`.
 
     What the claimant had to archive and did not, makes the claim inadmissible; a suspect that is gone or too

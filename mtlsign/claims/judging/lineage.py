@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
-from mtlsign.claims.blob_store import Archive
-from mtlsign.claims.judging.admissibility import Fault, faults, find_claim
-from mtlsign.claims.judging.council import Tally, tally
-from mtlsign.claims.judging.judge import Finding, Judge, look
+from mtlsign.claims.blob_store import BlobStore
+from mtlsign.claims.judging.admissibility import InadmissibilityReason, find_claim, inadmissibility_reasons
+from mtlsign.claims.judging.council import Tally, tally_votes
+from mtlsign.claims.judging.judge import ClaimVerifier, Finding, fetch_and_verify
 from mtlsign.claims.judging.standings import Standing, say
-from mtlsign.claims.ledger.view import Entry, View
+from mtlsign.claims.ledger.view import Entry, LedgerView
 from mtlsign.claims.statements import commitments
 from mtlsign.claims.statements.types import Claim, Exhibit, Publish, Register
 
@@ -24,7 +24,7 @@ Matrix = dict[str, dict[str, Finding]]
 
 
 @dataclass(frozen=True)
-class Edge:
+class LineageEdge:
     """What two claims say about each other's committed models.
 
     `kind`: descends (the ancestor's key is in the descendant's model, not conversely), earlier (both are in
@@ -39,11 +39,11 @@ class Edge:
 
 
 @dataclass(frozen=True)
-class Dispute:
+class DisputeResult:
     """What `jobs/dispute.py` prints; `matrix[claim id][model digest]` is that claim's key on that model."""
 
     matrix: Matrix
-    edges: list[Edge]
+    edges: list[LineageEdge]
     standings: list[Standing]
 
     def to_json(self) -> dict[str, Any]:
@@ -57,10 +57,10 @@ class Dispute:
 
 
 @dataclass(frozen=True)
-class _Case:
+class _ClaimCase:
     entry: Entry
     claim: Claim
-    faults: tuple[Fault, ...]
+    faults: tuple[InadmissibilityReason, ...]
     tally: Tally
     published: int | None
     bits: int
@@ -70,7 +70,9 @@ class _Case:
         return self.entry.leaf.hex()
 
 
-def dispute(view: View, ids: Sequence[str], archive: Archive, judge: Judge, *, bits: int = 0) -> Dispute:
+def resolve_dispute(
+    view: LedgerView, ids: Sequence[str], archive: BlobStore, judge: ClaimVerifier, *, bits: int = 0
+) -> DisputeResult:
     """Judge claims on their suspects and on one another's committed models, and say where each one stands.
 
     Args:
@@ -89,21 +91,28 @@ def dispute(view: View, ids: Sequence[str], archive: Archive, judge: Judge, *, b
     matrix = {case.id: {m.hex(): _cell(case, m, archive, judge) for m in models} for case in cases}
     edges = [_edge(a, b, matrix) for a, b in combinations(cases, 2)]
     standings = [_standing(view, case, matrix[case.id], edges, archive, judge) for case in cases]
-    return Dispute(matrix, edges, standings)
+    return DisputeResult(matrix, edges, standings)
 
 
-def _case(view: View, entry: Entry, claim: Claim, bits: int) -> _Case:
+def _case(view: LedgerView, entry: Entry, claim: Claim, bits: int) -> _ClaimCase:
     published, bits = view.time(claim.publish.index), max(bits, view.council(entry.index).bits)
-    return _Case(entry, claim, faults(view, entry, claim), tally(view, entry, claim), published, bits)
+    return _ClaimCase(
+        entry,
+        claim,
+        inadmissibility_reasons(view, entry, claim),
+        tally_votes(view, entry, claim),
+        published,
+        bits,
+    )
 
 
-def _cell(case: _Case, model: bytes, archive: Archive, judge: Judge) -> Finding:
+def _cell(case: _ClaimCase, model: bytes, archive: BlobStore, judge: ClaimVerifier) -> Finding:
     if case.faults:
         return Finding("inadmissible", reason=case.faults[0].code)
-    return look(judge, archive, case.claim, model, case.bits)
+    return fetch_and_verify(judge, archive, case.claim, model, case.bits)
 
 
-def _edge(a: _Case, b: _Case, matrix: Matrix) -> Edge:
+def _edge(a: _ClaimCase, b: _ClaimCase, matrix: Matrix) -> LineageEdge:
     """X→Y when key X passes on Y's committed model and key Y fails on X's.
 
     Only what is in the weights makes an edge: a trained head can be made to fit a rival's model as well. And
@@ -112,31 +121,40 @@ def _edge(a: _Case, b: _Case, matrix: Matrix) -> Edge:
     """
     pair = (a.id, b.id)
     if a.faults or b.faults:
-        return Edge(pair, "unrelated", "one of the claims is not admissible, so its model says nothing")
+        return LineageEdge(
+            pair, "unrelated", "one of the claims is not admissible, so its model says nothing"
+        )
     if not all(matrix[case.id][case.claim.model.hex()].passes for case in (a, b)):
-        return Edge(pair, "unrelated", "one claim's own committed model is not seen to carry its key")
+        return LineageEdge(pair, "unrelated", "one claim's own committed model is not seen to carry its key")
     a_on_b, b_on_a = matrix[a.id][b.claim.model.hex()], matrix[b.id][a.claim.model.hex()]
     if "not_verifiable" in (a_on_b.status, b_on_a.status):
-        return Edge(pair, "undecided", "a committed model could not be verified")
+        return LineageEdge(pair, "undecided", "a committed model could not be verified")
     one_way = "the first key is in the second's committed model, not conversely"
     if a_on_b.accepted and not b_on_a.accepted:
-        return Edge(pair, "descends", one_way, a.id, b.id)
+        return LineageEdge(pair, "descends", one_way, a.id, b.id)
     if b_on_a.accepted and not a_on_b.accepted:
-        return Edge(pair, "descends", one_way, b.id, a.id)
+        return LineageEdge(pair, "descends", one_way, b.id, a.id)
     if not a_on_b.accepted:
-        return Edge(pair, "unrelated", "neither key is in the weights of the other's committed model")
+        return LineageEdge(pair, "unrelated", "neither key is in the weights of the other's committed model")
     if a.claim.publish == b.claim.publish:
-        return Edge(pair, "unrelated", "both claims are of one publication")
+        return LineageEdge(pair, "unrelated", "both claims are of one publication")
     if a.published is None or b.published is None or a.published == b.published:
-        return Edge(pair, "undecided", "both keys are in both models, and no head tells which came first")
+        return LineageEdge(
+            pair, "undecided", "both keys are in both models, and no head tells which came first"
+        )
     first, second = sorted((a, b), key=lambda case: case.claim.publish.index)
-    return Edge(
+    return LineageEdge(
         pair, "earlier", "both keys are in both models; one was committed earlier", first.id, second.id
     )
 
 
 def _standing(
-    view: View, case: _Case, row: dict[str, Finding], edges: Sequence[Edge], archive: Archive, judge: Judge
+    view: LedgerView,
+    case: _ClaimCase,
+    row: dict[str, Finding],
+    edges: Sequence[LineageEdge],
+    archive: BlobStore,
+    judge: ClaimVerifier,
 ) -> Standing:
     on_suspect, on_own = row[case.claim.suspect.hex()], row[case.claim.model.hex()]
     numbers: dict[str, Any] = {
@@ -157,13 +175,13 @@ def _standing(
 
 
 def _reason(
-    view: View,
-    case: _Case,
+    view: LedgerView,
+    case: _ClaimCase,
     on_suspect: Finding,
     on_own: Finding,
-    edges: Sequence[Edge],
-    archive: Archive,
-    judge: Judge,
+    edges: Sequence[LineageEdge],
+    archive: BlobStore,
+    judge: ClaimVerifier,
 ) -> tuple[str, dict[str, object]]:
     """The first reason that applies, from what bars a claim to what supports it."""
     if case.faults:
@@ -198,7 +216,9 @@ def _reason(
     return "accepted", {}
 
 
-def _exhibit(view: View, case: _Case, archive: Archive, judge: Judge) -> tuple[str, dict[str, object]] | None:
+def _exhibit(
+    view: LedgerView, case: _ClaimCase, archive: BlobStore, judge: ClaimVerifier
+) -> tuple[str, dict[str, object]] | None:
     """What exhibits show: the earliest-stamped model of the accused side on which this claim's key passes.
 
     The claim's own committed model, and what the claimant herself stamped (an earlier suspect), show nothing.
@@ -206,14 +226,18 @@ def _exhibit(view: View, case: _Case, archive: Archive, judge: Judge) -> tuple[s
     found = []
     for entry, shown in view.all(Exhibit):
         stamp = shown.stamp.index
-        if shown.claim != case.entry.ref or view.time(entry.index) is None or not _stamped(view, shown):
+        if (
+            shown.claim != case.entry.ref
+            or view.time(entry.index) is None
+            or not _is_timestamped(view, shown)
+        ):
             continue
         stamped_by = view.entries[stamp].statement
         if shown.model == case.claim.model or stamped_by is None or stamped_by.signer == case.claim.signer:
             continue
         if (
             stamp < case.claim.register.index
-            and look(judge, archive, case.claim, shown.model, case.bits).accepted
+            and fetch_and_verify(judge, archive, case.claim, shown.model, case.bits).accepted
         ):
             found.append(stamp)
     if not found:
@@ -222,11 +246,11 @@ def _exhibit(view: View, case: _Case, archive: Archive, judge: Judge) -> tuple[s
     return ("exhibit_before_publication" if before else "exhibit_before_registration"), {"stamp": min(found)}
 
 
-def _stamped(view: View, shown: Exhibit) -> bool:
+def _is_timestamped(view: LedgerView, shown: Exhibit) -> bool:
     if shown.salt is None:
         seen = view.at(shown.stamp, Register)
         return seen is not None and shown.model in [digest for _, digest in seen.models]
     published = view.at(shown.stamp, Publish)
     if published is None or published.signer != shown.signer:
         return False
-    return commitments.hide_model(shown.salt, shown.signer, shown.model) == published.model
+    return commitments.commit_model(shown.salt, shown.signer, shown.model) == published.model

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from mtlsign.claims import merkle
-from mtlsign.claims.ledger.checkpoints import Cosignature, Head
+from mtlsign.claims.ledger.checkpoints import Checkpoint, Cosignature
 from mtlsign.claims.statements.envelope import MAX_ENVELOPE
 from mtlsign.errors import LedgerError
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Freshness:
+class ReadConsistency:
     """How far a reader may trust that it saw the newest entries.
 
     Attributes:
@@ -70,7 +70,7 @@ class Ledger(abc.ABC):
         """Number of entries."""
 
     @abc.abstractmethod
-    def state(self) -> merkle.Frontier:
+    def state(self) -> merkle.CompactRange:
         """The tree that the next append goes on from. As stored: compare it (`recompute`)."""
 
     @abc.abstractmethod
@@ -82,15 +82,15 @@ class Ledger(abc.ABC):
         """Stored hashes start … stop-1 of one level. Raises LedgerError when one is missing."""
 
     @abc.abstractmethod
-    def cosign(self, head: Head, line: Cosignature) -> None:
+    def cosign(self, head: Checkpoint, line: Cosignature) -> None:
         """Store a co-signature. Anybody's line is kept, so nobody can keep another's place."""
 
     @abc.abstractmethod
-    def cosignatures(self, origin: bytes) -> list[tuple[Head, Cosignature]]:
+    def cosignatures(self, origin: bytes) -> list[tuple[Checkpoint, Cosignature]]:
         """All stored co-signatures by size, as heads of the ledger `origin`. Nothing is verified."""
 
     @abc.abstractmethod
-    def freshness(self) -> Freshness:
+    def freshness(self) -> ReadConsistency:
         """How far the answers of this object may be behind."""
 
     @abc.abstractmethod
@@ -103,19 +103,19 @@ class Ledger(abc.ABC):
             raise LedgerError("is empty: found it first (jobs/ledger.py found)", field="ledger")
         return merkle.leaf_hash(self.get(0))
 
-    def head(self, size: int | None = None) -> Head:
+    def head(self, size: int | None = None) -> Checkpoint:
         """The tree over the first `size` entries (default: all), from the stored hashes."""
         there = self.size()
         count = there if size is None else size
         if not 0 <= count <= there:
             raise LedgerError(f"has {there} entries, not {count}; ask for a smaller tree", field="size")
-        return Head(self.origin(), count, self._computed(lambda node: merkle.tree_root(node, count)))
+        return Checkpoint(self.origin(), count, self._computed(lambda node: merkle.tree_root(node, count)))
 
     def fetch(self, wanted: Sequence[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
         """Several stored nodes by (level, index); a backend that is far away gets them at once."""
         return {(level, index): self.node(level, index) for level, index in wanted}
 
-    def _computed(self, compute: Callable[[merkle.Node], T]) -> T:
+    def _computed(self, compute: Callable[[merkle.NodeReader], T]) -> T:
         """`compute` with the nodes that it asks for, which it may not choose by what they hold."""
         wanted: dict[tuple[int, int], bytes] = {}
         compute(lambda level, index: wanted.setdefault((level, index), bytes(32)))

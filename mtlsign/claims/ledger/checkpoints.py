@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from mtlsign.claims.merkle import MAX_SIZE
 from mtlsign.errors import ClaimError
 from mtlsign.watermark.keys.identity import Identity
-from mtlsign.watermark.keys.opening import verifies
+from mtlsign.watermark.keys.opening import is_valid_signature
 
 ORIGIN = "mtlsign/ledger/v0/"
 MEMBER = "mtlsign/member/"
@@ -37,7 +37,7 @@ _LINE = re.compile(r"— ([^\s+]+) ([A-Za-z0-9+/]+={0,2})")
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class Checkpoint:
     """A tree of one ledger: the ledger's origin (hash of its entry 0), number of entries, root."""
 
     origin: bytes
@@ -75,7 +75,7 @@ class Cosignature:
 
     def verifies(self, body: str, public_key: bytes) -> bool:
         """Whether the signature itself holds, whatever the name."""
-        return self.time < 2**63 and verifies(public_key, self.signature, message(body, self.time))
+        return self.time < 2**63 and is_valid_signature(public_key, self.signature, message(body, self.time))
 
 
 def key_id(name: str, public_key: bytes, kind: int = COSIGNATURE_V1) -> bytes:
@@ -88,7 +88,7 @@ def message(body: str, time: int) -> bytes:
     return f"cosignature/v1\ntime {time}\n{body}".encode()
 
 
-def cosign(identity: Identity, head: Head, time: int) -> Cosignature:
+def cosign(identity: Identity, head: Checkpoint, time: int) -> Cosignature:
     """A member's co-signature; `witness` says when one may be given."""
     name = MEMBER + identity.public_key.hex()
     signature = identity.sign(message(head.body(), time))
@@ -107,13 +107,13 @@ def parse_line(line: str) -> Cosignature:
     return Cosignature(found[1], blob[:4], int.from_bytes(blob[4:12], "big"), blob[12:])
 
 
-def note(head: Head, lines: Iterable[Cosignature]) -> bytes:
+def encode_signed_note(head: Checkpoint, lines: Iterable[Cosignature]) -> bytes:
     """The signed note of a head, its lines sorted by name."""
     signed = sorted(lines, key=lambda line: (line.name, line.time))
     return (head.body() + "\n" + "".join(line.line() + "\n" for line in signed)).encode()
 
 
-def parse_note(data: bytes) -> tuple[Head, tuple[Cosignature, ...]]:
+def parse_signed_note(data: bytes) -> tuple[Checkpoint, tuple[Cosignature, ...]]:
     """A head and its co-signatures from anywhere; nothing is verified yet.
 
     Raises:
@@ -131,7 +131,7 @@ def parse_note(data: bytes) -> tuple[Head, tuple[Cosignature, ...]]:
         raise bad
     origin, size, root = lines
     try:
-        found = Head(
+        found = Checkpoint(
             bytes.fromhex(origin.removeprefix(ORIGIN)), int(size), base64.b64decode(root, validate=True)
         )
     except (ValueError, binascii.Error):
@@ -143,14 +143,16 @@ def parse_note(data: bytes) -> tuple[Head, tuple[Cosignature, ...]]:
     return found, tuple(parse_line(line) for line in rest[:-1])
 
 
-def first_of(head: Head, lines: Iterable[Cosignature], member: bytes) -> Cosignature | None:
+def earliest_valid_line(head: Checkpoint, lines: Iterable[Cosignature], member: bytes) -> Cosignature | None:
     """A member's earliest line that holds, among lines that anybody may have stored; None: there is none."""
     body = head.body()
     held = [line for line in lines if line.holds(body, member)]
     return min(held, key=lambda line: (line.time, line.signature), default=None)
 
 
-def times(head: Head, lines: Sequence[Cosignature], members: Iterable[bytes]) -> dict[bytes, int]:
+def cosigner_times(
+    head: Checkpoint, lines: Sequence[Cosignature], members: Iterable[bytes]
+) -> dict[bytes, int]:
     """Who of `members` co-signed this head, and when by each one's clock. Strangers' lines are ignored.
 
     Raises:

@@ -19,8 +19,8 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from mtlsign.claims import merkle
-from mtlsign.claims.ledger.base import Freshness, Ledger, check_size
-from mtlsign.claims.ledger.checkpoints import Cosignature, Head, parse_line
+from mtlsign.claims.ledger.base import Ledger, ReadConsistency, check_size
+from mtlsign.claims.ledger.checkpoints import Checkpoint, Cosignature, parse_line
 from mtlsign.claims.ledger.etcd_client import Answer, EtcdClient, decode, encode, revision
 from mtlsign.claims.ledger.tls import Tls
 from mtlsign.errors import ClaimError, LedgerError
@@ -30,7 +30,7 @@ ATTEMPTS = 400
 """Most times that one append starts again because another writer was faster."""
 _PAGE_ENTRIES, _PAGE_SMALL, _OPS = 48, 1000, 100
 _PREFIX = re.compile(r"(?:/[A-Za-z0-9._-]{1,64}){1,8}")
-_State = tuple[int, merkle.Frontier]
+_State = tuple[int, merkle.CompactRange]
 
 
 def open_etcd(uri: str, tls: Tls) -> EtcdLedger:
@@ -99,10 +99,10 @@ class EtcdLedger(Ledger):
                     f"says that these bytes are entry {index}, which has others", field="ledger"
                 )
             return index
-        self._known = (rev, _tree(state[0][1]) if state else merkle.Frontier())
+        self._known = (rev, _tree(state[0][1]) if state else merkle.CompactRange())
         return None
 
-    def _transaction(self, rev: int, tree: merkle.Frontier, leaf: bytes, envelope: bytes) -> Answer:
+    def _transaction(self, rev: int, tree: merkle.CompactRange, leaf: bytes, envelope: bytes) -> Answer:
         """Everything that the new entry needs; `tree` is moved on."""
         name, index = leaf.hex(), f"{tree.size:012d}"
         nodes = tree.append(leaf)
@@ -163,9 +163,9 @@ class EtcdLedger(Ledger):
         if start != end:
             raise LedgerError(f"entry {start} is missing: it was cut or damaged", field="ledger")
 
-    def state(self) -> merkle.Frontier:  # noqa: D102
+    def state(self) -> merkle.CompactRange:  # noqa: D102
         found = self._one("h")
-        return merkle.Frontier() if found is None else _tree(found)
+        return merkle.CompactRange() if found is None else _tree(found)
 
     def size(self) -> int:  # noqa: D102
         return self.state().size
@@ -193,7 +193,7 @@ class EtcdLedger(Ledger):
             raise LedgerError(f"the stored tree lacks nodes of level {level}; restore a copy", field="ledger")
         return [found for _, found in rows]
 
-    def cosign(self, head: Head, line: Cosignature) -> None:  # noqa: D102
+    def cosign(self, head: Checkpoint, line: Cosignature) -> None:  # noqa: D102
         what = hashlib.sha256(line.line().encode()).hexdigest()
         key = self._key("c", f"{head.size:012d}", head.root.hex(), what)
         self.client.call(
@@ -204,20 +204,20 @@ class EtcdLedger(Ledger):
             },
         )
 
-    def cosignatures(self, origin: bytes) -> list[tuple[Head, Cosignature]]:  # noqa: D102
+    def cosignatures(self, origin: bytes) -> list[tuple[Checkpoint, Cosignature]]:  # noqa: D102
         found = []
         for name, value in self._many("c", _PAGE_SMALL):
             parts = name.split("/")
             try:  # what does not parse is nobody's co-signature
-                head = Head(origin, _number(parts[0].encode()), bytes.fromhex(parts[1]))
+                head = Checkpoint(origin, _number(parts[0].encode()), bytes.fromhex(parts[1]))
                 found.append((head, parse_line(value.decode())))
             except (ClaimError, LedgerError, ValueError, IndexError):
                 continue
         return found
 
-    def freshness(self) -> Freshness:  # noqa: D102
+    def freshness(self) -> ReadConsistency:  # noqa: D102
         lag = self.client.lagging
-        return Freshness(lag is None, lag or "confirmed by a majority of the servers")
+        return ReadConsistency(lag is None, lag or "confirmed by a majority of the servers")
 
     def close(self) -> None:  # noqa: D102
         self.client.close()
@@ -230,16 +230,16 @@ def _rows(answer: Answer) -> list[tuple[str, bytes]]:
         raise LedgerError("a server's answer is damaged; check the cluster", field="ledger") from None
 
 
-def _state(tree: merkle.Frontier) -> bytes:
+def _state(tree: merkle.CompactRange) -> bytes:
     """The one spelling of `h`."""
     value = {"size": tree.size, "frontier": [h.hex() for h in tree.hashes]}
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def _tree(value: bytes) -> merkle.Frontier:
+def _tree(value: bytes) -> merkle.CompactRange:
     try:
         found = json.loads(value)
-        tree = merkle.Frontier(int(found["size"]), [bytes.fromhex(h) for h in found["frontier"]])
+        tree = merkle.CompactRange(int(found["size"]), [bytes.fromhex(h) for h in found["frontier"]])
         if _state(tree) != value:
             raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from mtlsign.claims import merkle
 from mtlsign.claims.ledger.base import Ledger
-from mtlsign.claims.ledger.checkpoints import Head
+from mtlsign.claims.ledger.checkpoints import Checkpoint
 from mtlsign.errors import LedgerError
 
 CHUNK = 1024
 """Entries after which the nodes that they complete are compared; bounds the memory."""
 
 
-class Recomputed:
+class TreeRebuilder:
     """Grows a tree entry by entry, from `tree` on, and compares the ledger's stored nodes with its own."""
 
-    def __init__(self, ledger: Ledger, tree: merkle.Frontier | None = None) -> None:
+    def __init__(self, ledger: Ledger, tree: merkle.CompactRange | None = None) -> None:
         self.ledger = ledger
-        self.tree = merkle.Frontier(tree.size, tree.hashes) if tree else merkle.Frontier()
+        self.tree = merkle.CompactRange(tree.size, tree.hashes) if tree else merkle.CompactRange()
         self._made: dict[int, tuple[int, list[bytes]]] = {}
 
     def add(self, envelope: bytes) -> bytes:
@@ -49,7 +49,7 @@ class Recomputed:
                     )
         self._made.clear()
 
-    def finish(self, state: merkle.Frontier) -> None:
+    def finish(self, state: merkle.CompactRange) -> None:
         """After the last entry: compare the rest, and the stored state that the next append goes on from.
 
         Raises:
@@ -63,14 +63,14 @@ class Recomputed:
             )
 
 
-def check(ledger: Ledger) -> Head:
+def verify_stored_tree(ledger: Ledger) -> Checkpoint:
     """Recompute the whole tree from the entries and compare every stored node with it; returns the head.
 
     Raises:
         LedgerError: a node is missing or not what the entries make, or the state is not.
     """
-    state, again = ledger.state(), Recomputed(ledger)
+    state, again = ledger.state(), TreeRebuilder(ledger)
     for envelope in ledger.scan(0, state.size):
         again.add(envelope)
     again.finish(state)
-    return Head(ledger.origin(), state.size, again.tree.root())
+    return Checkpoint(ledger.origin(), state.size, again.tree.root())

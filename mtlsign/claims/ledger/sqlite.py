@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mtlsign.claims import merkle
-from mtlsign.claims.ledger.base import Freshness, Ledger, check_size
-from mtlsign.claims.ledger.checkpoints import Cosignature, Head, parse_line
+from mtlsign.claims.ledger.base import Ledger, ReadConsistency, check_size
+from mtlsign.claims.ledger.checkpoints import Checkpoint, Cosignature, parse_line
 from mtlsign.errors import ClaimError, LedgerError
 
 APPLICATION_ID = 0x4D544C53  # "MTLS"
@@ -135,10 +135,10 @@ class SqliteLedger(Ledger):
                 found.append(index)
         return found
 
-    def state(self) -> merkle.Frontier:  # noqa: D102
+    def state(self) -> merkle.CompactRange:  # noqa: D102
         size = self.size()
         levels = [level for level in range(size.bit_length() - 1, -1, -1) if size >> level & 1]
-        return merkle.Frontier(size, [self.node(level, (size >> level) - 1) for level in levels])
+        return merkle.CompactRange(size, [self.node(level, (size >> level) - 1) for level in levels])
 
     def get(self, index: int) -> bytes:  # noqa: D102
         with self._guard():
@@ -187,12 +187,12 @@ class SqliteLedger(Ledger):
             raise LedgerError(f"the stored tree lacks nodes of level {level}; restore a copy", field="ledger")
         return [_blob(found) for _, found in rows]
 
-    def cosign(self, head: Head, line: Cosignature) -> None:  # noqa: D102
+    def cosign(self, head: Checkpoint, line: Cosignature) -> None:  # noqa: D102
         row = (head.size, head.root, line.line())
         with self._guard(), self._writing():
             self._db.execute("INSERT OR IGNORE INTO cosignatures VALUES (?, ?, ?)", row)
 
-    def cosignatures(self, origin: bytes) -> list[tuple[Head, Cosignature]]:  # noqa: D102
+    def cosignatures(self, origin: bytes) -> list[tuple[Checkpoint, Cosignature]]:  # noqa: D102
         with self._guard():
             rows = self._db.execute(
                 "SELECT size, root, line FROM cosignatures ORDER BY size, root, line"
@@ -200,13 +200,13 @@ class SqliteLedger(Ledger):
         found = []
         for size, root, line in rows:
             try:  # what does not parse is nobody's co-signature
-                found.append((Head(origin, int(size), _blob(root)), parse_line(str(line))))
+                found.append((Checkpoint(origin, int(size), _blob(root)), parse_line(str(line))))
             except (ClaimError, ValueError, OverflowError):
                 continue
         return found
 
-    def freshness(self) -> Freshness:  # noqa: D102
-        return Freshness(True, "read from the one local file")
+    def freshness(self) -> ReadConsistency:  # noqa: D102
+        return ReadConsistency(True, "read from the one local file")
 
     def close(self) -> None:  # noqa: D102
         with self._lock:

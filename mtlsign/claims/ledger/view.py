@@ -16,9 +16,9 @@ from typing import TypeVar
 from mtlsign.claims import merkle
 from mtlsign.claims.ledger import checkpoints as heads
 from mtlsign.claims.ledger.base import Ledger
-from mtlsign.claims.ledger.checkpoints import Cosignature, Head
-from mtlsign.claims.ledger.rebuild import Recomputed
-from mtlsign.claims.statements.parsing import unseal
+from mtlsign.claims.ledger.checkpoints import Checkpoint, Cosignature
+from mtlsign.claims.ledger.rebuild import TreeRebuilder
+from mtlsign.claims.statements.parsing import open_statement
 from mtlsign.claims.statements.types import Membership, Ref, Statement
 from mtlsign.errors import ClaimError, LedgerError
 
@@ -42,27 +42,27 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class CountedHead:
+class ConfirmedCheckpoint:
     """A head with enough members' co-signatures: who signed it and when; `time` never runs backwards."""
 
-    head: Head
+    head: Checkpoint
     times: Mapping[bytes, int]
     time: int
 
 
 @dataclass(frozen=True)
-class View:
+class LedgerView:
     """The picture. `councils` are (index, membership), each in force for what comes after it."""
 
     origin: bytes
     entries: Mapping[int, Entry]
     councils: tuple[tuple[int, Membership], ...]
-    heads: tuple[CountedHead, ...]
+    heads: tuple[ConfirmedCheckpoint, ...]
     remarks: tuple[str, ...] = ()
     _sizes: list[int] = field(default_factory=list, repr=False)
 
     @classmethod
-    def of(cls, envelopes: Iterable[bytes], signed: Sequence[tuple[Head, Cosignature]]) -> View:
+    def of(cls, envelopes: Iterable[bytes], signed: Sequence[tuple[Checkpoint, Cosignature]]) -> LedgerView:
         """From all of a ledger's entries in order, and the co-signatures stored beside them.
 
         Raises:
@@ -70,7 +70,7 @@ class View:
                 these entries make: the ledger was truncated, forked or rewritten.
         """
         wanted = {head.size for head, _ in signed}
-        tree, roots, raw = merkle.Frontier(), {0: merkle.EMPTY_ROOT}, {}
+        tree, roots, raw = merkle.CompactRange(), {0: merkle.EMPTY_ROOT}, {}
         for index, envelope in enumerate(envelopes):
             raw[index] = envelope
             tree.append(merkle.leaf_hash(envelope))
@@ -80,8 +80,11 @@ class View:
 
     @classmethod
     def assemble(
-        cls, raw: Mapping[int, bytes], signed: Sequence[tuple[Head, Cosignature]], roots: Mapping[int, bytes]
-    ) -> View:
+        cls,
+        raw: Mapping[int, bytes],
+        signed: Sequence[tuple[Checkpoint, Cosignature]],
+        roots: Mapping[int, bytes],
+    ) -> LedgerView:
         """From some entries (0 among them), co-signatures, and the true root of each co-signed size."""
         entries, councils = _read_entries(raw)
         origin, remarks = entries[0].leaf, []
@@ -89,11 +92,11 @@ class View:
         for head, line in signed:
             if head.origin == origin:
                 found.setdefault((head.size, head.root), []).append(line)
-        counted: list[CountedHead] = []
+        counted: list[ConfirmedCheckpoint] = []
         now = 0
         for (size, root), lines in sorted(found.items()):
             council = _in_force(councils, size)
-            head = Head(origin, size, root)
+            head = Checkpoint(origin, size, root)
             times = _times(head, lines, council)
             if not times:
                 continue
@@ -107,12 +110,12 @@ class View:
                 remarks.append(sentence)
             elif enough:
                 now = max(now, heads.median(times.values()))
-                counted.append(CountedHead(head, times, now))
+                counted.append(ConfirmedCheckpoint(head, times, now))
         return cls(
             origin, entries, tuple(councils), tuple(counted), tuple(remarks), [c.head.size for c in counted]
         )
 
-    def first_head(self, index: int) -> CountedHead | None:
+    def first_head(self, index: int) -> ConfirmedCheckpoint | None:
         """The first head that counts and holds entry `index`."""
         at = bisect.bisect_right(self._sizes, index)
         return self.heads[at] if at < len(self.heads) else None
@@ -145,12 +148,12 @@ class View:
         return head is None or set(head.times) <= {owner}
 
 
-def read_view(ledger: Ledger) -> View:
+def read_ledger(ledger: Ledger) -> LedgerView:
     """The picture of a whole ledger as it is now. Raises LedgerError as `View.of` and the ledger do."""
-    return Reader(ledger).view()
+    return IncrementalReader(ledger).view()
 
 
-class Reader:
+class IncrementalReader:
     """Looks at one ledger again and again, and fetches only what is new. For owners; a witness reads it
     all.
     """
@@ -158,9 +161,9 @@ class Reader:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self._raw: list[bytes] = []
-        self._tree = merkle.Frontier()
+        self._tree = merkle.CompactRange()
 
-    def view(self) -> View:
+    def view(self) -> LedgerView:
         """The picture now, its tree made anew from the entries.
 
         Raises:
@@ -172,12 +175,12 @@ class Reader:
         if state.size < self._tree.size:
             what = "is shorter than it was; trust it no more" if fresh.current else fresh.note
             raise LedgerError(what, field="ledger")
-        rows, again = list(self._raw), Recomputed(self.ledger, self._tree)
+        rows, again = list(self._raw), TreeRebuilder(self.ledger, self._tree)
         for envelope in self.ledger.scan(self._tree.size, state.size):
             rows.append(envelope)
             again.add(envelope)
         again.finish(state)
-        view = View.of(rows, signed)
+        view = LedgerView.of(rows, signed)
         self._raw, self._tree = rows, again.tree  # only now: what failed is looked at again
         return view
 
@@ -185,12 +188,12 @@ class Reader:
 @lru_cache(maxsize=16_384)
 def _unsealed(data: bytes) -> tuple[Statement, tuple[bytes, ...]]:
     """As `unseal`, remembered: entries never change, and each costs a signature check."""
-    return unseal(data)
+    return open_statement(data)
 
 
-def _times(head: Head, lines: Sequence[Cosignature], council: Membership) -> dict[bytes, int]:
+def _times(head: Checkpoint, lines: Sequence[Cosignature], council: Membership) -> dict[bytes, int]:
     """As `heads.times`, but one bad line beside good ones (anybody can write some) only drops itself."""
-    found = {member: heads.first_of(head, lines, member) for member in council.members}
+    found = {member: heads.earliest_valid_line(head, lines, member) for member in council.members}
     return {member: line.time for member, line in found.items() if line is not None}
 
 

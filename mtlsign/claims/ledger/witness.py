@@ -19,10 +19,10 @@ from pathlib import Path
 from mtlsign.claims import merkle
 from mtlsign.claims.ledger import checkpoints, witness_state
 from mtlsign.claims.ledger.base import Ledger
-from mtlsign.claims.ledger.checkpoints import Cosignature, Head
-from mtlsign.claims.ledger.rebuild import Recomputed
-from mtlsign.claims.ledger.witness_state import Memory
-from mtlsign.claims.statements.parsing import unseal
+from mtlsign.claims.ledger.checkpoints import Checkpoint, Cosignature
+from mtlsign.claims.ledger.rebuild import TreeRebuilder
+from mtlsign.claims.ledger.witness_state import WitnessState
+from mtlsign.claims.statements.parsing import open_statement
 from mtlsign.errors import ClaimError, KeyMaterialError, LedgerError
 from mtlsign.watermark.keys.identity import Identity
 
@@ -30,14 +30,14 @@ CLOCK_TOLERANCE_S = 900
 MAX_CATCH_UP = 256
 """Most heads co-signed in one step."""
 
-Signed = Sequence[tuple[Head, Cosignature]]
+Signed = Sequence[tuple[Checkpoint, Cosignature]]
 
 
 @dataclass(frozen=True)
-class Step:
+class WitnessRound:
     """What one step did: the newest head, which sizes got our co-signature, what a person should know."""
 
-    head: Head
+    head: Checkpoint
     cosigned: tuple[int, ...]
     remarks: tuple[str, ...]
 
@@ -64,11 +64,11 @@ class Witness:
         self.identity, self.ledger, self.clock = identity, ledger, clock
         self._place = ledger.place if path is None else None
         if ledger.size() == 0:
-            witness_state.refuse_known_place(identity, ledger.place, path)
+            witness_state.refuse_known_store(identity, ledger.place, path)
         self.origin = ledger.origin()
         self.path = path or witness_state.default_path(identity, self.origin)
 
-    def step(self) -> Step:
+    def step(self) -> WitnessRound:
         """Look at the ledger once; co-sign its new heads, smallest first.
 
         Raises:
@@ -100,11 +100,11 @@ class Witness:
             done = self._sign(old, have, trees, size, remarks)
             return replace(done, cosigned=(*back, *done.cosigned))
 
-    def _know(self, old: Memory | None) -> None:
+    def _know(self, old: WitnessState | None) -> None:
         """Refuse another ledger than the one that the memory, or the pin of this place, is about."""
         known = old.origin if old is not None else None
         if self._place is not None:
-            known = witness_state.pinned(self.identity, self._place) or known
+            known = witness_state.pinned_origin(self.identity, self._place) or known
         if known is not None and known != self.origin:
             where = witness_state.pin_path(self.identity, self._place) if self._place else self.path
             raise self._alarm(
@@ -112,13 +112,13 @@ class Witness:
                 f"here ({known.hex()[:16]}…, {where})"
             )
         if self._place is not None and known is None:
-            witness_state.pin(self.identity, self._place, self.origin)
+            witness_state.pin_origin(self.identity, self._place, self.origin)
 
     def _recompute(
-        self, old: Memory | None, state: merkle.Frontier, wanted: set[int]
-    ) -> tuple[dict[int, merkle.Frontier], list[str]]:
+        self, old: WitnessState | None, state: merkle.CompactRange, wanted: set[int]
+    ) -> tuple[dict[int, merkle.CompactRange], list[str]]:
         """The trees of the wanted sizes, from the entries alone; every stored node is compared on the way."""
-        again, trees = Recomputed(self.ledger), {0: merkle.Frontier()}
+        again, trees = TreeRebuilder(self.ledger), {0: merkle.CompactRange()}
         seen: set[bytes] = set()
         remarks: list[str] = []
         start = 0 if old is None else old.tree.size
@@ -131,7 +131,7 @@ class Witness:
                 seen.add(leaf)
                 tree = again.tree
                 if tree.size in wanted or tree.size == start:
-                    trees[tree.size] = merkle.Frontier(tree.size, tree.hashes)
+                    trees[tree.size] = merkle.CompactRange(tree.size, tree.hashes)
                 if index >= start:
                     remarks += _clock_remark(index, envelope, old, now)
             again.finish(state)
@@ -166,7 +166,7 @@ class Witness:
         for size, text in ours:
             if size not in roots or (size, roots[size], text) in stored:
                 continue
-            head = Head(self.origin, size, roots[size])
+            head = Checkpoint(self.origin, size, roots[size])
             try:
                 line = checkpoints.parse_line(text)
             except ClaimError:
@@ -178,9 +178,9 @@ class Witness:
         return have, back
 
     def _sign(
-        self, old: Memory | None, have: set[int], trees: dict[int, merkle.Frontier], size: int,
+        self, old: WitnessState | None, have: set[int], trees: dict[int, merkle.CompactRange], size: int,
         remarks: list[str],
-    ) -> Step:  # fmt: skip
+    ) -> WitnessRound:  # fmt: skip
         seen = 0 if old is None else old.tree.size
         sizes = sorted(s for s in trees if s >= max(seen, 1) and s not in have)[-MAX_CATCH_UP:]
         now = int(self.clock())
@@ -188,12 +188,12 @@ class Witness:
             remarks.append(f"our own clock went back by {old.time - now} s; {old.time} is signed instead")
             now = old.time
         for each in sizes:
-            witness_state.save(self.identity, self.path, Memory(self.origin, trees[each], now))
-            head = Head(self.origin, each, trees[each].root())
+            witness_state.save(self.identity, self.path, WitnessState(self.origin, trees[each], now))
+            head = Checkpoint(self.origin, each, trees[each].root())
             line = checkpoints.cosign(self.identity, head, now)
-            witness_state.remember_line(self.path, each, line.line())
+            witness_state.append_own_line(self.path, each, line.line())
             self.ledger.cosign(head, line)
-        return Step(Head(self.origin, size, trees[size].root()), tuple(sizes), tuple(remarks))
+        return WitnessRound(Checkpoint(self.origin, size, trees[size].root()), tuple(sizes), tuple(remarks))
 
     def _alarm(self, what: str) -> LedgerError:
         fresh = self.ledger.freshness()
@@ -223,9 +223,9 @@ def _member(line: Cosignature) -> bytes | None:
     return found if len(found) == 32 and line.name == checkpoints.MEMBER + found.hex() else None
 
 
-def _clock_remark(index: int, envelope: bytes, old: Memory | None, now: int) -> list[str]:
+def _clock_remark(index: int, envelope: bytes, old: WitnessState | None, now: int) -> list[str]:
     try:
-        said = unseal(envelope)[0].time
+        said = open_statement(envelope)[0].time
     except ClaimError:
         return [f"entry {index} is no statement"]
     if said > now + CLOCK_TOLERANCE_S:

@@ -20,7 +20,7 @@ from typing import Any
 
 from mtlsign.claims import merkle
 from mtlsign.errors import KeyMaterialError, LedgerError
-from mtlsign.storage.strict_json import strict_json, take, take_hex
+from mtlsign.storage.strict_json import parse_strict_json, require_fields, require_hex
 from mtlsign.watermark.keys.identity import Identity, default_identity_path
 
 VERSION = "mtlsign/witness/v0"
@@ -31,11 +31,11 @@ _FIELDS = ("version", "public_key", "origin", "size", "frontier", "time", "check
 
 
 @dataclass(frozen=True)
-class Memory:
+class WitnessState:
     """What a witness last co-signed: ledger, tree (as its frontier), and the time it gave."""
 
     origin: bytes
-    tree: merkle.Frontier
+    tree: merkle.CompactRange
     time: int
 
 
@@ -44,7 +44,7 @@ def default_path(identity: Identity, origin: bytes) -> Path:
     return _folder() / f"{identity.public_key.hex()[:16]}-{origin.hex()[:16]}.json"
 
 
-def load(identity: Identity, path: Path) -> Memory | None:
+def load(identity: Identity, path: Path) -> WitnessState | None:
     """The memory in that file; None where there is none.
 
     Raises:
@@ -59,16 +59,16 @@ def load(identity: Identity, path: Path) -> Memory | None:
     if not isinstance(listed, list) or type(size) is not int or type(stamp) is not int:
         raise _damaged(path)
     try:
-        tree = merkle.Frontier(size, [_hex(one) for one in listed])
+        tree = merkle.CompactRange(size, [_hex(one) for one in listed])
     except ValueError:
         raise _damaged(path) from None
-    found = Memory(_hex(got["origin"]), tree, stamp)
+    found = WitnessState(_hex(got["origin"]), tree, stamp)
     if _hex(got["check"]) != _check(identity, found):
         raise _damaged(path)
     return found
 
 
-def save(identity: Identity, path: Path, memory: Memory) -> None:
+def save(identity: Identity, path: Path, memory: WitnessState) -> None:
     """Replace the memory, whole or not at all; when this returns it is on the disk."""
     _write(
         path,
@@ -84,7 +84,7 @@ def save(identity: Identity, path: Path, memory: Memory) -> None:
     )
 
 
-def remember_line(path: Path, size: int, line: str) -> None:
+def append_own_line(path: Path, size: int, line: str) -> None:
     """Add one of our co-signatures, `size` entries of the ledger, before it is published."""
     with open(_lines(path), "a", encoding="utf-8") as file:
         file.write(f"\n{size} {line}")  # the break first: a torn line damages only itself
@@ -114,7 +114,7 @@ def pin_path(identity: Identity, place: str) -> Path:
     return _folder() / f"{identity.public_key.hex()[:16]}-at-{name}.json"
 
 
-def pinned(identity: Identity, place: str) -> bytes | None:
+def pinned_origin(identity: Identity, place: str) -> bytes | None:
     """Origin of the ledger that this identity knew at `place`; None: it was never there.
 
     Raises:
@@ -131,7 +131,7 @@ def pinned(identity: Identity, place: str) -> bytes | None:
     return origin
 
 
-def pin(identity: Identity, place: str, origin: bytes) -> None:
+def pin_origin(identity: Identity, place: str, origin: bytes) -> None:
     """Remember that the ledger at `place` is `origin`."""
     check = _pin_check(identity, place, origin).hex()
     _write(
@@ -140,10 +140,10 @@ def pin(identity: Identity, place: str, origin: bytes) -> None:
     )
 
 
-def refuse_known_place(identity: Identity, place: str, path: Path | None) -> None:
+def refuse_known_store(identity: Identity, place: str, path: Path | None) -> None:
     """Raises LedgerError when a ledger is about to be founded where this witness already knew one."""
     old = load(identity, path) if path is not None else None
-    origin = old.origin if old is not None else (None if path is not None else pinned(identity, place))
+    origin = old.origin if old is not None else (None if path is not None else pinned_origin(identity, place))
     if origin is not None:
         where = path or pin_path(identity, place)
         raise LedgerError(
@@ -161,7 +161,7 @@ def _lines(path: Path) -> Path:
     return path.with_name(path.name + ".lines")
 
 
-def _check(identity: Identity, memory: Memory) -> bytes:
+def _check(identity: Identity, memory: WitnessState) -> bytes:
     text = f"{memory.origin.hex()} {memory.tree.size} {memory.time} {memory.tree.root().hex()}"
     return hmac.digest(identity.kit_key, b"mtlsign/v0/witness\n" + text.encode(), "sha256")
 
@@ -171,7 +171,7 @@ def _pin_check(identity: Identity, place: str, origin: bytes) -> bytes:
 
 
 def _hex(value: object) -> bytes:
-    return take_hex(value, "memory", 32)
+    return require_hex(value, "memory", 32)
 
 
 def _damaged(path: Path) -> KeyMaterialError:
@@ -184,7 +184,7 @@ def _read(path: Path, *names: str) -> dict[str, object] | None:
             data = file.read(MAX_STATE + 1)
     except FileNotFoundError:
         return None
-    return take(strict_json(data, limit=MAX_STATE, where="memory"), "memory", *names)
+    return require_fields(parse_strict_json(data, limit=MAX_STATE, where="memory"), "memory", *names)
 
 
 def _write(path: Path, fields: dict[str, Any]) -> None:

@@ -18,18 +18,22 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from mtlsign.claims import merkle
-from mtlsign.watermark.keys.identity import lp
+from mtlsign.watermark.keys.identity import length_prefixed
 
 SALT = 32
 KEYED = b"keyed"
 """What stands for the head of a kit whose head is derived from the key."""
 
 
-def hide(kind: str, salt: bytes, *parts: bytes) -> bytes:
+def commit(kind: str, salt: bytes, *parts: bytes) -> bytes:
     """The commitment, 32 bytes; `salt` has 32."""
     if len(salt) != SALT:
         raise ValueError("a salt has 32 bytes")
-    whole = lp(b"mtlsign/v0/hiding/" + kind.encode()) + lp(salt) + b"".join(map(lp, parts))
+    whole = (
+        length_prefixed(b"mtlsign/v0/hiding/" + kind.encode())
+        + length_prefixed(salt)
+        + b"".join(map(length_prefixed, parts))
+    )
     return hashlib.sha256(whole).digest()
 
 
@@ -37,33 +41,33 @@ def derive_salt(kit_key: bytes, nonce: bytes, kind: str, *about: bytes) -> bytes
     """The owner's salt for one commitment: HKDF-SHA256(kit key, salt = nonce, info = kind and what it is
     about).
     """
-    info = lp(b"mtlsign/v0/salt/" + kind.encode()) + b"".join(map(lp, about))
+    info = length_prefixed(b"mtlsign/v0/salt/" + kind.encode()) + b"".join(map(length_prefixed, about))
     return HKDF(hashes.SHA256(), SALT, nonce, info).derive(kit_key)
 
 
-def hide_key(salt: bytes, key: bytes) -> bytes:
+def commit_key(salt: bytes, key: bytes) -> bytes:
     """hash(key) of the paper."""
-    return hide("key", salt, key)
+    return commit("key", salt, key)
 
 
-def hide_heads(salt: bytes, author: bytes, heads: Sequence[bytes | None]) -> bytes:
+def commit_heads(salt: bytes, author: bytes, heads: Sequence[bytes | None]) -> bytes:
     """hash(c_WM) of the paper: SHA-256 of each key's free head, None for a head derived from its key."""
-    return hide("head", salt, author, *(KEYED if head is None else head for head in heads))
+    return commit("head", salt, author, *(KEYED if head is None else head for head in heads))
 
 
-def hide_model(salt: bytes, author: bytes, digest: bytes) -> bytes:
+def commit_model(salt: bytes, author: bytes, digest: bytes) -> bytes:
     """The marked model, by its digest."""
-    return hide("model", salt, author, digest)
+    return commit("model", salt, author, digest)
 
 
 def keys_root(hidden: Sequence[bytes]) -> bytes:
     """Merkle root over the hidden keys, in the order in which they will be opened."""
-    return merkle.root_of(merkle.leaf_hash(one) for one in hidden)
+    return merkle.root_from_leaves(merkle.leaf_hash(one) for one in hidden)
 
 
 def key_path(hidden: Sequence[bytes], index: int) -> list[bytes]:
     """Inclusion path of hidden key `index`."""
-    tree, nodes = merkle.Frontier(), {}
+    tree, nodes = merkle.CompactRange(), {}
     for one in hidden:
         nodes.update({(level, i): h for level, i, h in tree.append(merkle.leaf_hash(one))})
     return merkle.inclusion_path(lambda level, i: nodes[level, i], index, len(hidden))

@@ -17,9 +17,9 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.signer import Signature  # type: ignore[attr-defined]  # re-exported without __all__
 
 from mtlsign.errors import ClaimError, KeyMaterialError
-from mtlsign.storage.strict_json import strict_json, take, take_hex
+from mtlsign.storage.strict_json import parse_strict_json, require_fields, require_hex
 from mtlsign.watermark.keys.identity import Identity
-from mtlsign.watermark.keys.opening import verifies
+from mtlsign.watermark.keys.opening import is_valid_signature
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 MAX_ENVELOPE = 64 * 1024
@@ -79,7 +79,7 @@ def open_envelope(data: bytes) -> Opened:
     payload, signatures = _read(data)
     message = Envelope(payload, PAYLOAD_TYPE, {}).pae()
     for key, signature in signatures.items():
-        if not verifies(key, signature, message):
+        if not is_valid_signature(key, signature, message):
             raise ClaimError(
                 "does not fit the statement; take the entry from the ledger again", field="signature"
             )
@@ -88,8 +88,8 @@ def open_envelope(data: bytes) -> Opened:
 
 def _read(data: bytes) -> tuple[bytes, dict[bytes, bytes]]:
     try:
-        got = take(
-            strict_json(data, limit=MAX_ENVELOPE, where="envelope"),
+        got = require_fields(
+            parse_strict_json(data, limit=MAX_ENVELOPE, where="envelope"),
             "envelope", "payload", "payloadType", "signatures",
         )  # fmt: skip
         listed = got["signatures"]
@@ -98,8 +98,8 @@ def _read(data: bytes) -> tuple[bytes, dict[bytes, bytes]]:
         payload = _base64(got["payload"])
         signatures = {}
         for item in listed:
-            one = take(item, "signature", "keyid", "sig")
-            signatures[take_hex(one["keyid"], "signature.keyid", 32)] = _base64(one["sig"])
+            one = require_fields(item, "signature", "keyid", "sig")
+            signatures[require_hex(one["keyid"], "signature.keyid", 32)] = _base64(one["sig"])
     except KeyMaterialError as error:
         raise ClaimError(str(error)) from None
     if encode(payload, signatures.items()) != data:

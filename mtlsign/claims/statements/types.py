@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mtlsign.errors import ClaimError
-from mtlsign.watermark.keys.identity import lp
+from mtlsign.watermark.keys.identity import length_prefixed
 from mtlsign.watermark.keys.opening import OPENING_FORMAT, KeyOpening
 
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -229,7 +229,7 @@ class Membership(Base):
     previous: Ref | None = None
 
     def subject(self) -> list[tuple[str, str, bytes]]:  # noqa: D102
-        whole = lp(b"mtlsign/v0/council") + b"".join(map(lp, self.members))
+        whole = length_prefixed(b"mtlsign/v0/council") + b"".join(map(length_prefixed, self.members))
         return [("council", "sha256", hashlib.sha256(whole).digest())]
 
     def predicate(self) -> Fields:  # noqa: D102

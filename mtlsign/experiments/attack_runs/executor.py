@@ -10,40 +10,54 @@ from typing import Protocol
 
 import torch
 
-from mtlsign.attacks import AttackDivergedError, Budget, NotApplicableError, Order, parse
-from mtlsign.attacks.attacker_data import through
-from mtlsign.attacks.expressions import as_mapping
+from mtlsign.attacks import (
+    AttackDivergedError,
+    AttackerResources,
+    AttackPlan,
+    NotApplicableError,
+    parse_attacks,
+)
+from mtlsign.attacks.attacker_data import transform_task
+from mtlsign.attacks.expressions import row_header
 from mtlsign.config.embed import EmbedSettings
-from mtlsign.experiments.attack_runs.results import COLUMNS, Row, compared
-from mtlsign.experiments.attack_runs.target import Target
+from mtlsign.experiments.attack_runs.results import COLUMNS, Row, compare_with_baseline
+from mtlsign.experiments.attack_runs.target import AttackTarget
 from mtlsign.models.loading import cpu_state
 from mtlsign.storage.model_folder import model_digest
-from mtlsign.storage.safetensors_io import read_tensors, tensor_bytes
+from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.watermark.embedding import loop
-from mtlsign.watermark.embedding.worker import Alone
-from mtlsign.watermark.kit import probe_of
+from mtlsign.watermark.embedding.worker import SingleProcessContext
+from mtlsign.watermark.kit import detector_for_kit
 from mtlsign.watermark.verification.detector import verify
 
-Tick = Callable[[int, int], None]
+StepCallback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Struck:
+class AttackResult:
     """One attack's row (without what needs the unattacked model) and the attacked model's bytes."""
 
     row: Row
     model: bytes | None = field(repr=False)
 
 
-def strike(
-    target: Target, order: Order, seed: int, device: torch.device | str = "cpu", tick: Tick | None = None
-) -> Struck:
+def run_attack(
+    target: AttackTarget,
+    order: AttackPlan,
+    seed: int,
+    device: torch.device | str = "cpu",
+    tick: StepCallback | None = None,
+) -> AttackResult:
     """Carry out one order. An attack that diverges, does not apply or fails is a row that says so."""
-    row: Row = {**dict.fromkeys(COLUMNS), **as_mapping(order), "seed": seed, "status": "ok"}
+    row: Row = {**dict.fromkeys(COLUMNS), **row_header(order), "seed": seed, "status": "ok"}
     model, task = target.model(device), target.load_task().to(device)
-    probe = probe_of(target.kit, target.factory, device=device)
-    budget = Budget(
-        target.extra, target.lr, probe, [read_tensors(c) for c in target.copies], tick or (lambda *_: None)
+    detector = detector_for_kit(target.kit, target.factory, device=device)
+    budget = AttackerResources(
+        target.extra,
+        target.lr,
+        detector,
+        [parse_safetensors(c) for c in target.copies],
+        tick or (lambda *_: None),
     )
     started = time.monotonic()
     try:
@@ -59,58 +73,64 @@ def strike(
         row |= {"status": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     row["seconds"] = round(time.monotonic() - started, 3)
     if row["status"] != "ok":
-        return Struck(row, None)
-    verdict = attacked.verdict or verify(tensors, probe, bits=target.bits)
-    data = tensor_bytes(tensors)
+        return AttackResult(row, None)
+    verdict = attacked.verdict or verify(tensors, detector, bits=target.bits)
+    data = serialize_safetensors(tensors)
     exact = EmbedSettings.of({"amp": False})
-    after = loop.evaluate(attacked.model, through(task, attacked.inputs), "test", exact, Alone(device))
+    after = loop.evaluate(
+        attacked.model, transform_task(task, attacked.inputs), "test", exact, SingleProcessContext(device)
+    )
     row |= {
         "wm_accuracy": verdict.accuracy, "evidence_bits": verdict.evidence_bits,
         "accepted": verdict.accepted, "verdict": verdict.status, "matches": verdict.matches, "n": verdict.n,
         "primary_after": after, "steps": attacked.steps, "images": attacked.images,
         "inputs": "+".join(attacked.inputs), "model_digest": model_digest(data), "reason": verdict.reason,
     }  # fmt: skip
-    return Struck(row, data)
+    return AttackResult(row, data)
 
 
-class Crew(Protocol):
+class AttackBackend(Protocol):
     """Where attacks run."""
 
-    def check(self, target: Target) -> None:
+    def preflight(self, target: AttackTarget) -> None:
         """See that the data are there, wherever they will be read."""
 
-    def strikes(self, target: Target, orders: Sequence[Order], seed: int) -> Iterator[tuple[Order, Struck]]:
+    def run_attacks(
+        self, target: AttackTarget, orders: Sequence[AttackPlan], seed: int
+    ) -> Iterator[tuple[AttackPlan, AttackResult]]:
         """Carry out the orders; results as they come, in any order."""
 
 
-class InTurn:
+class LocalAttackBackend:
     """One attack after the other in this process."""
 
-    def __init__(self, tick: Callable[[Order, int, int], None] = lambda *_: None) -> None:
+    def __init__(self, tick: Callable[[AttackPlan, int, int], None] = lambda *_: None) -> None:
         self._tick = tick
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def check(self, target: Target) -> None:
+    def preflight(self, target: AttackTarget) -> None:
         """Load the data here."""
         target.load_task()
 
-    def strikes(self, target: Target, orders: Sequence[Order], seed: int) -> Iterator[tuple[Order, Struck]]:
+    def run_attacks(
+        self, target: AttackTarget, orders: Sequence[AttackPlan], seed: int
+    ) -> Iterator[tuple[AttackPlan, AttackResult]]:
         """In the order given."""
         for order in orders:
-            yield order, strike(target, order, seed, self._device, partial(self._tick, order))
+            yield order, run_attack(target, order, seed, self._device, partial(self._tick, order))
 
 
-def orders_of(text: str) -> list[Order]:
+def plans_with_baseline(text: str) -> list[AttackPlan]:
     """The orders with the unattacked model first: every row is compared with it."""
-    first = parse("none")
-    return [*first, *(order for order in parse(text) if order not in first)]
+    first = parse_attacks("none")
+    return [*first, *(order for order in parse_attacks(text) if order not in first)]
 
 
-def carry_out(
-    target: Target,
-    orders: Sequence[Order],
+def run_all(
+    target: AttackTarget,
+    orders: Sequence[AttackPlan],
     seed: int,
-    crew: Crew,
+    backend: AttackBackend,
     *,
     have: Iterable[Row] = (),
     keep: Callable[[Row, bytes | None], Row],
@@ -122,8 +142,8 @@ def carry_out(
     whole = next((row for row in done.values() if row["attack"] == "none"), None)
     left = [order for order in orders if (order.name, order.setting) not in done]
     for part in (left[:1], left[1:]) if whole is None else (left,):
-        for order, struck in crew.strikes(target, part, seed):
+        for order, struck in backend.run_attacks(target, part, seed):
             whole = struck.row if order.name == "none" else whole
-            row = keep(compared(struck.row, whole, target.bits), struck.model)
+            row = keep(compare_with_baseline(struck.row, whole, target.bits), struck.model)
             done[order.name, order.setting] = row
-    return [compared(done[order.name, order.setting], whole, target.bits) for order in orders]
+    return [compare_with_baseline(done[order.name, order.setting], whole, target.bits) for order in orders]

@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 
 #: The field's success rule (Watermark-Robustness-Toolbox): mark rejected and at most so many points lost.
-POINTS = 5.0
+MAX_POINTS_LOST = 5.0
 
 
 #: Columns of `attacks.csv`, in order.
@@ -21,7 +21,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def compared(row: Row, whole: Row | None, bits: float) -> Row:
+def compare_with_baseline(row: Row, whole: Row | None, bits: float) -> Row:
     """The row beside the unattacked model's: points lost, and whether the field would call the mark removed.
 
     `removed` is None for forgeries, for rows without a model, where the unattacked model did not carry the
@@ -34,7 +34,7 @@ def compared(row: Row, whole: Row | None, bits: float) -> Row:
     row["points_lost"] = round(100 * (before - after), 4)
     readable = row["kind"] in ("removal", "free") and row["verdict"] != "not_verifiable"
     if readable and whole["evidence_bits"] >= bits:
-        row["removed"] = bool(row["evidence_bits"] < bits and row["points_lost"] <= POINTS)
+        row["removed"] = bool(row["evidence_bits"] < bits and row["points_lost"] <= MAX_POINTS_LOST)
     return row
 
 

@@ -21,15 +21,15 @@ from typing import Any
 from mtlsign.config.attack import CHANGEABLE, AttackSettings
 from mtlsign.config.base import dump
 from mtlsign.errors import ArtifactError, ModelError, SettingsError
-from mtlsign.experiments.attack_runs.executor import Crew, carry_out, orders_of
-from mtlsign.experiments.attack_runs.results import COLUMNS, POINTS, Row, summary_counts
-from mtlsign.experiments.attack_runs.target import Target, target_of
+from mtlsign.experiments.attack_runs.executor import AttackBackend, plans_with_baseline, run_all
+from mtlsign.experiments.attack_runs.results import COLUMNS, MAX_POINTS_LOST, Row, summary_counts
+from mtlsign.experiments.attack_runs.target import AttackTarget, load_target
 from mtlsign.reports.tables import csv_of
 from mtlsign.storage.base import Storage
 from mtlsign.storage.locations import open_storage
-from mtlsign.storage.manifest import MANIFEST, write_folder
+from mtlsign.storage.manifest import MANIFEST, write_manifest_folder
 from mtlsign.storage.model_folder import MODELS, RUNS, write_model
-from mtlsign.storage.safetensors_io import read_tensors
+from mtlsign.storage.safetensors_io import parse_safetensors
 
 SETTINGS, ROWS, CSV = "settings.json", "rows", "attacks.csv"
 _LIMIT = 2**20
@@ -39,26 +39,26 @@ Show = Callable[[Row, int, int], None]
 
 
 def run(
-    s: AttackSettings, crew: Crew, *, show: Show = lambda *_: None, say: Say = lambda _: None
+    settings: AttackSettings, backend: AttackBackend, *, show: Show = lambda *_: None, say: Say = lambda _: None
 ) -> dict[str, Any]:
     """Attack a model and write the run; returns `result.json`.
 
     Args:
         s: the settings.
-        crew: where attacks run.
+        backend: where attacks run.
         show: called with each finished row, its number and their count.
         say: called with lines for a person.
 
     Raises:
         MTLSignError: bad input; then nothing has been written.
     """
-    kept, s = AttackRun.open(s)
-    orders = orders_of(s.attacks)
-    target = target_of(s)
+    kept, settings = AttackRun.open(settings)
+    orders = plans_with_baseline(settings.attacks)
+    target = load_target(settings)
     model = target.model()
-    crew.check(target)
+    backend.preflight(target)
     del model
-    kept.begin(s)
+    kept.begin(settings)
     say(f"run {kept.name}: {len(orders)} rows; if it is interrupted: --resume {kept.name}")
     have = kept.rows()
     if have:
@@ -66,21 +66,21 @@ def run(
     rows: list[Row] = list(have)
 
     def keep(row: Row, data: bytes | None) -> Row:
-        row = kept.keep(row, data if s.keep_models else None, target)
+        row = kept.keep(row, data if settings.keep_models else None, target)
         rows.append(row)
         kept.write_table(rows)
         show(row, len(rows), len(orders))
         return row
 
-    done = carry_out(target, orders, s.seed, crew, have=have, keep=keep)
-    return kept.finish(_result(s, target, done), done)
+    done = run_all(target, orders, settings.seed, backend, have=have, keep=keep)
+    return kept.finish(_result(settings, target, done), done)
 
 
-def _result(s: AttackSettings, target: Target, rows: Sequence[Row]) -> dict[str, Any]:
+def _result(settings: AttackSettings, target: AttackTarget, rows: Sequence[Row]) -> dict[str, Any]:
     return {
-        "model": s.model, "kit": s.kit, "task": target.task, "graph": dict(target.graph), "seed": s.seed,
-        "split_seed": target.split_seed, "budget": target.extra, "lr": target.lr, "bits_required": s.bits,
-        "max_points_lost": POINTS,
+        "model": settings.model, "kit": settings.kit, "task": target.task, "graph": dict(target.graph), "seed": settings.seed,
+        "split_seed": target.split_seed, "budget": target.extra, "lr": target.lr, "bits_required": settings.bits,
+        "max_points_lost": MAX_POINTS_LOST,
         **summary_counts(rows), "rows": list(rows),
     }  # fmt: skip
 
@@ -97,22 +97,22 @@ class AttackRun:
         self.folder = storage.child(RUNS).child(name)
 
     @classmethod
-    def open(cls, s: AttackSettings) -> tuple[AttackRun, AttackSettings]:
+    def open(cls, settings: AttackSettings) -> tuple[AttackRun, AttackSettings]:
         """Find the run that the settings ask for; nothing is kept there before `begin`."""
-        storage = open_storage(s.storage, endpoint=s.endpoint)
-        if s.resume is not None:
-            found = cls(storage, s.resume)
-            return found, found._resumed(s)
+        storage = open_storage(settings.storage, endpoint=settings.endpoint)
+        if settings.resume is not None:
+            found = cls(storage, settings.resume)
+            return found, found._resumed(settings)
         storage.check_writable()  # leaves nothing behind
         unique = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
-        made = cls(storage, s.run or unique)
+        made = cls(storage, settings.run or unique)
         if made.folder.exists(SETTINGS):
             raise made._taken()
-        return made, s
+        return made, settings
 
-    def begin(self, s: AttackSettings) -> None:
+    def begin(self, settings: AttackSettings) -> None:
         """Take the name by keeping the settings there, unless resumed. Raises `SettingsError` if taken."""
-        if s.resume is None and not self.folder.write(SETTINGS, dump(s), only_if_new=True):
+        if settings.resume is None and not self.folder.write(SETTINGS, dump(settings), if_absent=True):
             raise self._taken()
 
     def _taken(self) -> SettingsError:
@@ -120,7 +120,7 @@ class AttackRun:
             f"{self.name!r} exists; choose another name, or go on with --resume {self.name}", field="run"
         )
 
-    def _resumed(self, s: AttackSettings) -> AttackSettings:
+    def _resumed(self, settings: AttackSettings) -> AttackSettings:
         if not self.folder.exists(SETTINGS):
             raise SettingsError(
                 f"no run {self.name!r} in {self.storage.uri}; check --storage and the name", field="resume"
@@ -135,13 +135,15 @@ class AttackRun:
             raise ArtifactError(
                 f"{SETTINGS} of run {self.name!r} is no attack run's; give the name of one", field="resume"
             ) from None
-        for field in sorted(s.model_fields_set - CHANGEABLE):
-            if getattr(s, field) != getattr(kept, field):
+        for field in sorted(settings.model_fields_set - CHANGEABLE):
+            if getattr(settings, field) != getattr(kept, field):
                 raise SettingsError(
                     f"is {getattr(kept, field)} in run {self.name!r}; leave it out, or start a new run",
                     field=field.replace("_", "-"),
                 )
-        return kept.model_copy(update={f: getattr(s, f) for f in s.model_fields_set & CHANGEABLE})
+        return kept.model_copy(
+            update={f: getattr(settings, f) for f in settings.model_fields_set & CHANGEABLE}
+        )
 
     def rows(self) -> list[Row]:
         """The rows of attacks that are finished; failed ones are tried again."""
@@ -158,7 +160,7 @@ class AttackRun:
                 ) from None
         return found
 
-    def keep(self, row: Row, data: bytes | None, target: Target) -> Row:
+    def keep(self, row: Row, data: bytes | None, target: AttackTarget) -> Row:
         """Keep one finished row, with its attacked model's bytes if given."""
         if data is not None:
             try:
@@ -169,7 +171,7 @@ class AttackRun:
         self.folder.write(f"{ROWS}/{identity.hexdigest()[:16]}.json", json.dumps(row).encode())
         return row
 
-    def _keep_model(self, row: Row, data: bytes, target: Target) -> str:
+    def _keep_model(self, row: Row, data: bytes, target: AttackTarget) -> str:
         what = f"{row['attack']} {row['setting']}".strip()
         config = {
             "format": "mtlsign/model/v0", "graph": dict(target.graph), "task": target.task,
@@ -177,7 +179,7 @@ class AttackRun:
         }  # fmt: skip
         card = f"# An attacked model\n\n`{what}`, seed {row['seed']}: a test of a mark, not a model to use.\n"
         try:
-            digest = write_model(self.folder, read_tensors(data), config, card)
+            digest = write_model(self.folder, parse_safetensors(data), config, card)
         except ArtifactError:  # two attacks gave the very same weights: the first one's folder stands
             digest = row["model_digest"]
         return self.folder.child(MODELS).child(digest).uri
@@ -201,7 +203,7 @@ class AttackRun:
             names["report"]: render_attack_report(whole).encode(),
             names["result"]: json.dumps(whole, indent=1, allow_nan=False).encode(),
         }
-        write_folder(self.folder, files)
+        write_manifest_folder(self.folder, files)
         self.folder.delete(ROWS)
         return whole
 

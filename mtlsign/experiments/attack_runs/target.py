@@ -21,17 +21,17 @@ from mtlsign.errors import DataError, ModelError, SettingsError
 from mtlsign.models import architectures
 from mtlsign.models.factories import load_factory
 from mtlsign.storage.model_folder import LoadedModel, read_model
-from mtlsign.storage.safetensors_io import read_tensors, tensor_bytes
+from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.tasks import Task, load_task
-from mtlsign.watermark.kit import Kit, open_kit
+from mtlsign.watermark.kit import OwnerKit, open_kit
 
 
 @dataclass(frozen=True)
-class Target:
+class AttackTarget:
     """All that a process needs to attack one model. It holds the opened key: SECRET, never shown."""
 
     tensors: bytes = field(repr=False)
-    kit: Kit = field(repr=False)
+    kit: OwnerKit = field(repr=False)
     graph: Mapping[str, object]
     factory: str | None
     task: str
@@ -53,7 +53,7 @@ class Target:
             )
         network = architectures.build(self.graph, factories=factories)
         try:
-            network.load_state_dict(read_tensors(self.tensors))
+            network.load_state_dict(parse_safetensors(self.tensors))
         except RuntimeError as error:
             detail = " ".join(str(error).split())[:200]
             raise ModelError(
@@ -79,40 +79,46 @@ def _task(name: str, data: Path | None, download: bool, seed: int) -> Task:
     return load_task(name, data=data, download=download, seed=seed)
 
 
-def target_of(s: AttackSettings) -> Target:
+def load_target(settings: AttackSettings) -> AttackTarget:
     """Read the model, the kit, the copies and their task; check that they belong together.
 
     Raises:
         MTLSignError: anything that is missing, damaged, not trusted, or does not fit.
     """
     for name in ("model", "kit"):
-        if getattr(s, name) is None:
+        if getattr(settings, name) is None:
             raise SettingsError("is required; --attacks list needs none", field=name)
-    kit = open_kit(s, str(s.kit))
-    model = read_model(str(s.model), endpoint=s.endpoint)
+    kit = open_kit(settings, str(settings.kit))
+    model = read_model(str(settings.model), endpoint=settings.endpoint)
     graph = model.config.get("graph")
     graph = graph if isinstance(graph, dict) else kit.opening.parse().graph
-    task = s.task or _task_of(model, kit)
-    places = [p.strip() for p in (s.copies or "").split(",") if p.strip()]
-    copies = tuple(tensor_bytes(read_model(place, endpoint=s.endpoint).tensors) for place in places)
+    task = settings.task or _task_name(model, kit)
+    places = [p.strip() for p in (settings.copies or "").split(",") if p.strip()]
+    copies = tuple(
+        serialize_safetensors(read_model(place, endpoint=settings.endpoint).tensors) for place in places
+    )
     seed = kit.info.get("seed")
-    return Target(
-        tensors=tensor_bytes(model.tensors),
+    return AttackTarget(
+        tensors=serialize_safetensors(model.tensors),
         kit=kit,
         graph=graph,
-        factory=s.factory,
+        factory=settings.factory,
         task=task,
-        data=s.data,
-        download=s.download,
-        split_seed=s.split_seed if s.split_seed is not None else seed if isinstance(seed, int) else 0,
-        extra=s.budget,
-        lr=s.lr or _trained_at(kit, task, graph),
+        data=settings.data,
+        download=settings.download,
+        split_seed=settings.split_seed
+        if settings.split_seed is not None
+        else seed
+        if isinstance(seed, int)
+        else 0,
+        extra=settings.budget,
+        lr=settings.lr or _training_rate(kit, task, graph),
         copies=copies,
-        bits=s.bits,
+        bits=settings.bits,
     )
 
 
-def _task_of(model: LoadedModel, kit: Kit) -> str:
+def _task_name(model: LoadedModel, kit: OwnerKit) -> str:
     """The task that the model or the kit names, unless it is code: that needs the caller's word."""
     named = model.config.get("task", kit.info.get("task"))
     if not isinstance(named, str) or not 0 < len(named) <= 200 or named == "own":
@@ -122,7 +128,7 @@ def _task_of(model: LoadedModel, kit: Kit) -> str:
     return named
 
 
-def _trained_at(kit: Kit, task: str, graph: Mapping[str, object]) -> float:
+def _training_rate(kit: OwnerKit, task: str, graph: Mapping[str, object]) -> float:
     """Phase 1's peak rate: as the kit says, else the default for the task and width."""
     known = kit.info.get("lr")
     if isinstance(known, float) and 0 < known <= 100:

@@ -26,10 +26,10 @@ PRUNING = {"channels": ("prune_channels", "fine_prune_channels"), "weights": ("p
 RATIOS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 GAMMA = 0.7
 #: λ1 and λ2 where they are on: the middle of the paper's grid.
-ON = 0.1
+LAMBDA_ON = 0.1
 
 #: Table 3 of the paper: decrease of f_WM's accuracy in points after 50, 150, 250 and 350 epochs.
-TABLE_3 = {
+PAPER_TABLE_3 = {
     "mnist": {50: 1.0, 150: 1.5, 250: 1.5, 350: 2.0},
     "fashion-mnist": {50: 2.0, 150: 2.5, 250: 2.5, 350: 2.5},
     "cifar10": {50: 4.5, 150: 4.5, 250: 4.5, 350: 4.5},
@@ -37,19 +37,19 @@ TABLE_3 = {
 }
 
 
-def sweep_settings(s: ReproduceSettings) -> SweepSettings:
+def sweep_settings(settings: ReproduceSettings) -> SweepSettings:
     """The sweep that a study consists of (all but `thresholds`); of a resumed one, only what is said anew."""
-    values = {name: getattr(s, name) for name in _SHARED if getattr(s, name) is not None}
-    derived = {"fixed": _fixed(s), "attacks": attacks(s), "num_samples": s.seeds}
-    if s.resume is not None:
-        said = s.model_fields_set
+    values = {name: getattr(settings, name) for name in _SHARED if getattr(settings, name) is not None}
+    derived = {"fixed": _fixed(settings), "attacks": attacks(settings), "num_samples": settings.seeds}
+    if settings.resume is not None:
+        said = settings.model_fields_set
         values = {name: value for name, value in values.items() if name in said}
         sources = {
             "fixed": {"fixed", "heads"}, "attacks": {"attacks", "epochs", "units"}, "num_samples": {"seeds"},
         }  # fmt: skip
         derived = {name: value for name, value in derived.items() if said & sources[name]}
-    space = f"mtlsign.experiments.paper_studies.definitions:{s.study}_space"
-    return SweepSettings.of({**values, **derived, "space": space, "json": s.json_output})
+    space = f"mtlsign.experiments.paper_studies.definitions:{settings.study}_space"
+    return SweepSettings.of({**values, **derived, "space": space, "json": settings.json_output})
 
 
 _SHARED = (
@@ -58,14 +58,14 @@ _SHARED = (
 )
 
 
-def _fixed(s: ReproduceSettings) -> str:
-    heads = f"head={s.heads}" if "," not in s.heads else ""
-    return ",".join(part for part in (heads, s.fixed) if part)
+def _fixed(settings: ReproduceSettings) -> str:
+    heads = f"head={settings.heads}" if "," not in settings.heads else ""
+    return ",".join(part for part in (heads, settings.fixed) if part)
 
 
 def ablation_space() -> dict[str, Any]:
     """Each regulariser on or off, R_DA as the paper has it (copies tuned on D'), for both heads."""
-    switch = {"grid_search": [0.0, ON]}
+    switch = {"grid_search": [0.0, LAMBDA_ON]}
     return {
         "head": {"grid_search": ["free", "keyed"]},
         "snapshots": "tuned",
@@ -77,7 +77,7 @@ def ablation_space() -> dict[str, Any]:
 def overwriting_space() -> dict[str, Any]:
     """The paper's regularisers, for both heads."""
     heads = {"grid_search": ["free", "keyed"]}
-    return {"head": heads, "snapshots": "tuned", "lambda1": ON, "lambda2": ON}
+    return {"head": heads, "snapshots": "tuned", "lambda1": LAMBDA_ON, "lambda2": LAMBDA_ON}
 
 
 def attacks_space() -> dict[str, Any]:
@@ -106,29 +106,29 @@ TABLE = (
 CONTROLS = "ftal:lr=quarter/full,annealed,prune:ratio=0.6,fine_prune:ratio=0.5,spoil:steps=60,scrub:steps=40"
 
 
-def attacks(s: ReproduceSettings) -> str:
+def attacks(settings: ReproduceSettings) -> str:
     """What every embedding of the study meets."""
-    if s.study == "ablation":
-        np, fp = PRUNING[s.units]
+    if settings.study == "ablation":
+        np, fp = PRUNING[settings.units]
         return f"{np}:ratio={'/'.join(f'{r:g}' for r in RATIOS)},{fp}:ratio=0.5"
-    if s.attacks is not None:
-        return s.attacks
-    if s.study != "overwriting":
-        return TABLE if s.study == "attacks" else CONTROLS
-    heads = s.heads.split(",")
-    return ",".join(f"overwrite:epochs={s.epochs},head={head}" for head in heads)
+    if settings.attacks is not None:
+        return settings.attacks
+    if settings.study != "overwriting":
+        return TABLE if settings.study == "attacks" else CONTROLS
+    heads = settings.heads.split(",")
+    return ",".join(f"overwrite:epochs={settings.epochs},head={head}" for head in heads)
 
 
 # -- the paper's tables --------------------------------
 
 
-def table(s: ReproduceSettings, rows: Sequence[Row]) -> list[Row]:
+def table(settings: ReproduceSettings, rows: Sequence[Row]) -> list[Row]:
     """The study's table: one row for each setting with mean and standard deviation over seeds."""
     finished = [row for row in rows if row["status"] == "ok"]
-    if s.study == "overwriting":
-        task = finished[0].get("task", s.task) if finished else s.task
+    if settings.study == "overwriting":
+        task = finished[0].get("task", settings.task) if finished else settings.task
         return _overwriting(finished, str(task))
-    return _ablation(finished) if s.study == "ablation" else _attacked(finished)
+    return _ablation(finished) if settings.study == "ablation" else _attacked(finished)
 
 
 def _groups(rows: Sequence[Row], names: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
@@ -138,7 +138,7 @@ def _groups(rows: Sequence[Row], names: Sequence[str]) -> dict[tuple[Any, ...], 
     return found
 
 
-def _spread(name: str, values: Sequence[float | None]) -> Row:
+def _mean_and_sd(name: str, values: Sequence[float | None]) -> Row:
     kept = [value for value in values if value is not None]
     return {
         name: statistics.fmean(kept) if kept else None,
@@ -151,14 +151,17 @@ def _ablation(rows: Sequence[Row]) -> list[Row]:
     for (head, a, b), group in sorted(_groups(rows, ("head", "lambda1", "lambda2")).items()):
         fell = [points_at_gamma(row) for row in group]
         # A mark that never falls below γ counts with what the last ratio costs: a lower bound.
-        pruned = [points_at(row, RATIOS[-1]) if x is None else x for row, x in zip(group, fell, strict=True)]
+        pruned = [
+            points_lost_at_ratio(row, RATIOS[-1]) if x is None else x
+            for row, x in zip(group, fell, strict=True)
+        ]
         found.append(
             {
                 "head": head, "R_func": a > 0, "R_DA": b > 0, "n": len(group),
-                **_spread("primary", [row["primary_marked"] for row in group]),
-                **_spread("points lost until NP takes the mark below gamma", pruned),
+                **_mean_and_sd("primary", [row["primary_marked"] for row in group]),
+                **_mean_and_sd("points lost until NP takes the mark below gamma", pruned),
                 "NP never does": fell.count(None),
-                **_spread("wm accuracy after FP", [_after_fp(row) for row in group]),
+                **_mean_and_sd("wm accuracy after FP", [_after_fp(row) for row in group]),
             }
         )  # fmt: skip
     return found
@@ -169,11 +172,11 @@ def points_at_gamma(row: Mapping[str, Any]) -> float | None:
     for ratio in RATIOS:
         accuracy = _pruned(row, "wm", ratio)
         if accuracy is not None and accuracy < GAMMA:
-            return points_at(row, ratio)
+            return points_lost_at_ratio(row, ratio)
     return None
 
 
-def points_at(row: Mapping[str, Any], ratio: float) -> float | None:
+def points_lost_at_ratio(row: Mapping[str, Any], ratio: float) -> float | None:
     """Points that pruning at `ratio` costs."""
     return _pruned(row, "points lost", ratio)
 
@@ -194,7 +197,7 @@ def _column(row: Mapping[str, Any], start: str) -> str:
 
 def _overwriting(rows: Sequence[Row], task: str) -> list[Row]:
     found = []
-    papers = TABLE_3.get(task.partition("@")[0], {})
+    papers = PAPER_TABLE_3.get(task.partition("@")[0], {})
     for (head,), group in sorted(_groups(rows, ("head",)).items()):
         columns = [name for name in group[0] if name.startswith("wm overwrite ")]
         for column in columns:
@@ -205,8 +208,8 @@ def _overwriting(rows: Sequence[Row], task: str) -> list[Row]:
             found.append(
                 {
                     "owner's head": head, "adversary's head": words.get("head"), "epochs": epochs,
-                    "n": len(falls), **_spread("points of wm accuracy lost", falls),
-                    "the paper": papers.get(epochs), **_spread("bits left", bits),
+                    "n": len(falls), **_mean_and_sd("points of wm accuracy lost", falls),
+                    "the paper": papers.get(epochs), **_mean_and_sd("bits left", bits),
                 }
             )  # fmt: skip
     return found
@@ -217,7 +220,7 @@ def _attacked(rows: Sequence[Row]) -> list[Row]:
     (test part; for `none`, what the mark cost the owner).
     """
     found = []
-    for (head, copies), group in _groups([row | arm_of(row) for row in rows], ("head", "R_DA")).items():
+    for (head, copies), group in _groups([row | variant_of(row) for row in rows], ("head", "R_DA")).items():
         names = [name.removeprefix("wm ") for name in group[0] if name.startswith("wm ")]
         for name in ("none", *names):
             wm, bits = ("wm_accuracy", "evidence_bits") if name == "none" else (f"wm {name}", f"bits {name}")
@@ -231,15 +234,15 @@ def _attacked(rows: Sequence[Row]) -> list[Row]:
             found.append(
                 {
                     "head": head, "R_DA": copies, "attack": name, "n": len(left),
-                    **_spread("wm accuracy", [row.get(wm) for row in group]), **_spread("bits", left),
+                    **_mean_and_sd("wm accuracy", [row.get(wm) for row in group]), **_mean_and_sd("bits", left),
                     "fewest bits": min(left, default=None),
-                    **_spread("points lost", lost),
+                    **_mean_and_sd("points lost", lost),
                 }
             )  # fmt: skip
     return found
 
 
-def arm_of(row: Mapping[str, Any]) -> Row:
+def variant_of(row: Mapping[str, Any]) -> Row:
     """The arm of a row: its head, and the copies that R_DA looked at."""
     copies = str(row.get("snapshots", _DEFAULT_COPIES))
     if row["lambda2"] == 0:
@@ -250,7 +253,7 @@ def arm_of(row: Mapping[str, Any]) -> Row:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table as text that docs/log.md can hold: `mean ± sd` in one column."""
+    """The table as text that docs/results.md can hold: `mean ± sd` in one column."""
     columns = [name for name in rows[0] if not name.startswith("sd ")] if rows else []
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:

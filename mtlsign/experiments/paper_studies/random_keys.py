@@ -13,16 +13,16 @@ import torch
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.config.reproduce import ReproduceSettings
 from mtlsign.models.architectures import build
-from mtlsign.models.loading import TaskShape, cpu_state, graph_of
+from mtlsign.models.loading import InputSpec, architecture_from_settings, cpu_state
 from mtlsign.tasks import load_task
 from mtlsign.watermark.embedding import pipeline
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.verification import evidence
-from mtlsign.watermark.verification.detector import Probe, agreement
+from mtlsign.watermark.verification.detector import WatermarkDetector, matching_bits
 
 
-def guesses(
-    s: ReproduceSettings, head: str, w0: Mapping[str, torch.Tensor], *, done: Sequence[float] = (),
+def random_key_accuracies(
+    settings: ReproduceSettings, head: str, base_weights: Mapping[str, torch.Tensor], *, done: Sequence[float] = (),
     tick: Callable[[list[float]], None] = lambda _: None,
 ) -> list[float]:  # fmt: skip
     """Accuracies of `s.keys` random keys on an unmarked network; a free head is untrained, as in the paper.
@@ -30,36 +30,36 @@ def guesses(
     `done` are accuracies of an interrupted call; `tick` gets the list every 100 keys.
     """
     e = EmbedSettings.of(
-        {"task": s.task, "data": s.data, "model": s.model, "width": s.width, "head": head, "seed": s.seed,
+        {"task": settings.task, "data": settings.data, "model": settings.model, "width": settings.width, "head": head, "seed": settings.seed,
          "insecure_test_key": True}
     ).resolved()  # fmt: skip
-    task = load_task(e.task, data=e.data, download=s.download, seed=e.seed)
-    graph = graph_of(e, TaskShape(task.channels, task.height, task.width, task.classes))
+    task = load_task(e.task, data=e.data, download=settings.download, seed=e.seed)
+    graph = architecture_from_settings(e, InputSpec(task.channels, task.height, task.width, task.classes))
     network = build(graph)
-    network.load_state_dict(dict(w0))
+    network.load_state_dict(dict(base_weights))
     owner = Identity(bytes(31) + b"\x01", bytes(32))
     geometry = (task.channels, task.height, task.width)
-    opening, reference = pipeline.commit(build(graph), cpu_state(network), graph, geometry, e, owner)
-    probe = Probe(opening, reference)
+    opening, reference = pipeline.commit_key(build(graph), cpu_state(network), graph, geometry, e, owner)
+    detector = WatermarkDetector(opening, reference)
     found = list(done)
     tensors = cpu_state(network)
-    for index in range(len(found), s.keys):
-        other = probe.control(index)
-        scores, _ = other.scores(tensors)
+    for index in range(len(found), settings.keys):
+        other = detector.with_control_key(index)
+        scores, _ = other.score_state_dict(tensors)
         assert scores is not None, "an unmarked network of the spec's own architecture can be read"
-        found.append(float(agreement(scores, other.labels).float().mean()))
+        found.append(float(matching_bits(scores, other.labels).float().mean()))
         if len(found) % 100 == 0:
             tick(found)
     return found
 
 
-def band(accuracies: Sequence[float], n: int) -> dict[str, Any]:
+def compare_with_binomial(accuracies: Sequence[float], n: int) -> dict[str, Any]:
     """Random guesses beside the exact binomial: mean, sd, extremes, and a χ² test of the counts."""
     from scipy import stats
 
     counts = [round(a * n) for a in accuracies]
     keys = len(counts)
-    low, high = evidence.wrong_band(n, 1 / keys)
+    low, high = evidence.control_band(n, 1 / keys)
     # Cells of about equal probability, at least 20 keys in each.
     cells = max(2, min(40, keys // 20))
     edges = sorted({int(stats.binom.ppf(i / cells, n, 0.5)) for i in range(1, cells)})

@@ -13,40 +13,43 @@ from mtlsign.config.reproduce import ReproduceSettings
 from mtlsign.config.sweep import CHANGEABLE
 from mtlsign.errors import ArtifactError, SettingsError
 from mtlsign.experiments.paper_studies import definitions, random_keys
-from mtlsign.experiments.sweeps.run import Fleet, InTurn, Say, run
+from mtlsign.experiments.sweeps.run import LocalSweepBackend, LogCallback, SweepBackend, run
 from mtlsign.experiments.sweeps.space import Cell
-from mtlsign.experiments.sweeps.trial import CLEAN, train_shared
+from mtlsign.experiments.sweeps.trial import CLEAN, train_shared_clean_model
 from mtlsign.reports.tables import csv_of
 from mtlsign.storage.base import Storage
 from mtlsign.storage.locations import open_storage
-from mtlsign.storage.manifest import MANIFEST, write_folder
+from mtlsign.storage.manifest import MANIFEST, write_manifest_folder
 from mtlsign.storage.model_folder import RUNS
-from mtlsign.storage.safetensors_io import read_tensors
+from mtlsign.storage.safetensors_io import parse_safetensors
 
 TABLE, TEXT, STUDY = "study.csv", "study.md", "study.json"
 _GUESSES = "guesses.json"
 _LIMIT = 2**26
 
 
-def study(
-    s: ReproduceSettings, *, fleet: Callable[[Say], Fleet] = InTurn, say: Say = lambda _: None
+def run_study(
+    settings: ReproduceSettings,
+    *,
+    fleet: Callable[[LogCallback], SweepBackend] = LocalSweepBackend,
+    say: LogCallback = lambda _: None,
 ) -> dict[str, Any]:
     """Run the study (`ablation` and `overwriting` in the places of `fleet`, `thresholds` here).
 
     Returns: `rows` and `text` of the table, and where it lies.
     Raises: MTLSignError: bad input; then nothing has been written.
     """
-    if s.study == "thresholds":
-        return _thresholds(s, say)
+    if settings.study == "thresholds":
+        return _run_random_keys(settings, say)
     tables: list[dict[str, Any]] = []
 
     def more(rows: Sequence[definitions.Row]) -> dict[str, bytes]:
-        tables.extend(definitions.table(s, rows))
+        tables.extend(definitions.table(settings, rows))
         return _files(tables)
 
-    result = run(definitions.sweep_settings(s), fleet(say), say=say, more=more)
+    result = run(definitions.sweep_settings(settings), fleet(say), say=say, more=more)
     place = result["result"].removesuffix("result.json")
-    return _answer(s, tables, place, result["result"])
+    return _study_result(settings, tables, place, result["result"])
 
 
 def _files(rows: Sequence[definitions.Row]) -> dict[str, bytes]:
@@ -58,31 +61,39 @@ def _files(rows: Sequence[definitions.Row]) -> dict[str, bytes]:
     }
 
 
-def _answer(s: ReproduceSettings, rows: Sequence[definitions.Row], place: str, result: str) -> dict[str, Any]:
+def _study_result(
+    settings: ReproduceSettings, rows: Sequence[definitions.Row], place: str, result: str
+) -> dict[str, Any]:
     return {
-        "study": s.study, "task": s.task, "rows": list(rows), "text": definitions.markdown(rows),
+        "study": settings.study, "task": settings.task, "rows": list(rows), "text": definitions.markdown(rows),
         "table": f"{place}{TABLE}", "result": result,
     }  # fmt: skip
 
 
-def _thresholds(s: ReproduceSettings, say: Say) -> dict[str, Any]:
+def _run_random_keys(settings: ReproduceSettings, say: LogCallback) -> dict[str, Any]:
     """5,000 random keys on each seed's unmarked network, pooled beside the exact binomial."""
-    if s.fixed:
+    if settings.fixed:
         raise SettingsError("thresholds embeds nothing, so no setting of it can be fixed", field="fixed")
-    storage = open_storage(s.storage, endpoint=s.endpoint)
-    name = s.resume or s.run or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
+    storage = open_storage(settings.storage, endpoint=settings.endpoint)
+    name = (
+        settings.resume
+        or settings.run
+        or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
+    )
     folder = storage.child(RUNS).child(name)
-    if s.resume is None:
+    if settings.resume is None:
         storage.check_writable()
-        if not folder.write("settings.json", dump(s), only_if_new=True):
+        if not folder.write("settings.json", dump(settings), if_absent=True):
             raise SettingsError(f"{name!r} exists; choose another name, or --resume {name}", field="run")
     else:
-        s = _resumed(s, folder, name)
+        settings = _resumed(settings, folder, name)
     say(f"run {name}; if it is interrupted: --resume {name}")
-    found: dict[str, list[float]] = {head: [] for head in s.heads.split(",")}
-    for seed in range(s.seed, s.seed + s.seeds):
-        config = {"task": s.task, "model": s.model, "width": s.width, "seed": seed}
-        w0 = read_tensors(train_shared(Cell(config, s.data, s.download), folder))
+    found: dict[str, list[float]] = {head: [] for head in settings.heads.split(",")}
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        config = {"task": settings.task, "model": settings.model, "width": settings.width, "seed": seed}
+        base_weights = parse_safetensors(
+            train_shared_clean_model(Cell(config, settings.data, settings.download), folder)
+        )
         say(f"seed {seed} · phase 1 is done: the unmarked network")
         for head, all_of_them in found.items():
             kept = f"{head}-{seed}-{_GUESSES}"
@@ -90,23 +101,29 @@ def _thresholds(s: ReproduceSettings, say: Say) -> dict[str, Any]:
 
             def tick(some: list[float], about: str = f"seed {seed} · {head} head", kept: str = kept) -> None:
                 folder.write(kept, json.dumps(some).encode())
-                say(f"{about} · {len(some):,} of {s.keys:,} keys")
+                say(f"{about} · {len(some):,} of {settings.keys:,} keys")
 
-            here = random_keys.guesses(s.model_copy(update={"seed": seed}), head, w0, done=done, tick=tick)
+            here = random_keys.random_key_accuracies(
+                settings.model_copy(update={"seed": seed}), head, base_weights, done=done, tick=tick
+            )
             folder.write(kept, json.dumps(here).encode())
             all_of_them += here
     rows = [
-        {"head": head, "seeds": s.seeds, **random_keys.band(some, 1024 if head == "keyed" else 600)}
+        {
+            "head": head,
+            "seeds": settings.seeds,
+            **random_keys.compare_with_binomial(some, 1024 if head == "keyed" else 600),
+        }
         for head, some in found.items()
     ]
     place = folder.child(TABLE).uri.removesuffix(TABLE)
-    answer = _answer(s, rows, place, folder.child("result.json").uri)
-    write_folder(folder, {**_files(rows), "result.json": json.dumps(answer, indent=1).encode()})
+    answer = _study_result(settings, rows, place, folder.child("result.json").uri)
+    write_manifest_folder(folder, {**_files(rows), "result.json": json.dumps(answer, indent=1).encode()})
     folder.delete(CLEAN)
     return answer
 
 
-def _resumed(s: ReproduceSettings, folder: Storage, name: str) -> ReproduceSettings:
+def _resumed(settings: ReproduceSettings, folder: Storage, name: str) -> ReproduceSettings:
     if not folder.exists("settings.json"):
         raise SettingsError(f"no run {name!r} in this storage; check --storage and the name", field="resume")
     if folder.exists(MANIFEST):
@@ -115,10 +132,10 @@ def _resumed(s: ReproduceSettings, folder: Storage, name: str) -> ReproduceSetti
         kept = ReproduceSettings.of(json.loads(folder.read("settings.json", 2**20)))
     except (ValueError, TypeError, SettingsError):
         raise ArtifactError(f"settings.json of run {name!r} is no study's", field="resume") from None
-    for field in sorted(s.model_fields_set - CHANGEABLE):
-        if getattr(s, field) != getattr(kept, field):
+    for field in sorted(settings.model_fields_set - CHANGEABLE):
+        if getattr(settings, field) != getattr(kept, field):
             raise SettingsError(
                 f"is {getattr(kept, field)} in run {name!r}; leave it out, or start a new run",
                 field=field.replace("_", "-"),
             )
-    return kept.model_copy(update={f: getattr(s, f) for f in s.model_fields_set & CHANGEABLE})
+    return kept.model_copy(update={f: getattr(settings, f) for f in settings.model_fields_set & CHANGEABLE})

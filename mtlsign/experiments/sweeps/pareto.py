@@ -15,7 +15,7 @@ from mtlsign.reports.formatting import number
 OBJECTIVES = {"drop_points": False, "evidence_bits_attacked": True, "deviation_l2": False}
 
 
-def means(rows: Sequence[Mapping[str, Any]], vary: Sequence[str]) -> list[dict[str, Any]]:
+def aggregate_over_seeds(rows: Sequence[Mapping[str, Any]], vary: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each combination of `vary`: means (and `sd …`) of the objectives over its finished cells.
 
     `n` are finished, of `cells`: others failed, diverged or were stopped. A combination without a finished
@@ -42,7 +42,7 @@ def _finished(row: Mapping[str, Any]) -> bool:
     return row["status"] == "ok" and all(number(row.get(name)) is not None for name in OBJECTIVES)
 
 
-def front(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def pareto_front(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The combinations that no other beats in one objective without losing in another, in their order."""
 
     def beats(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

@@ -22,66 +22,74 @@ from mtlsign.config.sweep import SweepSettings
 from mtlsign.errors import SettingsError
 
 #: Settings that phase 1 depends on: cells that agree in them start from the same W0.
-CLEAN_FIELDS = (
+PHASE1_SETTINGS = (
     *("task", "data", "model", "width", "stem", "init", "epochs", "batch", "lr", "weight_decay"),
     *("amp", "seed"),
 )
 #: What a space may not set: the sweep's own settings say it.
-RESERVED = frozenset(
+SWEEP_OWNED_SETTINGS = frozenset(
     (
         *("owner", "passphrase_file", "endpoint", "json", "quiet", "data", "download", "workers"),
         *("cpus_per_worker", "gpus_per_worker", "cluster_wait", "max_failures", "storage", "run", "resume"),
         *("keep_checkpoints", "insecure_test_key", "name"),
     )
 )
-ARM = "arm"
+VARIANT = "arm"
 
 
-def load_space(s: SweepSettings) -> dict[str, Any]:
+def load_space(settings: SweepSettings) -> dict[str, Any]:
     """The search space, with the sweep's own settings put over it, as plain data for Ray Tune.
 
     Raises: SettingsError for an unknown space, or one that sets what is not a cell's to set.
     """
-    space = _named(s.space)
-    over = {k: v for k, v in (("task", s.task), ("model", s.model), ("width", s.width)) if v is not None}
-    over |= _fixed(s.fixed)
+    space = _named(settings.space)
+    over = {
+        k: v
+        for k, v in (("task", settings.task), ("model", settings.model), ("width", settings.width))
+        if v is not None
+    }
+    over |= _fixed(settings.fixed)
     space |= over
-    arms = _arms(space, over)
+    arms = _variants(space, over)
     if arms:
-        space[ARM] = {"grid_search": arms}
-    known = set(EmbedSettings.model_fields) - RESERVED
+        space[VARIANT] = {"grid_search": arms}
+    known = set(EmbedSettings.model_fields) - SWEEP_OWNED_SETTINGS
     for name in [*space, *(name for arm in arms for name in arm)]:
-        if name != ARM and (not isinstance(name, str) or name not in known):
+        if name != VARIANT and (not isinstance(name, str) or name not in known):
             raise SettingsError(f"the space sets {name!r}; {nearest(str(name), known)}", field="space")
-    if "seed" in space and s.num_samples > 1 and not draws(space):
+    if "seed" in space and settings.num_samples > 1 and not has_random_values(space):
         raise SettingsError(
-            f"fixes the seed, so nothing is repeated {s.num_samples} times; leave it out and give the first "
+            f"fixes the seed, so nothing is repeated {settings.num_samples} times; leave it out and give the first "
             "one as --seed, or give a grid of seeds and no repetitions",
-            field="fixed" if "seed" in _fixed(s.fixed) else "space",
+            field="fixed" if "seed" in _fixed(settings.fixed) else "space",
         )
     if "seed" not in space:
-        count = 1 if draws(space) else s.num_samples
-        space["seed"] = {"grid_search": list(range(s.seed, s.seed + count))} if count > 1 else s.seed
-    for name in CLEAN_FIELDS:
-        if name in space and not is_plain(space[name]):
+        count = 1 if has_random_values(space) else settings.num_samples
+        space["seed"] = (
+            {"grid_search": list(range(settings.seed, settings.seed + count))} if count > 1 else settings.seed
+        )
+    for name in PHASE1_SETTINGS:
+        if name in space and not is_grid_or_constant(space[name]):
             raise SettingsError(
                 f"the space draws {name!r}, which needs a phase 1 for every draw; give values or a grid",
                 field="space",
             )
-    for cell in cells_of(space, s):  # refuses what no cell could run, before anything is written
+    for cell in cells_of(space, settings):  # refuses what no cell could run, before anything is written
         _ = cell.name
     return space
 
 
-def _arms(space: Mapping[str, Any], over: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _variants(space: Mapping[str, Any], over: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The arms without what the caller has fixed, each once. Raises `SettingsError`."""
-    if ARM not in space:
+    if VARIANT not in space:
         return []
-    given = space[ARM]["grid_search"] if _is_grid(space[ARM]) else [space[ARM]]
+    given = space[VARIANT]["grid_search"] if _is_grid(space[VARIANT]) else [space[VARIANT]]
     found: list[dict[str, Any]] = []
     for arm in given:
         if not isinstance(arm, Mapping):
-            raise SettingsError(f"the space's {ARM} is {type(arm).__name__}; give mappings", field="space")
+            raise SettingsError(
+                f"the space's {VARIANT} is {type(arm).__name__}; give mappings", field="space"
+            )
         left = {name: value for name, value in arm.items() if name not in over}
         if left not in found:
             found.append(left)
@@ -119,19 +127,19 @@ def _is_grid(value: object) -> bool:
     return isinstance(value, Mapping) and set(value) == {"grid_search"} and bool(value["grid_search"])
 
 
-def is_plain(value: object) -> bool:
+def is_grid_or_constant(value: object) -> bool:
     """Whether it is a value or a grid of values, not a draw."""
     return value is None or isinstance(value, str | int | float | bool) or _is_grid(value)
 
 
-def draws(space: Mapping[str, Any]) -> bool:
+def has_random_values(space: Mapping[str, Any]) -> bool:
     """Whether the space draws any value."""
-    return not all(is_plain(value) for value in space.values())
+    return not all(is_grid_or_constant(value) for value in space.values())
 
 
-def grid_of(space: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def grid_points(space: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Every combination of the space's grids; draws are left out (they have defaults)."""
-    plain = {name: value for name, value in space.items() if is_plain(value)}
+    plain = {name: value for name, value in space.items() if is_grid_or_constant(value)}
     choices = [value["grid_search"] if _is_grid(value) else [value] for value in plain.values()]
     for values in itertools.product(*choices):
         yield dict(zip(plain, values, strict=True))
@@ -148,7 +156,7 @@ class Cell:
     @property
     def flat(self) -> dict[str, Any]:
         """The combination as one mapping of settings, those of its arm included."""
-        return {k: v for k, v in self.config.items() if k != ARM} | dict(self.config.get(ARM, {}))
+        return {k: v for k, v in self.config.items() if k != VARIANT} | dict(self.config.get(VARIANT, {}))
 
     @property
     def settings(self) -> EmbedSettings:
@@ -164,24 +172,24 @@ class Cell:
     @property
     def clean_name(self) -> str:
         """16 hex digits of what phase 1 depends on."""
-        return _digest(self.settings, CLEAN_FIELDS)
+        return _digest(self.settings, PHASE1_SETTINGS)
 
 
-def _digest(s: EmbedSettings, fields: Sequence[str] | None) -> str:
-    left_out = RESERVED | {"json_output"}
+def _digest(settings: EmbedSettings, fields: Sequence[str] | None) -> str:
+    left_out = SWEEP_OWNED_SETTINGS | {"json_output"}
     chosen = {
         name: value
-        for name, value in s.model_dump(mode="json").items()
+        for name, value in settings.model_dump(mode="json").items()
         if (name in fields if fields is not None else name not in left_out) and name != "data"
     }
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def cells_of(space: Mapping[str, Any], s: SweepSettings) -> list[Cell]:
+def cells_of(space: Mapping[str, Any], settings: SweepSettings) -> list[Cell]:
     """The cells of the space's grids."""
-    return [Cell(config, s.data, s.download) for config in grid_of(space)]
+    return [Cell(config, settings.data, settings.download) for config in grid_points(space)]
 
 
-def count_of(space: Mapping[str, Any], s: SweepSettings) -> int:
+def count_of(space: Mapping[str, Any], settings: SweepSettings) -> int:
     """How many cells a sweep has: its grids' once, or once for each draw."""
-    return len(cells_of(space, s)) * (s.num_samples if draws(space) else 1)
+    return len(cells_of(space, settings)) * (settings.num_samples if has_random_values(space) else 1)

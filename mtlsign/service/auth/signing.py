@@ -16,7 +16,7 @@ from mtlsign.claims.statements.types import PREDICATE, STATEMENT
 from mtlsign.config.service import ServiceSettings
 from mtlsign.errors import ClaimError, KeyMaterialError, MTLSignError
 from mtlsign.watermark.keys.identity import Identity, read_passphrase
-from mtlsign.watermark.keys.sealing import Secret, seal, unseal
+from mtlsign.watermark.keys.sealing import EncryptionSecret, decrypt_envelope, encrypt_envelope
 
 PURPOSE = "mtlsign/v0/service/request"
 KIND = PREDICATE + "verdict"
@@ -30,21 +30,21 @@ class Keys:
         self.current, self.former = current, tuple(former)
 
     @classmethod
-    def load(cls, s: ServiceSettings) -> Keys:
+    def load(cls, settings: ServiceSettings) -> Keys:
         """From environment or files; without either, an identity is made in the state folder.
 
         Raises: KeyMaterialError.
         """
-        passphrase = read_passphrase(s.passphrase_file) if s.passphrase_file else None
-        former = [Identity.load(Path(p.strip()), passphrase) for p in s.former.split(",") if p.strip()]
-        if s.signing_key is not None and s.identity is None:
+        passphrase = read_passphrase(settings.passphrase_file) if settings.passphrase_file else None
+        former = [Identity.load(Path(p.strip()), passphrase) for p in settings.former.split(",") if p.strip()]
+        if settings.signing_key is not None and settings.identity is None:
             try:
-                raw = bytes.fromhex(s.signing_key.get_secret_value())
+                raw = bytes.fromhex(settings.signing_key.get_secret_value())
             except ValueError:
                 raise KeyMaterialError("must be 128 hexadecimal digits", field="signing-key") from None
             return cls(Identity(raw[:32], raw[32:]), former)
-        path = s.identity or s.state / "identity.json"
-        if s.identity is None and not path.exists():
+        path = settings.identity or settings.state / "identity.json"
+        if settings.identity is None and not path.exists():
             try:
                 Identity.generate().save(path, passphrase)
             except KeyMaterialError:
@@ -54,14 +54,16 @@ class Keys:
 
     def seal(self, data: bytes) -> bytes:
         """Encrypt what holds opened keys."""
-        return seal(data, Secret.from_kit_key(self.current.kit_key), purpose=PURPOSE)
+        return encrypt_envelope(data, EncryptionSecret.from_kit_key(self.current.kit_key), purpose=PURPOSE)
 
     def unseal(self, data: bytes) -> bytes:
         """Decrypt it, also when it was sealed under a former key. Raises KeyMaterialError."""
         last: MTLSignError | None = None
         for identity in (self.current, *self.former):
             try:
-                return unseal(data, Secret.from_kit_key(identity.kit_key), purpose=PURPOSE)
+                return decrypt_envelope(
+                    data, EncryptionSecret.from_kit_key(identity.kit_key), purpose=PURPOSE
+                )
             except KeyMaterialError as error:
                 last = error
         assert last is not None

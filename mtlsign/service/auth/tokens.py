@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mtlsign.service.database import Store
+from mtlsign.service.database import Database
 from mtlsign.service.problems import Problem
 
 SCOPES = ("verify", "ledger", "admin")
@@ -34,7 +34,7 @@ class Token:
             raise Problem("forbidden", f"this token lacks the scope {scope!r}; ask for one that has it")
 
 
-def issue(store: Store, name: str, scopes: Iterable[str], hours: float) -> str:
+def issue(store: Database, name: str, scopes: Iterable[str], hours: float) -> str:
     """Make a token and return it, the only time that it is shown. Raises Problem for unknown scopes."""
     wanted = sorted(set(scopes))
     if not wanted or not set(wanted) <= set(SCOPES):
@@ -51,19 +51,19 @@ def issue(store: Store, name: str, scopes: Iterable[str], hours: float) -> str:
     return text
 
 
-def revoke(store: Store, ident: str) -> bool:
+def revoke(store: Database, ident: str) -> bool:
     """End a token, its sessions and open requests now; False when there is none of that id."""
     return store.revoke(ident)
 
 
-def known(store: Store) -> list[dict[str, object]]:
+def known(store: Database) -> list[dict[str, object]]:
     """All tokens, without anything that opens a door."""
     found = store.rows("SELECT id,name,scopes,created,expires,revoked FROM tokens ORDER BY created")
     names = ("id", "name", "scopes", "created", "expires", "revoked")
     return [dict(zip(names, row, strict=True)) | {"scopes": row[2].split()} for row in found]
 
 
-def check(store: Store, text: str) -> Token:
+def check(store: Database, text: str) -> Token:
     """The token of that text. Raises Problem `unauthenticated`, the same for every reason."""
     if _TOKEN.fullmatch(text):
         found = store.rows(
@@ -75,20 +75,20 @@ def check(store: Store, text: str) -> Token:
     raise Problem("unauthenticated", "the token is missing, unknown, revoked or expired; ask the operator")
 
 
-def bearer(store: Store, header: str | None) -> Token:
+def bearer(store: Database, header: str | None) -> Token:
     """The token of an Authorization header."""
     scheme, _, text = (header or "").partition(" ")
     return check(store, text.strip() if scheme.lower() == "bearer" else "")
 
 
-def open_session(store: Store, text: str) -> str:
+def open_session(store: Database, text: str) -> str:
     """Exchange a token for a session's secret, which the page's cookie holds."""
     token, secret = check(store, text.strip()), secrets.token_hex(32)
     store.change("INSERT INTO sessions VALUES(?,?,?)", _hash(secret), token.id, store.clock() + SESSION_S)
     return secret
 
 
-def session(store: Store, secret: str | None) -> Token | None:
+def session(store: Database, secret: str | None) -> Token | None:
     """The token behind a session, while both are valid."""
     if not secret or len(secret) != 64:
         return None
@@ -100,7 +100,7 @@ def session(store: Store, secret: str | None) -> Token | None:
     return Token(found[0][0], found[0][1], frozenset(found[0][2].split())) if found else None
 
 
-def close_session(store: Store, secret: str | None) -> None:
+def close_session(store: Database, secret: str | None) -> None:
     """Forget a session."""
     store.change("DELETE FROM sessions WHERE hash=?", _hash(secret or ""))
 

@@ -44,7 +44,7 @@ def _parse(line: bytes) -> Any:
         return None
 
 
-class Results:
+class ResultWriter:
     """A file of one result on each line, written as they come: `PATH.part` until all are there."""
 
     def __init__(self, path: Path) -> None:

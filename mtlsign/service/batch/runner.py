@@ -14,14 +14,14 @@ from mtlsign.errors import ClusterError
 from mtlsign.service.auth import tokens
 from mtlsign.service.auth.tokens import Token
 from mtlsign.service.problems import Problem
-from mtlsign.service.state import Office
-from mtlsign.service.verifier.verifier import Backend
+from mtlsign.service.state import AppState
+from mtlsign.service.verifier.verifier import VerifierBackend
 
 
-def _chunks(s: ServiceSettings, claims: Sequence[Any]) -> Iterator[list[Any]]:
+def _chunks(settings: ServiceSettings, claims: Sequence[Any]) -> Iterator[list[Any]]:
     """As many claims at a time as the service's room takes: so many, and half of the bytes that may wait."""
-    most = min(s.max_claims, s.token_claims, s.queue_claims)
-    room = min(s.token_mb, s.queue_mb) * MIB // 2
+    most = min(settings.max_claims, settings.token_claims, settings.queue_claims)
+    room = min(settings.token_mb, settings.queue_mb) * MIB // 2
     chunk: list[Any] = []
     size = 0
     for claim in claims:
@@ -35,21 +35,24 @@ def _chunks(s: ServiceSettings, claims: Sequence[Any]) -> Iterator[list[Any]]:
         yield chunk
 
 
-async def answer(
-    s: ServiceSettings, backend: Backend, claims: Sequence[Any], keep: Callable[[list[dict[str, Any]]], None]
+async def verify_batch(
+    settings: ServiceSettings,
+    backend: VerifierBackend,
+    claims: Sequence[Any],
+    keep: Callable[[list[dict[str, Any]]], None],
 ) -> None:
     """Have claims answered by a desk of their own; `keep` gets the results in order, as they come.
 
     Raises: ClusterError, KeyMaterialError, whatever `keep` raises.
     """
-    office = Office.open(s, backend)
+    office = AppState.open(settings, backend)
     token = tokens.check(office.store, tokens.issue(office.store, "batch", ["verify"], 24 * 365))
     await office.desk.start()
     try:
-        for chunk in _chunks(s, claims):
+        for chunk in _chunks(settings, claims):
             keep(await _answered(office, token, chunk))
     except (Problem, sqlite3.OperationalError) as error:
-        text = error.detail if isinstance(error, Problem) else f"{s.state}: {error}"
+        text = error.detail if isinstance(error, Problem) else f"{settings.state}: {error}"
         raise ClusterError(f"{text}; what was answered is kept", field="batch") from None
     finally:
         await office.desk.stop()
@@ -58,7 +61,7 @@ async def answer(
         office.store.close()
 
 
-async def _answered(office: Office, token: Token, claims: list[Any]) -> list[dict[str, Any]]:
+async def _answered(office: AppState, token: Token, claims: list[Any]) -> list[dict[str, Any]]:
     while True:
         try:
             job = await office.desk.submit(token, claims, None)

@@ -21,7 +21,7 @@ from urllib.parse import urljoin
 import urllib3
 from urllib3.connection import HTTPSConnection
 
-from mtlsign.service.fetch.locations import Policy, Web, refused
+from mtlsign.service.fetch.locations import AllowedLocations, HttpsResource, location_refused
 from mtlsign.service.problems import Problem
 
 CHUNK = 2**16
@@ -57,7 +57,7 @@ def system_resolver(host: str, port: int) -> list[str]:
     return [str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
-class Tls:
+class UrllibTransport:
     """Transport by urllib3: TLS to the given address, certificate and SNI of the name.
 
     Args:
@@ -73,7 +73,7 @@ class Tls:
             assert_hostname=host,
         )  # fmt: skip
         # The socket's timeout is for each read; a drip of headers or body ends with this one.
-        watch = threading.Timer(timeout, _cut, [link])
+        watch = threading.Timer(timeout, _shutdown_socket, [link])
         watch.daemon = True
         watch.start()
 
@@ -101,7 +101,7 @@ class Tls:
         return Response(answer.status, {k.lower(): v for k, v in answer.headers.items()}, pieces(), close)
 
 
-def _cut(link: HTTPSConnection) -> None:
+def _shutdown_socket(link: HTTPSConnection) -> None:
     with suppress(OSError, AttributeError):
         link.sock.shutdown(socket.SHUT_RDWR)
 
@@ -111,7 +111,7 @@ def check_address(address: str) -> str:
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
-        raise refused("names a host without a usable address") from None
+        raise location_refused("names a host without a usable address") from None
     for one in filter(None, (ip, getattr(ip, "sixtofour", None))):
         if (
             not one.is_global
@@ -120,13 +120,13 @@ def check_address(address: str) -> str:
             or any(one in net for net in _OURS if net.version == one.version)
             or (one.version == 6 and one not in _GLOBAL_V6)  # mapped and translated addresses among them
         ):
-            raise refused("names a host whose address is private, reserved or this machine's own")
+            raise location_refused("names a host whose address is private, reserved or this machine's own")
     return str(ip)
 
 
 @contextmanager
-def opened(
-    source: Web, policy: Policy, limit: int, seconds: float, *,
+def open_https(
+    source: HttpsResource, policy: AllowedLocations, limit: int, seconds: float, *,
     resolver: Resolver = system_resolver, transport: Transport | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[tuple[int, Iterator[bytes]]]:  # fmt: skip
@@ -135,7 +135,7 @@ def opened(
     Raises:
         Problem: pointer-refused (address, redirect out), too-large, unreachable, too-long.
     """
-    start, transport = clock(), transport or Tls()
+    start, transport = clock(), transport or UrllibTransport()
     for _ in range(REDIRECTS + 1):
         try:
             addresses = resolver(source.host, source.port)
@@ -144,7 +144,7 @@ def opened(
         if not addresses:
             raise Problem("unreachable", "the pointer's host has no address; correct it")
         checked = [check_address(address) for address in addresses]
-        left = _left(start, seconds, clock)
+        left = _remaining(start, seconds, clock)
         try:
             answer = transport.get(checked[0], source.host, source.port, source.path, left)
         except OSError as error:
@@ -153,19 +153,19 @@ def opened(
             target = urljoin(_url(source), answer.headers.get("location", ""))
             answer.close()
             following = policy.source(target)
-            if not isinstance(following, Web):
-                raise refused("is redirected to something that is not https")
+            if not isinstance(following, HttpsResource):
+                raise location_refused("is redirected to something that is not https")
             source = following
             continue
         try:
-            yield _size(answer, limit), _steady(answer, limit, start, seconds, clock)
+            yield _size(answer, limit), _rate_checked(answer, limit, start, seconds, clock)
         finally:
             answer.close()
         return
-    raise refused(f"is redirected more than {REDIRECTS} times")
+    raise location_refused(f"is redirected more than {REDIRECTS} times")
 
 
-def _url(source: Web) -> str:
+def _url(source: HttpsResource) -> str:
     return f"https://{source.host}:{source.port}{source.path}"
 
 
@@ -182,14 +182,14 @@ def _size(answer: Response, limit: int) -> int:
     return int(text)
 
 
-def _left(start: float, seconds: float, clock: Callable[[], float]) -> float:
+def _remaining(start: float, seconds: float, clock: Callable[[], float]) -> float:
     left = start + seconds - clock()
     if left <= 0:
         raise Problem("too-long", f"the pointer's host needs over {seconds:g} seconds; serve it faster")
     return left
 
 
-def _steady(
+def _rate_checked(
     answer: Response, limit: int, start: float, seconds: float, clock: Callable[[], float]
 ) -> Iterator[bytes]:
     size = _size(answer, limit)
@@ -199,7 +199,7 @@ def _steady(
             seen += len(piece)
             if seen > size:
                 raise Problem("unreachable", "the pointer's host sends more than it said; serve a plain file")
-            _left(start, seconds, clock)
+            _remaining(start, seconds, clock)
             if clock() - began > 10 and seen < SLOWEST * (clock() - began):
                 raise Problem("too-long", "the pointer's host drips; serve it faster")
             yield piece

@@ -26,14 +26,14 @@ _QUERY = re.compile(r"[A-Za-z0-9._~=&%+,;:@/-]{0,1024}")
 
 
 @dataclass(frozen=True)
-class Upload:
+class UploadedFile:
     """A model that the token's owner sent up."""
 
     digest: str
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalFile:
     """A file below an allowed folder, by the names that lead from there to it."""
 
     root: str
@@ -41,7 +41,7 @@ class Local:
 
 
 @dataclass(frozen=True)
-class Bucket:
+class S3Object:
     """An object, or a folder of them, in an allowed bucket."""
 
     bucket: str
@@ -49,7 +49,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Web:
+class HttpsResource:
     """An https resource of an allowed host."""
 
     host: str
@@ -57,17 +57,17 @@ class Web:
     path: str
 
 
-Source = Upload | Local | Bucket | Web
+Source = UploadedFile | LocalFile | S3Object | HttpsResource
 
 
 @dataclass(frozen=True)
-class Policy:
+class AllowedLocations:
     """The operator's prefixes: (scheme, where, path parts)."""
 
     prefixes: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
 
     @classmethod
-    def of(cls, text: str) -> Policy:
+    def of(cls, text: str) -> AllowedLocations:
         """From the setting `allow`. Raises SettingsError for a prefix that is none."""
         found = []
         for one in filter(None, (part.strip() for part in text.split(","))):
@@ -84,27 +84,29 @@ class Policy:
         """What a pointer leads to. Raises Problem `pointer-refused` unless an operator's prefix covers it."""
         found = _DIGEST.fullmatch(pointer)
         if found:
-            return Upload(found[1])
+            return UploadedFile(found[1])
         try:
             scheme, where, parts, tail = _split(pointer)
         except ValueError:
-            raise refused(
+            raise location_refused(
                 "cannot be read; write sha256:, s3://, file:// or https:// and plain names"
             ) from None
         for allowed, place, first in self.prefixes:
             if allowed != scheme or parts[: len(first)] != first or len(parts) == len(first) == 0:
                 continue
             if scheme == "file":
-                return Local("/" + "/".join(first), parts[len(first) :])
+                return LocalFile("/" + "/".join(first), parts[len(first) :])
             if place == where:
                 if scheme == "s3":
-                    return Bucket(where, "/".join(parts))
+                    return S3Object(where, "/".join(parts))
                 host, _, port = where.partition(":")
-                return Web(host, int(port or 443), "/" + "/".join(parts) + tail)
-        raise refused("is under none of the prefixes that this service's operator allows (setting allow)")
+                return HttpsResource(host, int(port or 443), "/" + "/".join(parts) + tail)
+        raise location_refused(
+            "is under none of the prefixes that this service's operator allows (setting allow)"
+        )
 
 
-def refused(why: str) -> Problem:
+def location_refused(why: str) -> Problem:
     """The problem of a pointer. It never repeats the pointer, which may hold somebody's secret."""
     return Problem("pointer-refused", f"the pointer {why}")
 

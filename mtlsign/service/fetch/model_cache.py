@@ -20,9 +20,17 @@ from typing import IO
 from mtlsign.config.service import MIB, ServiceSettings
 from mtlsign.errors import MTLSignError, TooLargeError
 from mtlsign.service import metrics
-from mtlsign.service.fetch.https import Resolver, Transport, opened, system_resolver
-from mtlsign.service.fetch.locations import Bucket, Local, Policy, Source, Upload, Web, refused
-from mtlsign.service.problems import Problem, of_error
+from mtlsign.service.fetch.https import Resolver, Transport, open_https, system_resolver
+from mtlsign.service.fetch.locations import (
+    AllowedLocations,
+    HttpsResource,
+    LocalFile,
+    S3Object,
+    Source,
+    UploadedFile,
+    location_refused,
+)
+from mtlsign.service.problems import Problem, problem_from_error
 from mtlsign.storage.locations import open_storage
 from mtlsign.storage.manifest import MANIFEST, MANIFEST_LIMIT, parse_manifest
 from mtlsign.storage.model_folder import MODEL_FILE
@@ -36,7 +44,7 @@ STALE_S = 3600
 YOUNG_S = 60
 
 
-class Shelf:
+class ContentStore:
     """A folder of files named by their SHA-256, mode 0700."""
 
     def __init__(self, folder: Path) -> None:
@@ -54,14 +62,14 @@ class Shelf:
         return self.path(digest).is_file()
 
     @contextmanager
-    def writing(self) -> Iterator[Writing]:
+    def writing(self) -> Iterator[PendingFile]:
         """A file that comes in; without `Writing.keep` nothing remains."""
         part = self.folder / f"{PARTIAL}{secrets.token_hex(8)}"
         try:
             with os.fdopen(
                 os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb"
             ) as file:
-                yield Writing(self, part, file)
+                yield PendingFile(self, part, file)
         finally:
             part.unlink(missing_ok=True)
 
@@ -98,10 +106,10 @@ class Shelf:
                     yield path, path.stat()
 
 
-class Writing:
+class PendingFile:
     """One file on its way in."""
 
-    def __init__(self, shelf: Shelf, part: Path, file: IO[bytes]) -> None:
+    def __init__(self, shelf: ContentStore, part: Path, file: IO[bytes]) -> None:
         self._shelf, self._part, self._file, self._hash, self.size = shelf, part, file, hashlib.sha256(), 0
 
     def write(self, piece: bytes) -> None:
@@ -124,14 +132,21 @@ class Writing:
         return target
 
 
-class Library:
+class ModelFetcher:
     """Brings what a pointer names onto this machine: one download at a time for each pointer."""
 
     def __init__(
-        self, s: ServiceSettings, *, resolver: Resolver = system_resolver, transport: Transport | None = None
+        self,
+        settings: ServiceSettings,
+        *,
+        resolver: Resolver = system_resolver,
+        transport: Transport | None = None,
     ) -> None:
-        self.s, self.policy = s, Policy.of(s.allow)
-        self.uploads, self.cache = Shelf(s.state / "uploads"), Shelf(s.state / "cache")
+        self.settings, self.policy = settings, AllowedLocations.of(settings.allow)
+        self.uploads, self.cache = (
+            ContentStore(settings.state / "uploads"),
+            ContentStore(settings.state / "cache"),
+        )
         self._resolver, self._transport = resolver, transport
         self._known: dict[str, tuple[float, str]] = {}
         self._locks: dict[str, threading.Lock] = {}
@@ -144,7 +159,7 @@ class Library:
         Raises: Problem.
         """
         source = self.policy.source(pointer)
-        if isinstance(source, Upload):
+        if isinstance(source, UploadedFile):
             return source.digest, self._uploaded(source.digest), True
         with self._alone(pointer):
             known = self._known.get(pointer)
@@ -152,15 +167,15 @@ class Library:
                 os.utime(self.cache.path(known[1]))
                 return known[1], self.cache.path(known[1]), True
             digest, path, here = self._fetch_model(source, known[1] if known else None)
-            self._known[pointer] = (time.monotonic() + self.s.pointer_s, digest)
+            self._known[pointer] = (time.monotonic() + self.settings.pointer_s, digest)
             while len(self._known) > 10_000:
                 self._known.pop(next(iter(self._known)))
             return digest, path, here
 
     def bundle(self, pointer: str) -> bytes:
         """The bytes of a bundle behind a pointer. Raises: Problem."""
-        source, limit = self.policy.source(pointer), self.s.max_bundle_mb * MIB
-        if isinstance(source, Upload):
+        source, limit = self.policy.source(pointer), self.settings.max_bundle_mb * MIB
+        if isinstance(source, UploadedFile):
             path = self._uploaded(source.digest)
             if path.stat().st_size > limit:
                 raise Problem("too-large", f"a bundle has at most {limit} bytes")
@@ -199,7 +214,7 @@ class Library:
             if expected == before and self.cache.has(expected):
                 os.utime(self.cache.path(expected))
                 return expected, self.cache.path(expected), True
-        with self._reading(source, self.s.model_limit) as (size, pieces), self.cache.writing() as file:
+        with self._reading(source, self.settings.model_limit) as (size, pieces), self.cache.writing() as file:
             for piece in pieces:
                 file.write(piece)
             if file.size != size:
@@ -208,7 +223,7 @@ class Library:
                 raise Problem("wrong-digest", "the model is not the one that its manifest names")
             digest, path = file.digest, file.keep()
         self.downloads += 1
-        self.cache.trim(self.s.cache_mb * MIB)
+        self.cache.trim(self.settings.cache_mb * MIB)
         return digest, path, False
 
     def _in_folder(self, source: Source) -> tuple[Source, str]:
@@ -217,41 +232,43 @@ class Library:
         try:
             entry = parse_manifest(data).get(MODEL_FILE)
         except MTLSignError as error:
-            raise of_error(error, about="model") from None
+            raise problem_from_error(error, about="model") from None
         if entry is None:
             raise Problem("not-a-model", f"the folder has no {MODEL_FILE}; point to a model folder or file")
-        if entry.size > self.s.model_limit:
-            raise Problem("too-large", f"the model has {entry.size} bytes, {self.s.model_limit} are allowed")
+        if entry.size > self.settings.model_limit:
+            raise Problem(
+                "too-large", f"the model has {entry.size} bytes, {self.settings.model_limit} are allowed"
+            )
         return _below(source, MODEL_FILE), entry.sha256
 
     @contextmanager
     def _reading(self, source: Source, limit: int) -> Iterator[tuple[int, Iterator[bytes]]]:
-        end = time.monotonic() + self.s.fetch_s
+        end = time.monotonic() + self.settings.fetch_s
         try:
-            if isinstance(source, Local):
+            if isinstance(source, LocalFile):
                 with _open_below(source) as (file, size):
                     if size > limit:
                         raise Problem(
                             "too-large", f"{size} bytes lie behind the pointer, {limit} are allowed"
                         )
                     yield size, iter(lambda: file.read(PIECE), b"")
-            elif isinstance(source, Bucket):
+            elif isinstance(source, S3Object):
                 folder, _, name = source.key.rpartition("/")
                 where = f"s3://{source.bucket}" + (f"/{folder}" if folder else "")
-                storage = open_storage(where, endpoint=self.s.endpoint)
+                storage = open_storage(where, endpoint=self.settings.endpoint)
                 assert isinstance(storage, S3Storage)
                 with storage.open_read(name, limit) as (size, pieces):
-                    yield size, _until(pieces, end, self.s.fetch_s)
-            elif isinstance(source, Web):
-                with opened(
-                    source, self.policy, limit, self.s.fetch_s,
+                    yield size, _until(pieces, end, self.settings.fetch_s)
+            elif isinstance(source, HttpsResource):
+                with open_https(
+                    source, self.policy, limit, self.settings.fetch_s,
                     resolver=self._resolver, transport=self._transport,
                 ) as found:  # fmt: skip
                     yield found
         except TooLargeError:
             raise Problem("too-large", f"The model has more than the {limit} bytes allowed.") from None
         except MTLSignError as error:
-            metrics.event("not_fetched", reason=str(error))
+            metrics.log_event("not_fetched", reason=str(error))
             detail = "what the pointer names cannot be had; correct the pointer, or try later"
             raise Problem("unreachable", detail) from None
 
@@ -264,24 +281,24 @@ def _until(pieces: Iterator[bytes], end: float, seconds: float) -> Iterator[byte
 
 
 def _last(source: Source) -> str:
-    if isinstance(source, Local):
+    if isinstance(source, LocalFile):
         return source.parts[-1] if source.parts else ""
-    return source.path.partition("?")[0] if isinstance(source, Web) else getattr(source, "key", "")
+    return source.path.partition("?")[0] if isinstance(source, HttpsResource) else getattr(source, "key", "")
 
 
 def _below(source: Source, name: str) -> Source:
-    if isinstance(source, Local):
-        return Local(source.root, (*source.parts, name))
-    if isinstance(source, Bucket):
-        return Bucket(source.bucket, f"{source.key}/{name}".lstrip("/"))
-    if isinstance(source, Web):
+    if isinstance(source, LocalFile):
+        return LocalFile(source.root, (*source.parts, name))
+    if isinstance(source, S3Object):
+        return S3Object(source.bucket, f"{source.key}/{name}".lstrip("/"))
+    if isinstance(source, HttpsResource):
         path, _, _ = source.path.partition("?")
-        return Web(source.host, source.port, f"{path.rstrip('/')}/{name}")
-    raise refused("names an upload, which is one file")
+        return HttpsResource(source.host, source.port, f"{path.rstrip('/')}/{name}")
+    raise location_refused("names an upload, which is one file")
 
 
 @contextmanager
-def _open_below(source: Local) -> Iterator[tuple[IO[bytes], int]]:
+def _open_below(source: LocalFile) -> Iterator[tuple[IO[bytes], int]]:
     """A plain file below the allowed folder; no link is followed on the way, whoever makes one meanwhile."""
     at = -1
     try:
@@ -294,13 +311,15 @@ def _open_below(source: Local) -> Iterator[tuple[IO[bytes], int]]:
             at = following
         status = os.fstat(at)
         if not stat.S_ISREG(status.st_mode):
-            raise refused("names no plain file")
+            raise location_refused("names no plain file")
     except OSError as error:
         if at >= 0:
             os.close(at)
         if isinstance(error, FileNotFoundError):
             raise Problem("unreachable", "there is no such file; correct the pointer") from None
-        raise refused("leads through a link or something that is no folder or file of ours to read") from None
+        raise location_refused(
+            "leads through a link or something that is no folder or file of ours to read"
+        ) from None
     except Problem:
         os.close(at)
         raise

@@ -28,19 +28,19 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 #: Only these take a body of `max_body_mb`; every other one is short.
 _LARGE = ("/v1/verifications", "/checks")
-SMALL = 16 * 1024
+SMALL_BODY_BYTES = 16 * 1024
 _UPLOAD = re.compile(r"/v1/models/[^/]+")
 #: Header of a refusal: by Ray's proxy, before it read the body.
-BOUNDED = "x-mtlsign-bounded"
+PROXY_HEADER = "x-mtlsign-bounded"
 RELEASE = "mtlsign.release"
 #: Bodies of the largest size that are held at once, all together; one peer has half of that at most.
-BODIES = 4
+MAX_LARGE_BODIES = 4
 GRACE_S = 5.0
 SLOWEST = 1024
 """Bytes a second that a body must have on average after the grace period."""
 
 
-class Limits:
+class BodyLimitMiddleware:
     """Wraps an ASGI app.
 
     Args:
@@ -52,9 +52,13 @@ class Limits:
     """
 
     def __init__(
-        self, app: App, s: ServiceSettings, proxy: bool = False, count: Callable[[str], None] = lambda _: None
+        self,
+        app: App,
+        settings: ServiceSettings,
+        proxy: bool = False,
+        count: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.app, self.s, self.proxy, self.count, self.held = app, s, proxy, count, 0
+        self.app, self.settings, self.proxy, self.count, self.held = app, settings, proxy, count, 0
         self.shares: Counter[str] = Counter()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -87,11 +91,11 @@ class Limits:
             except Problem as problem:
                 self.count(problem.kind)
                 if not started:
-                    await refuse(problem, send, proxy=self.proxy)
+                    await send_problem(problem, send, proxy=self.proxy)
                 refused = True
                 return {"type": "http.disconnect"}
 
-        bound = _Bounded(self, scope, receive)
+        bound = _LimitedBody(self, scope, receive)
         if not self.proxy:  # Ray's proxy pickles the scope
             scope[RELEASE] = bound.release
         try:
@@ -102,12 +106,12 @@ class Limits:
         except Problem as problem:
             self.count(problem.kind)
             if not started:
-                await refuse(problem, send, proxy=self.proxy)
+                await send_problem(problem, send, proxy=self.proxy)
         finally:
             bound.release()
 
 
-def release(scope: MutableMapping[str, Any]) -> None:
+def release_body(scope: MutableMapping[str, Any]) -> None:
     """Say that the request's body is parsed and no longer held, though its answer is yet to come."""
     scope.get(RELEASE, lambda: None)()
 
@@ -120,16 +124,18 @@ def _peer(scope: MutableMapping[str, Any], headers: Mapping[bytes, bytes]) -> st
     return host
 
 
-class _Bounded:
+class _LimitedBody:
     """One body."""
 
-    def __init__(self, limits: Limits, scope: MutableMapping[str, Any], receive: Receive) -> None:
-        s = limits.s
+    def __init__(
+        self, limits: BodyLimitMiddleware, scope: MutableMapping[str, Any], receive: Receive
+    ) -> None:
+        s = limits.settings
         self._limits, self._receive = limits, receive
         self._headers = {k.lower(): v for k, v in scope.get("headers", ())}
         self._upload = scope["method"] == "PUT" and bool(_UPLOAD.fullmatch(scope["path"]))
         short = scope["method"] != "POST" or scope["path"] not in _LARGE
-        self._most = s.model_limit if self._upload else SMALL if short else s.body_limit
+        self._most = s.model_limit if self._upload else SMALL_BODY_BYTES if short else s.body_limit
         self._seconds = s.upload_s if self._upload else s.body_s
         self._pace = s.upload_mb_s * MIB if self._upload and limits.proxy else 0.0
         self._start, self._seen, self._ended, self.held = time.monotonic(), 0, False, 0
@@ -169,7 +175,7 @@ class _Bounded:
         if not self._ended and passed > GRACE_S and self._seen < SLOWEST * passed:
             raise Problem("too-slow", f"the body comes with under {SLOWEST} bytes a second")
         if not self._upload:
-            self._hold(min(size, max(0, self._seen - SMALL)))
+            self._hold(min(size, max(0, self._seen - SMALL_BODY_BYTES)))
             if self._ended and self._limits.proxy:  # on its way to the ingress, which counts for itself
                 self.release()
         if self._pace:
@@ -178,11 +184,11 @@ class _Bounded:
 
     def _hold(self, size: int) -> None:
         """Count what is held beyond a short body's size, which is always taken."""
-        limits, one = self._limits, self._limits.s.body_limit
+        limits, one = self._limits, self._limits.settings.body_limit
         self.held += size
         limits.held += size
         limits.shares[self._peer] += size
-        if limits.held > BODIES * one or limits.shares[self._peer] > BODIES * one // 2:
+        if limits.held > MAX_LARGE_BODIES * one or limits.shares[self._peer] > MAX_LARGE_BODIES * one // 2:
             raise Problem("busy", "too many bodies are coming in at once; try again", retry_after=2)
 
     def release(self) -> None:
@@ -194,7 +200,7 @@ class _Bounded:
             del self._limits.shares[self._peer]
 
 
-async def refuse(problem: Problem, send: Send, *, proxy: bool = False) -> None:
+async def send_problem(problem: Problem, send: Send, *, proxy: bool = False) -> None:
     """Answer with a problem, and close: the rest of the body is not wanted. Ray's proxy says who it is."""
     body = json.dumps(problem.document()).encode()
     headers = [
@@ -202,7 +208,7 @@ async def refuse(problem: Problem, send: Send, *, proxy: bool = False) -> None:
         (b"connection", b"close"),
     ]  # fmt: skip
     if proxy:
-        headers.append((BOUNDED.encode(), b"proxy"))
+        headers.append((PROXY_HEADER.encode(), b"proxy"))
     if problem.retry_after is not None:
         headers.append((b"retry-after", str(max(1, round(problem.retry_after))).encode()))
     await send({"type": "http.response.start", "status": problem.status, "headers": headers})
@@ -211,9 +217,9 @@ async def refuse(problem: Problem, send: Send, *, proxy: bool = False) -> None:
 
 def proxy_middlewares() -> list[Middleware]:
     """What Ray's proxy runs before it reads a body. This module is light: the proxy has seconds to start."""
-    metrics.to_stderr()
+    metrics.configure_logging()
 
     def count(kind: str) -> None:
-        metrics.event("refused", reason=kind)
+        metrics.log_event("refused", reason=kind)
 
-    return [Middleware(Limits, s=ServiceSettings.load(), proxy=True, count=count)]
+    return [Middleware(BodyLimitMiddleware, settings=ServiceSettings.load(), proxy=True, count=count)]

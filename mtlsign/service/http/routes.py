@@ -14,7 +14,7 @@ from mtlsign.config.service import MIB
 from mtlsign.service import metrics
 from mtlsign.service.auth import tokens
 from mtlsign.service.auth.tokens import Token
-from mtlsign.service.http.body_limits import release
+from mtlsign.service.http.body_limits import release_body
 from mtlsign.service.http.schemas import (
     LEDGER,
     TOKENS,
@@ -28,7 +28,7 @@ from mtlsign.service.http.schemas import (
 )
 from mtlsign.service.json_input import read_json
 from mtlsign.service.problems import MEDIA, Problem
-from mtlsign.service.state import Office, office_of
+from mtlsign.service.state import AppState, get_state
 
 router = APIRouter(prefix="/v1")
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -38,16 +38,16 @@ _IDEM = re.compile(r"[\x21-\x7e]{1,128}")
 ENVELOPE = "application/vnd.in-toto+json"
 
 
-async def who(request: Request, scope: str) -> tuple[Office, Token]:
+async def authenticate(request: Request, scope: str) -> tuple[AppState, Token]:
     """The office and the caller, who has that scope. Raises Problem."""
-    office = office_of(request)
+    office = get_state(request)
     token = await asyncio.to_thread(tokens.bearer, office.store, request.headers.get("authorization"))
     request.state.token = token.id  # for the log
     token.need(scope)
     return office, token
 
 
-async def body_of(request: Request, raw: bytes | None = None) -> dict[str, Any]:
+async def json_body(request: Request, raw: bytes | None = None) -> dict[str, Any]:
     """The JSON object in a body (its size is bounded by `limits`). Raises Problem."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -62,7 +62,7 @@ async def body_of(request: Request, raw: bytes | None = None) -> dict[str, Any]:
     return found
 
 
-def _only(body: dict[str, Any], *names: str) -> None:
+def reject_unknown_fields(body: dict[str, Any], *names: str) -> None:
     extra = body.keys() - set(names)
     if extra:
         raise Problem("malformed-request", f"unknown field {ascii(sorted(extra)[0])[:60]}")
@@ -71,14 +71,14 @@ def _only(body: dict[str, Any], *names: str) -> None:
 @router.post("/verifications", **with_body(VERIFY, VERIFY_BODY))
 async def verify(request: Request) -> JSONResponse:
     """Verify 1…256 claims. Results are in the claims' order; 202 when they are not all there in time."""
-    office, token = await who(request, "verify")
+    office, token = await authenticate(request, "verify")
     idem = request.headers.get("idempotency-key")
     if idem is not None and not _IDEM.fullmatch(idem):
         raise Problem("malformed-request", "an Idempotency-Key has 1 to 128 printable ASCII characters")
     raw = b"".join([piece async for piece in request.stream()])  # `request.body` would keep it to the end
     async with office.heavy if len(raw) > MIB else nullcontext():  # parsed, it takes several times its size
-        body = await body_of(request, raw)
-        _only(body, "claims", "wait_s")
+        body = await json_body(request, raw)
+        reject_unknown_fields(body, "claims", "wait_s")
         claims, wait = body.get("claims"), body.get("wait_s", 10)
         if not isinstance(claims, list):
             raise Problem("malformed-request", "claims must be a list")
@@ -86,8 +86,8 @@ async def verify(request: Request) -> JSONResponse:
             raise Problem("malformed-request", "wait_s must be a number of seconds from 0 to 3600")
         job = await office.desk.submit(token, claims, idem)
         del raw, body, claims
-    release(request.scope)
-    job = await office.desk.wait(job, min(float(wait), office.s.max_wait_s))
+    release_body(request.scope)
+    job = await office.desk.wait(job, min(float(wait), office.settings.max_wait_s))
     return _job(await office.desk.answer(job))
 
 
@@ -101,7 +101,7 @@ def _job(document: dict[str, Any]) -> JSONResponse:
 @router.get("/verifications/{name}", **VERIFY)
 async def verification(request: Request, name: str) -> JSONResponse:
     """A request of this token and its results so far; 202 while some are missing."""
-    office, token = await who(request, "verify")
+    office, token = await authenticate(request, "verify")
     if not _ID.fullmatch(name):
         raise Problem("not-found", "this token has no such request")
     job = await asyncio.to_thread(office.store.job, name, token.id)
@@ -111,11 +111,11 @@ async def verification(request: Request, name: str) -> JSONResponse:
 @router.get("/verdicts/{name}", **VERDICTS)
 async def verdict(request: Request, name: str) -> Response:
     """The signed verdict of one claim (a DSSE envelope); `name` is a result's id."""
-    office, token = await who(request, "verify")
+    office, token = await authenticate(request, "verify")
     return Response(await asyncio.to_thread(signed, office, token, name), media_type=ENVELOPE)
 
 
-def signed(office: Office, token: Token, name: str) -> bytes:
+def signed(office: AppState, token: Token, name: str) -> bytes:
     """The envelope of one verdict of that token. Raises Problem."""
     found = _VERDICT.fullmatch(name)
     if found:
@@ -129,12 +129,12 @@ def signed(office: Office, token: Token, name: str) -> bytes:
 @router.put("/models/{sha256}", **with_body(UPLOADS, UPLOAD_BODY))
 async def upload(request: Request, sha256: str) -> JSONResponse:
     """Send a model (or a bundle) up, checked against its SHA-256 as it comes; `sha256:HEX` then names it."""
-    office, token = await who(request, "verify")
+    office, token = await authenticate(request, "verify")
     if not _DIGEST.fullmatch(sha256):
         raise Problem(
             "malformed-request", "the path must end in the file's SHA-256, 64 lower-case hex digits"
         )
-    s, shelf = office.s, office.shelf
+    s, shelf = office.settings, office.shelf
     announced = request.headers.get("content-length")
     if announced is None:
         raise Problem("malformed-request", "say how much is coming: Content-Length")
@@ -156,7 +156,7 @@ async def upload(request: Request, sha256: str) -> JSONResponse:
     except BaseException:  # whoever did not send the bytes gets nothing by their digest
         await asyncio.to_thread(store.release, ticket)
         raise
-    metrics.event("uploaded", token=token.id, sha256=sha256, size=file.size)
+    metrics.log_event("uploaded", token=token.id, sha256=sha256, size=file.size)
     answer = {"sha256": sha256, "model": f"sha256:{sha256}", "size": file.size, "expires": expires}
     return JSONResponse(answer, 201)
 
@@ -164,7 +164,7 @@ async def upload(request: Request, sha256: str) -> JSONResponse:
 @router.get("/models/{sha256}", **UPLOADS)
 async def uploaded(request: Request, sha256: str) -> JSONResponse:
     """Whether this token's upload is still there."""
-    office, token = await who(request, "verify")
+    office, token = await authenticate(request, "verify")
     found = (
         await asyncio.to_thread(office.store.upload, token.id, sha256) if _DIGEST.fullmatch(sha256) else None
     )
@@ -178,14 +178,14 @@ async def uploaded(request: Request, sha256: str) -> JSONResponse:
 @router.get("/keys", **LEDGER)
 async def keys(request: Request) -> JSONResponse:
     """Public halves of the keys that sign verdicts, the current one first, and the ledger's entry of each."""
-    office = office_of(request)
+    office = get_state(request)
     return JSONResponse({"keys": await office.listed()})
 
 
 @router.get("/ledger/head", **LEDGER)
 async def head(request: Request) -> JSONResponse:
     """The newest head that counts, with its co-signatures as a note."""
-    office, _ = await who(request, "ledger")
+    office, _ = await authenticate(request, "ledger")
     desk = office.need_ledger()
     return JSONResponse(await desk.ask(desk.head))
 
@@ -193,7 +193,7 @@ async def head(request: Request) -> JSONResponse:
 @router.get("/ledger/entries/{index}", **LEDGER)
 async def entry(request: Request, index: str) -> JSONResponse:
     """One entry; `envelope` are its exact bytes in base64."""
-    office, _ = await who(request, "ledger")
+    office, _ = await authenticate(request, "ledger")
     desk = office.need_ledger()
     return JSONResponse(await desk.ask(desk.entry, _number(index)))
 
@@ -201,7 +201,7 @@ async def entry(request: Request, index: str) -> JSONResponse:
 @router.get("/ledger/proofs/{index}", **LEDGER)
 async def proof(request: Request, index: str) -> JSONResponse:
     """RFC 6962 inclusion proof of an entry; `?size=` chooses the tree."""
-    office, _ = await who(request, "ledger")
+    office, _ = await authenticate(request, "ledger")
     size = request.query_params.get("size")
     wanted = None if size is None else _number(size)
     desk = office.need_ledger()
@@ -217,17 +217,17 @@ def _number(text: str) -> int:
 @router.get("/tokens", **TOKENS)
 async def list_tokens(request: Request) -> JSONResponse:
     """All tokens, without their secrets (scope admin)."""
-    office, _ = await who(request, "admin")
+    office, _ = await authenticate(request, "admin")
     return JSONResponse({"tokens": await asyncio.to_thread(tokens.known, office.store)})
 
 
 @router.post("/tokens", **with_body(TOKENS, TOKENS_BODY))
 async def make_token(request: Request) -> JSONResponse:
     """Make a token (scope admin); its text is shown this once."""
-    office, token = await who(request, "admin")
-    body = await body_of(request)
-    _only(body, "name", "scopes", "hours")
-    name, scopes, hours = body.get("name"), body.get("scopes"), body.get("hours", office.s.token_hours)
+    office, token = await authenticate(request, "admin")
+    body = await json_body(request)
+    reject_unknown_fields(body, "name", "scopes", "hours")
+    name, scopes, hours = body.get("name"), body.get("scopes"), body.get("hours", office.settings.token_hours)
     if (
         not isinstance(name, str)
         or not isinstance(scopes, list)
@@ -237,17 +237,17 @@ async def make_token(request: Request) -> JSONResponse:
     if isinstance(hours, bool) or not isinstance(hours, int | float) or not 0 < hours <= 24 * 3650:
         raise Problem("malformed-request", "hours must be a number from 0 to 87600")
     text = await asyncio.to_thread(tokens.issue, office.store, name, scopes, float(hours))
-    metrics.event("token_made", by=token.id, token=text.split("_")[1])
+    metrics.log_event("token_made", by=token.id, token=text.split("_")[1])
     return JSONResponse({"token": text, "id": text.split("_")[1]}, 201)
 
 
 @router.delete("/tokens/{name}", **TOKENS)
 async def end_token(request: Request, name: str) -> Response:
     """Revoke a token now (scope admin)."""
-    office, token = await who(request, "admin")
+    office, token = await authenticate(request, "admin")
     if not await asyncio.to_thread(tokens.revoke, office.store, name[:64]):
         raise Problem("not-found", "there is no such token, or it is revoked already")
-    metrics.event("token_revoked", by=token.id, token=name[:64])
+    metrics.log_event("token_revoked", by=token.id, token=name[:64])
     return Response(status_code=204)
 
 

@@ -8,24 +8,24 @@ from dataclasses import dataclass
 
 from mtlsign.service.fetch.locations import MAX_POINTER
 from mtlsign.service.problems import Problem
-from mtlsign.service.verifier.verifier import Question
+from mtlsign.service.verifier.verifier import OpenedClaimRef
 
-NOTHING = Question()
+NOTHING = OpenedClaimRef()
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class Asked:
+class ClaimRequest:
     """One claim of a request: its place, and the task's parts or the problem that it is."""
 
     at: int
     model: str = ""
     sha256: str | None = None
-    question: Question = NOTHING
+    question: OpenedClaimRef = NOTHING
     problem: Problem | None = None
 
 
-def read_claim(at: int, claim: object) -> Asked:
+def parse_claim_request(at: int, claim: object) -> ClaimRequest:
     """A claim as it was sent; whatever is wrong with it is its own problem."""
     try:
         if not isinstance(claim, dict) or not {"model", "bundle"} <= claim.keys() <= {
@@ -42,12 +42,12 @@ def read_claim(at: int, claim: object) -> Asked:
         if isinstance(bundle, str):
             if not _is_pointer(bundle):
                 raise Problem("bad-claim", f"a bundle's pointer has 1 to {MAX_POINTER} ASCII characters")
-            return Asked(at, model, digest, Question(pointer=bundle))
+            return ClaimRequest(at, model, digest, OpenedClaimRef(pointer=bundle))
         if not isinstance(bundle, dict):
             raise Problem("bad-claim", "bundle must be an opened claim (an object) or a pointer to one")
-        return Asked(at, model, digest, Question(json.dumps(bundle).encode()))
+        return ClaimRequest(at, model, digest, OpenedClaimRef(json.dumps(bundle).encode()))
     except Problem as problem:
-        return Asked(at, problem=problem)
+        return ClaimRequest(at, problem=problem)
 
 
 def _is_pointer(value: object) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 
-class Turns:
+class FairSemaphore:
     """`room` places; whoever waits in line gets one when his name's turn comes, whatever others queued."""
 
     def __init__(self, room: int) -> None:

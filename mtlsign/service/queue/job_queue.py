@@ -22,20 +22,26 @@ from mtlsign.errors import KeyMaterialError
 from mtlsign.service import metrics
 from mtlsign.service.auth.signing import Keys
 from mtlsign.service.auth.tokens import Token
-from mtlsign.service.database import Job, Room, Store
-from mtlsign.service.fetch.model_cache import Shelf
+from mtlsign.service.database import Database, Job, QueueLimits
+from mtlsign.service.fetch.model_cache import ContentStore
 from mtlsign.service.metrics import Metrics
 from mtlsign.service.problems import Problem
-from mtlsign.service.queue.claim_request import Asked, read_claim
-from mtlsign.service.queue.fair_semaphore import Turns
-from mtlsign.service.verifier.verifier import GRACE_S, Backend, Lost, Outcome, Task
+from mtlsign.service.queue.claim_request import ClaimRequest, parse_claim_request
+from mtlsign.service.queue.fair_semaphore import FairSemaphore
+from mtlsign.service.verifier.verifier import (
+    GRACE_S,
+    ClaimOutcome,
+    VerificationTask,
+    VerifierBackend,
+    VerifierCrashed,
+)
 
 TASK_CLAIMS = 16
 LEASE_S = 15.0
 PAUSE_S = 0.1
 
 
-class Failed(Lost):
+class BackendError(VerifierCrashed):
     """Asking went wrong in a way that nobody thought of."""
 
 
@@ -46,24 +52,32 @@ def _of_the_machine(error: BaseException) -> bool:
     return isinstance(error, OSError | sqlite3.OperationalError | MemoryError)
 
 
-def _defect(name: str, error: Exception) -> Outcome:
-    metrics.defect(name, error)
+def _defect(name: str, error: Exception) -> ClaimOutcome:
+    metrics.log_exception(name, error)
     detail = "the service failed at this claim; the failure was logged"
     return {"problem": Problem("internal", detail).document()}
 
 
-class Desk:
+class JobQueue:
     """One process's desk. `start` before use, `stop` at the end."""
 
     def __init__(
-        self, s: ServiceSettings, store: Store, keys: Keys, backend: Backend, figures: Metrics, *,
+        self, settings: ServiceSettings, store: Database, keys: Keys, backend: VerifierBackend, figures: Metrics, *,
         parallel: int = 0,
     ) -> None:  # fmt: skip
-        self.s, self.store, self.keys, self.backend, self.metrics = s, store, keys, backend, figures
+        self.settings, self.store, self.keys, self.backend, self.metrics = (
+            settings,
+            store,
+            keys,
+            backend,
+            figures,
+        )
         self.name = secrets.token_hex(8)
-        self._uploads = Shelf(s.state / "uploads")
-        self._turns = Turns(parallel or 2 * max(s.verifiers, s.max_verifiers))
-        self._room = Room(s.token_claims, s.token_mb * MIB, s.queue_claims, s.queue_mb * MIB)
+        self._uploads = ContentStore(settings.state / "uploads")
+        self._turns = FairSemaphore(parallel or 2 * max(settings.verifiers, settings.max_verifiers))
+        self._room = QueueLimits(
+            settings.token_claims, settings.token_mb * MIB, settings.queue_claims, settings.queue_mb * MIB
+        )
         self._running: dict[str, asyncio.Task[None]] = {}
         self._failures: Counter[str] = Counter()
         self._keeper: asyncio.Task[None] | None = None
@@ -85,11 +99,11 @@ class Desk:
             with contextlib.suppress(Exception):
                 await asyncio.to_thread(self.store.renew, list(self._running), LEASE_S)
                 for job in await asyncio.to_thread(self.store.adopt, self.name, LEASE_S, list(self._running)):
-                    metrics.event("adopted", job=job.id)
+                    metrics.log_event("adopted", job=job.id)
                     self._begin(job)
                 if time.monotonic() - self._cleaned > 60 or not self._cleaned:
                     self._cleaned = time.monotonic()
-                    wanted = await asyncio.to_thread(self.store.clean, self.s.keep_days * 86_400)
+                    wanted = await asyncio.to_thread(self.store.clean, self.settings.keep_days * 86_400)
                     await asyncio.to_thread(self._uploads.sweep, wanted)
                 self.metrics.add("mtlsign_waiting", await asyncio.to_thread(self.store.waiting))
             await asyncio.sleep(LEASE_S / 3)
@@ -99,8 +113,10 @@ class Desk:
 
         Raises: Problem malformed-request, conflicting-key, too-many-claims, busy.
         """
-        if not 1 <= len(claims) <= self.s.max_claims:
-            raise Problem("malformed-request", f"claims must be 1 to {self.s.max_claims}, not {len(claims)}")
+        if not 1 <= len(claims) <= self.settings.max_claims:
+            raise Problem(
+                "malformed-request", f"claims must be 1 to {self.settings.max_claims}, not {len(claims)}"
+            )
         if await asyncio.to_thread(self.store.known, token.id, idem) is None:  # before the work of sealing
             await asyncio.to_thread(self.store.check_room, token.id, len(claims), 0, self._room)
         sealed, digest = await asyncio.to_thread(self._seal, claims)
@@ -111,7 +127,7 @@ class Desk:
         )
         if kept.id == job.id:
             self.metrics.add("mtlsign_claims", len(claims))
-            metrics.event("accepted", job=job.id, token=token.id, claims=len(claims))
+            metrics.log_event("accepted", job=job.id, token=token.id, claims=len(claims))
             self._begin(job)
         return kept
 
@@ -148,18 +164,18 @@ class Desk:
         try:
             await self._work(job)
         except Exception as error:  # a full disk, say: taken up again when the lease has run out
-            metrics.defect("put_down", error)
+            metrics.log_exception("put_down", error)
             self._failures[job.id] += not _of_the_machine(error)
             try:
                 await self._put_down(job, error)
             except Exception as again:  # that could not be kept either: the lease still runs out
-                metrics.defect("put_down", again)
+                metrics.log_exception("put_down", again)
         else:
             self._failures.pop(job.id, None)
 
     async def _put_down(self, job: Job, error: Exception) -> None:
         """Leave a request for later; after too many failures answer what is open and end it."""
-        if self._failures[job.id] < self.s.attempts:
+        if self._failures[job.id] < self.settings.attempts:
             await asyncio.to_thread(self.store.put_down, job.id, self.store.clock() + LEASE_S)
             return
         done = await asyncio.to_thread(self.store.outcomes, job.id)
@@ -178,12 +194,14 @@ class Desk:
                     group.create_task(self._part(job, model, digest, places[i : i + TASK_CLAIMS]))
         await asyncio.to_thread(self.store.finish, job.id)
         self.metrics.add("mtlsign_request_seconds", time.perf_counter() - start)
-        metrics.event("answered", job=job.id, token=job.token, claims=job.count)
+        metrics.log_event("answered", job=job.id, token=job.token, claims=job.count)
 
-    def _sort(self, job: Job) -> tuple[list[tuple[int, Outcome]], dict[tuple[str, str | None], list[int]]]:
+    def _sort(
+        self, job: Job
+    ) -> tuple[list[tuple[int, ClaimOutcome]], dict[tuple[str, str | None], list[int]]]:
         """What can be refused now, and the places of the other claims by model. Holds one claim at a time."""
         done = self.store.outcomes(job.id)
-        refused: list[tuple[int, Outcome]] = []
+        refused: list[tuple[int, ClaimOutcome]] = []
         groups: dict[tuple[str, str | None], list[int]] = {}
         for at in range(job.count):
             if at in done:
@@ -202,16 +220,16 @@ class Desk:
                 groups.setdefault((one.model, one.sha256), []).append(at)
         return refused, groups
 
-    def _open(self, job: Job, at: int) -> Asked:
+    def _open(self, job: Job, at: int) -> ClaimRequest:
         """One claim, decrypted."""
         try:
-            return read_claim(at, json.loads(self.keys.unseal(self.store.sealed(job.id, at))))
+            return parse_claim_request(at, json.loads(self.keys.unseal(self.store.sealed(job.id, at))))
         except KeyMaterialError as error:
-            metrics.event("unreadable", job=job.id, reason=str(error))
+            metrics.log_event("unreadable", job=job.id, reason=str(error))
             detail = "the service lost the key that seals requests; send this one again"
-            return Asked(at, problem=Problem("internal", detail))
+            return ClaimRequest(at, problem=Problem("internal", detail))
 
-    def _not_theirs(self, token: str, one: Asked) -> Problem | None:
+    def _not_theirs(self, token: str, one: ClaimRequest) -> Problem | None:
         for pointer in (one.model, one.question.pointer):
             if pointer and pointer.startswith("sha256:") and not self.store.upload(token, pointer[7:]):
                 detail = "this token has no upload of that digest (any more); send it first"
@@ -237,15 +255,15 @@ class Desk:
                 continue
             losses += 1
             self.metrics.add("mtlsign_retries", len(rest))
-            metrics.event("lost", claims=len(rest), times=losses, reason=type(error).__name__)
+            metrics.log_event("lost", claims=len(rest), times=losses, reason=type(error).__name__)
             # Whose turn it was is the suspect; where nobody can tell, all are, half as much; at first, none.
             guilty = rest[:1] if error.begun else rest if losses > 1 else []
             for at in guilty:
                 strikes[at] += 1 if error.begun else 0.5
-            most = self.s.attempts
+            most = self.settings.attempts
             enough = [at for at in rest if strikes[at] >= most or losses >= 10 * most]
             gone = Problem("verifier-lost", "no verifier lived to answer this claim; try it alone, later")
-            if isinstance(error, Failed):
+            if isinstance(error, BackendError):
                 gone = Problem("internal", "the service failed at this claim; the failure was logged")
             await self._keep(job, [(at, {"problem": gone.document()}) for at in enough])
             innocent = [at for at in rest if at not in guilty and at not in enough]
@@ -256,12 +274,12 @@ class Desk:
 
     async def _ask(
         self, job: Job, model: str, digest: str | None, places: Sequence[int], *, careful: bool
-    ) -> tuple[list[Outcome], Lost | None]:
+    ) -> tuple[list[ClaimOutcome], VerifierCrashed | None]:
         """Outcomes from the first place on, and how the verifier was lost if they are not all there."""
         asked = [await asyncio.to_thread(self._open, job, at) for at in places]
-        task = Task(model, digest, tuple(one.question for one in asked), careful)
-        limit = self.s.fetch_s * (1 + sum(one.question.pointer is not None for one in asked))
-        limit += (self.s.claim_s + GRACE_S) * (len(asked) + 1)
+        task = VerificationTask(model, digest, tuple(one.question for one in asked), careful)
+        limit = self.settings.fetch_s * (1 + sum(one.question.pointer is not None for one in asked))
+        limit += (self.settings.claim_s + GRACE_S) * (len(asked) + 1)
         pause = 0.1
         while True:
             try:
@@ -272,23 +290,23 @@ class Desk:
             except Problem as problem:
                 if problem.kind != "busy":  # busy verifiers are no reason to fail what was accepted
                     return [{"problem": problem.document()} for _ in places], None
-            except Lost as lost:
+            except VerifierCrashed as lost:
                 return lost.outcomes, lost
             except TimeoutError:
-                return [], Lost(begun=None)
+                return [], VerifierCrashed(begun=None)
             except Exception as error:
-                metrics.defect("asked_in_vain", error)
-                return [], Failed(begun=None)
+                metrics.log_exception("asked_in_vain", error)
+                return [], BackendError(begun=None)
             await asyncio.sleep(pause)
             pause = min(2 * pause, 5.0)
         rounded = {stage: round(seconds, 5) for stage, seconds in answer.seconds.items()}
-        metrics.event("asked", job=job.id, claims=len(places), cached=answer.cached, seconds=rounded)
+        metrics.log_event("asked", job=job.id, claims=len(places), cached=answer.cached, seconds=rounded)
         for stage, seconds in answer.seconds.items():
             self.metrics.add("mtlsign_stage_seconds", seconds, stage)
         self.metrics.add("mtlsign_cache", 1, "hit" if answer.cached else "miss")
         return answer.outcomes, None
 
-    async def _keep(self, job: Job, found: Sequence[tuple[int, Outcome]]) -> None:
+    async def _keep(self, job: Job, found: Sequence[tuple[int, ClaimOutcome]]) -> None:
         rows = []
         if not found:
             return

@@ -22,11 +22,11 @@ from typing import Any
 from mtlsign.claims.blob_store import MAX_REFERENCE
 from mtlsign.claims.merkle import leaf_hash
 from mtlsign.claims.statements.envelope import MAX_ENVELOPE
-from mtlsign.claims.statements.parsing import unseal
+from mtlsign.claims.statements.parsing import open_statement
 from mtlsign.claims.statements.types import Claim
 from mtlsign.errors import MTLSignError
 from mtlsign.service.json_input import read_json
-from mtlsign.service.problems import Problem, of_error
+from mtlsign.service.problems import Problem, problem_from_error
 from mtlsign.watermark.keys.opening import KeyOpening
 from mtlsign.watermark.keys.sealing import MAGIC as SEALED
 from mtlsign.watermark.keys.spec import Spec
@@ -104,7 +104,7 @@ def _checked(opening: KeyOpening, reference: bytes, head: bytes | None, claim: s
     try:
         spec, key = opening.parse(), opening.key()
     except MTLSignError as error:
-        raise of_error(error, about="bundle") from None
+        raise problem_from_error(error, about="bundle") from None
     if hashlib.sha256(reference).hexdigest() != spec.reference:
         raise Problem("bad-bundle", "the reference is not the one that the spec names")
     if (spec.head.kind == "free") != (head is not None):
@@ -125,14 +125,14 @@ def _from_file(data: bytes) -> OpenedClaim:
             if type(index) is not int or index < 0:
                 raise ValueError
             envelope = _member(file, f"entries/{index}", MAX_ENVELOPE)
-            claim, _ = unseal(envelope)
+            claim, _ = open_statement(envelope)
             if not isinstance(claim, Claim):
                 raise ValueError
             reference = _member(file, f"blobs/{claim.opening.parse().reference}", MAX_REFERENCE)
             named = claim.heads[claim.key_index] if claim.key_index < len(claim.heads) else None
             head = None if named is None else _member(file, f"blobs/{named.hex()}", MAX_HEAD)
     except MTLSignError as error:
-        raise of_error(error, about="bundle") from None
+        raise problem_from_error(error, about="bundle") from None
     except (
         zipfile.BadZipFile,
         ValueError,

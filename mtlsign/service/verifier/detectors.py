@@ -15,23 +15,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from mtlsign.config.service import ServiceSettings
 from mtlsign.errors import MTLSignError
 from mtlsign.models import architectures
-from mtlsign.models.checkpoints import map_suspect
+from mtlsign.models.checkpoints import select_tensors_untrusted
 from mtlsign.models.factories import Factory
 from mtlsign.models.taps import forward_to_taps
-from mtlsign.service.problems import Problem, of_error
+from mtlsign.service.problems import Problem, problem_from_error
 from mtlsign.service.verifier.claim_bundle import OpenedClaim
-from mtlsign.service.verifier.lazy_safetensors import Suspect
+from mtlsign.service.verifier.lazy_safetensors import LazySafetensors
 from mtlsign.watermark.keys.spec import Spec
-from mtlsign.watermark.verification.detector import Probe, key_set
+from mtlsign.watermark.verification.detector import WatermarkDetector, watermark_dataset
 from mtlsign.watermark.verification.graph import exact_fp32
-from mtlsign.watermark.verification.heads import KeyedHead
+from mtlsign.watermark.verification.heads import KeyDerivedHead
 from mtlsign.watermark.verification.reference import Reference
 
 MAX_IMAGES = 2**26
 """Numbers in a key set's images: 256 MiB of float32."""
 
 
-class _NoDraw(TorchFunctionMode):
+class _SkipInit(TorchFunctionMode):
     """Networks are built without drawing their values, which the verifier's graph never uses."""
 
     _DRAWS = frozenset({torch.Tensor.normal_, torch.Tensor.uniform_, torch.nn.init.kaiming_normal_,
@@ -43,7 +43,9 @@ class _NoDraw(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def check_work(spec: Spec, s: ServiceSettings, factories: Mapping[str, Factory] | None = None) -> float:
+def check_compute_budget(
+    spec: Spec, settings: ServiceSettings, factories: Mapping[str, Factory] | None = None
+) -> float:
     """Build the claim's architecture on the meta device, where it costs nothing, and bound what it will cost.
 
     Returns the work of one claim in 10^9 operations. Raises: Problem `architecture-refused`.
@@ -76,30 +78,30 @@ def check_work(spec: Spec, s: ServiceSettings, factories: Mapping[str, Factory] 
             "architecture-refused", f"it cannot run on its key set ({type(error).__name__})"
         ) from None
     gflop = float(work.get_total_flops()) / 1e9
-    if largest > s.max_numbers or gflop > s.max_gflop:
+    if largest > settings.max_numbers or gflop > settings.max_gflop:
         raise Problem(
             "architecture-refused",
-            f"it takes {gflop:,.0f} GFLOP and a feature map of {largest:,} numbers; {s.max_gflop:,.0f} and "
-            f"{s.max_numbers:,} are allowed here",
+            f"it takes {gflop:,.0f} GFLOP and a feature map of {largest:,} numbers; {settings.max_gflop:,.0f} and "
+            f"{settings.max_numbers:,} are allowed here",
         )
     return gflop
 
 
-class SharedProbe(Probe):
+class SharedDetector(WatermarkDetector):
     """A claim's test that shares what does not depend on the key: claims with one architecture and reference
     have one graph, and a model's kernels are brought into its frame once.
     """
 
-    def like(self, opened: OpenedClaim) -> SharedProbe:
+    def like(self, opened: OpenedClaim) -> SharedDetector:
         """The test of another key in the same graph. Only for keyed heads."""
         other = copy.copy(self)
         other.key, other.spec = opened.key, opened.spec
-        images, bits = key_set(other.spec, other.key)
+        images, bits = watermark_dataset(other.spec, other.key)
         other.images, other.labels = images.to(self.device), bits.to(self.device)
-        other.head = KeyedHead(other.key, self.d, self.device)
+        other.head = KeyDerivedHead(other.key, self.d, self.device)
         return other
 
-    def without_key_set(self) -> SharedProbe:
+    def without_key_set(self) -> SharedDetector:
         """What `like` needs of this one, for keeping."""
         other = copy.copy(self)
         other.images, other.labels = self.images[:0], self.labels[:0]
@@ -116,10 +118,10 @@ class SharedProbe(Probe):
         return self._width()
 
     @torch.no_grad()
-    def scores(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor | None, str | None]:
+    def score_state_dict(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor | None, str | None]:
         """As `Probe.scores`, bit for bit; a `Suspect` keeps its kernels in the frame of the last graph."""
-        if not isinstance(tensors, Suspect):
-            return super().scores(tensors)
+        if not isinstance(tensors, LazySafetensors):
+            return super().score_state_dict(tensors)
         if tensors.framed is None or tensors.framed[0] is not self.graph:
             tensors.keep_framed(self.graph, *self._framed(tensors))
         assert tensors.framed is not None
@@ -130,10 +132,10 @@ class SharedProbe(Probe):
             scores = self.head(self.graph.features(kernels, self.images, pooled=self.pooled)).cpu()
         return (scores, None) if torch.isfinite(scores).all() else (None, "its values overflow in float32")
 
-    def _framed(self, suspect: Suspect) -> tuple[dict[str, Tensor], str | None]:
+    def _framed(self, suspect: LazySafetensors) -> tuple[dict[str, Tensor], str | None]:
         wanted = dict(self.graph.kernels)
         gammas = {self.graph.gammas[name]: (wanted[name][0],) for name in self.graph.gammas}
-        mapped = map_suspect(wanted, suspect, optional=gammas)
+        mapped = select_tensors_untrusted(wanted, suspect, optional=gammas)
         if mapped.problem is not None:
             return {}, mapped.problem
         kernels = self.graph.read({name: t.to(self.device) for name, t in mapped.tensors.items()})
@@ -141,18 +143,18 @@ class SharedProbe(Probe):
             return self.graph.into_frame(kernels), None
 
 
-def probe_of(
+def detector_for_claim(
     opened: OpenedClaim, factories: Mapping[str, Factory] | None = None, *, device: str = "cpu"
-) -> SharedProbe:
+) -> SharedDetector:
     """The claim's test. `check_work` comes first. Raises: Problem."""
     try:
-        with _NoDraw():
-            return SharedProbe(
+        with _SkipInit():
+            return SharedDetector(
                 opened.opening, Reference.from_bytes(opened.reference), head=opened.head, device=device,
                 factories=factories,
             )  # fmt: skip
     except MTLSignError as error:
-        raise of_error(error, about="bundle") from None
+        raise problem_from_error(error, about="bundle") from None
     except (RuntimeError, ValueError) as error:
         raise Problem(
             "bad-bundle", f"the claim does not fit its architecture ({type(error).__name__})"

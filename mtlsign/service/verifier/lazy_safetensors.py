@@ -30,7 +30,7 @@ _SIZES = {
 }  # fmt: skip
 
 
-def read_header(path: Path, *, max_tensors: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+def validate_header(path: Path, *, max_tensors: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name → (dtype, shape) of a safetensors file, after every check of its header against its size.
 
     Raises: Problem `not-a-model`.
@@ -40,21 +40,21 @@ def read_header(path: Path, *, max_tensors: int) -> dict[str, tuple[str, tuple[i
         front = file.read(8)
         length = struct.unpack("<Q", front)[0] if len(front) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER, size - 8):
-            _no("is no safetensors file: its header's length is impossible or too large")
+            _raise_not_a_model("is no safetensors file: its header's length is impossible or too large")
         raw = file.read(length)
     if not raw.startswith(b"{"):
-        _no("is no safetensors file: its header is no JSON object")
+        _raise_not_a_model("is no safetensors file: its header is no JSON object")
     try:
         header = read_json(raw, most=24 * max_tensors + 1000)  # a tensor's entry has at most 15 such marks
     except ValueError:
-        _no("has a header that is no JSON, is too large, or names something twice")
+        _raise_not_a_model("has a header that is no JSON, is too large, or names something twice")
     if not isinstance(header, dict):
-        _no("has a header that is no JSON object")
+        _raise_not_a_model("has a header that is no JSON object")
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(v, str) for v in notes.values()):
-        _no("has metadata that are no texts")
+        _raise_not_a_model("has metadata that are no texts")
     if not 1 <= len(header) <= max_tensors:
-        _no(f"has {len(header)} tensors; 1 to {max_tensors} are allowed")
+        _raise_not_a_model(f"has {len(header)} tensors; 1 to {max_tensors} are allowed")
     found, spans = {}, []
     for name, entry in header.items():
         dtype, shape, start, stop = _entry(name, entry)
@@ -63,10 +63,10 @@ def read_header(path: Path, *, max_tensors: int) -> dict[str, tuple[str, tuple[i
     at = 0
     for start, stop in sorted(spans):
         if start != at:
-            _no("has tensors that overlap or leave holes")
+            _raise_not_a_model("has tensors that overlap or leave holes")
         at = stop
     if at != size - 8 - length:
-        _no("has another size than its header says")
+        _raise_not_a_model("has another size than its header says")
     return found
 
 
@@ -76,17 +76,17 @@ def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
         or entry.keys() != {"dtype", "shape", "data_offsets"}
         or len(name) > MAX_NAME
     ):
-        _no("has an entry that is no tensor's")
+        _raise_not_a_model("has an entry that is no tensor's")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _SIZES:
-        _no("has a tensor of an unknown dtype")
+        _raise_not_a_model("has a tensor of an unknown dtype")
     if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(_whole(n) for n in shape):
-        _no(f"has a tensor whose shape is no list of at most {MAX_DIMS} whole numbers")
+        _raise_not_a_model(f"has a tensor whose shape is no list of at most {MAX_DIMS} whole numbers")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_whole(n) for n in offsets):
-        _no("has a tensor whose offsets are no whole numbers")
+        _raise_not_a_model("has a tensor whose offsets are no whole numbers")
     start, stop = offsets
     if stop - start != math.prod(shape) * _SIZES[dtype]:
-        _no("has a tensor whose size is not that of its shape")
+        _raise_not_a_model("has a tensor whose size is not that of its shape")
     return dtype, tuple(shape), start, stop
 
 
@@ -94,11 +94,11 @@ def _whole(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**48
 
 
-def _no(why: str) -> NoReturn:
+def _raise_not_a_model(why: str) -> NoReturn:
     raise Problem("not-a-model", f"the model {why}; save the state_dict with safetensors.torch.save_file")
 
 
-class Suspect(Mapping[str, Tensor]):
+class LazySafetensors(Mapping[str, Tensor]):
     """The tensors of a checked file, each read on first use and kept: claims on one model share one load.
 
     Not for two threads at the same time.
@@ -108,14 +108,14 @@ class Suspect(Mapping[str, Tensor]):
 
     def __init__(self, path: Path, digest: str, *, max_tensors: int = 10_000) -> None:
         self.digest = digest
-        self.header = read_header(path, max_tensors=max_tensors)
+        self.header = validate_header(path, max_tensors=max_tensors)
         self._kept: dict[str, Tensor] = {}
         self.framed: tuple[object, dict[str, Tensor], str | None] | None = None
         self.loads = 0
         try:
             self._file = safe_open(os.fspath(path), framework="pt")
         except (SafetensorError, OSError, ValueError):
-            _no("is refused by the safetensors library")
+            _raise_not_a_model("is refused by the safetensors library")
 
     @property
     def kept_bytes(self) -> int:

@@ -23,15 +23,15 @@ from mtlsign.errors import MTLSignError
 from mtlsign.models.factories import Factory, load_factory
 from mtlsign.service import metrics
 from mtlsign.service.fetch.https import Resolver, Transport, system_resolver
-from mtlsign.service.fetch.model_cache import Library
-from mtlsign.service.problems import Problem, of_error
+from mtlsign.service.fetch.model_cache import ModelFetcher
+from mtlsign.service.problems import Problem, problem_from_error
 from mtlsign.service.verifier.claim_bundle import OpenedClaim, read_bundle
-from mtlsign.service.verifier.detectors import SharedProbe, check_work, probe_of
-from mtlsign.service.verifier.lazy_safetensors import Suspect
+from mtlsign.service.verifier.detectors import SharedDetector, check_compute_budget, detector_for_claim
+from mtlsign.service.verifier.lazy_safetensors import LazySafetensors
 from mtlsign.watermark.keys.spec import Spec
 from mtlsign.watermark.verification.detector import Verdict, verify
 
-Outcome = dict[str, Any]
+ClaimOutcome = dict[str, Any]
 #: Key sets that a verifier keeps, by the bytes of their images.
 PROBE_BYTES = 128 * MIB
 #: Graphs that a verifier keeps: an architecture with one W0's frame. Their weights are never written to.
@@ -41,7 +41,7 @@ GRACE_S = 15.0
 
 
 @dataclass(frozen=True)
-class Question:
+class OpenedClaimRef:
     """One claim: the bundle's bytes or the pointer to them. Never shown by `repr`."""
 
     bundle: bytes | None = field(default=None, repr=False)
@@ -49,7 +49,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Task:
+class VerificationTask:
     """Claims on one model: its pointer, the digest that it must have (or None), and the claims.
 
     `careful`: a verifier died of these or beside them; tell which claim is at work.
@@ -57,30 +57,30 @@ class Task:
 
     model: str
     sha256: str | None
-    questions: tuple[Question, ...]
+    questions: tuple[OpenedClaimRef, ...]
     careful: bool = False
 
 
 @dataclass
-class Answer:
+class VerificationBatchResult:
     """Outcomes in the order of the questions, and seconds by stage."""
 
-    outcomes: list[Outcome]
+    outcomes: list[ClaimOutcome]
     seconds: dict[str, float] = field(default_factory=dict)
     cached: bool = False
 
 
-class Backend(Protocol):
+class VerifierBackend(Protocol):
     """Whoever answers tasks: this process, or replicas of Ray Serve."""
 
-    async def verify(self, task: Task) -> Answer:
+    async def verify(self, task: VerificationTask) -> VerificationBatchResult:
         """Answer one task. Raises `Lost` when the one who had it died, `Problem` when there is no room."""
 
     async def ready(self) -> bool:
         """Whether somebody is there to answer."""
 
 
-class Lost(Exception):
+class VerifierCrashed(Exception):
     """Whoever had the task died or was too slow; it may be tried again.
 
     Args:
@@ -88,16 +88,16 @@ class Lost(Exception):
         begun: whether the claim after them had begun, so that it is the suspect; None: nobody knows.
     """
 
-    def __init__(self, outcomes: Sequence[Outcome] = (), begun: bool | None = None) -> None:
+    def __init__(self, outcomes: Sequence[ClaimOutcome] = (), begun: bool | None = None) -> None:
         super().__init__("lost")
         self.outcomes, self.begun = list(outcomes), begun
 
 
-class OutOfTime(BaseException):
+class ClaimTimeout(BaseException):
     """A claim's time is up. No `Exception`: what reads hostile tensors turns those into verdicts."""
 
 
-class Deadline(TorchFunctionMode):
+class DeadlineMode(TorchFunctionMode):
     """Ends a computation between two operations when its time is up. Raises OutOfTime."""
 
     def __init__(self, seconds: float) -> None:
@@ -107,7 +107,7 @@ class Deadline(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at the clock, then call."""
         if time.monotonic() > self.end:
-            raise OutOfTime
+            raise ClaimTimeout
         try:
             return func(*args, **(kwargs or {}))
         except RuntimeError as error:
@@ -128,20 +128,28 @@ class Verifier:
     """One verifying process. Blocking; `answer` may be called from several threads, which compute in turn."""
 
     def __init__(
-        self, s: ServiceSettings, *, resolver: Resolver = system_resolver, transport: Transport | None = None
+        self,
+        settings: ServiceSettings,
+        *,
+        resolver: Resolver = system_resolver,
+        transport: Transport | None = None,
     ) -> None:
-        self.s = s
-        self.library = Library(s, resolver=resolver, transport=transport)
-        self.factories: Mapping[str, Factory] = {s.factory: load_factory(s.factory)} if s.factory else {}
-        self.device = "cuda" if s.gpus and torch.cuda.is_available() else "cpu"
-        self._suspects: OrderedDict[str, Suspect] = OrderedDict()
-        self._probes: OrderedDict[tuple[str, str], SharedProbe] = OrderedDict()
-        self._graphs: OrderedDict[tuple[Any, ...], SharedProbe] = OrderedDict()
+        self.settings = settings
+        self.library = ModelFetcher(settings, resolver=resolver, transport=transport)
+        self.factories: Mapping[str, Factory] = (
+            {settings.factory: load_factory(settings.factory)} if settings.factory else {}
+        )
+        self.device = "cuda" if settings.gpus and torch.cuda.is_available() else "cpu"
+        self._suspects: OrderedDict[str, LazySafetensors] = OrderedDict()
+        self._probes: OrderedDict[tuple[str, str], SharedDetector] = OrderedDict()
+        self._graphs: OrderedDict[tuple[Any, ...], SharedDetector] = OrderedDict()
         self._checked: OrderedDict[tuple[Any, ...], float] = OrderedDict()
         self._compute = threading.Lock()
         self.busy_since: float | None = None
 
-    def answer(self, task: Task, tell: Callable[[Outcome | None], None] = lambda _: None) -> Answer:
+    def answer(
+        self, task: VerificationTask, tell: Callable[[ClaimOutcome | None], None] = lambda _: None
+    ) -> VerificationBatchResult:
         """Answer every claim of a task; whatever is wrong with one of them is its own problem.
 
         `tell` is called when a claim begins, with the outcome of the one before it.
@@ -158,8 +166,8 @@ class Verifier:
                 suspect = self._suspect(digest, path)
                 seconds["load"] = time.perf_counter() - start
         except Exception as error:
-            return Answer([_failed(error) for _ in task.questions], seconds)
-        outcomes: list[Outcome] = []
+            return VerificationBatchResult([_failed(error) for _ in task.questions], seconds)
+        outcomes: list[ClaimOutcome] = []
         for question in task.questions:
             start = time.perf_counter()
             try:  # without the lock: a slow host delays nobody else's claims
@@ -181,53 +189,55 @@ class Verifier:
             outcomes.append(outcome)
         with self._compute:
             self._forget()
-        return Answer(outcomes, seconds, cached=cached)
+        return VerificationBatchResult(outcomes, seconds, cached=cached)
 
-    def _suspect(self, digest: str, path: Any) -> Suspect:
-        found = self._suspects.pop(digest, None) or Suspect(path, digest, max_tensors=self.s.max_tensors)
+    def _suspect(self, digest: str, path: Any) -> LazySafetensors:
+        found = self._suspects.pop(digest, None) or LazySafetensors(
+            path, digest, max_tensors=self.settings.max_tensors
+        )
         self._suspects[digest] = found
         return found
 
     def _forget(self) -> None:
         while len(self._suspects) > 1 and (
-            len(self._suspects) > self.s.cache_models
-            or sum(one.kept_bytes for one in self._suspects.values()) > self.s.cache_tensors_mb * MIB
+            len(self._suspects) > self.settings.cache_models
+            or sum(one.kept_bytes for one in self._suspects.values()) > self.settings.cache_tensors_mb * MIB
         ):
             self._suspects.popitem(last=False)
 
-    def _one(self, data: bytes, suspect: Suspect, seconds: dict[str, float]) -> Outcome:
+    def _one(self, data: bytes, suspect: LazySafetensors, seconds: dict[str, float]) -> ClaimOutcome:
         start = time.perf_counter()
         try:
-            with Deadline(self.s.claim_s):
+            with DeadlineMode(self.settings.claim_s):
                 opened = read_bundle(data)
-                probe = self._probe(opened)
+                detector = self._probe(opened)
                 seconds["prepare"] += time.perf_counter() - start
                 start = time.perf_counter()
                 verdict = verify(
-                    suspect, probe, bits=self.s.bits, gamma=self.s.gamma, controls=self.s.controls,
+                    suspect, detector, bits=self.settings.bits, gamma=self.settings.gamma, controls=self.settings.controls,
                     model_digest=suspect.digest,
                 )  # fmt: skip
                 seconds["forward"] += time.perf_counter() - start
             return {
-                "verdict": plain(verdict),
+                "verdict": json_safe(verdict),
                 "key": opened.key_id,
                 "claim": opened.claim,
                 "bound": opened.bound,
             }
-        except OutOfTime:
-            detail = f"the claim took over {self.s.claim_s:g} seconds; verify it at home"
+        except ClaimTimeout:
+            detail = f"the claim took over {self.settings.claim_s:g} seconds; verify it at home"
             return {"problem": Problem("too-long", detail).document()}
         except Exception as error:  # a hostile claim never stops its neighbours
             return _failed(error)
 
-    def _probe(self, opened: OpenedClaim) -> SharedProbe:
+    def _probe(self, opened: OpenedClaim) -> SharedDetector:
         name = (opened.key_id, opened.head_digest)  # a trained head is anybody's, and no part of the key
         found = self._probes.pop(name, None)
         if found is None:
             spec = opened.spec
             kind = (spec.graph_fields, spec.taps, spec.carrier, spec.n)
             if kind not in self._checked:
-                self._checked[kind] = check_work(spec, self.s, self.factories)
+                self._checked[kind] = check_compute_budget(spec, self.settings, self.factories)
                 while len(self._checked) > 256:
                     self._checked.popitem(last=False)
             found = self._built(spec, opened)
@@ -239,34 +249,36 @@ class Verifier:
             self._probes.popitem(last=False)
         return found
 
-    def _built(self, spec: Spec, opened: OpenedClaim) -> SharedProbe:
+    def _built(self, spec: Spec, opened: OpenedClaim) -> SharedDetector:
         kind = (spec.graph_fields, spec.taps, spec.carrier, spec.reference)
         if spec.head.kind != "keyed":
-            return probe_of(opened, self.factories, device=self.device)
+            return detector_for_claim(opened, self.factories, device=self.device)
         shared = self._graphs.pop(kind, None)
-        found = shared.like(opened) if shared else probe_of(opened, self.factories, device=self.device)
+        found = (
+            shared.like(opened) if shared else detector_for_claim(opened, self.factories, device=self.device)
+        )
         self._graphs[kind] = shared or found.without_key_set()
         while len(self._graphs) > GRAPHS:
             self._graphs.popitem(last=False)
         return found
 
 
-def _failed(error: Exception) -> Outcome:
+def _failed(error: Exception) -> ClaimOutcome:
     """The problem of a claim that could not be judged."""
     if isinstance(error, Problem):
         return {"problem": error.document()}
     if isinstance(error, MTLSignError):
-        return {"problem": of_error(error, about="bundle").document()}
+        return {"problem": problem_from_error(error, about="bundle").document()}
     if isinstance(error, MemoryError):
         return {"problem": Problem("too-large", "the claim needs more memory than a verifier has").document()}
     if isinstance(error, OSError):
         return {"problem": Problem("unreachable", "the cache lost the model; try again").document()}
-    metrics.defect("claim_failed", error)
+    metrics.log_exception("claim_failed", error)
     detail = f"the claim could not be judged ({type(error).__name__})"
     return {"problem": Problem("internal", detail).document()}
 
 
-def plain(verdict: Verdict) -> dict[str, Any]:
+def json_safe(verdict: Verdict) -> dict[str, Any]:
     """The verdict's fields as JSON can say them: infinite bits become the largest float."""
     found = verdict.to_json()
     return {
@@ -277,13 +289,13 @@ def plain(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-class Here:
+class InProcessVerifier:
     """A backend in this process: tasks run in threads, one computing at a time."""
 
     def __init__(self, verifier: Verifier) -> None:
         self.verifier = verifier
 
-    async def verify(self, task: Task) -> Answer:
+    async def verify(self, task: VerificationTask) -> VerificationBatchResult:
         """Answer one task."""
         return await asyncio.to_thread(self.verifier.answer, task)
 

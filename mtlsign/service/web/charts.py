@@ -12,7 +12,7 @@ from markupsafe import Markup
 WIDTH, HEIGHT, LEFT, BOTTOM = 420, 196, 16, 156
 
 
-def null_picture(matches: int, n: int, required: int | None) -> Markup:
+def null_distribution_svg(matches: int, n: int, required: int | None) -> Markup:
     """Binomial(N, ½) as a curve, the threshold and the found count as lines; text says the same."""
     if n < 1:
         return Markup("")
@@ -61,12 +61,12 @@ def _side(count: int, n: int) -> str:
 
 def matches_needed(n: int, bits: float) -> int | None:
     """The least count whose exact tail has that many bits; None when even N of N has not."""
-    from mtlsign.watermark.verification.evidence import tail_bits
+    from mtlsign.watermark.verification.evidence import binomial_evidence_bits
 
-    if n < 1 or tail_bits(n, n) < bits:
+    if n < 1 or binomial_evidence_bits(n, n) < bits:
         return None
     low, high = 0, n
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if tail_bits(middle, n) >= bits else (middle + 1, high)
+        low, high = (low, middle) if binomial_evidence_bits(middle, n) >= bits else (middle + 1, high)
     return low

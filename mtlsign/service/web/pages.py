@@ -24,18 +24,18 @@ from mtlsign.service import metrics
 from mtlsign.service.auth import tokens
 from mtlsign.service.auth.tokens import Token
 from mtlsign.service.fetch.locations import MAX_POINTER
-from mtlsign.service.http.body_limits import release
+from mtlsign.service.http.body_limits import release_body
 from mtlsign.service.http.routes import ENVELOPE, signed
 from mtlsign.service.json_input import read_form, read_json
 from mtlsign.service.problems import KINDS, Problem
-from mtlsign.service.state import Office, office_of
-from mtlsign.service.web.charts import matches_needed, null_picture
+from mtlsign.service.state import AppState, get_state
+from mtlsign.service.web.charts import matches_needed, null_distribution_svg
 from mtlsign.watermark.verification.detector import Verdict
 
 router = APIRouter(include_in_schema=False)
 COOKIE = "mtlsign_session"
 #: A longer opened claim is not shown again in the form when it was wrong.
-ECHO = 2**18
+MAX_ECHO_BYTES = 2**18
 SECURE = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'",
@@ -62,22 +62,22 @@ def _when(seconds: float | None) -> str:
     return time.strftime("%d %B %Y, %H:%M UTC", time.gmtime(seconds))
 
 
-def show(name: str, *, status: int = 200, refresh: bool = False, **values: Any) -> HTMLResponse:
+def render(name: str, *, status: int = 200, refresh: bool = False, **values: Any) -> HTMLResponse:
     """One page."""
     text = _templates().get_template(f"{name}.html.j2").render(refresh=refresh, **values)
     return HTMLResponse(text, status, headers=SECURE)
 
 
-async def visitor(request: Request) -> tuple[Office, Token | None]:
+async def current_user(request: Request) -> tuple[AppState, Token | None]:
     """The office and whoever's session this is."""
-    office = office_of(request)
+    office = get_state(request)
     token = await asyncio.to_thread(tokens.session, office.store, request.cookies.get(COOKIE))
     if token is not None:
         request.state.token = token.id  # for the log
     return office, token
 
 
-async def form(request: Request) -> dict[str, str]:
+async def form_fields(request: Request) -> dict[str, str]:
     """The fields of a form that this page sent. Raises Problem."""
     origin, host = request.headers.get("origin"), request.headers.get("host", "")
     if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none") or (
@@ -96,21 +96,21 @@ async def form(request: Request) -> dict[str, str]:
 @router.get("/")
 async def home(request: Request) -> HTMLResponse:
     """The form, or the door before it."""
-    _, token = await visitor(request)
-    return show("new_claim" if token else "sign_in", token=token, wrong="", model="", bundle="")
+    _, token = await current_user(request)
+    return render("new_claim" if token else "sign_in", token=token, wrong="", model="", bundle="")
 
 
 @router.post("/session")
 async def sign_in(request: Request) -> Response:
     """Exchange a token for a session."""
-    office = office_of(request)
-    given = (await form(request)).get("token", "")
+    office = get_state(request)
+    given = (await form_fields(request)).get("token", "")
     try:
         secret = await asyncio.to_thread(tokens.open_session, office.store, given)
     except Problem as problem:
-        return show("sign_in", status=problem.status, token=None, wrong=problem.detail)
+        return render("sign_in", status=problem.status, token=None, wrong=problem.detail)
     answer = RedirectResponse("/", 303, headers=SECURE)
-    secure = office.s.public_url.startswith("https://") or office.s.tls_cert is not None
+    secure = office.settings.public_url.startswith("https://") or office.settings.tls_cert is not None
     answer.set_cookie(
         COOKIE, secret, max_age=int(tokens.SESSION_S), httponly=True, samesite="strict", secure=secure
     )
@@ -120,8 +120,8 @@ async def sign_in(request: Request) -> Response:
 @router.post("/leave")
 async def sign_out(request: Request) -> Response:
     """End the session."""
-    await form(request)
-    office = office_of(request)
+    await form_fields(request)
+    office = get_state(request)
     await asyncio.to_thread(tokens.close_session, office.store, request.cookies.get(COOKIE))
     answer = RedirectResponse("/", 303, headers=SECURE)
     answer.delete_cookie(COOKIE)
@@ -129,14 +129,14 @@ async def sign_out(request: Request) -> Response:
 
 
 @router.post("/checks")
-async def check(request: Request) -> Response:
+async def create_verification(request: Request) -> Response:
     """Take one claim and lead to its page."""
-    office, token = await visitor(request)
+    office, token = await current_user(request)
     if token is None:
         return RedirectResponse("/", 303, headers=SECURE)
     await request.body()
     async with office.heavy:
-        fields = await form(request)
+        fields = await form_fields(request)
         model, text = fields.get("model", "").strip(), fields.get("bundle", "").strip()
         try:
             token.need("verify")
@@ -151,38 +151,38 @@ async def check(request: Request) -> Response:
                 raise Problem("bad-claim", "both fields are needed")
             job = await office.desk.submit(token, [{"model": model, "bundle": bundle}], None)
         except Problem as problem:
-            return show(
+            return render(
                 "new_claim", status=problem.status, token=token, wrong=problem.detail,
-                model=model[:MAX_POINTER], bundle=text if len(text) <= ECHO else "",
+                model=model[:MAX_POINTER], bundle=text if len(text) <= MAX_ECHO_BYTES else "",
             )  # fmt: skip
     del fields, bundle, text
-    release(request.scope)
+    release_body(request.scope)
     await office.desk.wait(job, 1.0)
     return RedirectResponse(f"/checks/{job.id}", 303, headers=SECURE)
 
 
 @router.get("/checks/{name}")
-async def checked(request: Request, name: str) -> Response:
+async def show_verification(request: Request, name: str) -> Response:
     """One request: what is known of it so far."""
-    office, token = await visitor(request)
+    office, token = await current_user(request)
     if token is None:
         return RedirectResponse("/", 303, headers=SECURE)
     try:
         job = await asyncio.to_thread(office.store.job, name[:64], token.id)
     except Problem as problem:
-        return show("error", status=problem.status, token=token, problem=problem.document())
+        return render("error", status=problem.status, token=token, problem=problem.document())
     found = await asyncio.to_thread(office.store.outcomes, job.id)
     read = office.ledger.ask if office.ledger is not None else asyncio.to_thread
     results = [await read(_result, office, found.get(at), f"{job.id}.{at}") for at in range(job.count)]
     done = job.finished is not None
     heading = "Verdict" if any(r and "verdict" in r for r in results) else "Not answered"
-    return show(
+    return render(
         "verification", refresh=not done, token=token, job=job, done=done, results=results,
         heading=heading if done else "Verifying…",
     )  # fmt: skip
 
 
-def _result(office: Office, outcome: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
+def _result(office: AppState, outcome: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
     if outcome is None or "problem" in outcome:
         return outcome
     fields = outcome["verdict"]
@@ -195,19 +195,19 @@ def _result(office: Office, outcome: dict[str, Any] | None, name: str) -> dict[s
             if facts["key"] != outcome["key"]:  # anybody can name anybody's claim
                 facts = None
         except Problem as problem:
-            metrics.event("ledger_unread", reason=problem.kind)
+            metrics.log_event("ledger_unread", reason=problem.kind)
     needed = matches_needed(verdict.n, verdict.bits_required) if verdict.statistic == "count" else None
     tone = {"accepted": "good", "rejected": "bad"}.get(verdict.status, "open")
     seen = verdict.status != "not_verifiable"
-    picture = null_picture(verdict.matches, verdict.n, needed) if seen else ""
+    picture = null_distribution_svg(verdict.matches, verdict.n, needed) if seen else ""
     return {
-        "id": name, "verdict": fields, "tone": tone, "sentence": verdict.sentence(), "needed": needed,
+        "id": name, "verdict": fields, "tone": tone, "sentence": verdict.summary(), "needed": needed,
         "facts": facts, "picture": picture,
-        "p": _power(fields["evidence_bits"]), "key": outcome["key"],
+        "p": _format_power(fields["evidence_bits"]), "key": outcome["key"],
     }  # fmt: skip
 
 
-def _power(bits: float | None) -> Markup:
+def _format_power(bits: float | None) -> Markup:
     base, caret, exponent = format_p(bits).partition("^")
     raised = Markup("<sup>{}</sup>").format(exponent.replace("-", "−"))
     return Markup.escape(base) + (raised if caret else "")
@@ -216,7 +216,7 @@ def _power(bits: float | None) -> Markup:
 @router.get("/verdicts/{name}")
 async def download(request: Request, name: str) -> Response:
     """The signed verdict as a file."""
-    office, token = await visitor(request)
+    office, token = await current_user(request)
     if token is None:
         return RedirectResponse("/", 303, headers=SECURE)
     envelope = await asyncio.to_thread(signed, office, token, name)
@@ -227,7 +227,7 @@ async def download(request: Request, name: str) -> Response:
 @router.get("/ledger")
 async def ledger(request: Request) -> Response:
     """The newest entries of the ledger."""
-    office, token = await visitor(request)
+    office, token = await current_user(request)
     if token is None:
         return RedirectResponse("/", 303, headers=SECURE)
     try:
@@ -235,14 +235,14 @@ async def ledger(request: Request) -> Response:
         desk = office.need_ledger()
         head, entries = await desk.ask(desk.head), await desk.ask(desk.recent)
     except Problem as problem:
-        return show("error", status=problem.status, token=token, problem=problem.document())
-    return show("ledger", token=token, head=head, entries=entries)
+        return render("error", status=problem.status, token=token, problem=problem.document())
+    return render("ledger", token=token, head=head, entries=entries)
 
 
 @router.get("/docs")
 async def docs(request: Request) -> Response:
     """The interface for programs, drawn here: the usual viewer runs another site's script beside sessions."""
-    _, token = await visitor(request)
+    _, token = await current_user(request)
     routes = []
     for path, methods in request.app.openapi()["paths"].items():
         for method, said in methods.items():
@@ -253,7 +253,7 @@ async def docs(request: Request) -> Response:
                 "body": json.dumps(content["schema"], indent=2) if content else "",
                 "good": [c for c in codes if c < 300], "bad": [c for c in codes if c >= 300],
             })  # fmt: skip
-    return show("api_docs", token=token, routes=routes, kinds=KINDS)
+    return render("api_docs", token=token, routes=routes, kinds=KINDS)
 
 
 @router.get("/style.css")

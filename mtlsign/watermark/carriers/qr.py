@@ -26,7 +26,7 @@ _CELLS = MODULES_PER_SIDE**2
 _GROUP_BITS = {3: 10, 2: 7, 1: 4}
 
 
-def draw(digits: str) -> npt.NDArray[np.uint8]:
+def encode_with_library(digits: str) -> npt.NDArray[np.uint8]:
     """One symbol by the `qrcode` library, uint8 [21,21], dark = 1: what `modules` must equal."""
     code = QRCode(version=1, error_correction=ERROR_CORRECT_H, box_size=1, border=0, mask_pattern=0)
     code.add_data(QRData(digits.encode("ascii"), mode=MODE_NUMBER, check_data=False))
@@ -34,11 +34,11 @@ def draw(digits: str) -> npt.NDArray[np.uint8]:
     return np.array(code.modules, dtype=np.uint8)
 
 
-def _packed(digits: str) -> npt.NDArray[np.uint64]:
-    return np.packbits(np.append(draw(digits), np.zeros(7, np.uint8))).view(np.uint64)
+def _packed_symbol(digits: str) -> npt.NDArray[np.uint64]:
+    return np.packbits(np.append(encode_with_library(digits), np.zeros(7, np.uint8))).view(np.uint64)
 
 
-def _groups(digits: int) -> list[int]:
+def _digit_groups(digits: int) -> list[int]:
     """Lengths of the decimal groups, three digits each from the left, the rest last (ISO/IEC 18004)."""
     return [min(3, digits - start) for start in range(0, digits, 3)]
 
@@ -46,22 +46,22 @@ def _groups(digits: int) -> list[int]:
 @lru_cache(maxsize=4)
 def _tables(digits: int) -> tuple[npt.NDArray[np.uint64], ...]:
     """Per group uint64 [10^length, 7]: each value's packed modules; the first group also holds the offset."""
-    zero = _packed("0" * digits)
+    zero = _packed_symbol("0" * digits)
     tables, start = [], 0
-    for group, length in enumerate(_groups(digits)):
+    for group, length in enumerate(_digit_groups(digits)):
         values = np.arange(10**length, dtype=np.uint64)
         table = np.zeros((10**length, 7), np.uint64) if group else np.tile(zero, (10**length, 1))
         for bit in range(_GROUP_BITS[length]):
             text = "0" * start + str(1 << bit).zfill(length) + "0" * (digits - start - length)
             on = (values >> np.uint64(bit)) & np.uint64(1)
-            table ^= on[:, None] * (_packed(text) ^ zero)
+            table ^= on[:, None] * (_packed_symbol(text) ^ zero)
         table.setflags(write=False)
         tables.append(table)
         start += length
     return tuple(tables)
 
 
-def modules(integers: npt.NDArray[np.int64], digits: int) -> npt.NDArray[np.uint8]:
+def encode_modules(integers: npt.NDArray[np.int64], digits: int) -> npt.NDArray[np.uint8]:
     """QR codes of zero-padded decimals, uint8 [n,21,21] with dark = 1; bit-identical to `draw`.
 
     Raises:
@@ -79,7 +79,7 @@ def modules(integers: npt.NDArray[np.int64], digits: int) -> npt.NDArray[np.uint
     values = values.astype(np.int64)
     rest = digits
     symbols = np.zeros((values.size, 7), np.uint64)
-    for table, length in zip(_tables(digits), _groups(digits), strict=True):
+    for table, length in zip(_tables(digits), _digit_groups(digits), strict=True):
         rest -= length
         symbols ^= table[values // 10**rest % 10**length]
     cells = np.unpackbits(symbols.view(np.uint8), axis=1, count=_CELLS)
@@ -97,7 +97,7 @@ def images(integers: npt.NDArray[np.int64], carrier: Carrier | Mapping[str, obje
         KeyMaterialError: the carrier given as a mapping is not a spec's.
     """
     c = carrier if isinstance(carrier, Carrier) else parse_carrier(dict(carrier))
-    codes = modules(integers, c.digits)
+    codes = encode_modules(integers, c.digits)
     n, side = len(codes), MODULES_PER_SIDE * c.module
     if n * c.channels * c.height * c.width > MAX_ELEMENTS:
         raise CarrierError(

@@ -15,26 +15,30 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.tasks import Task
-from mtlsign.watermark.embedding.worker import Rank
+from mtlsign.watermark.embedding.worker import WorkerContext
 
 Number = TypeVar("Number", int, float)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, task: Task, split: str, s: EmbedSettings, rank: Rank) -> float:
+def evaluate(
+    model: nn.Module, task: Task, split: str, settings: EmbedSettings, worker: WorkerContext
+) -> float:
     """Mean of the task's metric over a split, in evaluation mode, shared out over the ranks."""
     was = [(m, m.training) for m in model.modules()]
-    model.to(rank.device).to(memory_format=torch.channels_last).eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=rank.device)
-    batches = task.batches(split, 500, epoch=0, seed=0, rank=rank.index, world=rank.world, shuffle=False)
-    for x, y in on_device(rank.device, batches):
-        with mixed_precision(s, rank.device):
+    model.to(worker.device).to(memory_format=torch.channels_last).eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=worker.device)
+    batches = task.batches(
+        split, 500, epoch=0, seed=0, rank=worker.rank, world=worker.world_size, shuffle=False
+    )
+    for x, y in to_device(worker.device, batches):
+        with mixed_precision(settings, worker.device):
             out = model(x)
         hits = task.correct(out.float() if isinstance(out, Tensor) else out, y)
         sums += torch.tensor(
-            [float(hits.sum()), float(hits.numel())], dtype=torch.float64, device=rank.device
+            [float(hits.sum()), float(hits.numel())], dtype=torch.float64, device=worker.device
         )
-    rank.sum([sums])
+    worker.all_reduce_sum([sums])
     for module, mode in was:
         module.training = mode
     return float(sums[0] / sums[1].clamp(min=1))
@@ -48,21 +52,23 @@ def one_cycle(step: int, steps: int, peak: float) -> float:
     return peak * (1e-4 + (1 - 1e-4) * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))) / 2)
 
 
-def distributed(model: nn.Module, rank: Rank) -> nn.Module:
+def wrap_ddp(model: nn.Module, worker: WorkerContext) -> nn.Module:
     """The network as DDP wraps it, where there is more than one rank."""
-    if rank.world == 1:
+    if worker.world_size == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[rank.device] if rank.device.type == "cuda" else None)
+    return DistributedDataParallel(
+        model, device_ids=[worker.device] if worker.device.type == "cuda" else None
+    )
 
 
-def laid_out_as(parameter: Tensor, other: Tensor) -> Tensor:
-    """`other` with the parameter's strides: torch's fused Adam pairs memory, not elements (docs/log.md)."""
+def with_strides_of(parameter: Tensor, other: Tensor) -> Tensor:
+    """`other` with the parameter's strides: torch's fused Adam pairs memory, not elements (docs/results.md)."""
     if other.stride() == parameter.stride() or other.dim() == 0:
         return other
     return torch.empty_like(parameter).copy_(other)
 
 
-def normalise_by_batch(model: nn.Module, on: bool, momentum: float | None = None) -> None:
+def use_batch_statistics(model: nn.Module, on: bool, momentum: float | None = None) -> None:
     """Batch norms use (and follow) the batch at hand, or their running statistics again."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -71,21 +77,21 @@ def normalise_by_batch(model: nn.Module, on: bool, momentum: float | None = None
                 module.momentum = momentum
 
 
-def average_buffers(model: nn.Module, rank: Rank) -> None:
+def average_buffers(model: nn.Module, worker: WorkerContext) -> None:
     """Running statistics as the mean over ranks: each has seen its share of the same epoch."""
-    if rank.world > 1:
+    if worker.world_size > 1:
         buffers = [b for b in model.buffers() if b.is_floating_point()]
-        rank.sum(buffers)
+        worker.all_reduce_sum(buffers)
         for buffer in buffers:
-            buffer /= rank.world
+            buffer /= worker.world_size
 
 
-def mixed_precision(s: EmbedSettings, device: torch.device) -> AbstractContextManager[Any]:
+def mixed_precision(settings: EmbedSettings, device: torch.device) -> AbstractContextManager[Any]:
     """bf16 on GPUs where the settings want it."""
-    return torch.autocast("cuda", torch.bfloat16) if s.amp and device.type == "cuda" else nullcontext()
+    return torch.autocast("cuda", torch.bfloat16) if settings.amp and device.type == "cuda" else nullcontext()
 
 
-def on_device(
+def to_device(
     device: torch.device, batches: Iterator[tuple[Tensor, Tensor]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches, moved."""
@@ -93,14 +99,14 @@ def on_device(
         yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
-def number_of(*parts: object) -> int:
+def seed_from(*parts: object) -> int:
     """A seed from SHA-256 of `parts`, 56 bits."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
 
 
-def reseed(*parts: object) -> None:
+def seed_torch(*parts: object) -> None:
     """Seed torch's generators from `parts`."""
-    torch.manual_seed(number_of(*parts))
+    torch.manual_seed(seed_from(*parts))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -109,7 +115,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("scale", 1.0)
 
 
-def known(value: Number | None) -> Number:
+def require_set(value: Number | None) -> Number:
     """A setting that `resolved()` has filled in."""
     assert value is not None, "call settings.resolved() first"
     return value

@@ -26,8 +26,8 @@ def add_r_func_gradient(parameters: Sequence[Tensor], anchors: Sequence[Tensor],
     """Add the gradient of λ1·R_func = λ1·Σ‖W−W0‖² (eq. 8) to `.grad` in closed form; returns ‖W−W0‖₂."""
     squares = []
     with torch.no_grad():
-        for w, w0 in zip(parameters, anchors, strict=True):
-            delta = w - w0
+        for w, base_weights in zip(parameters, anchors, strict=True):
+            delta = w - base_weights
             flat = delta.reshape(-1)
             squares.append(torch.dot(flat, flat))
             if lambda1:
@@ -44,7 +44,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     return kl * temperature**2
 
 
-def noise_snapshot(kernels: Kernels, sigma: float, generator: torch.Generator) -> dict[str, Tensor]:
+def noise_perturbation(kernels: Kernels, sigma: float, generator: torch.Generator) -> dict[str, Tensor]:
     """Gaussian noise of `sigma` times each tensor's standard deviation. The generator lives on the CPU."""
     out = {}
     for name, kernel in kernels.items():
@@ -53,7 +53,7 @@ def noise_snapshot(kernels: Kernels, sigma: float, generator: torch.Generator) -
     return out
 
 
-def pruned_snapshot(kernels: Kernels, largest: float, generator: torch.Generator) -> dict[str, Tensor]:
+def pruning_perturbation(kernels: Kernels, largest: float, generator: torch.Generator) -> dict[str, Tensor]:
     """Each tensor's smallest weights set to 0, one ratio for all, uniform in [min(0.1, largest), largest]."""
     low = min(0.1, largest)
     ratio = low + (largest - low) * float(torch.rand((), generator=generator))
@@ -87,7 +87,7 @@ class InnerLoop:
         return {name: kernel + delta[name] if name in delta else kernel for name, kernel in kernels.items()}
 
 
-class InnerTuning(InnerLoop):
+class FineTuningLoop(InnerLoop):
     """R_DA's W^t, eq. (9): an adversary's tuning of the current W on D', whose trajectory gives the
     snapshots.
 

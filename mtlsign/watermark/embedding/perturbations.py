@@ -17,27 +17,27 @@ from torch import Tensor, nn
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.tasks import Task
 from mtlsign.watermark.carriers import qr
-from mtlsign.watermark.embedding.loop import known, number_of, on_device
+from mtlsign.watermark.embedding.loop import require_set, seed_from, to_device
 from mtlsign.watermark.embedding.losses import (
+    FineTuningLoop,
     InnerLoop,
-    InnerTuning,
     Kernels,
     correlation_loss,
-    noise_snapshot,
-    pruned_snapshot,
+    noise_perturbation,
+    pruning_perturbation,
     watermark_loss,
 )
-from mtlsign.watermark.keys.opening import integers
-from mtlsign.watermark.verification.detector import Probe
+from mtlsign.watermark.keys.opening import watermark_integers
+from mtlsign.watermark.verification.detector import WatermarkDetector
 
 #: Codes that anybody can draw: a pool, and how many of them an inner step of scrubbing takes.
-POOL, CODES = 2048, 256
+CODE_POOL_SIZE, CODES_PER_STEP = 2048, 256
 
 #: (kernels, inner step) -> what an inner attack minimises.
 Loss = Callable[[Mapping[str, Tensor], int], Tensor]
 
 
-class Snapshots:
+class Perturbations:
     """The copies of one run of phase 2. What they are follows from (W, seed, step) alone.
 
     Args:
@@ -48,55 +48,62 @@ class Snapshots:
         window: steps after which inner attacks begin anew, so that a resumed run makes them from the same W.
     """
 
-    def __init__(self, model: nn.Module, task: Task, probe: Probe, s: EmbedSettings, window: int) -> None:
-        self._probe, self._s, self._window = probe, s, window
+    def __init__(
+        self, model: nn.Module, task: Task, detector: WatermarkDetector, settings: EmbedSettings, window: int
+    ) -> None:
+        self._probe, self._settings, self._window = detector, settings, window
         self._pool: Tensor | None = None
-        self._inner: dict[str, InnerTuning | InnerAttack] = {}
-        if "tuned" in s.kinds:
+        self._inner: dict[str, FineTuningLoop | GradientAttackLoop] = {}
+        if "tuned" in settings.kinds:
 
             def batches(index: int) -> Iterator[tuple[Tensor, Tensor]]:
-                first, size = index * s.inner_steps, min(s.primary_batch, len(task.splits["inner"]))
-                pairs = (
-                    task.batch_at("inner", size, first + i, seed=s.seed, augment=True)
-                    for i in range(s.inner_steps)
+                first, size = (
+                    index * settings.inner_steps,
+                    min(settings.primary_batch, len(task.splits["inner"])),
                 )
-                return on_device(probe.device, pairs)
+                pairs = (
+                    task.batch_at("inner", size, first + i, seed=settings.seed, augment=True)
+                    for i in range(settings.inner_steps)
+                )
+                return to_device(detector.device, pairs)
 
-            self._inner["tuned"] = InnerTuning(
-                model, list(probe.graph.kernels), task.loss, batches,
-                steps=s.inner_steps, lr=known(s.inner_lr),
+            self._inner["tuned"] = FineTuningLoop(
+                model, list(detector.graph.kernels), task.loss, batches,
+                steps=settings.inner_steps, lr=require_set(settings.inner_lr),
             )  # fmt: skip
         for kind, objective in (("scrubbed", self._scrub), ("spoiled", self._spoil)):
-            if kind in s.kinds:
-                self._inner[kind] = InnerAttack(objective, steps=s.inner_steps, rate=s.inner_rate)
+            if kind in settings.kinds:
+                self._inner[kind] = GradientAttackLoop(
+                    objective, steps=settings.inner_steps, rate=settings.inner_rate
+                )
 
     def of(self, kind: str, kernels: Kernels, step: int, term: int) -> Kernels:
         """The copy of `kind` for one term of one step; `clean` is W itself."""
-        generator = torch.Generator().manual_seed(number_of(self._s.seed, kind, step, term))
+        generator = torch.Generator().manual_seed(seed_from(self._settings.seed, kind, step, term))
         if kind == "noise":
-            return noise_snapshot(kernels, self._s.noise, generator)
+            return noise_perturbation(kernels, self._settings.noise, generator)
         if kind == "pruned":
-            return pruned_snapshot(kernels, self._s.prune, generator)
+            return pruning_perturbation(kernels, self._settings.prune, generator)
         if kind == "clean":
             return kernels
         inner = self._inner[kind]
-        index = step // self._window * self._window + step % self._window // self._s.inner_every
+        index = step // self._window * self._window + step % self._window // self._settings.inner_every
         if inner.refreshed != index:
-            inner.refresh(index) if isinstance(inner, InnerTuning) else inner.refresh(index, kernels)
+            inner.refresh(index) if isinstance(inner, FineTuningLoop) else inner.refresh(index, kernels)
         return inner.snapshot(kernels, step)
 
     def _scrub(self, start: Kernels, index: int) -> Loss:
         """Correlation, per coordinate, of the features over random codes with those at the start."""
         graph, spec = self._probe.graph, self._probe.spec
         if self._pool is None:
-            keys = (i.to_bytes(32) for i in range(math.ceil(POOL / spec.n)))  # nobody's keys
-            drawn = [qr.images(integers(key, spec.n), spec.carrier) for key in keys]
-            self._pool = torch.cat(drawn)[:POOL].to(self._probe.device)
+            keys = (i.to_bytes(32) for i in range(math.ceil(CODE_POOL_SIZE / spec.n)))  # nobody's keys
+            drawn = [qr.images(watermark_integers(key, spec.n), spec.carrier) for key in keys]
+            self._pool = torch.cat(drawn)[:CODE_POOL_SIZE].to(self._probe.device)
         pool, framed = self._pool, graph.into_frame(start)
 
         def loss(kernels: Mapping[str, Tensor], step: int) -> Tensor:
-            gen = torch.Generator().manual_seed(number_of(self._s.seed, "scrubbed", index, step))
-            codes = pool[torch.randperm(POOL, generator=gen)[:CODES].to(pool.device)]
+            gen = torch.Generator().manual_seed(seed_from(self._settings.seed, "scrubbed", index, step))
+            codes = pool[torch.randperm(CODE_POOL_SIZE, generator=gen)[:CODES_PER_STEP].to(pool.device)]
             with torch.no_grad():
                 before = graph.features(framed, codes).standardised
             now = graph.into_frame(kernels, differentiable_rounds=2)
@@ -106,16 +113,16 @@ class Snapshots:
 
     def _spoil(self, start: Kernels, index: int) -> Loss:
         """The mark's own loss with labels drawn anew."""
-        gen = torch.Generator().manual_seed(number_of(self._s.seed, "spoiled", index))
+        gen = torch.Generator().manual_seed(seed_from(self._settings.seed, "spoiled", index))
         wrong = torch.randint(2, (self._probe.spec.n,), generator=gen).float().to(self._probe.device)
 
         def loss(kernels: Mapping[str, Tensor], step: int) -> Tensor:
-            return watermark_loss(self._probe.scores_of(kernels, differentiable=True), wrong)
+            return watermark_loss(self._probe.score_kernels(kernels, differentiable=True), wrong)
 
         return loss
 
 
-class InnerAttack(InnerLoop):
+class GradientAttackLoop(InnerLoop):
     """Adam on copies of the tapped kernels; the differences after the last half of its steps are kept.
 
     Args:

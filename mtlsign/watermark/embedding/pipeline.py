@@ -22,28 +22,28 @@ from mtlsign.errors import KeyMaterialError, ModelError
 from mtlsign.models import architectures
 from mtlsign.models.factories import Factory
 from mtlsign.models.loading import (
-    TaskShape,
-    check_is,
+    InputSpec,
+    architecture_from_settings,
     cpu_state,
-    graph_of,
-    initial,
-    own_arch,
-    owner_factories,
+    custom_architecture_name,
+    custom_factories,
+    load_initial_weights,
+    require_same_architecture,
 )
 from mtlsign.tasks import Task, from_loaders, load_task
 from mtlsign.watermark.carriers import qr
 from mtlsign.watermark.embedding import training
-from mtlsign.watermark.embedding.result import Embedded, Marked, Rows, Tensors, conclude
-from mtlsign.watermark.embedding.run_folder import Run
-from mtlsign.watermark.embedding.worker import Alone, Rank
+from mtlsign.watermark.embedding.result import EmbeddingResult, Phase2Result, Rows, Tensors, build_result
+from mtlsign.watermark.embedding.run_folder import EmbeddingRun
+from mtlsign.watermark.embedding.worker import SingleProcessContext, WorkerContext
 from mtlsign.watermark.keys.identity import Identity, default_identity_path, load_or_create_identity
 from mtlsign.watermark.keys.opening import KeyOpening, sign_spec
-from mtlsign.watermark.keys.sealing import Secret
+from mtlsign.watermark.keys.sealing import EncryptionSecret
 from mtlsign.watermark.keys.spec import make_spec
-from mtlsign.watermark.verification.detector import Probe
+from mtlsign.watermark.verification.detector import WatermarkDetector
 from mtlsign.watermark.verification.reference import Reference, make_reference
 
-Show = Callable[[Mapping[str, Any]], None]
+ProgressCallback = Callable[[Mapping[str, Any]], None]
 
 
 def embed(
@@ -56,9 +56,9 @@ def embed(
     loss: Callable[..., Tensor] | None = None,
     metric: Callable[..., Any] | None = None,
     device: torch.device | str = "cpu",
-    show: Show | None = None,
+    show: ProgressCallback | None = None,
     **options: Any,
-) -> Embedded:
+) -> EmbeddingResult:
     """Mark `module` in this process, with your own objects; also inside a running Ray.
 
     Args:
@@ -78,156 +78,186 @@ def embed(
     Raises:
         MTLSignError: see the settings, the task and the model.
     """
-    name = own_arch(type(module))
-    s = EmbedSettings.of({"task": "own", "model": str((graph or {}).get("arch", name)), **options}).resolved()
+    name = custom_architecture_name(type(module))
+    settings = EmbedSettings.of(
+        {"task": "own", "model": str((graph or {}).get("arch", name)), **options}
+    ).resolved()
     if graph is not None:
-        check_is(module, graph)
-    task = data if isinstance(data, Task) else from_loaders(data, loss=loss, metric=metric, seed=s.seed)
+        require_same_architecture(module, graph)
+    task = (
+        data if isinstance(data, Task) else from_loaders(data, loss=loss, metric=metric, seed=settings.seed)
+    )
     fields: dict[str, object] = {"arch": name, "channels": task.channels, "classes": task.classes}
     fields = dict(graph) if graph is not None else fields
-    owner = identity or load_or_create_identity(s.owner, s.passphrase_file)[0]
-    rank, skeleton = Alone(device, show=show), copy.deepcopy(module).cpu()
-    rows = [] if trained else training.train_clean(module, task, s, rank)
-    w0 = cpu_state(module)
-    opening, reference = commit(skeleton, w0, fields, (task.channels, task.height, task.width), s, owner)
+    owner = identity or load_or_create_identity(settings.owner, settings.passphrase_file)[0]
+    rank, skeleton = SingleProcessContext(device, show=show), copy.deepcopy(module).cpu()
+    rows = [] if trained else training.train_clean_model(module, task, settings, rank)
+    base_weights = cpu_state(module)
+    opening, reference = commit_key(
+        skeleton, base_weights, fields, (task.channels, task.height, task.width), settings, owner
+    )
     factories = {str(fields["arch"])[4:]: lambda: copy.deepcopy(skeleton)}
-    probe = Probe(opening, reference, device=device, factories=factories)
-    marked_rows, measured = training.watermark(module, task, probe, s, rank)
-    marked = Marked(cpu_state(module), probe.head.to_bytes(), marked_rows, measured)
-    return conclude(w0, rows, opening, reference, marked, s, factories=factories)
+    detector = WatermarkDetector(opening, reference, device=device, factories=factories)
+    marked_rows, measured = training.embed_watermark(module, task, detector, settings, rank)
+    marked = Phase2Result(cpu_state(module), detector.head.to_bytes(), marked_rows, measured)
+    return build_result(base_weights, rows, opening, reference, marked, settings, factories=factories)
 
 
-class Runner(Protocol):
+class EmbeddingBackend(Protocol):
     """Where the two phases run."""
 
-    def shape(self, s: EmbedSettings) -> TaskShape:
+    def inspect_task(self, settings: EmbedSettings) -> InputSpec:
         """Check the data wherever they will be read, and say what they are."""
 
-    def clean(self, s: EmbedSettings, run: Run, graph: Mapping[str, object]) -> tuple[Tensors, Rows]:
+    def train_clean(
+        self, settings: EmbedSettings, run: EmbeddingRun, graph: Mapping[str, object]
+    ) -> tuple[Tensors, Rows]:
         """Phase 1, resumed if it was begun."""
 
-    def mark(
-        self, s: EmbedSettings, run: Run, w0: Tensors, opening: KeyOpening, reference: Reference
-    ) -> Marked:
+    def embed_watermark(
+        self,
+        settings: EmbedSettings,
+        run: EmbeddingRun,
+        base_weights: Tensors,
+        opening: KeyOpening,
+        reference: Reference,
+    ) -> Phase2Result:
         """Phase 2, resumed if it was begun."""
 
 
-def run(s: EmbedSettings, runner: Runner, *, say: Callable[[str], None] = lambda _: None) -> Embedded:
+def run_embedding_job(
+    settings: EmbedSettings, backend: EmbeddingBackend, *, say: Callable[[str], None] = lambda _: None
+) -> EmbeddingResult:
     """The main job: settings in, artifacts in storage out; what a resumed run has is not done again."""
-    kept, s = Run.open(s)  # up to kept.begin nothing is written: a run that cannot work leaves no trace
-    path = s.owner or default_identity_path()
-    _refuse_inside(path, s.storage)
-    if s.owner is not None or path.exists():
-        load_or_create_identity(s.owner, s.passphrase_file)
-    shape = runner.shape(s)
-    graph = graph_of(s, shape)
-    factories = owner_factories(graph)
+    kept, settings = EmbeddingRun.open(
+        settings
+    )  # up to kept.begin nothing is written: a run that cannot work leaves no trace
+    path = settings.owner or default_identity_path()
+    _require_identity_outside_storage(path, settings.storage)
+    if settings.owner is not None or path.exists():
+        load_or_create_identity(settings.owner, settings.passphrase_file)
+    shape = backend.inspect_task(settings)
+    graph = architecture_from_settings(settings, shape)
+    factories = custom_factories(graph)
     done = kept.clean()
     begun = done is not None
     if done is None:
-        _rehearse(s, graph, shape, factories)
-        if s.init is not None:
-            done = initial(s, graph), []
-    identity, path, made = load_or_create_identity(s.owner, s.passphrase_file)
-    secret = Secret.from_kit_key(identity.kit_key)
-    kept.begin(s)
+        _validate_before_training(settings, graph, shape, factories)
+        if settings.init is not None:
+            done = load_initial_weights(settings, graph), []
+    identity, path, made = load_or_create_identity(settings.owner, settings.passphrase_file)
+    secret = EncryptionSecret.from_kit_key(identity.kit_key)
+    kept.begin(settings)
     say(f"{'made a new owner identity: back up' if made else 'owner identity'} {path}")
     say(f"run {kept.name}; if it is interrupted: --resume {kept.name}")
     if done is None:
-        done = runner.clean(s, kept, graph)
+        done = backend.train_clean(settings, kept, graph)
     if not begun:
         kept.keep_clean(*done)
-    w0, rows = done
+    base_weights, rows = done
     committed = kept.commitment(secret)
     if committed is None:
         skeleton = architectures.build(graph, factories=factories)
         geometry = (shape.channels, shape.height, shape.width)
-        opening, reference = commit(skeleton, w0, graph, geometry, s, identity)
+        opening, reference = commit_key(skeleton, base_weights, graph, geometry, settings, identity)
         kept.keep_commitment(opening, reference.data, secret)
     else:
         opening, reference = committed[0], Reference.from_bytes(committed[1])
-    marked = runner.mark(s, kept, w0, opening, reference)
-    done_all = conclude(w0, rows, opening, reference, marked, s, factories=factories)
+    marked = backend.embed_watermark(settings, kept, base_weights, opening, reference)
+    done_all = build_result(base_weights, rows, opening, reference, marked, settings, factories=factories)
     done_all.save(kept.storage, secret)
     places = {name: kept.folder.child(name).uri for name in ("report.html", "result.json")}
     done_all.result |= {"run": kept.name, "report": places["report.html"], "result": places["result.json"]}
-    kept.finish(done_all.result, done_all.history, done_all.report(), keep=s.keep_checkpoints)
+    kept.finish(done_all.result, done_all.history, done_all.report(), keep=settings.keep_checkpoints)
     return done_all
 
 
-class PlainRunner:
+class LocalEmbeddingBackend:
     """Both phases in this process, without Ray (`--workers 0`): where there is only torch."""
 
-    def __init__(self, show: Show | None = None) -> None:
+    def __init__(self, show: ProgressCallback | None = None) -> None:
         self._show = show
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def _rank(self, run: Run, phase: str) -> Alone:
+    def _rank(self, run: EmbeddingRun, phase: str) -> SingleProcessContext:
         state = run.checkpoint(phase)
-        return Alone(
+        return SingleProcessContext(
             self._device, show=self._show, keep=lambda kept: run.keep_checkpoint(phase, kept), state=state
         )
 
-    def shape(self, s: EmbedSettings) -> TaskShape:
+    def inspect_task(self, settings: EmbedSettings) -> InputSpec:
         """Load the task here."""
-        return task_shape(s)
+        return inspect_task(settings)
 
-    def clean(self, s: EmbedSettings, run: Run, graph: Mapping[str, object]) -> tuple[Tensors, Rows]:
+    def train_clean(
+        self, settings: EmbedSettings, run: EmbeddingRun, graph: Mapping[str, object]
+    ) -> tuple[Tensors, Rows]:
         """Phase 1 here."""
-        return clean_phase(s, graph, self._rank(run, "clean"))
+        return run_phase1(settings, graph, self._rank(run, "clean"))
 
-    def mark(
-        self, s: EmbedSettings, run: Run, w0: Tensors, opening: KeyOpening, reference: Reference
-    ) -> Marked:
+    def embed_watermark(
+        self,
+        settings: EmbedSettings,
+        run: EmbeddingRun,
+        base_weights: Tensors,
+        opening: KeyOpening,
+        reference: Reference,
+    ) -> Phase2Result:
         """Phase 2 here."""
-        return mark_phase(s, w0, opening, reference, self._rank(run, "mark"))
+        return run_phase2(settings, base_weights, opening, reference, self._rank(run, "mark"))
 
 
-def clean_phase(s: EmbedSettings, graph: Mapping[str, object], rank: Rank) -> tuple[Tensors, Rows]:
+def run_phase1(
+    settings: EmbedSettings, graph: Mapping[str, object], worker: WorkerContext
+) -> tuple[Tensors, Rows]:
     """Phase 1 as one rank, from settings alone."""
-    torch.manual_seed(int.from_bytes(hashlib.sha256(f"init/{s.seed}".encode()).digest()[:7]))
-    model = architectures.build(graph, factories=owner_factories(graph))
-    rows = training.train_clean(model, _task(s), s, rank)
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"init/{settings.seed}".encode()).digest()[:7]))
+    model = architectures.build(graph, factories=custom_factories(graph))
+    rows = training.train_clean_model(model, _task(settings), settings, worker)
     return cpu_state(model), rows
 
 
-def mark_phase(
-    s: EmbedSettings, w0: Tensors, opening: KeyOpening, reference: Reference, rank: Rank
-) -> Marked:
+def run_phase2(
+    settings: EmbedSettings,
+    base_weights: Tensors,
+    opening: KeyOpening,
+    reference: Reference,
+    worker: WorkerContext,
+) -> Phase2Result:
     """Phase 2 as one rank. The opening is the key; the identity's private half is not here."""
     graph = opening.parse().graph
-    factories = owner_factories(graph)
+    factories = custom_factories(graph)
     model = architectures.build(graph, factories=factories)
-    model.load_state_dict(w0)
-    probe = Probe(opening, reference, device=rank.device, factories=factories)
-    rows, measured = training.watermark(model, _task(s), probe, s, rank)
-    return Marked(cpu_state(model), probe.head.to_bytes(), rows, measured)
+    model.load_state_dict(base_weights)
+    detector = WatermarkDetector(opening, reference, device=worker.device, factories=factories)
+    rows, measured = training.embed_watermark(model, _task(settings), detector, settings, worker)
+    return Phase2Result(cpu_state(model), detector.head.to_bytes(), rows, measured)
 
 
-def commit(
+def commit_key(
     skeleton: nn.Module,
-    w0: Tensors,
+    base_weights: Tensors,
     graph: Mapping[str, object],
     geometry: tuple[int, int, int],
-    s: EmbedSettings,
+    settings: EmbedSettings,
     owner: Identity,
 ) -> tuple[KeyOpening, Reference]:
     """Between the phases: W0 → reference → spec → the owner's signature (design decision 2).
 
     `geometry` is (channels, height, width) of the task's images; the carrier keeps it up to 64 pixels.
     """
-    skeleton.load_state_dict(w0)
+    skeleton.load_state_dict(base_weights)
     names = (
-        tuple(t.strip() for t in s.taps.split(",") if t.strip())
-        if s.taps
-        else architectures.default_taps(skeleton, s.head)
+        tuple(t.strip() for t in settings.taps.split(",") if t.strip())
+        if settings.taps
+        else architectures.default_taps(skeleton, settings.head)
     )
     channels, height, width = geometry
-    if s.carrier_size is not None:
-        height = width = s.carrier_size
+    if settings.carrier_size is not None:
+        height = width = settings.carrier_size
     elif max(height, width) > 64:
         height = width = 64
-    n = s.key_size or 1024
+    n = settings.key_size or 1024
     carrier = qr.make_carrier(n, channels, height, width)
     sample = torch.zeros(2, channels, height, width)
     try:
@@ -239,42 +269,43 @@ def commit(
             field="carrier-size",
         ) from None
     nonce = secrets.token_bytes(32)
-    if s.insecure_test_key:
-        nonce = hashlib.sha256(f"mtlsign insecure test nonce {s.seed}".encode()).digest()
+    if settings.insecure_test_key:
+        nonce = hashlib.sha256(f"mtlsign insecure test nonce {settings.seed}".encode()).digest()
     head = (
         {"kind": "keyed"}
-        if s.head == "keyed"
-        else {"kind": "free", "hidden": s.hidden, "features": s.features}
+        if settings.head == "keyed"
+        else {"kind": "free", "hidden": settings.hidden, "features": settings.features}
     )
     spec = make_spec(
-        name=s.name, nonce=nonce.hex(), n=n, readouts=1, carrier=carrier, taps=list(names), head=head,
-        statistic=s.statistic, normalise="key-batch", graph=dict(graph), reference=reference.digest,
+        name=settings.name, nonce=nonce.hex(), n=n, readouts=1, carrier=carrier, taps=list(names), head=head,
+        statistic=settings.statistic, normalise="key-batch", graph=dict(graph), reference=reference.digest,
     )  # fmt: skip
     return sign_spec(owner, spec), reference
 
 
-def task_shape(s: EmbedSettings) -> TaskShape:
+def inspect_task(settings: EmbedSettings) -> InputSpec:
     """Load the task and say what its images are. Raises `DataError` where data are missing."""
-    task = _task(s)
-    return TaskShape(task.channels, task.height, task.width, task.classes)
+    task = _task(settings)
+    return InputSpec(task.channels, task.height, task.width, task.classes)
 
 
-def _rehearse(
-    s: EmbedSettings, graph: Mapping[str, object], shape: TaskShape, factories: Mapping[str, Factory]
+def _validate_before_training(
+    settings: EmbedSettings, graph: Mapping[str, object], shape: InputSpec, factories: Mapping[str, Factory]
 ) -> None:
     """Commit to random weights for nobody, so that taps, carrier and head are refused before phase 1."""
     skeleton = architectures.build(graph, factories=factories)
     geometry = (shape.channels, shape.height, shape.width)
-    Probe(
-        *commit(skeleton, cpu_state(skeleton), graph, geometry, s, Identity.generate()), factories=factories
+    WatermarkDetector(
+        *commit_key(skeleton, cpu_state(skeleton), graph, geometry, settings, Identity.generate()),
+        factories=factories,
     )
 
 
-def _task(s: EmbedSettings) -> Task:
-    return load_task(s.task, data=s.data, download=s.download, seed=s.seed)
+def _task(settings: EmbedSettings) -> Task:
+    return load_task(settings.task, data=settings.data, download=settings.download, seed=settings.seed)
 
 
-def _refuse_inside(path: Path, storage: str) -> None:
+def _require_identity_outside_storage(path: Path, storage: str) -> None:
     if "://" not in storage and path.resolve().is_relative_to(Path(storage).resolve()):
         raise KeyMaterialError(
             "lies inside --storage, which is meant to be shared; keep the identity elsewhere", field="owner"

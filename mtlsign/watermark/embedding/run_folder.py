@@ -23,12 +23,12 @@ from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import ArtifactError, KeyMaterialError, SettingsError
 from mtlsign.storage.base import Storage
 from mtlsign.storage.locations import open_storage
-from mtlsign.storage.manifest import MANIFEST, write_folder
+from mtlsign.storage.manifest import MANIFEST, write_manifest_folder
 from mtlsign.storage.model_folder import RUNS
-from mtlsign.storage.safetensors_io import read_tensors, tensor_bytes
+from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.watermark.embedding.worker import State
 from mtlsign.watermark.keys.opening import KeyOpening
-from mtlsign.watermark.keys.sealing import Secret, seal, unseal
+from mtlsign.watermark.keys.sealing import EncryptionSecret, decrypt_envelope, encrypt_envelope
 
 SETTINGS, CLEAN, CLEAN_ROWS, COMMITMENT = (
     "settings.json",
@@ -39,7 +39,7 @@ SETTINGS, CLEAN, CLEAN_ROWS, COMMITMENT = (
 _LIMIT = 4 * 1024**3
 _PURPOSE = "mtlsign/v0/commitment"
 #: What `--resume` may change: where and how the rest runs, not what is computed.
-CHANGEABLE = frozenset(
+RESUMABLE_SETTINGS = frozenset(
     (
         *("owner", "passphrase_file", "endpoint", "storage", "data", "download"),
         *("workers", "cpus_per_worker", "gpus_per_worker", "cluster_wait", "max_failures"),
@@ -48,7 +48,7 @@ CHANGEABLE = frozenset(
 )
 
 
-class Run:
+class EmbeddingRun:
     """One run's folder, new or resumed.
 
     Raises (from `open` and `begin`): SettingsError when the name is taken, unknown, or `--resume` changes
@@ -60,26 +60,26 @@ class Run:
         self.folder = storage.child(RUNS).child(name)
 
     @classmethod
-    def open(cls, s: EmbedSettings) -> tuple[Run, EmbedSettings]:
+    def open(cls, settings: EmbedSettings) -> tuple[EmbeddingRun, EmbedSettings]:
         """Find the run that the settings ask for, and whether its place can be written; the settings come
         back complete.
 
         Nothing is kept there before `begin`.
         """
-        storage = open_storage(s.storage, endpoint=s.endpoint)
-        if s.resume is not None:
-            run = cls(storage, s.resume)
-            return run, run._resumed(s)
+        storage = open_storage(settings.storage, endpoint=settings.endpoint)
+        if settings.resume is not None:
+            run = cls(storage, settings.resume)
+            return run, run._resumed(settings)
         storage.check_writable()  # leaves nothing behind
-        name = s.run or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
+        name = settings.run or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
         run = cls(storage, name)
         if run.folder.exists(SETTINGS):
             raise run._taken()
-        return run, s.resolved()
+        return run, settings.resolved()
 
-    def begin(self, s: EmbedSettings) -> None:
+    def begin(self, settings: EmbedSettings) -> None:
         """Take the name by keeping the settings there, unless resumed. Raises `SettingsError` if taken."""
-        if s.resume is None and not self.folder.write(SETTINGS, dump(s), only_if_new=True):
+        if settings.resume is None and not self.folder.write(SETTINGS, dump(settings), if_absent=True):
             raise self._taken()
 
     def _taken(self) -> SettingsError:
@@ -87,7 +87,7 @@ class Run:
             f"{self.name!r} exists; choose another name, or go on with --resume {self.name}", field="run"
         )
 
-    def _resumed(self, s: EmbedSettings) -> EmbedSettings:
+    def _resumed(self, settings: EmbedSettings) -> EmbedSettings:
         if not self.folder.exists(SETTINGS):
             raise SettingsError(
                 f"no run {self.name!r} in {self.storage.uri}; check --storage and the name", field="resume"
@@ -104,14 +104,16 @@ class Run:
             raise SettingsError(
                 f"run {self.name!r} is finished; its result lies in {self.folder.uri}", field="resume"
             )
-        given = s.model_fields_set - CHANGEABLE
+        given = settings.model_fields_set - RESUMABLE_SETTINGS
         for field in sorted(given):
-            if getattr(s, field) != getattr(kept, field):
+            if getattr(settings, field) != getattr(kept, field):
                 raise SettingsError(
                     f"is {getattr(kept, field)} in run {self.name!r}; leave it out, or start a new run",
                     field=field.replace("_", "-"),
                 )
-        return kept.model_copy(update={f: getattr(s, f) for f in s.model_fields_set & CHANGEABLE})
+        return kept.model_copy(
+            update={f: getattr(settings, f) for f in settings.model_fields_set & RESUMABLE_SETTINGS}
+        )
 
     # -- what phase 1 leaves --------------------------------
 
@@ -119,23 +121,23 @@ class Run:
         """W0 and phase 1's rows, once phase 1 is done."""
         if not self.folder.exists(CLEAN):
             return None
-        return read_tensors(self.folder.read(CLEAN, _LIMIT)), json.loads(
+        return parse_safetensors(self.folder.read(CLEAN, _LIMIT)), json.loads(
             self.folder.read(CLEAN_ROWS, 64 * 1024**2)
         )
 
-    def keep_clean(self, w0: Mapping[str, Tensor], rows: list[dict[str, Any]]) -> None:
+    def keep_clean(self, base_weights: Mapping[str, Tensor], rows: list[dict[str, Any]]) -> None:
         """Keep W0; the tensors last, as the sign that both are there."""
         self.folder.write(CLEAN_ROWS, json.dumps(rows).encode())
-        self.folder.write(CLEAN, tensor_bytes(w0))
+        self.folder.write(CLEAN, serialize_safetensors(base_weights))
 
     # -- the key, between the phases --------------------------------
 
-    def commitment(self, secret: Secret) -> tuple[KeyOpening, bytes] | None:
+    def commitment(self, secret: EncryptionSecret) -> tuple[KeyOpening, bytes] | None:
         """The opening and the reference's bytes, once signed. Raises `KeyMaterialError` for another owner."""
         if not self.folder.exists(COMMITMENT):
             return None
         try:
-            data = unseal(self.folder.read(COMMITMENT, _LIMIT), secret, purpose=_PURPOSE)
+            data = decrypt_envelope(self.folder.read(COMMITMENT, _LIMIT), secret, purpose=_PURPOSE)
         except KeyMaterialError:
             raise KeyMaterialError(
                 "is not the one that began this run; give the same --owner", field="owner"
@@ -143,11 +145,11 @@ class Run:
         size = int.from_bytes(data[:8], "big")
         return KeyOpening.from_json(data[8 : 8 + size]), data[8 + size :]
 
-    def keep_commitment(self, opening: KeyOpening, reference: bytes, secret: Secret) -> None:
+    def keep_commitment(self, opening: KeyOpening, reference: bytes, secret: EncryptionSecret) -> None:
         """Seal the opening and the reference for the owner."""
         text = opening.to_json().encode()
         data = len(text).to_bytes(8, "big") + text + reference
-        self.folder.write(COMMITMENT, seal(data, secret, purpose=_PURPOSE))
+        self.folder.write(COMMITMENT, encrypt_envelope(data, secret, purpose=_PURPOSE))
 
     # -- checkpoints of a plain process (Ray Train keeps its own) --------------------------------
 
@@ -173,7 +175,7 @@ class Run:
             "metrics.json": json.dumps(metrics, allow_nan=False).encode(),
             "report.html": report.encode(),
         }
-        write_folder(self.folder, files)
+        write_manifest_folder(self.folder, files)
         if not keep:
             self._clear()
 

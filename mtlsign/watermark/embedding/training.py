@@ -27,57 +27,69 @@ from mtlsign.errors import DivergedError
 from mtlsign.tasks import Task
 from mtlsign.watermark.embedding.loop import (
     average_buffers,
-    distributed,
     evaluate,
-    known,
-    laid_out_as,
     mixed_precision,
-    normalise_by_batch,
-    on_device,
     one_cycle,
-    reseed,
+    require_set,
+    seed_torch,
     set_lr,
+    to_device,
+    use_batch_statistics,
+    with_strides_of,
+    wrap_ddp,
 )
 from mtlsign.watermark.embedding.losses import add_r_func_gradient, distillation_loss, watermark_loss
-from mtlsign.watermark.embedding.perturbations import Snapshots
-from mtlsign.watermark.embedding.worker import Rank, State
-from mtlsign.watermark.verification.detector import Probe
+from mtlsign.watermark.embedding.perturbations import Perturbations
+from mtlsign.watermark.embedding.worker import State, WorkerContext
+from mtlsign.watermark.verification.detector import WatermarkDetector
 
 #: Steps of phase 2 between checkpoints.
 CHECKPOINT_STEPS = 50
 
 
-def train_clean(model: nn.Module, task: Task, s: EmbedSettings, rank: Rank) -> list[dict[str, Any]]:
+def train_clean_model(
+    model: nn.Module, task: Task, settings: EmbedSettings, worker: WorkerContext
+) -> list[dict[str, Any]]:
     """Phase 1: minimise eq. (6) by SGD with Nesterov momentum under a one-cycle rate; u(W) is weight decay.
 
     Checkpoints every epoch; returns one row per epoch. Raises `ModelError` where the loss is not finite.
     """
-    model.to(rank.device).to(memory_format=torch.channels_last)
-    epochs, batch = known(s.epochs), s.batch
+    model.to(worker.device).to(memory_format=torch.channels_last)
+    epochs, batch = require_set(settings.epochs), settings.batch
     per_epoch = task.steps("train", batch)
-    task = task.to(rank.device)
+    task = task.to(worker.device)
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=known(s.lr), momentum=0.9, nesterov=True, weight_decay=s.weight_decay
+        model.parameters(),
+        lr=require_set(settings.lr),
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=settings.weight_decay,
     )
     history: list[dict[str, Any]] = []
-    saved = rank.saved()
+    saved = worker.load_checkpoint()
     if saved is not None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         history = list(saved["history"])
-    net = distributed(model, rank)
+    net = wrap_ddp(model, worker)
     for epoch in range(len(history), epochs):
         started, seen, total, hits = time.monotonic(), 0, 0.0, 0.0
         model.train()
         batches = task.batches(
-            "train", batch, epoch=epoch, seed=s.seed, rank=rank.index, world=rank.world, augment=True
+            "train",
+            batch,
+            epoch=epoch,
+            seed=settings.seed,
+            rank=worker.rank,
+            world=worker.world_size,
+            augment=True,
         )
-        for i, (x, y) in enumerate(on_device(rank.device, batches)):
+        for i, (x, y) in enumerate(to_device(worker.device, batches)):
             step = epoch * per_epoch + i
-            reseed(s.seed, "clean", step, rank.index)
-            set_lr(optimizer, one_cycle(step, epochs * per_epoch, known(s.lr)))
+            seed_torch(settings.seed, "clean", step, worker.rank)
+            set_lr(optimizer, one_cycle(step, epochs * per_epoch, require_set(settings.lr)))
             optimizer.zero_grad(set_to_none=True)
-            with mixed_precision(s, rank.device):
+            with mixed_precision(settings, worker.device):
                 out = net(x)
                 loss = task.loss(out, y)
             loss.backward()
@@ -89,7 +101,7 @@ def train_clean(model: nn.Module, task: Task, s: EmbedSettings, rank: Rank) -> l
                 hits + float(task.correct(out.detach(), y).sum()),
             )
             if i % 10 == 9:
-                rank.tick(
+                worker.show_progress(
                     {
                         "phase": "clean",
                         "step": step + 1,
@@ -98,27 +110,27 @@ def train_clean(model: nn.Module, task: Task, s: EmbedSettings, rank: Rank) -> l
                         "loss": value,
                     }
                 )
-        average_buffers(model, rank)
-        sums = torch.tensor([total, hits, float(seen)], dtype=torch.float64, device=rank.device)
-        rank.sum([sums])
+        average_buffers(model, worker)
+        sums = torch.tensor([total, hits, float(seen)], dtype=torch.float64, device=worker.device)
+        worker.all_reduce_sum([sums])
         row: dict[str, Any] = {
             "phase": "clean",
             "epoch": epoch + 1,
             "of": epochs,
             "loss": float(sums[0] / sums[2]),
             "train_accuracy": float(sums[1] / sums[2]),
-            "validation_accuracy": evaluate(model, task, "validation", s, rank),
+            "validation_accuracy": evaluate(model, task, "validation", settings, worker),
             "seconds": time.monotonic() - started,
         }
         if not math.isfinite(row["loss"]):
             raise DivergedError("phase 1 diverged (the loss is not finite); lower --lr", field="lr")
         history.append(row)
-        rank.report(row, lambda: _state(model, optimizer, history))
+        worker.report(row, lambda: _state(model, optimizer, history))
     return history
 
 
-def watermark(
-    model: nn.Module, task: Task, probe: Probe, s: EmbedSettings, rank: Rank
+def embed_watermark(
+    model: nn.Module, task: Task, detector: WatermarkDetector, settings: EmbedSettings, worker: WorkerContext
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Phase 2: write the mark into `model`, which holds W0 at the start and W at the end.
 
@@ -127,13 +139,13 @@ def watermark(
 
     Returns one row per 50 steps, and the accuracies of W0 and W on the test part.
     """
-    model.to(rank.device).to(memory_format=torch.channels_last).eval()
-    task = task.to(rank.device)
+    model.to(worker.device).to(memory_format=torch.channels_last).eval()
+    task = task.to(worker.device)
     teacher = copy.deepcopy(model).requires_grad_(False)
     # On primary data both networks normalise by the batch, as a thief's tuning does: the mark then survives
-    # tuning better (docs/log.md). W's running statistics follow its primary batches; W0's stay.
-    normalise_by_batch(model, True)
-    normalise_by_batch(teacher, True, momentum=0.0)
+    # tuning better (docs/results.md). W's running statistics follow its primary batches; W0's stay.
+    use_batch_statistics(model, True)
+    use_batch_statistics(teacher, True, momentum=0.0)
     affine = {
         f"{name}.{part}"
         for name, module in model.named_modules()
@@ -145,95 +157,106 @@ def watermark(
     for name in affine & set(parameters):
         parameters[name].requires_grad_(False)
     anchors = [p for name, p in teacher.named_parameters() if name in trained]
-    head = probe.head.parameters()
-    tapped = [p for name, p in trained.items() if name in probe.graph.kernels]
-    deeper = [p for name, p in trained.items() if name not in probe.graph.kernels]
-    groups = [{"params": [*tapped, *head], "scale": 1.0}, {"params": deeper, "scale": s.deep_lr}]
-    optimizer = torch.optim.Adam(groups, lr=known(s.wm_lr), fused=True)
+    head = detector.head.parameters()
+    tapped = [p for name, p in trained.items() if name in detector.graph.kernels]
+    deeper = [p for name, p in trained.items() if name not in detector.graph.kernels]
+    groups = [{"params": [*tapped, *head], "scale": 1.0}, {"params": deeper, "scale": settings.deep_lr}]
+    optimizer = torch.optim.Adam(groups, lr=require_set(settings.wm_lr), fused=True)
     history: list[dict[str, Any]] = []
-    saved = rank.saved()
+    saved = worker.load_checkpoint()
     if saved is not None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         for p, state in optimizer.state.items():
-            state |= {name: laid_out_as(p, t) for name, t in state.items() if t.shape == p.shape}
+            state |= {name: with_strides_of(p, t) for name, t in state.items() if t.shape == p.shape}
         history = list(saved["history"])
         for p, value in zip(head, saved["head"], strict=True):
             p.data.copy_(value)
-    copies = Snapshots(model, task, probe, s, CHECKPOINT_STEPS)
-    done, steps = history[-1]["step"] if history else 0, known(s.steps)
+    copies = Perturbations(model, task, detector, settings, CHECKPOINT_STEPS)
+    done, steps = history[-1]["step"] if history else 0, require_set(settings.steps)
     names = ("wm_loss", "wm_accuracy", "snapshot_loss", "snapshot_accuracy", "distillation_loss")
-    sums = torch.zeros(2 * len(names), dtype=torch.float64, device=rank.device)
+    sums = torch.zeros(2 * len(names), dtype=torch.float64, device=worker.device)
     started = time.monotonic()
     for step in range(done, steps):
-        reseed(s.seed, "mark", step, rank.index)
-        set_lr(optimizer, one_cycle(step, steps, known(s.wm_lr)))
+        seed_torch(settings.seed, "mark", step, worker.rank)
+        set_lr(optimizer, one_cycle(step, steps, require_set(settings.wm_lr)))
         optimizer.zero_grad(set_to_none=True)
-        kernels = probe.graph.read(parameters)
-        for term, (weight, kind) in enumerate(terms(step, s)):
-            if term % rank.world != rank.index:
+        kernels = detector.graph.read(parameters)
+        for term, (weight, kind) in enumerate(gradient_terms(step, settings)):
+            if term % worker.world_size != worker.rank:
                 continue
-            scores = probe.scores_of(copies.of(kind, kernels, step, term), differentiable=True)
-            loss = watermark_loss(scores, probe.labels.float())
+            scores = detector.score_kernels(copies.of(kind, kernels, step, term), differentiable=True)
+            loss = watermark_loss(scores, detector.labels.float())
             (weight * loss).backward()
-            _count(
-                sums, 0 if kind == "clean" else 4, loss, ((scores > 0) == (probe.labels > 0)).float().mean()
+            _add_to_running_sum(
+                sums,
+                0 if kind == "clean" else 4,
+                loss,
+                ((scores > 0) == (detector.labels > 0)).float().mean(),
             )
-            kernels = probe.graph.read(parameters)
-        if s.distillation:
+            kernels = detector.graph.read(parameters)
+        if settings.distillation:
             x, _ = task.batch_at(
-                "train", s.primary_batch, step, seed=s.seed, rank=rank.index, world=rank.world, augment=True
+                "train",
+                settings.primary_batch,
+                step,
+                seed=settings.seed,
+                rank=worker.rank,
+                world=worker.world_size,
+                augment=True,
             )
-            x = x.to(rank.device)
-            with mixed_precision(s, rank.device):
+            x = x.to(worker.device)
+            with mixed_precision(settings, worker.device):
                 with torch.no_grad():
                     wanted = teacher(x)
-                kl = distillation_loss(model(x), wanted, s.temperature)
-            (s.distillation / rank.world * kl).backward()
-            _count(sums, 8, kl)
+                kl = distillation_loss(model(x), wanted, settings.temperature)
+            (settings.distillation / worker.world_size * kl).backward()
+            _add_to_running_sum(sums, 8, kl)
         grads = []
         for p in [*trained.values(), *head]:
-            p.grad = torch.zeros_like(p) if p.grad is None else laid_out_as(p, p.grad)
+            p.grad = torch.zeros_like(p) if p.grad is None else with_strides_of(p, p.grad)
             grads.append(p.grad)
-        rank.sum(grads)
-        deviation = add_r_func_gradient(list(trained.values()), anchors, s.lambda1)
+        worker.all_reduce_sum(grads)
+        deviation = add_r_func_gradient(list(trained.values()), anchors, settings.lambda1)
         optimizer.step()
         if step % 5 == 4:
-            rank.tick({"phase": "mark", "step": step + 1, "of": steps, **_means(sums, names)})
+            worker.show_progress(
+                {"phase": "mark", "step": step + 1, "of": steps, **_running_means(sums, names)}
+            )
         if (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == steps:
-            rank.sum([sums])
+            worker.all_reduce_sum([sums])
             row: dict[str, Any] = {
                 "phase": "mark",
                 "step": step + 1,
                 "of": steps,
-                **_means(sums, names),
+                **_running_means(sums, names),
                 "deviation_l2": deviation,
             }
             row["seconds"] = time.monotonic() - started
-            average_buffers(model, rank)
+            average_buffers(model, worker)
             if not math.isfinite(row["wm_loss"]) or not math.isfinite(deviation):
                 raise DivergedError("phase 2 diverged (the loss is not finite); lower --wm-lr", field="wm-lr")
             history.append(row)
-            rank.report(row, lambda: _state(model, optimizer, history, head))
+            worker.report(row, lambda: _state(model, optimizer, history, head))
             sums.zero_()
             started = time.monotonic()
     model.requires_grad_(True).eval()
     return history, {
-        "primary_clean": evaluate(teacher, task, "test", s, rank),
-        "primary_marked": evaluate(model, task, "test", s, rank),
-        "validation_clean": evaluate(teacher, task, "validation", s, rank),
-        "validation_marked": evaluate(model, task, "validation", s, rank),
+        "primary_clean": evaluate(teacher, task, "test", settings, worker),
+        "primary_marked": evaluate(model, task, "test", settings, worker),
+        "validation_clean": evaluate(teacher, task, "validation", settings, worker),
+        "validation_marked": evaluate(model, task, "validation", settings, worker),
         "primary_samples": task.size("test"),
     }
 
 
-def terms(step: int, s: EmbedSettings) -> list[tuple[float, str]]:
+def gradient_terms(step: int, settings: EmbedSettings) -> list[tuple[float, str]]:
     """The watermark gradients of one step: (weight, kind). Snapshot kinds take turns over steps."""
-    if not s.lambda2:
+    if not settings.lambda2:
         return [(1.0, "clean")]
-    count = s.snapshots_per_step
-    kinds = [s.kinds[(step * count + j) % len(s.kinds)] for j in range(count)]
-    return [(1.0, "clean"), *((s.lambda2 / count, kind) for kind in kinds)]
+    count = settings.snapshots_per_step
+    kinds = [settings.kinds[(step * count + j) % len(settings.kinds)] for j in range(count)]
+    return [(1.0, "clean"), *((settings.lambda2 / count, kind) for kind in kinds)]
 
 
 def _state(
@@ -250,12 +273,12 @@ def _state(
     }
 
 
-def _count(sums: Tensor, at: int, *values: Tensor) -> None:
+def _add_to_running_sum(sums: Tensor, at: int, *values: Tensor) -> None:
     for i, value in enumerate(values):
         sums[at + 2 * i] += value.detach().double()
         sums[at + 2 * i + 1] += 1
 
 
-def _means(sums: Tensor, names: tuple[str, ...]) -> dict[str, float]:
+def _running_means(sums: Tensor, names: tuple[str, ...]) -> dict[str, float]:
     pairs = sums.reshape(-1, 2).tolist()
     return {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count}

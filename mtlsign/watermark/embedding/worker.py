@@ -11,27 +11,27 @@ from torch import Tensor, distributed
 State = dict[str, Any]
 
 
-class Rank(Protocol):
+class WorkerContext(Protocol):
     """One process of a phase. `mtlsign.distributed.train` has the implementation over Ray Train."""
 
-    index: int
-    world: int
+    rank: int
+    world_size: int
     device: torch.device
 
-    def sum(self, tensors: list[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: list[Tensor]) -> None:
         """Add the tensors of all ranks, in place."""
 
-    def saved(self) -> State | None:
+    def load_checkpoint(self) -> State | None:
         """The state of the last checkpoint of this phase, on the CPU; None at the beginning."""
 
     def report(self, row: Mapping[str, Any], state: Callable[[], State] | None) -> None:
         """Tell one row of metrics; with `state`, keep a checkpoint. Every rank calls it equally often."""
 
-    def tick(self, row: Mapping[str, Any]) -> None:
+    def show_progress(self, row: Mapping[str, Any]) -> None:
         """Show progress between reports. May be dropped."""
 
 
-class Alone:
+class SingleProcessContext:
     """The only rank: a plain process, a notebook, a GPU machine without Ray.
 
     Args:
@@ -40,7 +40,7 @@ class Alone:
         keep: called with every checkpoint state; `state` is where to go on from.
     """
 
-    index, world = 0, 1
+    rank, world_size = 0, 1
 
     def __init__(
         self,
@@ -53,20 +53,20 @@ class Alone:
         self.device = torch.device(device)
         self._show, self._keep, self._state = show, keep, state
 
-    def sum(self, tensors: list[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: list[Tensor]) -> None:
         """Nothing to add."""
 
-    def saved(self) -> State | None:
+    def load_checkpoint(self) -> State | None:
         """The state given."""
         return self._state
 
     def report(self, row: Mapping[str, Any], state: Callable[[], State] | None) -> None:
         """Show the row, keep the state."""
-        self.tick(row)
+        self.show_progress(row)
         if state is not None and self._keep is not None:
             self._keep(state())
 
-    def tick(self, row: Mapping[str, Any]) -> None:
+    def show_progress(self, row: Mapping[str, Any]) -> None:
         """Show the row."""
         if self._show is not None:
             self._show(row)

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from mtlsign.errors import KeyMaterialError
-from mtlsign.storage.strict_json import strict_json, take, take_hex
+from mtlsign.storage.strict_json import parse_strict_json, require_fields, require_hex
 
 VERSION = "mtlsign/identity/v0"
 SCRYPT = {"n": 2**15, "r": 8, "p": 1}
@@ -27,7 +27,7 @@ _MAX_BYTES = 64 * 1024
 _MAX_PASSPHRASE_BYTES = 1024
 
 
-def lp(part: bytes) -> bytes:
+def length_prefixed(part: bytes) -> bytes:
     """Length-prefixed bytes: 8-byte big-endian length, then the bytes."""
     return len(part).to_bytes(8, "big") + part
 
@@ -98,7 +98,7 @@ class Identity:
             sealed = _wrapping_cipher(passphrase, salt).encrypt(nonce, secret, _associated(self._public_key))
             fields |= {"protection": _SEALED, **SCRYPT}
             fields |= {"salt": salt.hex(), "nonce": nonce.hex(), "ciphertext": sealed.hex()}
-        _write_new(Path(path), (json.dumps(fields, indent=1) + "\n").encode("ascii"))
+        _write_exclusive(Path(path), (json.dumps(fields, indent=1) + "\n").encode("ascii"))
 
     @classmethod
     def load(cls, path: Path, passphrase: bytes | None) -> Identity:
@@ -108,11 +108,11 @@ class Identity:
             KeyMaterialError: missing, damaged, readable by others though unprotected, or a wrong passphrase.
         """
         data, mode = _read(Path(path), _MAX_BYTES, "owner")
-        got = strict_json(data, limit=_MAX_BYTES, where="owner")
+        got = parse_strict_json(data, limit=_MAX_BYTES, where="owner")
         if not isinstance(got, dict) or got.get("version") != VERSION:
             raise KeyMaterialError(f"is not a {VERSION} file; pass the identity file", field="owner")
         if got.get("protection") == "none":
-            got = take(got, "owner", "version", "public_key", "protection", "secret")
+            got = require_fields(got, "owner", "version", "public_key", "protection", "secret")
             if mode & 0o077:
                 raise KeyMaterialError(
                     "is readable by others and has no passphrase; chmod 600 it", field="owner"
@@ -121,11 +121,11 @@ class Identity:
                 raise KeyMaterialError(
                     "this identity has none; leave --passphrase-file out", field="passphrase"
                 )
-            secret = take_hex(got["secret"], "owner.secret", 64)
+            secret = require_hex(got["secret"], "owner.secret", 64)
         else:
             secret = _unseal(got, passphrase)
         found = cls(secret[:32], secret[32:])
-        if found.public_key != take_hex(got["public_key"], "owner.public_key", 32):
+        if found.public_key != require_hex(got["public_key"], "owner.public_key", 32):
             raise KeyMaterialError(
                 "holds another's public key; restore the file from a backup", field="owner"
             )
@@ -133,18 +133,20 @@ class Identity:
 
 
 def _associated(public_key: bytes) -> bytes:
-    return VERSION.encode("ascii") + lp(public_key)
+    return VERSION.encode("ascii") + length_prefixed(public_key)
 
 
 def _unseal(got: dict[str, object], passphrase: bytes | None) -> bytes:
-    take(got, "owner", "version", "public_key", "protection", "n", "r", "p", "salt", "nonce", "ciphertext")
+    require_fields(
+        got, "owner", "version", "public_key", "protection", "n", "r", "p", "salt", "nonce", "ciphertext"
+    )
     cost = {name: got[name] for name in SCRYPT}
     if got["protection"] != _SEALED or cost != SCRYPT or any(type(c) is not int for c in cost.values()):
         raise KeyMaterialError("names a protection this version does not know; update mtlsign", field="owner")
-    public_key = take_hex(got["public_key"], "owner.public_key", 32)
-    salt = take_hex(got["salt"], "owner.salt", 16)
-    nonce = take_hex(got["nonce"], "owner.nonce", 12)
-    sealed = take_hex(got["ciphertext"], "owner.ciphertext", 80)
+    public_key = require_hex(got["public_key"], "owner.public_key", 32)
+    salt = require_hex(got["salt"], "owner.salt", 16)
+    nonce = require_hex(got["nonce"], "owner.nonce", 12)
+    sealed = require_hex(got["ciphertext"], "owner.ciphertext", 80)
     if passphrase is None:
         raise KeyMaterialError("this identity needs one; give --passphrase-file", field="passphrase")
     try:
@@ -172,7 +174,7 @@ def _read(path: Path, limit: int, where: str) -> tuple[bytes, int]:
     return data, stat.S_IMODE(status.st_mode)
 
 
-def _write_new(path: Path, data: bytes) -> None:
+def _write_exclusive(path: Path, data: bytes) -> None:
     """Create `path` with all of `data`, or nothing; a concurrent reader never sees half of it."""
     part = path.parent / f".{path.name}.{secrets.token_hex(8)}"
     try:

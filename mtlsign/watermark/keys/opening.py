@@ -22,8 +22,13 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from mtlsign.errors import KeyMaterialError
-from mtlsign.storage.strict_json import refuse, strict_json, take, take_hex
-from mtlsign.watermark.keys.identity import Identity, load_or_create_identity, lp, read_passphrase
+from mtlsign.storage.strict_json import parse_strict_json, raise_invalid, require_fields, require_hex
+from mtlsign.watermark.keys.identity import (
+    Identity,
+    length_prefixed,
+    load_or_create_identity,
+    read_passphrase,
+)
 from mtlsign.watermark.keys.spec import (
     MAX_SPEC_BYTES,
     Carrier,
@@ -43,17 +48,17 @@ __all__ = [
     "Spec",
     "check_public_key",
     "decimal_digits",
-    "integers",
+    "head_signs",
+    "is_valid_signature",
     "keystream",
-    "labels",
     "load_or_create_identity",
     "m_bits",
     "make_spec",
     "parse_spec",
     "read_passphrase",
     "sign_spec",
-    "signs",
-    "verifies",
+    "watermark_integers",
+    "watermark_labels",
 ]
 
 OPENING_FORMAT = "mtlsign/key-opening/v0"
@@ -77,7 +82,7 @@ def _check_public_key(public_key: bytes) -> None:
         )
 
 
-def verifies(public_key: bytes, signature: bytes, message: bytes) -> bool:
+def is_valid_signature(public_key: bytes, signature: bytes, message: bytes) -> bool:
     """Whether an Ed25519 signature holds by the rules of `docs/format.md`, section "Key".
 
     False too for a public key that is of small order or not canonical, and for a signature that is not 64
@@ -99,7 +104,7 @@ def check_public_key(public_key: bytes) -> None:
 
 
 def _signed_message(spec: bytes, public_key: bytes) -> bytes:
-    return b"mtlsign/v0/spec" + lp(spec) + lp(public_key)
+    return b"mtlsign/v0/spec" + length_prefixed(spec) + length_prefixed(public_key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +140,12 @@ class KeyOpening:
                 "does not fit the spec and the public key; pass the opening as MTLSign wrote it",
                 field="signature",
             ) from None
-        whole = b"mtlsign/v0/key" + lp(self.spec) + lp(self.public_key) + lp(self.signature)
+        whole = (
+            b"mtlsign/v0/key"
+            + length_prefixed(self.spec)
+            + length_prefixed(self.public_key)
+            + length_prefixed(self.signature)
+        )
         return hashlib.sha256(whole).digest()
 
     def to_json(self) -> str:
@@ -157,10 +167,10 @@ class KeyOpening:
         """
         where = "opening"
         raw = data.encode("utf-8", "replace") if isinstance(data, str) else bytes(data)
-        parsed = strict_json(raw, limit=MAX_OPENING_BYTES, where=where)
-        got = take(parsed, where, "format", "spec", "public_key", "signature")
+        parsed = parse_strict_json(raw, limit=MAX_OPENING_BYTES, where=where)
+        got = require_fields(parsed, where, "format", "spec", "public_key", "signature")
         if got["format"] != OPENING_FORMAT:
-            refuse("opening.format", f"must be {OPENING_FORMAT}")
+            raise_invalid("opening.format", f"must be {OPENING_FORMAT}")
         text = got["spec"]
         try:
             if not isinstance(text, str):
@@ -175,8 +185,8 @@ class KeyOpening:
             ) from None
         return cls(
             spec=spec,
-            public_key=take_hex(got["public_key"], "opening.public_key", 32),
-            signature=take_hex(got["signature"], "opening.signature", 64),
+            public_key=require_hex(got["public_key"], "opening.public_key", 32),
+            signature=require_hex(got["signature"], "opening.signature", 64),
         )
 
 
@@ -186,7 +196,7 @@ def sign_spec(identity: Identity, spec: bytes) -> KeyOpening:
     return KeyOpening(raw, identity.public_key, identity.sign(_signed_message(raw, identity.public_key)))
 
 
-def _bits(key: bytes, label: bytes, count: int) -> npt.NDArray[np.uint8]:
+def _keystream_bits(key: bytes, label: bytes, count: int) -> npt.NDArray[np.uint8]:
     """First `count` keystream bits under HKDF-SHA256(key, label), MSB of each byte first, as 0/1."""
     if not isinstance(key, bytes) or len(key) != 32:
         raise KeyMaterialError("must be 32 bytes; compute it with KeyOpening.key", field="key")
@@ -198,10 +208,10 @@ def _bits(key: bytes, label: bytes, count: int) -> npt.NDArray[np.uint8]:
 
 def keystream(key: bytes, label: bytes, size: int) -> bytes:
     """First `size` bytes of the ChaCha20 stream under HKDF-SHA256(key, label), for what else a key fixes."""
-    return np.packbits(_bits(key, label, 8 * size)).tobytes()
+    return np.packbits(_keystream_bits(key, label, 8 * size)).tobytes()
 
 
-def integers(key: bytes, n: int) -> npt.NDArray[np.int64]:
+def watermark_integers(key: bytes, n: int) -> npt.NDArray[np.int64]:
     """π: the first n distinct m-bit integers of its keystream, int64 [n], m = 3·⌈log2 n⌉ (paper §3.2)."""
     if not 2 <= n <= 65536:
         raise ValueError(f"n must be from 2 to 65536, got {n}")
@@ -209,23 +219,23 @@ def integers(key: bytes, n: int) -> npt.NDArray[np.int64]:
     powers = np.left_shift(np.int64(1), np.arange(m - 1, -1, -1, dtype=np.int64))
     drawn = n + 16
     while True:
-        values = _bits(key, b"mtlsign/v0/integers", drawn * m).reshape(drawn, m) @ powers
+        values = _keystream_bits(key, b"mtlsign/v0/integers", drawn * m).reshape(drawn, m) @ powers
         first = np.sort(np.unique(values, return_index=True)[1])
         if len(first) >= n:
             return np.asarray(values[first[:n]], dtype=np.int64)
         drawn *= 2
 
 
-def labels(key: bytes, n: int) -> npt.NDArray[np.uint8]:
+def watermark_labels(key: bytes, n: int) -> npt.NDArray[np.uint8]:
     """l: the first n bits of their own keystream, uint8 [n] of 0 and 1 (paper §3.2)."""
     if not 1 <= n <= 65536:
         raise ValueError(f"n must be from 1 to 65536, got {n}")
-    return _bits(key, b"mtlsign/v0/labels", n)
+    return _keystream_bits(key, b"mtlsign/v0/labels", n)
 
 
-def signs(key: bytes, d: int, readout: int = 0) -> npt.NDArray[np.int8]:
+def head_signs(key: bytes, d: int, readout: int = 0) -> npt.NDArray[np.int8]:
     """Signs of the keyed head, int8 [d] of +1 (bit 1) and -1 (bit 0); p = signs/√d (design decision 1)."""
     if not 1 <= d <= 2**28 or readout < 0:
         raise ValueError(f"d must be from 1 to 2^28 and readout not negative, got {d} and {readout}")
-    bits = _bits(key, b"mtlsign/v0/signs/%d" % readout, d)
+    bits = _keystream_bits(key, b"mtlsign/v0/signs/%d" % readout, d)
     return bits.view(np.int8) * np.int8(2) - np.int8(1)

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from mtlsign.errors import KeyMaterialError
-from mtlsign.storage.strict_json import strict_json
+from mtlsign.storage.strict_json import parse_strict_json
 
 MAGIC = b"MTLS\x00v0\n"
 HEADER_LIMIT = 1024
@@ -40,7 +40,7 @@ _PASSPHRASE_LIMIT = 1024
 
 
 @dataclass(frozen=True)
-class Secret:
+class EncryptionSecret:
     """What opens an envelope: an identity's kit key or a passphrase. Never shown by `repr`."""
 
     kind: Literal["kit key", "passphrase"]
@@ -56,12 +56,12 @@ class Secret:
             raise KeyMaterialError(f"a passphrase has {limit}; choose another", field="passphrase")
 
     @classmethod
-    def from_kit_key(cls, kit_key: bytes) -> Secret:
+    def from_kit_key(cls, kit_key: bytes) -> EncryptionSecret:
         """The identity's kit key, 32 bytes."""
         return cls("kit key", bytes(kit_key))
 
     @classmethod
-    def from_passphrase(cls, passphrase: bytes) -> Secret:
+    def from_passphrase(cls, passphrase: bytes) -> EncryptionSecret:
         """A passphrase's exact bytes, 1 to 1,024 of them."""
         return cls("passphrase", bytes(passphrase))
 
@@ -69,7 +69,7 @@ class Secret:
         return f"Secret({self.kind}, hidden)"
 
 
-def seal(plaintext: bytes, secret: Secret, *, purpose: str) -> bytes:
+def encrypt_envelope(plaintext: bytes, secret: EncryptionSecret, *, purpose: str) -> bytes:
     """The envelope around `plaintext`, which `unseal` opens with the same secret and purpose.
 
     Raises: KeyMaterialError when `plaintext` is over PLAINTEXT_LIMIT bytes or `purpose` is not 1 to 64 ASCII.
@@ -90,7 +90,7 @@ def seal(plaintext: bytes, secret: Secret, *, purpose: str) -> bytes:
     return front + ChaCha20Poly1305(key).encrypt(nonce, plaintext, front)
 
 
-def unseal(sealed: bytes, secret: Secret, *, purpose: str) -> bytes:
+def decrypt_envelope(sealed: bytes, secret: EncryptionSecret, *, purpose: str) -> bytes:
     """The plaintext in an envelope from anywhere.
 
     Raises: KeyMaterialError, always one line: no envelope, another purpose, the wrong secret, or damage.
@@ -119,7 +119,7 @@ def unseal(sealed: bytes, secret: Secret, *, purpose: str) -> bytes:
         raise KeyMaterialError(message, field="owner" if wanted == "kit key" else "passphrase") from None
 
 
-def _derive(secret: Secret, salt: bytes, purpose: str, costs: dict[str, int]) -> bytes:
+def _derive(secret: EncryptionSecret, salt: bytes, purpose: str, costs: dict[str, int]) -> bytes:
     if secret.kind == "kit key":
         return HKDF(hashes.SHA256(), 32, salt, purpose.encode()).derive(secret.value)
     return Scrypt(salt, 32, costs["n"], costs["r"], costs["p"]).derive(secret.value)
@@ -127,7 +127,7 @@ def _derive(secret: Secret, salt: bytes, purpose: str, costs: dict[str, int]) ->
 
 def _parse_header(text: bytes, purpose: str) -> tuple[bytes, bytes, str, dict[str, int]]:
     damaged = KeyMaterialError("the sealed file's header is damaged; fetch the file again")
-    header = strict_json(text, limit=HEADER_LIMIT, where="sealed header")
+    header = parse_strict_json(text, limit=HEADER_LIMIT, where="sealed header")
     if not isinstance(header, dict):
         raise damaged
     costs = {name: header.pop(name) for name in tuple(_SCRYPT_LIMITS) if name in header}

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mtlsign.errors import KeyMaterialError
-from mtlsign.storage.strict_json import refuse, strict_json, take, take_hex
+from mtlsign.storage.strict_json import parse_strict_json, raise_invalid, require_fields, require_hex
 
 FORMAT = "mtlsign/v0"
 MAX_SPEC_BYTES = 16 * 1024
@@ -102,7 +102,7 @@ def decimal_digits(n: int) -> int:
 def _integer(fields: Mapping[str, object], name: str, low: int, high: int, where: str) -> int:
     value = fields[name]
     if type(value) is not int or not low <= value <= high:  # bool is an int to isinstance
-        refuse(f"{where}.{name}", f"must be an integer from {low} to {high}")
+        raise_invalid(f"{where}.{name}", f"must be an integer from {low} to {high}")
     return value
 
 
@@ -117,14 +117,14 @@ def plain_text(value: object, where: str) -> str:
 
 def _text(value: object, where: str, pattern: re.Pattern[str]) -> str:
     if not isinstance(value, str) or not pattern.fullmatch(value):
-        refuse(where, "must be a string of the length and characters that docs/format.md allows here")
+        raise_invalid(where, "must be a string of the length and characters that docs/format.md allows here")
     return value
 
 
 def _choice(fields: Mapping[str, object], name: str, where: str, *choices: str) -> str:
     value = fields[name]
     if not isinstance(value, str) or value not in choices:
-        refuse(f"{where}.{name}", f"must be {' or '.join(choices)}")
+        raise_invalid(f"{where}.{name}", f"must be {' or '.join(choices)}")
     return value
 
 
@@ -135,7 +135,7 @@ def parse_carrier(value: object) -> Carrier:
         KeyMaterialError: a field is missing, unknown, of the wrong type or outside its limits.
     """
     at = "carrier"
-    got = take(value, at, *Carrier.__dataclass_fields__)
+    got = require_fields(value, at, *Carrier.__dataclass_fields__)
     height = _integer(got, "height", MODULES_PER_SIDE, 1024, at)
     width = _integer(got, "width", MODULES_PER_SIDE, 1024, at)
     return Carrier(
@@ -157,24 +157,24 @@ def parse_carrier(value: object) -> Carrier:
 
 def _head(value: object) -> Head:
     if isinstance(value, dict) and value.get("kind") == "free":
-        got = take(value, "head", "kind", "hidden", "features")
+        got = require_fields(value, "head", "kind", "hidden", "features")
         hidden = _integer(got, "hidden", 1, 1024, "head")
         return Head("free", hidden, _choice(got, "features", "head", "flat", "pooled"))
-    return Head(_choice(take(value, "head", "kind"), "kind", "head", "keyed"))
+    return Head(_choice(require_fields(value, "head", "kind"), "kind", "head", "keyed"))
 
 
 def _taps(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not 1 <= len(value) <= 16:
-        refuse("taps", "must be a list of 1 to 16 module names")
+        raise_invalid("taps", "must be a list of 1 to 16 module names")
     taps = tuple(_text(tap, "taps", _TAP) for tap in value)
     if len(set(taps)) != len(taps):
-        refuse("taps", "names a module twice")
+        raise_invalid("taps", "names a module twice")
     return taps
 
 
 def _graph(value: object) -> tuple[tuple[str, int | str], ...]:
     if not isinstance(value, dict) or "arch" not in value or len(value) > 32:
-        refuse("graph", "must be an object of at most 32 fields, among them arch")
+        raise_invalid("graph", "must be an object of at most 32 fields, among them arch")
     _text(value["arch"], "graph.arch", _ARCH)
     found: list[tuple[str, int | str]] = []
     for name, item in value.items():
@@ -192,15 +192,15 @@ def parse_spec(data: bytes) -> Spec:
     Raises:
         KeyMaterialError: the bytes are not one well-formed v0 spec; nothing else is ever raised.
     """
-    got = take(strict_json(data, limit=MAX_SPEC_BYTES, where="spec"), "spec", *FIELDS)
+    got = require_fields(parse_strict_json(data, limit=MAX_SPEC_BYTES, where="spec"), "spec", *FIELDS)
     n = _integer(got, "n", MIN_N, MAX_N, "spec")
     carrier = parse_carrier(got["carrier"])
     if carrier.digits != decimal_digits(n):
-        refuse("carrier.digits", f"must be {decimal_digits(n)} for n = {n}")
+        raise_invalid("carrier.digits", f"must be {decimal_digits(n)} for n = {n}")
     return Spec(
         format=_choice(got, "format", "spec", FORMAT),
         name=_text(got["name"], "spec.name", _TEXT),
-        nonce=take_hex(got["nonce"], "spec.nonce", 32).hex(),
+        nonce=require_hex(got["nonce"], "spec.nonce", 32).hex(),
         n=n,
         readouts=_integer(got, "readouts", 1, 1, "spec"),
         carrier=carrier,
@@ -209,7 +209,7 @@ def parse_spec(data: bytes) -> Spec:
         statistic=_choice(got, "statistic", "spec", "count", "weighted"),
         normalise=_choice(got, "normalise", "spec", "key-batch"),
         graph_fields=_graph(got["graph"]),
-        reference=take_hex(got["reference"], "spec.reference", 32).hex(),
+        reference=require_hex(got["reference"], "spec.reference", 32).hex(),
         raw=bytes(data),
     )
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 #: Alternating rounds of a verification; part of the format.
-ROUNDS = 50
+SINKHORN_ITERATIONS = 50
 
 
-def mass(kernel: Tensor, groups: int = 1) -> Tensor:
+def squared_block_norms(kernel: Tensor, groups: int = 1) -> Tensor:
     """Squared norms of a kernel's (row, input column) blocks.
 
     Args:
@@ -35,11 +35,13 @@ def mass(kernel: Tensor, groups: int = 1) -> Tensor:
 
 def column_norms(kernel: Tensor, groups: int = 1) -> Tensor:
     """Column norms of a kernel with unit rows, which are W0's frame: float64 [groups, I/groups]."""
-    p = mass(kernel, groups)
-    return (p / _nonzero(p.sum(2, keepdim=True))).sum(1).sqrt()
+    p = squared_block_norms(kernel, groups)
+    return (p / _safe_divisor(p.sum(2, keepdim=True))).sum(1).sqrt()
 
 
-def into_frame(kernel: Tensor, columns: Tensor, groups: int = 1, *, differentiable_rounds: int = 0) -> Tensor:
+def canonicalize_kernels(
+    kernel: Tensor, columns: Tensor, groups: int = 1, *, differentiable_rounds: int = 0
+) -> Tensor:
     """Scale rows and input columns of `kernel` by positive numbers until rows are units and columns W0's.
 
     This is Sinkhorn's iteration on the squared block norms: `ROUNDS` times rows, then columns; last the
@@ -56,23 +58,25 @@ def into_frame(kernel: Tensor, columns: Tensor, groups: int = 1, *, differentiab
     Returns:
         float32 tensor of the kernel's shape.
     """
-    p = mass(kernel, groups)
-    cols = torch.from_numpy(_fixed_point(p.detach().cpu().numpy(), columns.square().cpu().numpy())).to(
-        p.device
-    )
-    rows = 1 / _nonzero((p @ cols.unsqueeze(2)).squeeze(2))
+    p = squared_block_norms(kernel, groups)
+    cols = torch.from_numpy(
+        _sinkhorn_multipliers(p.detach().cpu().numpy(), columns.square().cpu().numpy())
+    ).to(p.device)
+    rows = 1 / _safe_divisor((p @ cols.unsqueeze(2)).squeeze(2))
     for _ in range(differentiable_rounds):
-        cols = columns.square() / _nonzero((rows.unsqueeze(1) @ p).squeeze(1))
-        rows = 1 / _nonzero((p @ cols.unsqueeze(2)).squeeze(2))
+        cols = columns.square() / _safe_divisor((rows.unsqueeze(1) @ p).squeeze(1))
+        rows = 1 / _safe_divisor((p @ cols.unsqueeze(2)).squeeze(2))
     scale = (rows.unsqueeze(2) * cols.unsqueeze(1)).sqrt().reshape(kernel.shape[0], -1)
     scale = scale.reshape(*scale.shape, *([1] * (kernel.dim() - 2)))
     return (kernel.double() * scale).float()
 
 
-def _fixed_point(p: npt.NDArray[np.float64], target: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _sinkhorn_multipliers(
+    p: npt.NDArray[np.float64], target: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
     """Squared column multipliers [g, I] after `ROUNDS` rounds on the squared norms p [g, O, I]."""
     cols = np.ones_like(target)
-    for _ in range(ROUNDS):
+    for _ in range(SINKHORN_ITERATIONS):
         mass_of_rows = (p @ cols[:, :, None])[:, :, 0]
         rows = 1 / np.where(mass_of_rows > 0, mass_of_rows, 1.0)
         mass_of_cols = (rows[:, None, :] @ p)[:, 0, :]
@@ -80,6 +84,6 @@ def _fixed_point(p: npt.NDArray[np.float64], target: npt.NDArray[np.float64]) ->
     return cols
 
 
-def _nonzero(sums: Tensor) -> Tensor:
+def _safe_divisor(sums: Tensor) -> Tensor:
     """A row or column without mass keeps its zeros: divide it by 1."""
     return torch.where(sums > 0, sums, torch.ones_like(sums))

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from mtlsign.errors import ArtifactError
 from mtlsign.models import architectures
-from mtlsign.models.checkpoints import map_suspect
+from mtlsign.models.checkpoints import select_tensors_untrusted
 from mtlsign.models.factories import Factory
 from mtlsign.watermark.carriers import qr
-from mtlsign.watermark.keys.opening import KeyOpening, integers, keystream, labels
+from mtlsign.watermark.keys.opening import KeyOpening, keystream, watermark_integers, watermark_labels
 from mtlsign.watermark.keys.spec import Spec, parse_spec
 from mtlsign.watermark.verification import evidence as null
-from mtlsign.watermark.verification.graph import VerifierGraph, exact_fp32
-from mtlsign.watermark.verification.heads import FreeHead, Head, KeyedHead
+from mtlsign.watermark.verification.graph import VerifierModel, exact_fp32
+from mtlsign.watermark.verification.heads import Head, KeyDerivedHead, TrainedHead
 from mtlsign.watermark.verification.reference import Reference
 
 #: A score nearer to 0 than this counts as wrong and is reported (design decision 1).
@@ -57,7 +57,7 @@ class Verdict:
         """JSON-ready fields."""
         return asdict(self)
 
-    def sentence(self) -> str:
+    def summary(self) -> str:
         """The verdict in one sentence for a person."""
         if self.status == "not_verifiable":
             return f"Not verifiable: {self.reason}. This does not say that the model is unmarked."
@@ -77,7 +77,7 @@ class Verdict:
         return f"Rejected: {found}, less than the 2^{self.bits_required:g} required."
 
 
-class Probe:
+class WatermarkDetector:
     """The assembled test of one key: images, labels, graph, head (lines 1 and 2 of Algorithm 1).
 
     Args:
@@ -107,78 +107,78 @@ class Probe:
                 "is not the one that the spec names; take the kit as it was written", field="reference"
             )
         self.device = torch.device(device)
-        self.images, self.labels = key_set(self.spec, self.key)
+        self.images, self.labels = watermark_dataset(self.spec, self.key)
         self.images, self.labels = self.images.to(self.device), self.labels.to(self.device)
         skeleton = architectures.build(self.spec.graph, factories=factories)
-        self.graph = VerifierGraph(skeleton, self.spec.taps, reference, self.images[:2])
+        self.graph = VerifierModel(skeleton, self.spec.taps, reference, self.images[:2])
         kind = self.spec.head
         self.pooled = kind.kind == "free" and kind.features == "pooled"
         d, hidden = self._width(), kind.hidden or 1
         self.head: Head
         if kind.kind == "keyed":
-            self.head = KeyedHead(self.key, d, self.device)
+            self.head = KeyDerivedHead(self.key, d, self.device)
         elif head is None:
             seed = int.from_bytes(keystream(self.key, b"mtlsign/v0/head-init", 7))
-            self.head = FreeHead(d, hidden, pooled=self.pooled, seed=seed, device=self.device)
+            self.head = TrainedHead(d, hidden, pooled=self.pooled, seed=seed, device=self.device)
         else:
-            self.head = FreeHead.from_bytes(head, d, hidden, pooled=self.pooled, device=self.device)
+            self.head = TrainedHead.from_bytes(head, d, hidden, pooled=self.pooled, device=self.device)
 
     def _width(self) -> int:
         zeros = {name: torch.zeros(shape, device=self.device) for name, shape in self.graph.kernels.items()}
         with torch.no_grad():
             return self.graph.features(zeros, self.images[:2], pooled=self.pooled).inverse_std.shape[0]
 
-    def control(self, index: int) -> Probe:
+    def with_control_key(self, index: int) -> WatermarkDetector:
         """The same test with an unrelated key: other images, labels and (keyed) read-out."""
         other = copy.copy(self)
         other.key = keystream(self.key, b"mtlsign/v0/control/%d" % index, 32)
-        images, bits = key_set(self.spec, other.key)
+        images, bits = watermark_dataset(self.spec, other.key)
         other.images, other.labels = images.to(self.device), bits.to(self.device)
         if self.spec.head.kind == "keyed":
-            other.head = KeyedHead(other.key, self._width(), self.device)
+            other.head = KeyDerivedHead(other.key, self._width(), self.device)
         return other
 
-    def scores_of(self, kernels: Mapping[str, Tensor], *, differentiable: bool = False) -> Tensor:
+    def score_kernels(self, kernels: Mapping[str, Tensor], *, differentiable: bool = False) -> Tensor:
         """Scores float32 [N] of kernels (as `graph.read` gives them) on the whole key set as one batch."""
         with exact_fp32():
             framed = self.graph.into_frame(kernels, differentiable_rounds=2 if differentiable else 0)
             return self.head(self.graph.features(framed, self.images, pooled=self.pooled))
 
     @torch.no_grad()
-    def scores(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor | None, str | None]:
+    def score_state_dict(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor | None, str | None]:
         """Scores float32 [N] on the CPU for anybody's tensors, or the reason why they cannot be read."""
         wanted = dict(self.graph.kernels)
-        mapped = map_suspect(
+        mapped = select_tensors_untrusted(
             wanted, tensors, optional={self.graph.gammas[w]: (wanted[w][0],) for w in self.graph.gammas}
         )
         if mapped.problem is not None:
             return None, mapped.problem
         kernels = self.graph.read({name: t.to(self.device) for name, t in mapped.tensors.items()})
-        scores = self.scores_of(kernels).cpu()
+        scores = self.score_kernels(kernels).cpu()
         if not torch.isfinite(scores).all():
             return None, "its values overflow in float32"
         return scores, None
 
 
-def key_set(spec: Spec, key: bytes) -> tuple[Tensor, Tensor]:
+def watermark_dataset(spec: Spec, key: bytes) -> tuple[Tensor, Tensor]:
     """D_WM of the paper (§3.2): images float32 [N, C, H, W] and labels uint8 [N], both from the key alone."""
-    images = qr.images(integers(key, spec.n), spec.carrier)
-    return images, torch.from_numpy(labels(key, spec.n))
+    images = qr.images(watermark_integers(key, spec.n), spec.carrier)
+    return images, torch.from_numpy(watermark_labels(key, spec.n))
 
 
-def agreement(scores: Tensor, bits: Tensor) -> Tensor:
+def matching_bits(scores: Tensor, bits: Tensor) -> Tensor:
     """Which of the N scores give their bit: bool [N]; a score within 1e-4 of 0 is wrong."""
     return ((scores > 0) == (bits.to(scores.device) > 0)) & (scores.abs() >= MIN_SCORE)
 
 
 def verify(
     tensors: Mapping[str, Tensor],
-    probe: Probe,
+    detector: WatermarkDetector,
     *,
     bits: float = 120.0,
     gamma: float = 0.7,
     controls: int = 0,
-    w0: Mapping[str, Tensor] | None = None,
+    base_weights: Mapping[str, Tensor] | None = None,
     model_digest: str | None = None,
 ) -> Verdict:
     """Run Algorithm 1 on a network's tensors.
@@ -192,28 +192,28 @@ def verify(
         w0: the unmarked network's tapped kernels, if the owner shows them, as a further control.
         model_digest: copied into the verdict.
     """
-    scores, problem = probe.scores(tensors)
-    n = probe.spec.n
+    scores, problem = detector.score_state_dict(tensors)
+    n = detector.spec.n
     if scores is None:
         return Verdict(
-            "not_verifiable", False, 0, n, 0.0, 1.0, 0.0, bits, gamma, False, 1.0, 0, probe.spec.statistic,
+            "not_verifiable", False, 0, n, 0.0, 1.0, 0.0, bits, gamma, False, 1.0, 0, detector.spec.statistic,
             model_digest=model_digest, reason=problem,
         )  # fmt: skip
-    right = agreement(scores, probe.labels)
+    right = matching_bits(scores, detector.labels)
     k = int(right.sum())
-    evidence = null.tail_bits(k, n)
-    if probe.spec.statistic == "weighted":
+    evidence = null.binomial_evidence_bits(k, n)
+    if detector.spec.statistic == "weighted":
         evidence = null.weighted_tail_bits(null.score_weights(scores.numpy()), right.numpy())
     tried: dict[str, list[float]] = {}
     if controls:
-        tried["wrong_keys"] = wrong_keys(tensors, probe, controls)
-    if w0 is not None:
-        unmarked, _ = probe.scores(w0)
+        tried["wrong_keys"] = control_accuracies(tensors, detector, controls)
+    if base_weights is not None:
+        unmarked, _ = detector.score_state_dict(base_weights)
         if unmarked is not None:
-            tried["w0"] = [float(agreement(unmarked, probe.labels).float().mean())]
+            tried["w0"] = [float(matching_bits(unmarked, detector.labels).float().mean())]
     passed = evidence >= bits
     status = (
-        "rejected" if not passed else "needs_commitment" if probe.spec.head.kind == "free" else "accepted"
+        "rejected" if not passed else "needs_commitment" if detector.spec.head.kind == "free" else "accepted"
     )
     return Verdict(
         status=status,
@@ -228,24 +228,24 @@ def verify(
         passes_gamma=k >= gamma * n,
         chernoff_bound=null.chernoff_bound(k, n),
         near_zero=int((scores.abs() < MIN_SCORE).sum()),
-        statistic=probe.spec.statistic,
+        statistic=detector.spec.statistic,
         controls=tried,
         model_digest=model_digest,
     )
 
 
-def wrong_keys(tensors: Mapping[str, Tensor], probe: Probe, count: int) -> list[float]:
+def control_accuracies(tensors: Mapping[str, Tensor], detector: WatermarkDetector, count: int) -> list[float]:
     """Accuracies of `count` unrelated keys on the same suspect."""
     out = []
     for i in range(count):
-        other = probe.control(i)
-        scores, _ = other.scores(tensors)
+        other = detector.with_control_key(i)
+        scores, _ = other.score_state_dict(tensors)
         if scores is not None:
-            out.append(float(agreement(scores, other.labels).float().mean()))
+            out.append(float(matching_bits(scores, other.labels).float().mean()))
     return out
 
 
-def scores_of_all(probe: Probe, networks: Sequence[Mapping[str, Tensor]]) -> list[list[float]]:
+def signed_scores(detector: WatermarkDetector, networks: Sequence[Mapping[str, Tensor]]) -> list[list[float]]:
     """Scores signed so that positive agrees with the bit, a list of N per network that can be read."""
-    sign = probe.labels.cpu().float() * 2 - 1
-    return [(s * sign).tolist() for s, _ in map(probe.scores, networks) if s is not None]
+    sign = detector.labels.cpu().float() * 2 - 1
+    return [(s * sign).tolist() for s, _ in map(detector.score_state_dict, networks) if s is not None]

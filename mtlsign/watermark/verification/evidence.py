@@ -19,7 +19,7 @@ MAX_N = 16384
 MAX_WEIGHT = 15
 
 
-def _bits_of(count: int, n: int) -> float:
+def _bits_from_count(count: int, n: int) -> float:
     """-log2(count / 2^n), exact to a few units in the last place at both ends."""
     if count <= 0:
         return math.inf
@@ -33,7 +33,7 @@ def _check_n(n: int) -> None:
         raise ValueError(f"n must be from 1 to {MAX_N}, got {n}")
 
 
-def tail_bits(k: int, n: int) -> float:
+def binomial_evidence_bits(k: int, n: int) -> float:
     """-log2 P(X ≥ k) for X ~ Binomial(n, ½), from exact integers: 0 for k ≤ 0, infinite for k > n."""
     _check_n(n)
     if k <= 0:
@@ -47,7 +47,7 @@ def tail_bits(k: int, n: int) -> float:
     for i in range(first, last):
         total += term
         term = term * (n - i) // (i + 1)
-    return _bits_of((1 << n) - total if low else total, n)
+    return _bits_from_count((1 << n) - total if low else total, n)
 
 
 def p_value(bits: float) -> float:
@@ -72,7 +72,7 @@ def chernoff_bound(k: int, n: int) -> float:
     return p_value(chernoff_bits(k, n))
 
 
-def paper_chernoff(gamma: float, p: float, n: int, lam: float) -> float:
+def chernoff_bound_paper(gamma: float, p: float, n: int, lam: float) -> float:
     """((1 - p + p·e^λ)/e^(γλ))^n, the paper's Appendix A as printed, cut off at 1 where it says nothing."""
     if not 0.0 <= p <= 1.0 or not 0.0 <= gamma <= 1.0 or not 0.0 <= lam <= 100.0:
         raise ValueError("gamma and p must be from 0 to 1 and lam from 0 to 100")
@@ -88,13 +88,13 @@ def threshold(n: int, bits: float) -> int:
     total, term = 0, 1
     for k in range(n, -1, -1):
         total += term
-        if _bits_of(total, n) < bits:
+        if _bits_from_count(total, n) < bits:
             return k + 1
         term = term * k // (n - k + 1)
     return 0
 
 
-def wrong_band(n: int, alpha: float) -> tuple[int, int]:
+def control_band(n: int, alpha: float) -> tuple[int, int]:
     """Counts (low, high), both inside: a wrong key is outside with chance at most alpha, half each side."""
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"alpha must be over 0 and under 1, got {alpha}")
@@ -134,8 +134,8 @@ def weighted_tail_bits(weights: npt.ArrayLike, correct: npt.ArrayLike) -> float:
     missed = total - int(w[hit].sum())
     # T ≥ t exactly when the missed weight is at most `missed`; the missed weight has the same law as T.
     if 2 * missed <= total:
-        return _bits_of(_patterns_up_to(w.tolist(), missed), n)
-    return _bits_of((1 << n) - _patterns_up_to(w.tolist(), total - missed - 1), n)
+        return _bits_from_count(_patterns_up_to(w.tolist(), missed), n)
+    return _bits_from_count((1 << n) - _patterns_up_to(w.tolist(), total - missed - 1), n)
 
 
 def _patterns_up_to(weights: list[int], limit: int) -> int:

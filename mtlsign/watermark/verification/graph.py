@@ -19,15 +19,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtlsign.errors import ArtifactError
 from mtlsign.models.taps import forward_to_taps, tapped_layers, tapped_parameters
-from mtlsign.watermark.verification.alignment import into_frame
-from mtlsign.watermark.verification.reference import Reference, signed
+from mtlsign.watermark.verification.alignment import canonicalize_kernels
+from mtlsign.watermark.verification.reference import Reference, apply_bn_sign
 
 #: A coordinate whose standard deviation over the key set is below this is read as 0 (decision 1).
 MIN_STD = 1e-5
 
 
 @dataclass(frozen=True)
-class FramedLayer:
+class CanonicalConv:
     """A convolution brought into W0's frame: its kernel, the batch norm after it, W0's column norms."""
 
     weight: str
@@ -36,7 +36,7 @@ class FramedLayer:
     columns: Tensor
 
 
-class VerifierGraph:
+class VerifierModel:
     """Runs the tapped part of `skeleton` on key images.
 
     Args:
@@ -59,7 +59,7 @@ class VerifierGraph:
             if isinstance(module, _BatchNorm):
                 module.train()
         modules, parameters = dict(skeleton.named_modules()), dict(skeleton.named_parameters())
-        self.framed: list[FramedLayer] = []
+        self.framed: list[CanonicalConv] = []
         self._fixed: dict[str, Tensor] = {}
         used = tapped_parameters(skeleton, taps, sample)
         skipped: set[str] = set()
@@ -71,7 +71,7 @@ class VerifierGraph:
             columns = self._kept(
                 reference, f"{layer.conv}/columns", (groups, parameters[weight].shape[1]), sample.device
             )
-            self.framed.append(FramedLayer(weight, layer.bn, groups, columns.double()))
+            self.framed.append(CanonicalConv(weight, layer.bn, groups, columns.double()))
             for part, name in (("gamma", f"{layer.bn}.weight"), ("beta", f"{layer.bn}.bias")):
                 value = self._kept(reference, f"{layer.conv}/{part}", (rows,), sample.device)
                 if name in parameters:
@@ -110,7 +110,7 @@ class VerifierGraph:
     def read(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The kernels of a network, float32, with sign(γ) on their rows; γ may be absent."""
         return {
-            name: signed(tensors[name], tensors.get(self.gammas[name]))
+            name: apply_bn_sign(tensors[name], tensors.get(self.gammas[name]))
             if name in self.gammas
             else tensors[name]
             for name in self.kernels
@@ -122,7 +122,7 @@ class VerifierGraph:
         """W0's frame for every convolution that has one; other weights as they are."""
         out = dict(kernels)
         for f in self.framed:
-            out[f.weight] = into_frame(
+            out[f.weight] = canonicalize_kernels(
                 kernels[f.weight], f.columns, f.groups, differentiable_rounds=differentiable_rounds
             )
         return out

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mtlsign.errors import ArtifactError
-from mtlsign.storage.safetensors_io import read_tensors, tensor_bytes
-from mtlsign.watermark.keys.opening import signs
+from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
+from mtlsign.watermark.keys.opening import head_signs
 from mtlsign.watermark.verification.graph import Features
 
 
@@ -30,13 +30,13 @@ class Head(Protocol):
         """What is stored in the kit."""
 
 
-class KeyedHead:
+class KeyDerivedHead:
     """score = ⟨p, f⟩, p ∈ {±1}/√d from the key: nothing is trained, nothing stored, nothing to choose."""
 
     pooled = False
 
     def __init__(self, key: bytes, d: int, device: torch.device | str = "cpu") -> None:
-        self._p = torch.from_numpy(signs(key, d)).to(device, torch.float32) / d**0.5
+        self._p = torch.from_numpy(head_signs(key, d)).to(device, torch.float32) / d**0.5
 
     def __call__(self, features: Features) -> Tensor:
         """Scores float32 [N]."""
@@ -52,7 +52,7 @@ class KeyedHead:
         return
 
 
-class FreeHead:
+class TrainedHead:
     """The paper's two-layer perceptron (§4.1): it fits any model, so a claim needs an earlier commitment."""
 
     def __init__(
@@ -76,16 +76,16 @@ class FreeHead:
 
     def to_bytes(self) -> bytes:
         """safetensors: w1 [h, d], b1 [h], w2 [h], b2 []."""
-        return tensor_bytes(
+        return serialize_safetensors(
             dict(zip(("w1", "b1", "w2", "b2"), (p.detach().cpu() for p in self.parameters()), strict=True))
         )
 
     @classmethod
     def from_bytes(
         cls, data: bytes, d: int, hidden: int, *, pooled: bool, device: torch.device | str = "cpu"
-    ) -> FreeHead:
+    ) -> TrainedHead:
         """Read an opened head. Raises `ArtifactError` where it does not fit the spec."""
-        head, tensors = cls(d, hidden, pooled=pooled, device=device), read_tensors(data)
+        head, tensors = cls(d, hidden, pooled=pooled, device=device), parse_safetensors(data)
         for name, parameter in zip(("w1", "b1", "w2", "b2"), head.parameters(), strict=True):
             given = tensors.get(name)
             if given is None or given.shape != parameter.shape or not torch.isfinite(given).all():

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtlsign.errors import ArtifactError, ModelError
 from mtlsign.models.taps import tapped_layers, tapped_parameters
-from mtlsign.storage.safetensors_io import read_tensors, tensor_bytes
+from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.watermark.keys.opening import keystream
 from mtlsign.watermark.verification.alignment import column_norms
 
@@ -52,7 +52,7 @@ class Reference:
                 f"is over {MAX_REFERENCE_BYTES} bytes; a reference is small", field="reference"
             )
         try:
-            tensors = read_tensors(data, max_bytes=MAX_REFERENCE_BYTES)
+            tensors = parse_safetensors(data, max_bytes=MAX_REFERENCE_BYTES)
         except ModelError as error:
             raise ArtifactError(
                 f"cannot be read ({error}); take the kit as it was written", field="reference"
@@ -86,21 +86,21 @@ def make_reference(model: nn.Module, taps: Sequence[str], sample: Tensor) -> Ref
         gamma = ones if bn.weight is None else bn.weight.detach().float().cpu()
         beta = torch.zeros_like(ones) if bn.bias is None else bn.bias.detach().float().cpu()
         groups = int(getattr(modules[layer.conv], "groups", 1))
-        kernel = signed(kernel.cpu(), gamma)
+        kernel = apply_bn_sign(kernel.cpu(), gamma)
         kept[f"{layer.conv}/gamma"] = gamma.abs().clone()
         kept[f"{layer.conv}/beta"] = beta.clone()
         kept[f"{layer.conv}/eps"] = torch.tensor([bn.eps], dtype=torch.float64)
         kept[f"{layer.conv}/columns"] = column_norms(kernel, groups)
-        kept[f"{layer.conv}/sketch"] = sketch(kernel)
+        kept[f"{layer.conv}/sketch"] = random_projection(kernel)
         normed |= {f"{layer.bn}.weight", f"{layer.bn}.bias", f"{layer.conv}.bias"}
     for name in tapped_parameters(model, taps, sample):
         if name not in normed and name in parameters and parameters[name].dim() < 2:
             kept[f"={name}"] = parameters[name].detach().float().cpu().clone()
-    data = tensor_bytes(kept)
-    return Reference(data, read_tensors(data))
+    data = serialize_safetensors(kept)
+    return Reference(data, parse_safetensors(data))
 
 
-def signed(kernel: Tensor, gamma: Tensor | None) -> Tensor:
+def apply_bn_sign(kernel: Tensor, gamma: Tensor | None) -> Tensor:
     """Multiply sign(γ) onto the rows (+1 where γ is absent or 0): all that is read of a batch norm."""
     if gamma is None:
         return kernel
@@ -108,7 +108,7 @@ def signed(kernel: Tensor, gamma: Tensor | None) -> Tensor:
     return kernel * sign.reshape(-1, *([1] * (kernel.dim() - 1)))
 
 
-def sketch(kernel: Tensor) -> Tensor:
+def random_projection(kernel: Tensor) -> Tensor:
     """Project a kernel's unit rows to s = max(1, min(32, fan_in // 4)) numbers by a public ±1 matrix over
     sqrt(s).
 

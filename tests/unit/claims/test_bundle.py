@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from world import ALICE, ByName, Town, kit_of
 
 from mtlsign.claims import bundle, owner
 from mtlsign.claims.bundle import check_bundle, to_json, write_bundle
-from mtlsign.claims.commands.owner import note_of
+from mtlsign.claims.commands.owner import signed_note
 from mtlsign.claims.ledger import checkpoints
-from mtlsign.claims.model_card import claim_block, insert, publication_block
+from mtlsign.claims.model_card import claim_block, insert_block, provenance_block
 from mtlsign.errors import ClaimError
+from tests.unit.claims.scenario import ALICE, ByName, Town, kit_of
 
 Made = tuple[Path, bytes, Town, Any]
 
@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     view = town.vote()
     path = folder / "claim.zip"
     write_bundle(path, town.ledger, view, entry, town.archive)
-    note = note_of(town.ledger, view)
+    note = signed_note(town.ledger, view)
     return path, note, town, to_json(check_bundle(path, ByName(), pinned=note))
 
 
@@ -51,12 +51,16 @@ def test_it_proves_the_claim(made: Made) -> None:
     for index in checked.view.entries:
         assert checked.view.time(index) == view.time(index)
     assert not to_json(check_bundle(path, ByName()))["head"]["pinned"]
-    card = insert("# Model\n", claim_block(done))
-    assert "in_the_weights" in card and insert(card, claim_block(done)) == card
+    card = insert_block("# Model\n", claim_block(done))
+    assert "in_the_weights" in card and insert_block(card, claim_block(done)) == card
     head = {"origin": "o", "size": 4, "root": "r", "cosigned": ["m"]}
-    block = publication_block({"model_digest": "d", "index": 1, "id": "i", "head": head})
-    both = insert(card, block)  # a release and a claim stand beside each other
-    assert card in both and insert(insert(both, claim_block(done)), block) == both and "entry 1" in both
+    block = provenance_block({"model_digest": "d", "index": 1, "id": "i", "head": head})
+    both = insert_block(card, block)  # a release and a claim stand beside each other
+    assert (
+        card in both
+        and insert_block(insert_block(both, claim_block(done)), block) == both
+        and "entry 1" in both
+    )
 
 
 def test_an_older_pinned_head_will_do_if_the_bundle_extends_it(made: Made) -> None:
@@ -64,25 +68,27 @@ def test_an_older_pinned_head_will_do_if_the_bundle_extends_it(made: Made) -> No
     view = town.view()
     older = next(c for c in view.heads if c.head.size == 4)
     lines = [line for at, line in town.ledger.cosignatures(view.origin) if at == older.head]
-    assert check_bundle(path, ByName(), pinned=checkpoints.note(older.head, lines)).head.size == 4
+    assert (
+        check_bundle(path, ByName(), pinned=checkpoints.encode_signed_note(older.head, lines)).head.size == 4
+    )
     early = view.heads[0]
     lines = [line for at, line in town.ledger.cosignatures(view.origin) if at == early.head]
     with pytest.raises(ClaimError, match=r"pin a newer one|proves nothing"):
-        check_bundle(path, ByName(), pinned=checkpoints.note(early.head, lines))
+        check_bundle(path, ByName(), pinned=checkpoints.encode_signed_note(early.head, lines))
 
 
 def test_another_ledger_or_a_fork_is_refused(made: Made, tmp_path: Path) -> None:
     path, note, _, _ = made
     other = Town(tmp_path, ["1", "2"])
     with pytest.raises(ClaimError, match="another ledger"):
-        check_bundle(path, ByName(), pinned=note_of(other.ledger, other.attest()))
-    head, lines = checkpoints.parse_note(note)
-    forked = checkpoints.Head(head.origin, head.size, bytes(32))
+        check_bundle(path, ByName(), pinned=signed_note(other.ledger, other.attest()))
+    head, lines = checkpoints.parse_signed_note(note)
+    forked = checkpoints.Checkpoint(head.origin, head.size, bytes(32))
     with pytest.raises(ClaimError, match="forked"):
-        check_bundle(path, ByName(), pinned=checkpoints.note(forked, lines))
-    longer = checkpoints.Head(head.origin, head.size + 1, bytes(32))
+        check_bundle(path, ByName(), pinned=checkpoints.encode_signed_note(forked, lines))
+    longer = checkpoints.Checkpoint(head.origin, head.size + 1, bytes(32))
     with pytest.raises(ClaimError, match="proves nothing"):
-        check_bundle(path, ByName(), pinned=checkpoints.note(longer, lines))
+        check_bundle(path, ByName(), pinned=checkpoints.encode_signed_note(longer, lines))
 
 
 def members(path: Path) -> list[tuple[str, bytes]]:

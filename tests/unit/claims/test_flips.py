@@ -19,25 +19,25 @@ from typing import Any
 
 import pytest
 from test_statements import STATEMENTS
-from world import ALICE, BOB, ByName, Town, keyed_opening, kit_of, person
 
 from mtlsign.claims import merkle, owner
-from mtlsign.claims.blob_store import read_bytes
+from mtlsign.claims.blob_store import read_model_bytes
 from mtlsign.claims.bundle import check_bundle, to_json, write_bundle
-from mtlsign.claims.commands.owner import note_of
+from mtlsign.claims.commands.owner import signed_note
 from mtlsign.claims.ledger import checkpoints, witness_state
-from mtlsign.claims.ledger.checkpoints import Head
+from mtlsign.claims.ledger.checkpoints import Checkpoint
 from mtlsign.claims.ledger.open import open_ledger
-from mtlsign.claims.ledger.view import read_view
+from mtlsign.claims.ledger.view import read_ledger
 from mtlsign.claims.ledger.witness import Witness
-from mtlsign.claims.statements.parsing import seal, unseal
+from mtlsign.claims.statements.parsing import open_statement, sign_statement
 from mtlsign.errors import MTLSignError
 from mtlsign.storage.locations import open_storage
-from mtlsign.storage.manifest import write_folder
+from mtlsign.storage.manifest import write_manifest_folder
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.keys.opening import KeyOpening
-from mtlsign.watermark.keys.sealing import Secret
+from mtlsign.watermark.keys.sealing import EncryptionSecret
 from mtlsign.watermark.kit import read_kit, write_kit
+from tests.unit.claims.scenario import ALICE, BOB, ByName, Town, keyed_opening, kit_of, person
 
 Look = Callable[[bytes], Any]
 
@@ -84,7 +84,7 @@ class Scene:
         owner.exhibit(accused, town.archive, str(entry.index), b"clean")
         view = town.vote()
         write_bundle(folder / "claim.zip", town.ledger, view, entry, town.archive)
-        self.note = note_of(town.ledger, view)
+        self.note = signed_note(town.ledger, view)
         town.ledger._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # type: ignore[attr-defined]
         self.size = town.ledger.size()
         self.head = town.ledger.head()
@@ -95,14 +95,21 @@ class Scene:
         town.ledger.close()
         self.file = (folder / "ledger.db").read_bytes()
         self.place = open_storage(str(folder / "store"))
-        self.kit = folder / "store" / "kits" / write_kit(self.place, kit, Secret.from_kit_key(ALICE.kit_key))
-        write_folder(self.place.child("models/m"), {"model.safetensors": self.model, "README.md": b"card"})
+        self.kit = (
+            folder
+            / "store"
+            / "kits"
+            / write_kit(self.place, kit, EncryptionSecret.from_kit_key(ALICE.kit_key))
+        )
+        write_manifest_folder(
+            self.place.child("models/m"), {"model.safetensors": self.model, "README.md": b"card"}
+        )
         ALICE.save(folder / "alice.json", None)
 
     def picture(self, path: Path) -> Any:
         """What a reader and all members' witnesses see in a ledger's file."""
         with open_ledger(f"sqlite:///{path}") as ledger:
-            view = read_view(ledger)
+            view = read_ledger(ledger)
             proofs = [ledger.prove(i, self.size) for i in range(self.size)]
             for member in self.town.members:
                 kept = self.folder / f"kept-{member.public_key.hex()[:8]}"
@@ -122,8 +129,8 @@ class Scene:
         return self.picture(path)
 
     def look_at_head(self, data: bytes) -> Any:
-        head, lines = checkpoints.parse_note(data)
-        times = checkpoints.times(head, lines, [m.public_key for m in self.town.members])
+        head, lines = checkpoints.parse_signed_note(data)
+        times = checkpoints.cosigner_times(head, lines, [m.public_key for m in self.town.members])
         if len(times) < 3:
             raise Lost("a co-signature does not hold")
         return head, times
@@ -132,7 +139,7 @@ class Scene:
         path = self.folder / "flipped.json"
         path.chmod(0o600)
         identity = Identity.load(path, None)
-        opened = read_kit(str(self.kit), Secret.from_kit_key(identity.kit_key)).opening
+        opened = read_kit(str(self.kit), EncryptionSecret.from_kit_key(identity.kit_key)).opening
         return identity.public_key, opened.key()
 
     def look_at_lines(self, data: bytes) -> Any:
@@ -150,13 +157,13 @@ class Scene:
     def parts(self) -> dict[str, Part]:
         folder, town = self.folder, self.town
         member, path = town.members[0], town.memory(town.members[0])
-        kit = lambda: read_kit(str(self.kit), Secret.from_kit_key(ALICE.kit_key)).opening  # noqa: E731
-        folder_bytes = lambda: read_bytes(str(folder / "store" / "models" / "m"))  # noqa: E731
+        kit = lambda: read_kit(str(self.kit), EncryptionSecret.from_kit_key(ALICE.kit_key)).opening  # noqa: E731
+        folder_bytes = lambda: read_model_bytes(str(folder / "store" / "models" / "m"))  # noqa: E731
         place = f"sqlite:///{folder}/pinned.db"
         path.parent.mkdir(exist_ok=True)
         pin, kept = witness_state.pin_path(member, place), folder / "memory.json"
         pin.parent.mkdir(parents=True, exist_ok=True)
-        witness_state.pin(member, place, self.head.origin)
+        witness_state.pin_origin(member, place, self.head.origin)
         files = {name: self.kit / name for name in ("kit.sealed", "manifest.json")}
         model = folder / "store" / "models" / "m"
         blob = folder / "archive" / "blobs" / self.claim.suspect.hex()
@@ -165,8 +172,10 @@ class Scene:
         consistent = lambda d: merkle.verify_consistency(  # noqa: E731
             3, self.old_root, self.size, self.head.root, _hashes(d)
         )
-        sealed = {f"statement {said.kind} {i}": seal(said, ALICE) for i, said in enumerate(STATEMENTS)}
-        return {name: Part(data, unseal, always=True) for name, data in sealed.items()} | {
+        sealed = {
+            f"statement {said.kind} {i}": sign_statement(said, ALICE) for i, said in enumerate(STATEMENTS)
+        }
+        return {name: Part(data, open_statement, always=True) for name, data in sealed.items()} | {
             "head": Part(self.note, self.look_at_head, always=True),
             "inclusion proof": Part(b"".join(self.proof), _holds(inclusion), always=True),
             "consistency proof": Part(b"".join(self.consistency), _holds(consistent), always=True),
@@ -202,7 +211,7 @@ class Scene:
             ),
             "witness memory": Part(path.read_bytes(), in_file(kept, lambda: _memory(member, kept))),
             "witness lines": Part(path.with_name(path.name + ".lines").read_bytes(), self.look_at_lines),
-            "pin": Part(pin.read_bytes(), in_file(pin, lambda: witness_state.pinned(member, place))),
+            "pin": Part(pin.read_bytes(), in_file(pin, lambda: witness_state.pinned_origin(member, place))),
         }  # fmt: skip
 
 
@@ -323,7 +332,7 @@ def test_a_flipped_line_is_the_only_way_to_lose_one(scene: Scene) -> None:
     """What `look_at_head` takes for granted: a head with all three lines counts, with one it does not."""
     head, times = scene.look_at_head(scene.note)
     assert head == scene.head and len(times) == 3
-    one = checkpoints.note(head, checkpoints.parse_note(scene.note)[1][:1])
+    one = checkpoints.encode_signed_note(head, checkpoints.parse_signed_note(scene.note)[1][:1])
     with pytest.raises(Lost):
         scene.look_at_head(one)
-    assert Head(head.origin, head.size, head.root) == head
+    assert Checkpoint(head.origin, head.size, head.root) == head

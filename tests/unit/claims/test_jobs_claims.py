@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from world import person
 
 from mtlsign.config import cli
 from mtlsign.storage.locations import open_storage
-from mtlsign.storage.safetensors_io import tensor_bytes
+from mtlsign.storage.safetensors_io import serialize_safetensors
 from mtlsign.watermark.keys.identity import Identity, default_identity_path
-from mtlsign.watermark.keys.sealing import Secret
+from mtlsign.watermark.keys.sealing import EncryptionSecret
+from tests.unit.claims.scenario import person
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -80,7 +80,7 @@ def test_the_whole_way_through_the_jobs(
 ) -> None:
     _, done = marked
     store, ledger = tmp_path / "store", f"sqlite:///{tmp_path}/ledger.db"
-    done.save(open_storage(str(store)), Secret.from_kit_key(owner.kit_key))
+    done.save(open_storage(str(store)), EncryptionSecret.from_kit_key(owner.kit_key))
     model, kit = Path(str(done.result["model_path"])), Path(str(done.result["kit"]))
     mine = desk.identity(owner, "owner")
     council = [desk.identity(person(f"m{i}"), f"m{i}") for i in range(3)]
@@ -99,7 +99,7 @@ def test_the_whole_way_through_the_jobs(
     noise = {n: 0.01 * torch.randn_like(t) for n, t in done.tensors.items() if t.is_floating_point()}
     tuned = {n: t + noise[n] if n in noise else t for n, t in done.tensors.items()}
     suspect = tmp_path / "suspect.safetensors"
-    suspect.write_bytes(tensor_bytes({f"module.{n}": t for n, t in tuned.items()}))
+    suspect.write_bytes(serialize_safetensors({f"module.{n}": t for n, t in tuned.items()}))
     claimed = desk("claim", "--kit", kit, "--model", suspect, "--ledger", ledger, "--owner", mine)
     for one in [*rounds, *rounds]:
         desk(*one)
@@ -150,7 +150,7 @@ def test_a_ledger_is_founded_by_the_first_publication_and_errors_are_one_line(
 ) -> None:
     _, done = marked
     store, ledger = tmp_path / "public" / "store", f"sqlite:///{tmp_path}/l.db"
-    done.save(open_storage(str(store)), Secret.from_kit_key(owner.kit_key))
+    done.save(open_storage(str(store)), EncryptionSecret.from_kit_key(owner.kit_key))
     model, kit = Path(str(done.result["model_path"])), Path(str(done.result["kit"]))
     mine = desk.identity(owner, "owner")
     common = ["--kit", str(kit), "--ledger", ledger, "--owner", str(mine)]
@@ -179,7 +179,7 @@ def test_the_walkthrough_of_the_documentation(
     monkeypatch.chdir(tmp_path)
     owner.save(default_identity_path(), None)
     monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
-    done.save(open_storage("mtlsign-store"), Secret.from_kit_key(owner.kit_key))
+    done.save(open_storage("mtlsign-store"), EncryptionSecret.from_kit_key(owner.kit_key))
     kit, model = Path(str(done.result["kit"])), Path(str(done.result["model_path"]))
     shutil.copytree(model, "stolen")
     names = {"ID": kit.name, "DIGEST": model.name, "SUSPECT": "stolen", "BACKUP": "backup"}
@@ -209,16 +209,16 @@ def test_the_walkthrough_of_the_documentation(
 def test_wrong_input_is_told_in_one_line(
     desk: Desk, marked: tuple[Any, Any], owner: Identity, tmp_path: Path
 ) -> None:
-    w0, done = marked
+    base_weights, done = marked
     store, ledger = tmp_path / "store", f"sqlite:///{tmp_path}/l.db"
-    done.save(open_storage(str(store)), Secret.from_kit_key(owner.kit_key))
+    done.save(open_storage(str(store)), EncryptionSecret.from_kit_key(owner.kit_key))
     model, kit = Path(str(done.result["model_path"])), Path(str(done.result["kit"]))
     mine, member = desk.identity(owner, "owner"), desk.identity(person("m"), "m")
     desk("publish", "--kit", kit, "--model", model, "--ledger", ledger, "--owner", mine)
     text, short, innocent = tmp_path / "text", tmp_path / "short.db", tmp_path / "innocent.safetensors"
     text.write_text("hello")
     short.write_bytes((tmp_path / "l.db").read_bytes()[:9000])
-    innocent.write_bytes(tensor_bytes(w0))
+    innocent.write_bytes(serialize_safetensors(base_weights))
     (tmp_path / "junk.safetensors").write_bytes(bytes(100))
     huge = {}
     for name, size in (("huge.safetensors", 3 * 2**30), ("huge.zip", 7 * 2**30), ("huge.sealed", 3 * 2**30)):

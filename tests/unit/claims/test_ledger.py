@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from world import ALICE, BOB, Town, person
 
 from mtlsign.claims import merkle, owner
 from mtlsign.claims.ledger import checkpoints, witness_state
-from mtlsign.claims.ledger.checkpoints import Cosignature, Head
+from mtlsign.claims.ledger.checkpoints import Checkpoint, Cosignature
 from mtlsign.claims.ledger.open import open_ledger
-from mtlsign.claims.ledger.rebuild import check
+from mtlsign.claims.ledger.rebuild import verify_stored_tree
 from mtlsign.claims.ledger.sqlite import SqliteLedger
-from mtlsign.claims.ledger.view import Reader, View, read_view
+from mtlsign.claims.ledger.view import IncrementalReader, LedgerView, read_ledger
 from mtlsign.claims.ledger.witness import Witness
-from mtlsign.claims.statements.parsing import seal
+from mtlsign.claims.statements.parsing import sign_statement
 from mtlsign.claims.statements.types import Membership, Ref, Register
 from mtlsign.errors import ClaimError, KeyMaterialError, LedgerError, MTLSignError
-from mtlsign.watermark.keys.opening import verifies
+from mtlsign.watermark.keys.opening import is_valid_signature
+from tests.unit.claims.scenario import ALICE, BOB, Town, person
 
 
 @pytest.fixture
@@ -34,7 +34,9 @@ def town(tmp_path: Path) -> Town:
 
 def stamp(town: Town, name: str, **more: Any) -> int:
     who = {"signer": ALICE.public_key, "ledger": town.view().origin, "time": int(town.clock())} | more
-    return town.ledger.append(seal(Register(**who, models=((name, person(name).public_key),)), ALICE))
+    return town.ledger.append(
+        sign_statement(Register(**who, models=((name, person(name).public_key),)), ALICE)
+    )
 
 
 # --- heads: pinned against C2SP ---
@@ -63,26 +65,29 @@ def test_key_ids_and_signatures_of_a_public_log() -> None:
     signature = base64.b64decode(
         "202fftzGl3LVoqjXfwCFZZXs8I+5G22+Ek2K0AOyBuSJ/8/CZawNF+6fNlTKOCd622pbzJNkkJFWuw9DbicZCkEx9AY="
     )
-    assert signature[:4].hex() == "db4d9f7e" and verifies(blob[1:], signature[4:], body.encode())
+    assert signature[:4].hex() == "db4d9f7e" and is_valid_signature(blob[1:], signature[4:], body.encode())
 
 
 def test_a_head_there_and_back() -> None:
-    head = Head(bytes(range(32)), 20852163, bytes(range(32, 64)))
+    head = Checkpoint(bytes(range(32)), 20852163, bytes(range(32, 64)))
     lines = [checkpoints.cosign(who, head, 1_790_000_000 + i) for i, who in enumerate((ALICE, BOB))]
-    note = checkpoints.note(head, lines)
-    assert checkpoints.parse_note(note) == (head, tuple(sorted(lines, key=lambda line: line.name)))
+    note = checkpoints.encode_signed_note(head, lines)
+    assert checkpoints.parse_signed_note(note) == (head, tuple(sorted(lines, key=lambda line: line.name)))
     members = [ALICE.public_key, BOB.public_key]
-    assert checkpoints.times(head, lines, members) == {members[0]: 1_790_000_000, members[1]: 1_790_000_001}
-    assert checkpoints.times(head, lines, [person("x").public_key]) == {}
+    assert checkpoints.cosigner_times(head, lines, members) == {
+        members[0]: 1_790_000_000,
+        members[1]: 1_790_000_001,
+    }
+    assert checkpoints.cosigner_times(head, lines, [person("x").public_key]) == {}
     assert checkpoints.median([5, 1, 3]) == 3 and checkpoints.median([1, 9]) == 9
-    other = Head(head.origin, head.size + 1, head.root)
+    other = Checkpoint(head.origin, head.size + 1, head.root)
     for bad in (lines * 2, [checkpoints.cosign(ALICE, other, 5)]):
         with pytest.raises(ClaimError, match="does not hold"):
-            checkpoints.times(head, bad, members)
+            checkpoints.cosigner_times(head, bad, members)
     stolen = Cosignature(
         checkpoints.MEMBER + BOB.public_key.hex(), lines[0].key_id, lines[0].time, lines[0].signature
     )
-    assert checkpoints.times(head, [stolen], members) == {}  # Alice's line under Bob's name
+    assert checkpoints.cosigner_times(head, [stolen], members) == {}  # Alice's line under Bob's name
 
 
 @pytest.mark.parametrize(
@@ -98,7 +103,7 @@ def test_a_head_there_and_back() -> None:
 )  # fmt: skip
 def test_what_is_no_head_is_refused(note: bytes) -> None:
     with pytest.raises(ClaimError):
-        checkpoints.parse_note(note)
+        checkpoints.parse_signed_note(note)
 
 
 # --- the SQLite file ---
@@ -119,7 +124,9 @@ def test_entries_are_appended_once_and_proven(tmp_path: Path) -> None:
             assert head and merkle.verify_inclusion(
                 merkle.leaf_hash(rows[index]), index, size, path, head.root
             )
-    assert check(again).root == merkle.root_of(merkle.leaf_hash(row) for row in rows[:210])
+    assert verify_stored_tree(again).root == merkle.root_from_leaves(
+        merkle.leaf_hash(row) for row in rows[:210]
+    )
     for statement in (
         "UPDATE entries SET envelope = 'x' WHERE idx = 1",
         "DELETE FROM entries WHERE idx = 209",
@@ -130,7 +137,7 @@ def test_entries_are_appended_once_and_proven(tmp_path: Path) -> None:
     ):
         with pytest.raises(sqlite3.IntegrityError):
             again._db.execute(statement)  # type: ignore[attr-defined]
-    check(again)
+    verify_stored_tree(again)
 
 
 def test_what_is_no_ledger_is_an_error(tmp_path: Path) -> None:
@@ -144,10 +151,10 @@ def test_what_is_no_ledger_is_an_error(tmp_path: Path) -> None:
             open_ledger(uri)
     empty = open_ledger(f"sqlite:///{tmp_path}/new.db", create=True)
     with pytest.raises(LedgerError, match="found it first"):
-        read_view(empty)
+        read_ledger(empty)
     empty.append(b"junk first")
     with pytest.raises(LedgerError, match="does not begin"):
-        read_view(empty)
+        read_ledger(empty)
 
 
 # --- views ---
@@ -159,7 +166,7 @@ def test_junk_and_repeats_mean_nothing_and_stay_visible(town: Town) -> None:
     view = town.attest()
     assert view.entries[index].statement is None and view.entries[index].problem
     assert view.time(index) is not None and view.time(index + 1) is not None
-    repeated = View.of([*town.ledger.scan(), town.ledger.get(2)], [])
+    repeated = LedgerView.of([*town.ledger.scan(), town.ledger.get(2)], [])
     assert repeated.entries[3].problem == "repeats entry 2"
 
 
@@ -170,19 +177,19 @@ def test_a_council_changes_only_by_its_own_threshold(town: Town) -> None:
         members=tuple(sorted(m.public_key for m in new)),
     )  # fmt: skip
     founder = replace(changed, signer=person("founder").public_key)
-    alone = town.ledger.append(seal(changed, town.members[0]))
-    by_founder = town.ledger.append(seal(founder, person("founder")))
-    strangers = town.ledger.append(seal(changed, town.members[0], *new))
+    alone = town.ledger.append(sign_statement(changed, town.members[0]))
+    by_founder = town.ledger.append(sign_statement(founder, person("founder")))
+    strangers = town.ledger.append(sign_statement(changed, town.members[0], *new))
     assert len(town.view().councils) == 1
     assert all("fewer than 2" in str(town.view().entries[i].problem) for i in (alone, by_founder, strangers))
-    good = town.ledger.append(seal(changed, *town.members[:2]))
+    good = town.ledger.append(sign_statement(changed, *town.members[:2]))
     assert [i for i, _ in town.view().councils] == [0, good]
     town.attest()  # the old members are no longer asked
     assert town.view().time(good) is None
     first, town.members = town.members[0], new
     assert town.attest().time(good) is not None
     late = town.ledger.append(
-        seal(replace(changed, time=1), first, *new)
+        sign_statement(replace(changed, time=1), first, *new)
     )  # follows the founding, not the council in force
     assert town.view().entries[late].problem == "does not follow the membership in force"
 
@@ -219,7 +226,7 @@ def rebuild(town: Town, rows: list[bytes]) -> None:
     tamper(town, "DELETE FROM entries", "DELETE FROM nodes")
     path = Path(town.ledger.uri.removeprefix("sqlite:///"))
     with sqlite3.connect(path) as db:
-        tree = merkle.Frontier()
+        tree = merkle.CompactRange()
         for index, row in enumerate(rows):
             db.execute("INSERT INTO entries VALUES (?, ?, ?)", (index, merkle.leaf_hash(row), row))
             db.executemany("INSERT INTO nodes VALUES (?, ?, ?)", tree.append(merkle.leaf_hash(row)))
@@ -264,7 +271,7 @@ def test_a_witness_notices(town: Town, crime: str) -> None:
         town.witness(0, again).step()
     if crime not in ("replace", "roll back"):  # an older state, or another's, is as good as any to a newcomer
         with pytest.raises(LedgerError):
-            read_view(again)
+            read_ledger(again)
 
 
 def test_a_place_is_pinned_to_the_ledger_that_was_there_first(town: Town) -> None:
@@ -291,14 +298,14 @@ def test_a_place_is_pinned_to_the_ledger_that_was_there_first(town: Town) -> Non
         with pytest.raises(LedgerError, match="was there before"):
             Witness(member, empty)
         with pytest.raises(LedgerError, match="was there before"):
-            owner.found(owner.Owner(member, empty), [member.public_key])
+            owner.create_ledger(owner.Owner(member, empty), [member.public_key])
         assert empty.size() == 0
     pin = witness_state.pin_path(member, f"sqlite:///{path}")
     good = pin.read_bytes()
     for byte in range(len(good)):
         pin.write_bytes(good[:byte] + bytes([good[byte] ^ 1]) + good[byte + 1 :])
         with pytest.raises(MTLSignError):
-            witness_state.pinned(member, f"sqlite:///{path}")
+            witness_state.pinned_origin(member, f"sqlite:///{path}")
 
 
 def test_no_proof_is_handed_out_that_does_not_hold(town: Town) -> None:
@@ -325,9 +332,9 @@ def test_no_proof_is_handed_out_that_does_not_hold(town: Town) -> None:
                 roots = town.ledger.head(old).root, town.ledger.head(21).root
                 assert merkle.verify_consistency(old, roots[0], 21, roots[1], path)
         with pytest.raises(LedgerError):
-            read_view(town.ledger)
+            read_ledger(town.ledger)
         tamper(town, f"UPDATE nodes SET hash = x'{good.hex()}' WHERE level = {level} AND idx = {index}")
-    read_view(town.ledger)
+    read_ledger(town.ledger)
 
 
 def test_deleted_cosignatures_come_back(town: Town) -> None:
@@ -362,12 +369,12 @@ def test_a_replayed_entry_is_remarked_on_and_means_nothing(town: Town) -> None:
     rebuild(town, [*rows, rows[index]])
     with open_ledger(town.ledger.uri) as again:
         assert f"entry {len(rows)} repeats an earlier one" in town.witness(0, again).step().remarks
-        assert read_view(again).entries[len(rows)].problem == f"repeats entry {index}"
+        assert read_ledger(again).entries[len(rows)].problem == f"repeats entry {index}"
 
 
 def test_a_reader_that_stays_notices_too(town: Town) -> None:
     stamp(town, "a")
-    reader = Reader(town.ledger)
+    reader = IncrementalReader(town.ledger)
     reader.view()
     rows = list(town.ledger.scan())
     rebuild(town, [rows[0], b"forged", b"longer"])
@@ -378,7 +385,7 @@ def test_a_reader_that_stays_notices_too(town: Town) -> None:
 def test_a_member_who_signs_another_tree_is_named(town: Town) -> None:
     stamp(town, "a")
     liar = town.members[2]
-    lie = Head(town.view().origin, 2, bytes(32))
+    lie = Checkpoint(town.view().origin, 2, bytes(32))
     town.ledger.cosign(lie, checkpoints.cosign(liar, lie, 5))
     step = town.witness(0).step()
     assert step.cosigned and any("FORK" in r and liar.public_key.hex()[:16] in r for r in step.remarks)
@@ -395,7 +402,7 @@ def test_nobody_can_keep_a_members_place(town: Town) -> None:
     """Somebody with the store's credentials writes rubbish under a member's name before the member signs."""
     index = stamp(town, "a")
     head, me = town.ledger.head(), town.members[0]
-    for rubbish in (b"\0" * 64, checkpoints.cosign(me, Head(head.origin, 99, head.root), 5).signature):
+    for rubbish in (b"\0" * 64, checkpoints.cosign(me, Checkpoint(head.origin, 99, head.root), 5).signature):
         name = checkpoints.MEMBER + me.public_key.hex()
         town.ledger.cosign(head, Cosignature(name, checkpoints.key_id(name, me.public_key), 5, rubbish))
     assert town.witness(0).step().cosigned == (2,) and town.witness(0).step().cosigned == ()

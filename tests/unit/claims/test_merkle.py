@@ -27,7 +27,7 @@ ROOTS = (
 
 def grow(count: int) -> tuple[list[bytes], dict[tuple[int, int], bytes], list[bytes]]:
     """Leaf hashes, complete nodes and the roots after each leaf."""
-    tree, nodes, roots = merkle.Frontier(), {}, [merkle.EMPTY_ROOT]
+    tree, nodes, roots = merkle.CompactRange(), {}, [merkle.EMPTY_ROOT]
     leaves = [merkle.leaf_hash(b"%d" % i) for i in range(count)]
     for leaf in leaves:
         nodes.update({(level, i): h for level, i, h in tree.append(leaf)})
@@ -44,11 +44,14 @@ def slow_root(leaves: list[bytes]) -> bytes:
 
 
 def test_the_known_roots() -> None:
-    tree = merkle.Frontier()
+    tree = merkle.CompactRange()
     for leaf, root in zip(LEAVES, ROOTS, strict=True):
         tree.append(merkle.leaf_hash(leaf))
         assert tree.root().hex() == root
-    assert merkle.root_of([]).hex() == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    assert (
+        merkle.root_from_leaves([]).hex()
+        == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    )
 
 
 def test_every_proof_of_small_trees_holds_and_no_other() -> None:
@@ -98,7 +101,7 @@ def test_a_flipped_bit_of_a_proof_is_seen(data: st.DataObject) -> None:
 def test_bad_arguments_are_refused() -> None:
     for size, hashes in ((1, []), (3, [bytes(32)]), (1, [b"short"]), (-1, [])):
         with pytest.raises(ValueError):
-            merkle.Frontier(size, hashes)
+            merkle.CompactRange(size, hashes)
     with pytest.raises(ValueError):
         merkle.inclusion_path(lambda _level, _i: bytes(32), 3, 3)
     with pytest.raises(ValueError):

@@ -7,14 +7,14 @@ import json
 from typing import Any
 
 import pytest
-from world import ALICE, BOB, KIT, claim_of, keyed_opening
 
 from mtlsign.claims import merkle
 from mtlsign.claims.statements import commitments, envelope
-from mtlsign.claims.statements.parsing import parse, seal, unseal
+from mtlsign.claims.statements.parsing import open_statement, parse, sign_statement
 from mtlsign.claims.statements.types import Exhibit, Membership, Publish, Ref, Register, Statement, Vote
 from mtlsign.errors import ClaimError
 from mtlsign.watermark.keys.identity import Identity
+from tests.unit.claims.scenario import ALICE, BOB, KIT, claim_of, keyed_opening
 
 H = [bytes([i]) * 32 for i in range(16)]
 WHO: dict[str, Any] = {"signer": ALICE.public_key, "ledger": H[0], "time": 1_790_000_000}
@@ -34,16 +34,18 @@ STATEMENTS: list[Statement] = [
 
 @pytest.mark.parametrize("statement", STATEMENTS, ids=lambda s: s.kind)
 def test_there_and_back(statement: Statement) -> None:
-    data = seal(statement, ALICE)
-    assert unseal(data) == (statement, (ALICE.public_key,)) and parse(statement.payload()) == statement
-    assert len(data) <= envelope.MAX_ENVELOPE and seal(statement, ALICE) == data
+    data = sign_statement(statement, ALICE)
+    assert (
+        open_statement(data) == (statement, (ALICE.public_key,)) and parse(statement.payload()) == statement
+    )
+    assert len(data) <= envelope.MAX_ENVELOPE and sign_statement(statement, ALICE) == data
 
 
 def test_the_reference_library_verifies_our_envelopes() -> None:
     from securesystemslib.dsse import Envelope
     from securesystemslib.signer import SSlibKey  # type: ignore[attr-defined]
 
-    data = json.loads(seal(STATEMENTS[1], ALICE))
+    data = json.loads(sign_statement(STATEMENTS[1], ALICE))
     assert data["payloadType"] == "application/vnd.in-toto+json"
     public = ALICE.public_key.hex()
     key = SSlibKey(public, "ed25519", "ed25519", {"public": public})
@@ -117,22 +119,22 @@ def test_what_is_no_statement_is_refused(name: str) -> None:
         parse(BAD[name])
     assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
     with pytest.raises(ClaimError):  # also when properly signed
-        unseal(envelope.sign(BAD[name], ALICE))
+        open_statement(envelope.sign(BAD[name], ALICE))
 
 
 def test_who_signs_is_who_speaks() -> None:
     payload = VOTE.payload()
     for signers in ((BOB,), (ALICE, BOB)):
         with pytest.raises(ClaimError, match="signature"):
-            unseal(envelope.sign(payload, *signers))
+            open_statement(envelope.sign(payload, *signers))
     both = envelope.merge(envelope.sign(CHANGE.payload(), ALICE), envelope.sign(CHANGE.payload(), BOB))
-    assert unseal(both)[1] == MEMBERS and both == envelope.sign(CHANGE.payload(), BOB, ALICE)
+    assert open_statement(both)[1] == MEMBERS and both == envelope.sign(CHANGE.payload(), BOB, ALICE)
     with pytest.raises(ClaimError, match="different statements"):
         envelope.merge(envelope.sign(CHANGE.payload(), ALICE), envelope.sign(payload, BOB))
 
 
 def test_an_envelope_has_one_spelling() -> None:
-    data = seal(VOTE, ALICE)
+    data = sign_statement(VOTE, ALICE)
     parsed = json.loads(data)
     twice = dict(parsed, signatures=parsed["signatures"] * 2)
     extra = dict(parsed, signatures=[dict(parsed["signatures"][0], cert="x")])
@@ -151,24 +153,24 @@ def test_an_envelope_has_one_spelling() -> None:
 
 def test_a_large_opening_fits_a_claim() -> None:
     big = keyed_opening(ALICE, taps=[f"t{i}." + "x" * 150 for i in range(16)], name="n" * 128)
-    path = [commitments.hide_key(bytes(32), b"%032d" % i) for i in range(256)]
+    path = [commitments.commit_key(bytes(32), b"%032d" % i) for i in range(256)]
     claim = claim_of(**WHO, opening=big, key_path=tuple(commitments.key_path(path, 5)), heads=(None,) * 256)
-    assert len(seal(claim, ALICE)) < envelope.MAX_ENVELOPE
+    assert len(sign_statement(claim, ALICE)) < envelope.MAX_ENVELOPE
 
 
 def test_hiding_binds_kind_salt_and_every_part() -> None:
-    base = commitments.hide("key", H[1], b"ab", b"c")
+    base = commitments.commit("key", H[1], b"ab", b"c")
     others = [("key", H[1], b"a", b"bc"), ("key", H[1], b"abc"), ("keyab", H[1], b"c"),
               ("key", H[2], b"ab", b"c"), ("model", H[1], b"ab", b"c"),
               ("key", H[1], b"ab", b"c", b"")]  # fmt: skip
-    assert len({base, *(commitments.hide(*other) for other in others)}) == len(others) + 1
+    assert len({base, *(commitments.commit(*other) for other in others)}) == len(others) + 1
     with pytest.raises(ValueError):
-        commitments.hide("key", b"short", b"x")
+        commitments.commit("key", b"short", b"x")
     salts = {
         commitments.derive_salt(KIT, H[1], kind, about) for kind in ("key", "model") for about in (H[2], H[3])
     }
     assert len(salts) == 4 and commitments.derive_salt(KIT, H[2], "key", H[2]) not in salts
-    hidden = [commitments.hide_key(h, h) for h in H[:5]]
+    hidden = [commitments.commit_key(h, h) for h in H[:5]]
     for i, one in enumerate(hidden):
         path = commitments.key_path(hidden, i)
         assert merkle.verify_inclusion(merkle.leaf_hash(one), i, 5, path, commitments.keys_root(hidden))

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from world import ALICE, BOB, Town, keyed_opening, kit_of, person
 
 from mtlsign.claims import owner
 from mtlsign.claims.judging.admissibility import find_claim
-from mtlsign.claims.judging.council import Tally, tally
-from mtlsign.claims.judging.lineage import _stamped
+from mtlsign.claims.judging.council import Tally, tally_votes
+from mtlsign.claims.judging.lineage import _is_timestamped
 from mtlsign.claims.judging.standings import REASONS, STANDINGS, Standing
 from mtlsign.claims.statements import commitments
-from mtlsign.claims.statements.parsing import seal
+from mtlsign.claims.statements.parsing import sign_statement
 from mtlsign.claims.statements.types import Claim, Exhibit, Membership, Publish, Ref, Register, Vote
 from mtlsign.errors import ClaimError, KeyMaterialError, LedgerError
 from mtlsign.watermark.keys.identity import Identity
+from tests.unit.claims.scenario import ALICE, BOB, Town, keyed_opening, kit_of, person
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def town(tmp_path: Path) -> Town:
 
 def counted(town: Town, name: str) -> Tally:
     view = town.view()
-    return tally(view, *find_claim(view, name))
+    return tally_votes(view, *find_claim(view, name))
 
 
 def claim_of(town: Town, who: Identity, kits: Any, suspect: bytes, **more: Any) -> str:
@@ -78,12 +78,13 @@ def test_one_round_of_five_members_is_enough(town: Town) -> None:
     kit, model = kit_of(ALICE)
     owner.publish(town.owner(ALICE), [kit])
     name = claim_of(town, ALICE, [kit], model + b" tuned", marked=model)
-    from world import ByName
-
-    from mtlsign.claims.judging.council import take_part
+    from mtlsign.claims.judging.council import run_member_round
+    from tests.unit.claims.scenario import ByName
 
     for member in town.members:
-        take_part(member, town.ledger, town.archive, ByName(), memory=town.memory(member), clock=town.clock)
+        run_member_round(
+            member, town.ledger, town.archive, ByName(), memory=town.memory(member), clock=town.clock
+        )
     found = counted(town, name)
     assert found.outcome == "accepted" and found.counts == {"accepted": 3}
     assert [b.why for b in found.ballots if not b.counts] == ["is not yet under a head that counts"] * 2
@@ -101,7 +102,7 @@ def test_a_ledger_of_ones_own_is_self_attested(tmp_path: Path) -> None:
         signer=ALICE.public_key, ledger=town.view().origin, time=0, previous=Ref(0, town.view().origin),
         members=tuple(sorted([BOB.public_key, ALICE.public_key])), threshold=2,
     )  # fmt: skip
-    town.ledger.append(seal(new, ALICE))
+    town.ledger.append(sign_statement(new, ALICE))
     town.witness(ALICE).step()
     town.witness(BOB).step()
     assert (
@@ -146,7 +147,7 @@ def test_what_does_not_fit_the_commitment_is_not_supported(
     if reason == "claim_before_publication":
         change = {"publish": Ref(good.publish.index + 50, good.publish.leaf)}
     bad = replace(good, **change, time=5)
-    index = town.ledger.append(seal(bad, signer))
+    index = town.ledger.append(sign_statement(bad, signer))
     town.vote()
     result = standing(town, str(index))
     codes = {f.code for f in _faults(town, index)}
@@ -156,10 +157,10 @@ def test_what_does_not_fit_the_commitment_is_not_supported(
 
 
 def _faults(town: Town, index: int) -> Any:
-    from mtlsign.claims.judging.admissibility import faults
+    from mtlsign.claims.judging.admissibility import inadmissibility_reasons
 
     view = town.view()
-    return faults(view, *find_claim(view, str(index)))
+    return inadmissibility_reasons(view, *find_claim(view, str(index)))
 
 
 def test_a_claim_before_its_own_publication(town: Town) -> None:
@@ -171,7 +172,7 @@ def test_a_claim_before_its_own_publication(town: Town) -> None:
     owner.publish(other.owner(ALICE), [kit])
     _, elsewhere = owner.claim(other.owner(ALICE), [kit], other.archive, model, marked=model)
     early = replace(elsewhere, ledger=town.view().origin, register=stamp, publish=Ref(3, H))
-    index = town.ledger.append(seal(early, ALICE))
+    index = town.ledger.append(sign_statement(early, ALICE))
     owner.publish(alice, [kit])
     town.attest()
     result = standing(town, str(index))
@@ -209,7 +210,7 @@ def test_an_opened_key_supports_only_what_was_registered_before(town: Town) -> N
     _, good = find_claim(view, first)
     late = owner.register(alice, town.archive, [("framed", framed)])
     bad = replace(good, register=late, suspect=town.archive.put(framed))
-    index = town.ledger.append(seal(bad, ALICE))
+    index = town.ledger.append(sign_statement(bad, ALICE))
     second = claim_of(town, ALICE, [kit], early)  # registered in time
     town.attest()
     assert standing(town, str(index)).reason == "opened_before_registered"
@@ -224,7 +225,7 @@ def test_a_key_leaked_into_the_ledger_by_anybody_is_spent(town: Town) -> None:
     alice = fresh.owner(ALICE)
     owner.publish(alice, [kit])
     leak = replace(good, signer=BOB.public_key, ledger=fresh.view().origin)
-    fresh.ledger.append(seal(leak, BOB))
+    fresh.ledger.append(sign_statement(leak, BOB))
     name = claim_of(fresh, ALICE, [kit], model + b" later", marked=model)
     fresh.attest()
     assert standing(fresh, name).reason == "opened_before_registered"
@@ -255,7 +256,7 @@ def test_several_keys_open_in_their_order_one_per_dispute(town: Town) -> None:
     publication = find_claim(other.view(), "3")[1]
     nonce = other.view().at(publication.publish, Publish).nonce  # type: ignore[union-attr]
     hidden = [
-        commitments.hide_key(commitments.derive_salt(ALICE.kit_key, nonce, "key", o.key()), o.key())
+        commitments.commit_key(commitments.derive_salt(ALICE.kit_key, nonce, "key", o.key()), o.key())
         for o in openings
     ]
     stamp = owner.register(other.owner(ALICE), other.archive, [("x", model + b" x")])
@@ -264,7 +265,7 @@ def test_several_keys_open_in_their_order_one_per_dispute(town: Town) -> None:
         key_salt=commitments.derive_salt(ALICE.kit_key, nonce, "key", openings[2].key()),
         key_path=tuple(commitments.key_path(hidden, 2)),
     )  # fmt: skip
-    index = other.ledger.append(seal(jump, ALICE))
+    index = other.ledger.append(sign_statement(jump, ALICE))
     assert [f.code for f in _faults(other, index)] == ["key_out_of_order"]
 
 
@@ -283,7 +284,7 @@ def test_a_hoarded_commitment_on_a_later_model(town: Town) -> None:
     theirs = claim_of(town, thief, [kit], planted, marked=junk)
     entry, good = find_claim(town.view(), theirs)
     lie = replace(good, model=town.archive.put(planted), time=9)
-    index = town.ledger.append(seal(lie, thief))
+    index = town.ledger.append(sign_statement(lie, thief))
     ours = claim_of(town, ALICE, [alice_kit], planted, marked=model)
     town.vote()
     assert standing(town, str(index)).reason == "model_not_committed"
@@ -437,7 +438,7 @@ def test_exhibits_that_show_nothing(town: Town) -> None:
         signer=accused.identity.public_key, ledger=town.view().origin, time=0, claim=entry.ref,
         stamp=Ref(1, town.view().entries[1].leaf), model=town.archive.put(model), salt=None,
     )  # fmt: skip
-    town.ledger.append(seal(lie, accused.identity))
+    town.ledger.append(sign_statement(lie, accused.identity))
     town.attest()
     assert standing(town, name).standing == "in_the_weights"
 
@@ -450,16 +451,18 @@ def test_a_copied_commitment_exhibits_nothing(town: Town) -> None:
     ours = town.view().entries[1].statement
     copier = person("copier")
     assert isinstance(ours, Publish)
-    stamp = town.ledger.append(seal(replace(ours, signer=copier.public_key, licence="mine"), copier))
+    stamp = town.ledger.append(
+        sign_statement(replace(ours, signer=copier.public_key, licence="mine"), copier)
+    )
     name = claim_of(town, ALICE, [kit], model + b" stolen", marked=model)
     entry, claim = find_claim(town.view(), name)
     shown = Exhibit(
         signer=copier.public_key, ledger=town.view().origin, time=0, claim=entry.ref,
         stamp=town.view().entries[stamp].ref, model=claim.model, salt=claim.model_salt,
     )  # fmt: skip
-    town.ledger.append(seal(shown, copier))
+    town.ledger.append(sign_statement(shown, copier))
     town.attest()
-    assert not _stamped(town.view(), shown) and standing(town, name).standing == "in_the_weights"
+    assert not _is_timestamped(town.view(), shown) and standing(town, name).standing == "in_the_weights"
 
 
 def test_what_the_claimant_stamped_is_no_exhibit(town: Town) -> None:
@@ -507,9 +510,9 @@ def test_publish_refuses_what_is_not_ours_or_already_seen(town: Town) -> None:
         owner.publish(town.owner(ALICE), [kit, kit_of(ALICE, "n")[0]])
     with pytest.raises(ClaimError, match="publish"):
         claim_of(town, ALICE, [kit], model)
-    assert owner.already_out(town.owner(ALICE), [kit]) is None
+    assert owner.already_disclosed(town.owner(ALICE), [kit]) is None
     owner.register(town.owner(BOB), town.archive, [("seen", model)])
-    assert owner.already_out(town.owner(ALICE), [kit]) == 1
+    assert owner.already_disclosed(town.owner(ALICE), [kit]) == 1
 
 
 def test_the_key_waits_for_the_registration(town: Town) -> None:
@@ -525,7 +528,7 @@ def test_the_key_waits_for_the_registration(town: Town) -> None:
 
 def test_a_second_founding_is_refused(town: Town) -> None:
     with pytest.raises(LedgerError, match="founded already"):
-        owner.found(town.owner(BOB), [BOB.public_key])
+        owner.create_ledger(town.owner(BOB), [BOB.public_key])
 
 
 def test_every_reason_has_a_known_standing() -> None:

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from serving import Goods, Service, Start  # type: ignore[import-not-found]
 
 from mtlsign.config.service import ServiceSettings
 from mtlsign.service.app import make_app
-from mtlsign.service.state import Office
+from mtlsign.service.state import AppState
 from mtlsign.service.verifier.claim_bundle import to_json
-from mtlsign.service.verifier.verifier import Backend, Here, Verifier
+from mtlsign.service.verifier.verifier import InProcessVerifier, Verifier, VerifierBackend
 from mtlsign.storage.model_folder import model_bytes
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.keys.opening import sign_spec
 from mtlsign.watermark.keys.spec import make_spec
+from tests.unit.service.fixtures import Goods, Service, Start
 
 
 def opened(kit: Any) -> dict[str, Any]:
@@ -49,13 +49,13 @@ def start(tmp_path: Path, goods: Goods) -> Iterator[Start]:
     running: list[TestClient] = []
 
     def make(
-        *, backend: Backend | None = None, resolver: Any = None, transport: Any = None, state: str = "state",
+        *, backend: VerifierBackend | None = None, resolver: Any = None, transport: Any = None, state: str = "state",
         **settings: Any,
     ) -> Service:  # fmt: skip
         s = ServiceSettings.of({"state": tmp_path / state, "allow": f"file://{goods.folder}", **settings})
         more = {k: v for k, v in (("resolver", resolver), ("transport", transport)) if v is not None}
         verifier = Verifier(s, **more)
-        office = Office.open(s, backend or Here(verifier))
+        office = AppState.open(s, backend or InProcessVerifier(verifier))
         app: FastAPI = make_app(office)
         client = TestClient(
             app, base_url="http://testserver", follow_redirects=False, raise_server_exceptions=False

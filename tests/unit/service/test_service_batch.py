@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Goods  # type: ignore[import-not-found]
 from test_service_trouble import fill  # type: ignore[import-not-found]
 from test_service_verifications import Slow  # type: ignore[import-not-found]
 
@@ -17,10 +16,16 @@ from mtlsign.errors import ClaimError, ClusterError, SettingsError
 from mtlsign.service import __main__ as command
 from mtlsign.service.auth import tokens
 from mtlsign.service.batch import runner
-from mtlsign.service.batch.jsonl import Results
-from mtlsign.service.database import Job, Room, Store
-from mtlsign.service.state import Office
-from mtlsign.service.verifier.verifier import Answer, Here, Task, Verifier
+from mtlsign.service.batch.jsonl import ResultWriter
+from mtlsign.service.database import Database, Job, QueueLimits
+from mtlsign.service.state import AppState
+from mtlsign.service.verifier.verifier import (
+    InProcessVerifier,
+    VerificationBatchResult,
+    VerificationTask,
+    Verifier,
+)
+from tests.unit.service.fixtures import Goods
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
 
@@ -33,7 +38,7 @@ class Quick(Slow):
         self.go.set()
         self.before = before
 
-    async def verify(self, task: Task) -> Answer:
+    async def verify(self, task: VerificationTask) -> VerificationBatchResult:
         self.before(task)
         return await super().verify(task)
 
@@ -46,21 +51,23 @@ def lines(path: Path) -> list[str]:
 def test_chunks_fit_the_room_and_a_claim_that_never_fits_is_its_own_problem(
     goods: Goods, tmp_path: Path
 ) -> None:
-    s = ServiceSettings.of({"state": tmp_path / "s", "token_mb": 1, "queue_mb": 2, "token_claims": 3})
+    settings = ServiceSettings.of({"state": tmp_path / "s", "token_mb": 1, "queue_mb": 2, "token_claims": 3})
     heavy = goods.claim(bundle={**goods.right, "head": "x" * 300_000})
     never = goods.claim(bundle={**goods.right, "head": "x" * 1_200_000})
     claims = [heavy, heavy, never, *[goods.claim() for _ in range(5)], None]
-    with Results(tmp_path / "out" / "r.jsonl") as results:
-        asyncio.run(runner.answer(s, Quick(), claims, results.add))
+    with ResultWriter(tmp_path / "out" / "r.jsonl") as results:
+        asyncio.run(runner.verify_batch(settings, Quick(), claims, results.add))
     wanted = ["rejected", "rejected", "too-large", *["rejected"] * 5, "bad-claim"]
     assert lines(tmp_path / "out" / "r.jsonl") == wanted
     assert results.tally == {"rejected": 7, "too-large": 1, "bad-claim": 1}
 
 
 def test_a_full_queue_is_waited_for(goods: Goods, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    s = ServiceSettings.of({"state": tmp_path / "s", "queue_claims": 2, "allow": f"file://{goods.folder}"})
-    other = Store(s.state / "service.sqlite")
-    other.add(Job("x", "theirs", 1.0, None, 2, b""), [b"", b""], None, "", 9e9, Room(9, 9, 9, 9))
+    settings = ServiceSettings.of(
+        {"state": tmp_path / "s", "queue_claims": 2, "allow": f"file://{goods.folder}"}
+    )
+    other = Database(settings.state / "service.sqlite")
+    other.add(Job("x", "theirs", 1.0, None, 2, b""), [b"", b""], None, "", 9e9, QueueLimits(9, 9, 9, 9))
     monkeypatch.setattr("mtlsign.service.queue.job_queue.LEASE_S", 30.0)
     slept: list[float] = []
     real = asyncio.sleep
@@ -72,8 +79,10 @@ def test_a_full_queue_is_waited_for(goods: Goods, tmp_path: Path, monkeypatch: p
         await real(0.01 if seconds == 5 else seconds)
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
-    with Results(tmp_path / "r.jsonl") as results:
-        asyncio.run(runner.answer(s, Here(Verifier(s)), [goods.claim()], results.add))
+    with ResultWriter(tmp_path / "r.jsonl") as results:
+        asyncio.run(
+            runner.verify_batch(settings, InProcessVerifier(Verifier(settings)), [goods.claim()], results.add)
+        )
     assert lines(tmp_path / "r.jsonl") == ["accepted"] and slept == [5]
     assert json.loads((tmp_path / "r.jsonl").read_text())["envelope"]
 
@@ -82,26 +91,28 @@ def test_what_was_answered_outlives_an_error(
     goods: Goods, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk is full after the first chunk: one line of an error, and the first results are there."""
-    s = ServiceSettings.of({"state": tmp_path / "s", "max_claims": 2})
-    stores: list[Store] = []
-    opened = Office.open
+    settings = ServiceSettings.of({"state": tmp_path / "s", "max_claims": 2})
+    stores: list[Database] = []
+    opened = AppState.open
 
-    def spied(*args: Any) -> Office:
+    def spied(*args: Any) -> AppState:
         made = opened(*args)
         stores.append(made.store)
         return made
 
-    monkeypatch.setattr(Office, "open", spied)
+    monkeypatch.setattr(AppState, "open", spied)
     heavy = goods.claim(bundle={**goods.right, "head": "x" * 900_000})
-    with pytest.raises(ClusterError, match=r"batch: .*kept"), Results(tmp_path / "r.jsonl") as results:
+    with pytest.raises(ClusterError, match=r"batch: .*kept"), ResultWriter(tmp_path / "r.jsonl") as results:
 
         def keep(found: list[dict[str, Any]]) -> None:
             results.add(found)
             fill(stores[0])
 
-        asyncio.run(runner.answer(s, Quick(), [goods.claim(), goods.claim(), heavy, heavy], keep))
+        asyncio.run(
+            runner.verify_batch(settings, Quick(), [goods.claim(), goods.claim(), heavy, heavy], keep)
+        )
     assert lines(tmp_path / "r.jsonl.part") == ["rejected"] * 2 and not (tmp_path / "r.jsonl").exists()
-    with pytest.raises(ClaimError, match="out"), Results(tmp_path / "r.jsonl.part" / "r"):
+    with pytest.raises(ClaimError, match="out"), ResultWriter(tmp_path / "r.jsonl.part" / "r"):
         pass
 
 
@@ -117,7 +128,7 @@ def test_a_new_state_folder_is_told(tmp_path: Path, capsys: pytest.CaptureFixtur
         command.main(["token", "n", "--hours", "2", "--state", str(tmp_path / "s")])
         out, err = capsys.readouterr()
         assert ("is new" in err) is told and len(out.split()) == 1
-    store = Store(tmp_path / "s" / "service.sqlite")
+    store = Database(tmp_path / "s" / "service.sqlite")
     assert tokens.check(store, out.strip()).name == "n"
     ((created, expires),) = store.rows("SELECT created, expires FROM tokens LIMIT 1")
     assert expires - created == pytest.approx(7200)

@@ -14,18 +14,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
-from serving import Goods, Service, bounded  # type: ignore[import-not-found]
 
 from mtlsign.service.problems import Problem
 from mtlsign.service.verifier.claim_bundle import read_bundle, take_bundle, to_json
 from mtlsign.watermark.carriers import qr
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.keys.opening import KeyOpening, sign_spec
-from mtlsign.watermark.keys.sealing import Secret, seal
+from mtlsign.watermark.keys.sealing import EncryptionSecret, encrypt_envelope
 from mtlsign.watermark.keys.spec import make_spec
-from mtlsign.watermark.verification.detector import Probe, verify
-from mtlsign.watermark.verification.heads import FreeHead
+from mtlsign.watermark.verification.detector import WatermarkDetector, verify
+from mtlsign.watermark.verification.heads import TrainedHead
 from mtlsign.watermark.verification.reference import Reference
+from tests.unit.service.fixtures import Goods, Service, bounded
 
 
 def kind(call: Callable[[], Any]) -> str:
@@ -41,7 +41,7 @@ def remade(goods: Goods, owner: Identity, **changes: Any) -> dict[str, Any]:
 
 
 def test_kits_are_refused_in_every_form(goods: Goods) -> None:
-    sealed = seal(b"kit", Secret.from_passphrase(b"x" * 8), purpose="mtlsign/v0/kit")
+    sealed = encrypt_envelope(b"kit", EncryptionSecret.from_passphrase(b"x" * 8), purpose="mtlsign/v0/kit")
     assert kind(lambda: read_bundle(sealed)) == "kit-refused"
     for name in ("kit", "w0", "seed", "kit_key", "info"):
         assert kind(partial(take_bundle, {**goods.right, name: 1})) == "kit-refused"
@@ -134,7 +134,9 @@ def test_shared_graphs_and_frames_change_no_bit(service: Service, goods: Goods) 
         service.verifier._probes.clear()
         for claim, found in zip(asked, results, strict=True):
             opened = take_bundle(claim["bundle"])
-            alone = verify(load(goods.marked), Probe(opened.opening, Reference.from_bytes(opened.reference)))
+            alone = verify(
+                load(goods.marked), WatermarkDetector(opened.opening, Reference.from_bytes(opened.reference))
+            )
             for name in ("matches", "evidence_bits", "near_zero", "status"):
                 assert found[name] == getattr(alone, name)
     assert len(service.verifier._graphs) == 1
@@ -145,15 +147,15 @@ def test_two_heads_of_one_key_are_two_tests(service: Service, goods: Goods, owne
     bundle = remade(goods, owner, head={"kind": "free", "hidden": 4, "features": "flat"})
     opening = KeyOpening.from_json(json.dumps(bundle["opening"]))
     reference = base64.b64decode(bundle["reference"])
-    probe = Probe(opening, Reference.from_bytes(reference))
-    first, second = probe.head, copy.deepcopy(probe.head)
-    assert isinstance(first, FreeHead) and isinstance(second, FreeHead)
+    detector = WatermarkDetector(opening, Reference.from_bytes(reference))
+    first, second = detector.head, copy.deepcopy(detector.head)
+    assert isinstance(first, TrainedHead) and isinstance(second, TrainedHead)
     second.parameters()[2].data.neg_()
     bundles = [to_json(opening, reference, head.to_bytes()) for head in (first, second)]
     wanted = []
     for head in (first, second):
-        probe.head = head
-        wanted.append(verify(load(goods.marked), probe).matches)
+        detector.head = head
+        wanted.append(verify(load(goods.marked), detector).matches)
     assert wanted[0] != wanted[1]
     for headers in (service.headers(), service.headers()):
         results = service.ask(*[goods.claim(bundle=one) for one in bundles], headers=headers).json()[

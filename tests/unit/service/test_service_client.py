@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from certificates import certificate  # type: ignore[import-not-found]
-from serving import Goods, Service  # type: ignore[import-not-found]
 from test_service_page import served  # type: ignore[import-not-found]
 
 from mtlsign.errors import ClusterError, SettingsError
 from mtlsign.service.auth.signing import read_verdict
-from mtlsign.service.client import Client, Refused
+from mtlsign.service.client import Client, RequestRejected
+from tests.helpers.tls_fixtures import certificate
+from tests.unit.service.fixtures import Goods, Service
 
 
 def test_from_upload_to_checked_verdict(service: Service, goods: Goods) -> None:
@@ -26,7 +26,7 @@ def test_from_upload_to_checked_verdict(service: Service, goods: Goods) -> None:
         assert [r["verdict"]["status"] for r in results] == ["accepted", "rejected"]
         said = read_verdict(client.verdict(results[0]["id"]), trusted=client.keys())
         assert said["suspect"] == goods.digest
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(RequestRejected) as caught:
             client.verify([])
         assert caught.value.problem["type"].endswith("malformed-request")
         assert service.token() not in repr(client)

@@ -71,9 +71,9 @@ def test_serve_yaml_is_what_ray_and_the_service_take() -> None:
     schema = ServeDeploySchema.model_validate(loaded)
     (application,) = schema.applications
     assert application.import_path == "mtlsign.distributed.serve:build"
-    s = ServiceSettings.of(application.args)
-    assert schema.http_options.host == "127.0.0.1" == s.host
-    assert schema.http_options.request_timeout_s >= s.upload_s
+    settings = ServiceSettings.of(application.args)
+    assert schema.http_options.host == "127.0.0.1" == settings.host
+    assert schema.http_options.request_timeout_s >= settings.upload_s
     assert not {"signing_key", "identity"} & set(application.args)
 
 

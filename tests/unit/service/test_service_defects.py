@@ -7,12 +7,12 @@ import time
 from typing import Any
 
 import pytest
-from serving import Goods, Service, Start  # type: ignore[import-not-found]
 from test_service_verifications import Slow, kinds  # type: ignore[import-not-found]
 
 from mtlsign.service.auth import tokens
 from mtlsign.service.problems import Problem
-from mtlsign.service.verifier.verifier import Answer, Task
+from mtlsign.service.verifier.verifier import VerificationBatchResult, VerificationTask
+from tests.unit.service.fixtures import Goods, Service, Start
 
 LONE = "\ud800"
 
@@ -35,7 +35,7 @@ def test_a_problem_with_half_a_character_can_be_sent() -> None:
 class Odd(Slow):
     """A backend with a defect; every question counts as one try."""
 
-    async def verify(self, task: Task) -> Answer:
+    async def verify(self, task: VerificationTask) -> VerificationBatchResult:
         self.tasks.append(task)
         raise KeyError("a defect")
 

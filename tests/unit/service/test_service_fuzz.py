@@ -5,7 +5,8 @@ from __future__ import annotations
 import hypothesis
 import schemathesis
 from schemathesis.core.result import Ok
-from serving import Service, Start  # type: ignore[import-not-found]
+
+from tests.unit.service.fixtures import Service, Start
 
 EXAMPLES = 25
 

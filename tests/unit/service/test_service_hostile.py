@@ -21,7 +21,6 @@ from urllib.parse import unquote_to_bytes
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serving import Goods, Service, Start, bounded  # type: ignore[import-not-found]
 from test_service_page import served  # type: ignore[import-not-found]
 from test_service_pointers import Net, said  # type: ignore[import-not-found]
 from test_service_suspects import LIES  # type: ignore[import-not-found]
@@ -35,6 +34,7 @@ from mtlsign.storage.manifest import manifest_bytes
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.keys.opening import KeyOpening, sign_spec
 from mtlsign.watermark.keys.spec import make_spec
+from tests.unit.service.fixtures import Goods, Service, Start, bounded
 
 HOST = "https://models.example.org/a"
 
@@ -286,7 +286,7 @@ def test_templates_repeat_what_they_are_given_as_text(service: Service, text: st
 
 
 def test_no_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mtlsign.service.fetch.https import Tls
+    from mtlsign.service.fetch.https import UrllibTransport
 
     with socket.socket() as trap:
         trap.bind(("127.0.0.1", 0))
@@ -295,7 +295,7 @@ def test_no_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) ->
         for name in ("https_proxy", "HTTPS_PROXY", "ALL_PROXY"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{trap.getsockname()[1]}")
         with pytest.raises(OSError):
-            Tls().get("127.0.0.1", "models.example.org", 1, "/", 1.0)  # nobody listens on port 1
+            UrllibTransport().get("127.0.0.1", "models.example.org", 1, "/", 1.0)  # nobody listens on port 1
         with pytest.raises(TimeoutError):
             trap.accept()
     assert os.environ["HTTPS_PROXY"]

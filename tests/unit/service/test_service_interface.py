@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Goods, Service, Start  # type: ignore[import-not-found]
 from test_service_verifications import Slow  # type: ignore[import-not-found]
 
 from mtlsign.claims.ledger.open import open_ledger
 from mtlsign.claims.merkle import verify_inclusion
-from mtlsign.claims.owner import Owner, found
+from mtlsign.claims.owner import Owner, create_ledger
 from mtlsign.config.service import ServiceSettings
 from mtlsign.service.auth import tokens
-from mtlsign.service.http.body_limits import Limits, release
+from mtlsign.service.http.body_limits import BodyLimitMiddleware, release_body
 from mtlsign.service.problems import KINDS, MEDIA
 from mtlsign.watermark.keys.identity import Identity
+from tests.unit.service.fixtures import Goods, Service, Start
 
 BODY = {"claims": [{}], "wait_s": 0}
 
@@ -59,7 +59,7 @@ def test_tokens_and_scopes(service: Service) -> None:
     assert service.client.delete(f"/v1/tokens/{made.json()['id']}", headers=admin).status_code == 204
     problem(post("/v1/verifications", json=BODY, headers=new), "unauthenticated")
     listed = service.client.get("/v1/tokens", headers=admin).text
-    everything = b"".join(p.read_bytes() for p in Path(service.office.s.state).glob("service.sqlite*"))
+    everything = b"".join(p.read_bytes() for p in Path(service.office.settings.state).glob("service.sqlite*"))
     for text in (good, made.json()["token"], admin["Authorization"][7:]):
         assert text not in listed and text.encode() not in everything  # stored as hashes only
 
@@ -97,7 +97,7 @@ def test_a_body_is_refused_by_its_announcement_and_other_kinds_at_once(service: 
     problem(service.client.get("/v1/verifications/../../x", headers=service.headers()), "not-found")
 
 
-def run_limits(messages: Any, s: ServiceSettings, proxy: bool = False) -> int:
+def run_limits(messages: Any, settings: ServiceSettings, proxy: bool = False) -> int:
     """The status that the middleware gives to a body; the app behind it reads everything and says 200."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -113,7 +113,7 @@ def run_limits(messages: Any, s: ServiceSettings, proxy: bool = False) -> int:
 
     async def go() -> None:
         scope = {"type": "http", "method": "POST", "path": "/v1/verifications", "headers": []}
-        await Limits(app, s, proxy)(scope, messages(), send)
+        await BodyLimitMiddleware(app, settings, proxy)(scope, messages(), send)
 
     asyncio.run(asyncio.wait_for(go(), 20))
     assert len(seen) == 1  # one answer, whatever the app says after it
@@ -121,7 +121,7 @@ def run_limits(messages: Any, s: ServiceSettings, proxy: bool = False) -> int:
 
 
 def test_endless_and_dripping_bodies_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    s = ServiceSettings.of({"state": tmp_path, "max_body_mb": 1, "body_s": 0.5})
+    settings = ServiceSettings.of({"state": tmp_path, "max_body_mb": 1, "body_s": 0.5})
 
     def stream(size: int, pause: float, last: int = 10**9) -> Any:
         def make() -> Any:
@@ -137,10 +137,14 @@ def test_endless_and_dripping_bodies_end(tmp_path: Path, monkeypatch: pytest.Mon
 
         return make
 
-    assert run_limits(stream(100_000, 0), s) == run_limits(stream(100_000, 0), s, proxy=True) == 413
-    assert run_limits(stream(1, 0.05), s) == 408
-    assert run_limits(stream(1, 100), s) == 408
-    assert run_limits(stream(100, 0, 3), s) == 200
+    assert (
+        run_limits(stream(100_000, 0), settings)
+        == run_limits(stream(100_000, 0), settings, proxy=True)
+        == 413
+    )
+    assert run_limits(stream(1, 0.05), settings) == 408
+    assert run_limits(stream(1, 100), settings) == 408
+    assert run_limits(stream(100, 0, 3), settings) == 200
     monkeypatch.setattr("mtlsign.service.http.body_limits.GRACE_S", 0.1)
     assert run_limits(stream(1, 0.05), ServiceSettings.of({"state": tmp_path, "body_s": 100})) == 408
 
@@ -156,7 +160,7 @@ def run_proxy(app: Any) -> tuple[int, dict[bytes, bytes]]:
         seen.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/v1/verifications", "headers": []}
-    asyncio.run(Limits(app, ServiceSettings.of({}), proxy=True)(scope, receive, send))
+    asyncio.run(BodyLimitMiddleware(app, ServiceSettings.of({}), proxy=True)(scope, receive, send))
     return seen[0]["status"], dict(seen[0]["headers"])
 
 
@@ -214,7 +218,7 @@ def test_uploads(start: Start, goods: Goods) -> None:
 def test_the_ledger_is_read_and_names_the_signing_key(start: Start, tmp_path: Path, owner: Identity) -> None:
     uri = f"sqlite:///{tmp_path}/ledger.db"
     with open_ledger(uri, create=True) as ledger:
-        found(Owner(owner, ledger, tmp_path / "memory.json"), [owner.public_key])
+        create_ledger(Owner(owner, ledger, tmp_path / "memory.json"), [owner.public_key])
     service = start(ledger=uri, announce=True)
     headers = service.headers("ledger")
     get = service.client.get
@@ -282,7 +286,9 @@ def test_a_token_names_no_more_than_it_may(service: Service) -> None:
     assert tokens.check(service.office.store, text).scopes == {"verify", "ledger"}
 
 
-def crowd(s: ServiceSettings, proxy: bool, *bodies: tuple[str, int, bool], waits: bool = False) -> list[int]:
+def crowd(
+    settings: ServiceSettings, proxy: bool, *bodies: tuple[str, int, bool], waits: bool = False
+) -> list[int]:
     """Statuses of bodies (peer, bytes, whether they end) that come one after another and stay; 0: none yet.
 
     `waits`: the app has read the body, says so, and keeps its answer.
@@ -291,12 +297,12 @@ def crowd(s: ServiceSettings, proxy: bool, *bodies: tuple[str, int, bool], waits
     async def app(scope: Any, receive: Any, send: Any) -> None:
         while (await receive()).get("more_body"):
             pass
-        release(scope)
+        release_body(scope)
         await asyncio.sleep(3600 if waits else 0)
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     async def play() -> list[int]:
-        limits, found, tasks = Limits(app, s, proxy), [0] * len(bodies), []
+        limits, found, tasks = BodyLimitMiddleware(app, settings, proxy), [0] * len(bodies), []
         for i, (peer, size, ends) in enumerate(bodies):
             messages = [{"type": "http.request", "body": b"x" * size, "more_body": not ends}]
 
@@ -323,20 +329,25 @@ def crowd(s: ServiceSettings, proxy: bool, *bodies: tuple[str, int, bool], waits
 
 
 def test_four_connections_lock_nobody_out(tmp_path: Path) -> None:
-    s = ServiceSettings.of({"state": tmp_path, "max_body_mb": 1})
+    settings = ServiceSettings.of({"state": tmp_path, "max_body_mb": 1})
     large = 2**20 - 100
     for proxy in (False, True):
         held = [("10.0.0.1", large, False)] * 2
-        assert crowd(s, proxy, *held, ("10.0.0.1", large, True), ("10.0.0.2", large, True)) == [
+        assert crowd(settings, proxy, *held, ("10.0.0.1", large, True), ("10.0.0.2", large, True)) == [
             0,
             0,
             503,
             200,
         ]
         held += [("10.0.0.3", large, False)] * 2
-        assert crowd(s, proxy, *held, ("10.0.0.2", large, True), ("10.0.0.2", 9000, True))[4:] == [503, 200]
+        assert crowd(settings, proxy, *held, ("10.0.0.2", large, True), ("10.0.0.2", 9000, True))[4:] == [
+            503,
+            200,
+        ]
         many = [(f"10.0.1.{i}", large, True) for i in range(8)]
-        assert crowd(s, proxy, *many, waits=True) == [0] * 8  # all are taken in: what is parsed is not held
+        assert (
+            crowd(settings, proxy, *many, waits=True) == [0] * 8
+        )  # all are taken in: what is parsed is not held
 
 
 def test_a_claim_that_waits_for_its_answer_holds_no_body(start: Start, goods: Goods) -> None:

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Goods, Start  # type: ignore[import-not-found]
 from test_service_page import enter  # type: ignore[import-not-found]
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "claims"))
-from world import Town  # type: ignore[import-not-found]
 
 from mtlsign.claims import owner as owners
 from mtlsign.claims.bundle import write_bundle
@@ -20,6 +14,8 @@ from mtlsign.claims.judging.admissibility import find_claim
 from mtlsign.claims.judging.judge import Finding
 from mtlsign.service.auth.signing import read_verdict
 from mtlsign.watermark.keys.identity import Identity
+from tests.unit.claims.scenario import Town
+from tests.unit.service.fixtures import Goods, Start
 
 
 class Convinced:

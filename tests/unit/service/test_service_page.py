@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import browser  # type: ignore[import-not-found]
 import pytest
 import uvicorn
-from serving import Goods, Service, Start  # type: ignore[import-not-found]
 
-from mtlsign.service.verifier.verifier import Answer, Here, Task
-from mtlsign.service.web.charts import matches_needed, null_picture
+from mtlsign.service.verifier.verifier import InProcessVerifier, VerificationBatchResult, VerificationTask
+from mtlsign.service.web.charts import matches_needed, null_distribution_svg
+from tests.helpers import chromium_driver
+from tests.unit.service.fixtures import Goods, Service, Start
 
 
 def enter(service: Service, *scopes: str) -> None:
@@ -74,7 +74,7 @@ def test_the_picture_is_right_and_plain() -> None:
     assert matches_needed(1024, 120) == 712 and matches_needed(600, 120) == 452
     assert matches_needed(64, 120) is None
     for matches in (0, 512, 1024):
-        svg = null_picture(matches, 1024, 712)
+        svg = null_distribution_svg(matches, 1024, 712)
         assert (
             f"found {matches:,}" in svg and "needed 712" in svg and "style=" not in svg and "nan" not in svg
         )
@@ -103,14 +103,14 @@ def served(service: Service, **options: Any) -> Iterator[str]:
         thread.join(20)
 
 
-class Held(Here):
+class Held(InProcessVerifier):
     """Answers only when told, so that one can look while a claim is being verified."""
 
     def __init__(self, verifier: Any) -> None:
         super().__init__(verifier)
         self.go = threading.Event()
 
-    async def verify(self, task: Task) -> Answer:
+    async def verify(self, task: VerificationTask) -> VerificationBatchResult:
         import asyncio
 
         await asyncio.to_thread(self.go.wait, 60)
@@ -118,7 +118,7 @@ class Held(Here):
 
 
 @pytest.mark.skipif(
-    browser.BINARY is None, reason="no Chromium on this machine (Debian: apt install chromium)"
+    chromium_driver.BINARY is None, reason="no Chromium on this machine (Debian: apt install chromium)"
 )
 @pytest.mark.parametrize("script", [True, False], ids=["as it comes", "without scripts"])
 def test_a_person_with_a_keyboard(start: Start, goods: Goods, tmp_path: Path, script: bool) -> None:
@@ -137,7 +137,7 @@ def test_a_person_with_a_keyboard(start: Start, goods: Goods, tmp_path: Path, sc
             wide = tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
             assert wide <= 0, (name, width)  # nothing sticks out to the side
 
-    with served(service) as url, browser.Browser(tmp_path / "profile") as tab:
+    with served(service) as url, chromium_driver.Browser(tmp_path / "profile") as tab:
         tab.send("Emulation.setScriptExecutionDisabled", value=not script)
         tab.go(url + "/")
         look("fresh")

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from mtlsign.config.service import ServiceSettings
 from mtlsign.errors import SettingsError
-from mtlsign.service.fetch.https import Response, check_address, opened
-from mtlsign.service.fetch.locations import Bucket, Local, Policy, Upload, Web
-from mtlsign.service.fetch.model_cache import Library
+from mtlsign.service.fetch.https import Response, check_address, open_https
+from mtlsign.service.fetch.locations import AllowedLocations, HttpsResource, LocalFile, S3Object, UploadedFile
+from mtlsign.service.fetch.model_cache import ModelFetcher
 from mtlsign.service.problems import Problem
 
-POLICY = Policy.of(
+POLICY = AllowedLocations.of(
     "file:///srv/models, s3://good/pre, https://models.example.org/a, https://cdn.example.net:8443"
 )
 
@@ -31,13 +31,15 @@ def kind(call: Callable[[], Any]) -> str:
 
 
 def test_what_is_allowed() -> None:
-    assert POLICY.source("sha256:" + "ab" * 32) == Upload("ab" * 32)
-    assert POLICY.source("file:///srv/models/x/m.safetensors") == Local("/srv/models", ("x", "m.safetensors"))
-    assert POLICY.source("s3://good/pre/models/d") == Bucket("good", "pre/models/d")
-    assert POLICY.source("https://models.example.org/a/m.safetensors?v=1") == Web(
+    assert POLICY.source("sha256:" + "ab" * 32) == UploadedFile("ab" * 32)
+    assert POLICY.source("file:///srv/models/x/m.safetensors") == LocalFile(
+        "/srv/models", ("x", "m.safetensors")
+    )
+    assert POLICY.source("s3://good/pre/models/d") == S3Object("good", "pre/models/d")
+    assert POLICY.source("https://models.example.org/a/m.safetensors?v=1") == HttpsResource(
         "models.example.org", 443, "/a/m.safetensors?v=1"
     )
-    assert POLICY.source("https://CDN.example.net:8443/z") == Web("cdn.example.net", 8443, "/z")
+    assert POLICY.source("https://CDN.example.net:8443/z") == HttpsResource("cdn.example.net", 8443, "/z")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,7 @@ def test_any_text_is_refused_or_stays_below_its_prefix(text: str) -> None:
     except Problem as problem:
         assert problem.kind == "pointer-refused" and (not text or text not in problem.detail or len(text) < 3)
         return
-    if isinstance(found, Local):
+    if isinstance(found, LocalFile):
         assert os.path.normpath(os.path.join(found.root, *found.parts)).startswith("/srv/models")
         assert ".." not in found.parts
 
@@ -76,11 +78,11 @@ def test_any_text_is_refused_or_stays_below_its_prefix(text: str) -> None:
 def test_a_prefix_that_is_none_is_refused_at_start() -> None:
     for text in ("ftp://x", "/srv", "https://127.0.0.1/", "s3://A"):
         with pytest.raises(SettingsError, match="allow"):
-            Policy.of(text)
+            AllowedLocations.of(text)
 
 
-def library(tmp_path: Path, **settings: Any) -> Library:
-    return Library(
+def library(tmp_path: Path, **settings: Any) -> ModelFetcher:
+    return ModelFetcher(
         ServiceSettings.of({"state": tmp_path / "s", "allow": f"file://{tmp_path}/in", **settings})
     )
 
@@ -154,8 +156,8 @@ def said(body: bytes = b"x" * 10, status: int = 200, **headers: str) -> Response
 
 def fetch(net: Net, path: str = "/a/m", limit: int = 100, seconds: float = 10, clock: Any = None) -> bytes:
     more = {"clock": clock} if clock else {}
-    source = Web("models.example.org", 443, path)
-    with opened(source, POLICY, limit, seconds, resolver=net.resolve, transport=net, **more) as (
+    source = HttpsResource("models.example.org", 443, path)
+    with open_https(source, POLICY, limit, seconds, resolver=net.resolve, transport=net, **more) as (
         size,
         pieces,
     ):

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from serving import Start  # type: ignore[import-not-found]
 from test_service_page import served  # type: ignore[import-not-found]
 
 from mtlsign.config import cli
@@ -15,8 +14,9 @@ from mtlsign.config.service import ServiceSettings
 from mtlsign.errors import SettingsError
 from mtlsign.service import state
 from mtlsign.service.auth.signing import Keys
-from mtlsign.service.http.body_limits import Limits
+from mtlsign.service.http.body_limits import BodyLimitMiddleware
 from mtlsign.watermark.keys.identity import Identity
+from tests.unit.service.fixtures import Start
 
 SECRET = "ab" * 64
 #: What `start` sets for the proxy that it starts.
@@ -63,10 +63,10 @@ def test_a_job_s_flags_reach_ingress_and_verifiers(tmp_path: Path, monkeypatch: 
     )
     assert gate == verify and (gate["bits"], gate["state"], gate["port"]) == (70, str(tmp_path), 8123)
     opened: list[ServiceSettings] = []
-    monkeypatch.setattr(state.Office, "open", lambda s, *_: opened.append(s))
+    monkeypatch.setattr(state.AppState, "open", lambda s, *_: opened.append(s))
     monkeypatch.setattr(serve, "RayMetrics", lambda: None)
     monkeypatch.setenv("MTLSIGN_SIGNING_KEY", SECRET)
-    serve.Gate(gate, None)  # type: ignore[arg-type]
+    serve.IngressDeployment(gate, None)  # type: ignore[arg-type]
     assert (opened[0].bits, opened[0].state) == (70, tmp_path)
     assert opened[0].signing_key and opened[0].signing_key.get_secret_value() == SECRET
     deployed = serve.build(ServiceSettings.of({"bits": 70}))._bound_deployment.init_args[0]
@@ -104,12 +104,12 @@ def test_whether_a_proxy_bounds_bodies_is_seen_from_outside(start: Start) -> Non
     app = service.client.app
     for proxy in (True, False):
         behind = SimpleNamespace(
-            client=SimpleNamespace(app=Limits(app, service.office.s, True) if proxy else app)
+            client=SimpleNamespace(app=BodyLimitMiddleware(app, service.office.settings, True) if proxy else app)
         )
         with served(behind) as url:
-            s = ServiceSettings.of({"port": int(url.rpartition(":")[2]), "host": "0.0.0.0"})
-            assert serve.bounds_bodies(s) is proxy
-    assert not serve.bounds_bodies(s)  # nobody is there
+            settings = ServiceSettings.of({"port": int(url.rpartition(":")[2]), "host": "0.0.0.0"})
+            assert serve.bounds_bodies(settings) is proxy
+    assert not serve.bounds_bodies(settings)  # nobody is there
 
 
 @pytest.mark.parametrize(("joined", "bounded", "warns"), [(1, 0, True), (1, 1, False), (0, 0, False)])

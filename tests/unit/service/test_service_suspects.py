@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
-from serving import bounded  # type: ignore[import-not-found]
 
 from mtlsign.service.problems import Problem
-from mtlsign.service.verifier.lazy_safetensors import Suspect, read_header
+from mtlsign.service.verifier.lazy_safetensors import LazySafetensors, validate_header
+from tests.unit.service.fixtures import bounded
 
 GOOD = save({"a": torch.arange(4.0), "b": torch.zeros(2, 3, dtype=torch.float16)})
 
@@ -91,14 +91,14 @@ def test_lies_are_refused_without_growth(name: str, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     path.write_bytes(LIES[name])
     with bounded(), pytest.raises(Problem) as caught:
-        Suspect(path, "d")
+        LazySafetensors(path, "d")
     assert caught.value.kind == "not-a-model"
 
 
 def test_an_honest_file_is_read_lazily_and_once(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     path.write_bytes(GOOD)
-    found = Suspect(path, "d")
+    found = LazySafetensors(path, "d")
     assert set(found) == {"a", "b"} and len(found) == 2 and found.kept_bytes == 0
     assert found["a"].tolist() == [0, 1, 2, 3] and found["a"] is found["a"] and found.loads == 1
     assert found.kept_bytes == 16
@@ -112,9 +112,9 @@ def test_a_damaged_file_is_refused_or_still_whole(
     path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
     path.write_bytes(GOOD[:at] + patch + GOOD[at + cut :])
     try:
-        found = Suspect(path, "d")
+        found = LazySafetensors(path, "d")
     except Problem as problem:
         assert problem.kind == "not-a-model"
         return
-    for name, (_, shape) in read_header(path, max_tensors=100).items():
+    for name, (_, shape) in validate_header(path, max_tensors=100).items():
         assert tuple(found[name].shape) == shape

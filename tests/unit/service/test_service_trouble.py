@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Goods, Start  # type: ignore[import-not-found]
 from test_service_interface import problem  # type: ignore[import-not-found]
 from test_service_page import enter  # type: ignore[import-not-found]
 
 from mtlsign.errors import LedgerError, StorageError
 from mtlsign.service import state as offices
-from mtlsign.service.database import Store
+from mtlsign.service.database import Database
 from mtlsign.service.http.body_limits import proxy_middlewares
-from mtlsign.service.problems import of_error
-from mtlsign.service.verifier.verifier import Task
+from mtlsign.service.problems import problem_from_error
+from mtlsign.service.verifier.verifier import VerificationTask
+from tests.unit.service.fixtures import Goods, Start
 
 
-def fill(store: Store) -> None:
+def fill(store: Database) -> None:
     """No page more, as on a full disk."""
     ((pages,),) = store.rows("PRAGMA page_count")
     store.rows(f"PRAGMA max_page_count={pages}")
@@ -85,7 +85,7 @@ def test_busy_is_ready_and_the_question_is_asked_now_and_then(monkeypatch: pytes
 
     async def play() -> None:
         handle = Handle()
-        replicas = serve.Replicas(handle)  # type: ignore[arg-type]
+        replicas = serve.RayServeVerifier(handle)  # type: ignore[arg-type]
         assert [await replicas.ready() for _ in range(5)] == [True] * 5 and handle.asked == 1
         monkeypatch.setattr(serve, "FRESH_S", -1.0)
         handle.says = BackPressureError(num_queued_requests=1, max_queued_requests=1)
@@ -95,10 +95,10 @@ def test_busy_is_ready_and_the_question_is_asked_now_and_then(monkeypatch: pytes
         handle.says = silent
         assert not await replicas.ready()  # nobody has ever answered
         handle.says = "an answer"
-        await replicas.verify(Task("m", None, ()))
+        await replicas.verify(VerificationTask("m", None, ()))
         handle.says = silent
         assert not await replicas.ready()  # nothing is under way
-        task = asyncio.create_task(replicas.verify(Task("m", None, ())))
+        task = asyncio.create_task(replicas.verify(VerificationTask("m", None, ())))
         await asyncio.sleep(0)
         assert await replicas.ready()
         task.cancel()
@@ -140,7 +140,7 @@ def test_callers_see_nothing_of_the_operator_s_machines(caplog: pytest.LogCaptur
     inside = "http://10.1.2.3:8333 refused, set AWS_SECRET_ACCESS_KEY or look at /srv/ledger.db"
     for error in (StorageError(inside), LedgerError(inside)):
         for about in ("model", "bundle", "ledger"):
-            found = of_error(error, about=about)
+            found = problem_from_error(error, about=about)
             assert found.kind in ("unreachable", "ledger") and "10.1" not in found.detail
             assert "AWS" not in found.detail and "/srv" not in found.detail
     assert inside in caplog.text
@@ -177,7 +177,7 @@ def test_the_log_names_the_token_and_refused_bodies_count(
     big = {**headers, "Content-Type": "application/json", "Content-Length": str(10**9)}
     assert service.client.post("/v1/verifications", content=b"{}", headers=big).status_code == 413
     assert service.office.metrics.sums["mtlsign_refusals", "too-large"] == 1  # type: ignore[attr-defined]
-    monkeypatch.setattr("mtlsign.service.metrics.to_stderr", lambda: None)
+    monkeypatch.setattr("mtlsign.service.metrics.configure_logging", lambda: None)
     (middleware,) = proxy_middlewares()
     caplog.clear()
     middleware.kwargs["count"]("too-large")

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Goods, Service, Start  # type: ignore[import-not-found]
 
 from mtlsign.config.service import ServiceSettings
 from mtlsign.errors import ClaimError
 from mtlsign.service.auth.signing import read_verdict
 from mtlsign.service.problems import Problem
-from mtlsign.service.queue.fair_semaphore import Turns
-from mtlsign.service.verifier.verifier import Answer, Lost, Task
+from mtlsign.service.queue.fair_semaphore import FairSemaphore
+from mtlsign.service.verifier.verifier import VerificationBatchResult, VerificationTask, VerifierCrashed
+from tests.unit.service.fixtures import Goods, Service, Start
 
 
 def kinds(answer: Any) -> list[str]:
@@ -98,23 +98,25 @@ class Slow:
 
     def __init__(self, lose: int = 0) -> None:
         self.go = asyncio.Event()
-        self.tasks: list[Task] = []
+        self.tasks: list[VerificationTask] = []
         self.lose = lose
         self.poison: str | None = None
 
-    async def verify(self, task: Task) -> Answer:
+    async def verify(self, task: VerificationTask) -> VerificationBatchResult:
         self.tasks.append(task)
         if self.lose or (
             self.poison and any(self.poison.encode() in (q.bundle or b"") for q in task.questions)
         ):
             self.lose -= bool(self.lose)
-            raise Lost
+            raise VerifierCrashed
         await self.go.wait()
         verdict = {
             "status": "rejected", "matches": 1, "n": 128, "evidence_bits": 0.0, "bits_required": 120.0,
             "near_zero": 0, "statistic": "count", "reason": None, "model_digest": "00" * 32,
         }  # fmt: skip
-        return Answer([{"verdict": verdict, "key": "00" * 32, "claim": None} for _ in task.questions])
+        return VerificationBatchResult(
+            [{"verdict": verdict, "key": "00" * 32, "claim": None} for _ in task.questions]
+        )
 
     async def ready(self) -> bool:
         return self.go.is_set()
@@ -216,12 +218,12 @@ class Dying(Slow):
         self.go.set()
         self.at, self.times = at.encode(), times
 
-    async def verify(self, task: Task) -> Answer:
+    async def verify(self, task: VerificationTask) -> VerificationBatchResult:
         answer = await super().verify(task)
         for i, question in enumerate(task.questions):
             if self.times and self.at in (question.bundle or b""):
                 self.times -= 1
-                raise Lost(answer.outcomes[:i], begun=True) if task.careful else Lost()
+                raise VerifierCrashed(answer.outcomes[:i], begun=True) if task.careful else VerifierCrashed()
         return answer
 
 
@@ -274,7 +276,7 @@ def test_bytes_that_wait_are_bounded_too(start: Start, goods: Goods) -> None:
 
 def test_tokens_take_turns() -> None:
     async def play() -> list[str]:
-        turns, order = Turns(1), []
+        turns, order = FairSemaphore(1), []
 
         async def one(name: str) -> None:
             async with turns.of(name):
@@ -300,5 +302,5 @@ def test_a_claim_over_its_time_ends_without_its_verifier(start: Start, goods: Go
     service = start(claim_s=1e-9)
     assert kinds(service.ask(goods.claim())) == ["too-long"]
     assert service.verifier.busy_since is None
-    service.verifier.s = ServiceSettings.of({"state": service.office.s.state, "claim_s": 60})
+    service.verifier.settings = ServiceSettings.of({"state": service.office.settings.state, "claim_s": 60})
     assert kinds(service.ask(goods.claim())) == ["accepted"]
