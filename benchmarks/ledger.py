@@ -1,9 +1,9 @@
-"""How fast a ledger is: `uv run benchmarks/ledger.py [--etcd] [--sizes 100,10000,1000000] [--json]`.
+"""Benchmark of a ledger: `uv run benchmarks/ledger.py [--etcd] [--sizes 100,10000,1000000] [--json]`.
 
-publish/s: sign, append, durable, one client. verify/s: envelopes opened, every signature and field checked.
-Then, for each size, an inclusion proof of 32-byte hashes: its length and the medians of `prove` and
-`verify_inclusion` over random entries. Large SQLite ledgers are loaded in bulk (they hold 100-byte rows, a
-proof does not look at them).
+- publish/s: statements that one client signs and appends durably.
+- verify/s: envelopes that are opened, with all signatures and fields checked.
+- For each size: length of an inclusion proof, and the medians of `prove` and `verify_inclusion` over random
+  entries. Large SQLite ledgers are filled in bulk with rows of 100 bytes, whose content proofs do not read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mtlsign.watermark.keys.identity import Identity
 
 
 def publishes(identity: Identity) -> Iterator[bytes]:
-    """Signed publications without end, each another."""
+    """Yield signed publications, each with another model."""
     for number in range(2**31):
         h = number.to_bytes(32, "big")
         yield sign_statement(
@@ -47,14 +47,14 @@ def publishes(identity: Identity) -> Iterator[bytes]:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds of one call."""
+    """Return the seconds of one call."""
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
 
 
 def speed(ledger: Ledger, count: int) -> dict[str, float]:
-    """publish/s with signing, and verify/s of what was written."""
+    """Measure publish/s with signing, and verify/s of the written entries."""
     source = publishes(Identity.generate())
     begin = time.perf_counter()
     for envelope in islice(source, count):
@@ -70,17 +70,21 @@ def speed(ledger: Ledger, count: int) -> dict[str, float]:
 
 
 def proofs(ledger: Ledger, size: int, samples: int) -> dict[str, Any]:
-    """Length and times of inclusion proofs in the tree of `size`, and of a consistency proof from half of
-    it.
+    """Measure inclusion proofs, and the length of a consistency proof from half of the tree.
+
+    Args:
+        ledger: the ledger, with at least `size` entries.
+        size: size of the tree.
+        samples: number of random entries.
     """
-    root, spent, checks, lengths = ledger.head(size).root, [], [], []
+    root, spent, checks, lengths = ledger.checkpoint(size).root, [], [], []
     for _ in range(samples):
         index = random.randrange(size)
         leaf = merkle.leaf_hash(ledger.get(index))
         begin = time.perf_counter()
         path = ledger.prove(index, size)
         spent.append(time.perf_counter() - begin)
-        checks.append(timed(lambda i=index, p=path, h=leaf: merkle.verify_inclusion(h, i, size, p, root)))
+        checks.append(timed(lambda: merkle.verify_inclusion(leaf, index, size, path, root)))  # noqa: B023
         assert merkle.verify_inclusion(leaf, index, size, path, root)
         lengths.append(len(path))
     return {
@@ -101,7 +105,7 @@ def main() -> None:
     parser.add_argument(
         "--etcd", action="store_true", help="three etcd nodes over mutual TLS instead of SQLite"
     )
-    parser.add_argument("--sizes", default=None, help="trees to prove in [100,…,1000000; etcd: 100,…,10000]")
+    parser.add_argument("--sizes", default=None, help="sizes of the trees [100,…,1000000; etcd: 100,…,10000]")
     parser.add_argument("--publishes", type=int, default=300)
     parser.add_argument("--samples", type=int, default=50)
     parser.add_argument("--json", action="store_true")

@@ -1,4 +1,4 @@
-"""Ratios of two costs from interleaved pairs A, B, A, B, … of one process, with their spread."""
+"""Measurement of ratios: two costs from interleaved pairs A, B, A, B, … of one process, with their spread."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Cost = tuple[float, float]
 
 
 def now() -> Cost:
-    """Both clocks."""
+    """Read both clocks."""
     return time.process_time(), time.perf_counter()
 
 
 def since(start: Cost) -> Cost:
-    """Cost since `start = now()`."""
+    """Return the cost since `start = now()`."""
     end = now()
     return end[0] - start[0], end[1] - start[1]
 
 
 def cost(work: Callable[[], object]) -> Cost:
-    """Cost of one call."""
+    """Return the cost of one call."""
     start = now()
     work()
     return since(start)
@@ -36,10 +36,10 @@ def cost(work: Callable[[], object]) -> Cost:
 
 @dataclass(frozen=True)
 class Row:
-    """One reported number. `passed` is None where nothing is demanded."""
+    """One reported number. `passed` is None if there is no target."""
 
     name: str
-    what: str
+    title: str
     value: float
     low: float
     high: float
@@ -50,13 +50,13 @@ class Row:
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready fields."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
 def ratio(
     name: str,
-    what: str,
+    title: str,
     a: Sequence[Cost],
     b: Sequence[Cost],
     *,
@@ -65,8 +65,19 @@ def ratio(
     clock: str = "cpu",
     note: str = "",
 ) -> Row:
-    """Median of a_i / b_i over the pairs, judged by CPU (or wall) time, the wall's beside it."""
-    assert len(a) == len(b) and a, "every A has its B"
+    """Compute the median of a_i / b_i over the pairs.
+
+    Args:
+        name: short name of the row.
+        title: description of the ratio.
+        a: costs of the first side.
+        b: costs of the second side, as many.
+        at_most: target of the ratio from above, if there is one.
+        at_least: target of the ratio from below, if there is one.
+        clock: `cpu` or `wall`: the time that the ratio is computed from.
+        note: text to append to the costs.
+    """
+    assert len(a) == len(b) and a, "each A needs its B"
     by_cpu = [x[0] / y[0] for x, y in zip(a, b, strict=True) if y[0]] or [float("nan")]
     by_wall = [x[1] / y[1] for x, y in zip(a, b, strict=True)]
     judged = by_wall if clock == "wall" else by_cpu
@@ -76,7 +87,7 @@ def ratio(
     costs += f", best / best {best:.3f}"
     return row(
         name,
-        what,
+        title,
         judged,
         at_most=at_most,
         at_least=at_least,
@@ -87,7 +98,7 @@ def ratio(
 
 def row(
     name: str,
-    what: str,
+    title: str,
     values: Sequence[float],
     *,
     at_most: float | None = None,
@@ -95,14 +106,24 @@ def row(
     wall: float | None = None,
     note: str = "",
 ) -> Row:
-    """Median and spread of values, against a target if there is one."""
+    """Compute median and spread of values and compare the median with a target.
+
+    Args:
+        name: short name of the row.
+        title: description of the value.
+        values: the values.
+        at_most: target from above, if there is one.
+        at_least: target from below, if there is one.
+        wall: median of the wall times' ratios, if it was measured.
+        note: text to append.
+    """
     value = statistics.median(values)
     target, passed = None, None
     if at_most is not None:
         target, passed = f"<= {at_most:g}", value <= at_most
     if at_least is not None:
         target, passed = f">= {at_least:g}", value >= at_least
-    return Row(name, what, value, min(values), max(values), wall, len(values), target, passed, note)
+    return Row(name, title, value, min(values), max(values), wall, len(values), target, passed, note)
 
 
 def _seconds(value: float) -> str:
@@ -110,7 +131,7 @@ def _seconds(value: float) -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """What the numbers were taken on."""
+    """Describe the machine of the measurement."""
     model = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:

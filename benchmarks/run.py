@@ -1,7 +1,6 @@
-"""Every ratio in one command: `uv run benchmarks/run.py [--only NAME] [--json]`; see `benchmarks/README.md`.
+"""All ratios in one command: `uv run benchmarks/run.py [--only NAME] [--json]` (see `benchmarks/README.md`).
 
-The exit code is 0 when the benchmarks ran, whether or not every target was met, and 1 with `--strict` when
-one was missed.
+The exit code is 0 if the benchmarks ran, also if a target was missed. With `--strict` it is 1 in that case.
 """
 
 from __future__ import annotations
@@ -17,17 +16,18 @@ if __name__ == "__main__":
 
 import torch
 
-from benchmarks import memory, reading, steps, workers
+from benchmarks import memory, training_step, verification, workers
+from benchmarks.fixtures import BenchmarkSetup, Options
 from benchmarks.measure import Row, hardware
-from benchmarks.scene import Scene
 
 NAMES = ("qr", "verify", "step", "phases", "memory", "workers")
-MAX_PAIRS = 40  # phase 2 reports every 50 steps, and a report is not part of a step
+MAX_PAIRS = 40  # phase 2 writes a checkpoint every 50 steps, which is not part of a step
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Ratios in one run, medians over interleaved pairs.")
-    parser.add_argument("--only", action="append", choices=NAMES, help="only this one; may be repeated")
+    parser.add_argument("--only", action="append", choices=NAMES, help="run only this one; may be repeated")
     parser.add_argument(
         "--pairs", type=int, default=5, help=f"interleaved pairs of each ratio, at most {MAX_PAIRS}"
     )
@@ -36,56 +36,57 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=None, help="channels of the first stage")
     parser.add_argument("--threads", type=int, default=1, help="of this process")
     parser.add_argument(
-        "--whole", action="store_true", help="phases: run both whole (hours), do not estimate"
+        "--whole", action="store_true", help="phases: run both whole (hours) instead of estimating"
     )
     parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
-    parser.add_argument("--strict", action="store_true", help="exit code 1 where a target is missed")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 if a target is missed")
     options = parser.parse_args(argv)
     if not 1 <= options.pairs <= MAX_PAIRS:
         parser.error(f"--pairs must be from 1 to {MAX_PAIRS}")
     return options
 
 
-def run(options: argparse.Namespace, say: Callable[[str], None] = lambda _: None) -> dict[str, object]:
-    """Everything asked for, as one JSON-ready mapping."""
+def run(options: argparse.Namespace, log: Callable[[str], None] = lambda _: None) -> dict[str, object]:
+    """Run the selected benchmarks; return hardware, setup and rows as JSON values."""
     torch.set_num_threads(options.threads)
-    scene, pairs = Scene.of(options.task, options.data, options.width), options.pairs
-    place = {"task": options.task, "data": options.data, "width": scene.settings.width}
-    wanted: dict[str, Callable[[], list[Row]]] = {
-        "qr": lambda: reading.encoder(scene, pairs),
-        "verify": lambda: reading.verification(scene, pairs),
-        "step": lambda: steps.step_over_parts(scene, pairs),
-        "phases": lambda: steps.phase_2_over_1(scene, pairs, whole=options.whole),
-        "memory": lambda: memory.peaks(place, pairs),
-        "workers": lambda: workers.two_over_one(place, pairs),
+    setup, pairs = BenchmarkSetup.create(options.task, options.data, options.width), options.pairs
+    child_options: Options = {"task": options.task, "data": options.data, "width": setup.settings.width}
+    benchmarks: dict[str, Callable[[], list[Row]]] = {
+        "qr": lambda: verification.encoder(setup, pairs),
+        "verify": lambda: verification.verification(setup, pairs),
+        "step": lambda: training_step.step_over_parts(setup, pairs),
+        "phases": lambda: training_step.phase_2_over_1(setup, pairs, estimate=not options.whole),
+        "memory": lambda: memory.peaks(child_options, pairs),
+        "workers": lambda: workers.two_over_one(child_options, pairs),
     }
     machine = hardware()
-    say(", ".join(f"{name} {value}" for name, value in machine.items()))
-    say(str(scene))
+    log(", ".join(f"{name} {value}" for name, value in machine.items()))
+    log(str(setup))
     rows: list[Row] = []
     for name in options.only or NAMES:
-        for row in wanted[name]():
-            say(line(row))
+        for row in benchmarks[name]():
+            log(line(row))
             rows.append(row)
-    return {"hardware": machine, "scene": str(scene), "rows": [row.to_json() for row in rows]}
+    return {"hardware": machine, "setup": str(setup), "rows": [row.to_json() for row in rows]}
 
 
 def line(row: Row) -> str:
-    """One row for a person."""
+    """Format one row for the terminal."""
     state = {True: "pass", False: "MISS", None: ""}[row.passed]
     wall = "" if row.wall is None else f", wall {row.wall:.3g}"
     spread = f"{row.low:.3g}..{row.high:.3g}, {row.pairs} pairs{wall}"
     return (
-        f"{row.name:12} {row.value:8.3f}  ({spread})  {row.target or '':8} {state:4}  {row.what}; {row.note}"
+        f"{row.name:12} {row.value:8.3f}  ({spread})  {row.target or '':8} {state:4}  {row.title}; {row.note}"
     )
 
 
 def main(argv: Sequence[str]) -> int:
+    """Run the benchmarks and print them; return the exit code."""
     options = arguments(argv)
-    done = run(options, (lambda _: None) if options.json else lambda text: print(text, flush=True))
+    result = run(options, (lambda _: None) if options.json else lambda text: print(text, flush=True))
     if options.json:
-        print(json.dumps(done, indent=1))
-    missed = any(row["passed"] is False for row in done["rows"])  # type: ignore[attr-defined]
+        print(json.dumps(result, indent=1))
+    missed = any(row["passed"] is False for row in result["rows"])  # type: ignore[attr-defined]
     return 1 if missed and options.strict else 0
 
 

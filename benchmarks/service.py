@@ -1,15 +1,16 @@
-"""The whole service under load: every answer checked, stages, memory, throughput against bare forwards.
+"""The whole service under load: every answer is checked; stages, memory and throughput are measured.
 
     python -m benchmarks.service                     # 1,000 claims, 20 models in a real S3 on loopback
     python -m benchmarks.service --quick             # 60 claims, 4 models
     python -m benchmarks.service --kill verifier     # or ingress: killed under that load
-    python -m benchmarks.service --only further      # one process: a further claim on a model that is here
+    python -m benchmarks.service --only further      # one process: a further claim on a cached model
 
-It marks one network, writes copies that differ in an untapped tensor (half of the models) and others that are
-unmarked, and starts `jobs/serve.py` as the README says. Everything runs on the cores of this process's
-affinity, S3, client and ingress too, so `throughput` counts what they cost (`taskset -c 1 python -m …`):
-CPU seconds of as many bare tapped forwards ÷ CPU seconds of all these processes, which a busy machine
-disturbs little; beside it the same by the wall clock.
+It embeds a watermark into one network. Half of the models are copies of it that differ in a tensor without
+taps, the others are unmarked. It starts `jobs/serve.py` as the README describes. Everything runs on the
+cores of this process's affinity (`taskset -c 1 python -m …`), including S3, client and ingress, so
+`throughput` includes their cost: CPU seconds of as many bare forward passes to the taps, divided by the CPU
+seconds of all these processes. Other load on the machine affects this ratio little; `throughput_wall` is the
+same by the wall clock.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from mtlsign.models.taps import forward_to_taps  # noqa: E402
 from mtlsign.service.auth import tokens  # noqa: E402
 from mtlsign.service.client import Client, make_claim  # noqa: E402
 from mtlsign.service.database import Database  # noqa: E402
-from mtlsign.service.verifier.claim_bundle import take_bundle  # noqa: E402
+from mtlsign.service.verifier.claim_bundle import parse_bundle  # noqa: E402
 from mtlsign.service.verifier.detectors import detector_for_claim  # noqa: E402
 from mtlsign.service.verifier.verifier import OpenedClaimRef, VerificationTask, Verifier  # noqa: E402
 from mtlsign.storage.base import Storage  # noqa: E402
@@ -60,62 +61,71 @@ from mtlsign.watermark.keys.opening import KeyOpening, sign_spec  # noqa: E402
 from mtlsign.watermark.keys.spec import make_spec  # noqa: E402
 from mtlsign.watermark.verification.reference import make_reference  # noqa: E402
 
+#: Text that `jobs/serve.py` prints when the service answers.
+READY = "answers"
+
 
 @dataclass
-class Goods:
-    """One marked network, its right key and others."""
+class ServiceFixtures:
+    """One marked network, the opening of its key, and openings of other keys."""
 
-    graph: dict[str, object]
+    architecture: dict[str, object]
     tensors: dict[str, Tensor]
     right: KeyOpening
     others: list[KeyOpening]
     reference: bytes
 
     @classmethod
-    def make(cls, width: int, n: int, side: int, keys: int, steps: int) -> Goods:
-        """Mark a network well enough for 120 bits, no more, or not at all: a claim costs the same."""
-        graph = architectures.architecture_for("resnet18", channels=1, classes=4, width=width, stem="stock")
+    def make(cls, width: int, n: int, side: int, keys: int, steps: int) -> ServiceFixtures:
+        """Embed a watermark with about 120 bits of evidence, or none (`steps` 0): a claim costs the same."""
+        architecture = architectures.architecture_for(
+            "resnet18", channels=1, classes=4, width=width, stem="stock"
+        )
         torch.manual_seed(0)
-        model, gen = architectures.build(graph).eval(), torch.Generator().manual_seed(0)
+        model, gen = architectures.build(architecture).eval(), torch.Generator().manual_seed(0)
         owner = Identity.generate()
         if not steps:
-            kept = make_reference(model, ["layer1"], torch.zeros(1, 1, side, side))
+            reference = make_reference(model, ["layer1"], torch.zeros(1, 1, side, side))
             fields = {
                 "name": "benchmark", "n": n, "carrier": qr.make_carrier(n, 1, side, side), "taps": ["layer1"],
-                "head": {"kind": "keyed"}, "statistic": "count", "graph": graph, "reference": kept.digest,
+                "head": {"kind": "keyed"}, "statistic": "count", "graph": architecture,
+                "reference": reference.digest,
             }  # fmt: skip
             right, *others = [sign_spec(owner, make_spec(**fields)) for _ in range(keys + 1)]
-            return cls(graph, dict(model.state_dict()), right, others, kept.data)
+            return cls(architecture, dict(model.state_dict()), right, others, reference.raw_bytes)
         y = torch.arange(64) % 4
-        x = torch.rand(4, 1, side, side, generator=gen)[y] + 0.3 * torch.randn(
-            64, 1, side, side, generator=gen
+        noise = torch.randn(64, 1, side, side, generator=gen)
+        x = torch.rand(4, 1, side, side, generator=gen)[y] + 0.3 * noise
+        options = {
+            "key_size": n, "lambda2": 0, "phase1.batch": 16, "phase2.steps": steps, "phase2.batch": 16,
+            "phase2.lr": 0.01,
+        }  # fmt: skip
+        result = mtlsign.embed(
+            model, from_tensors(x, y), trained=True, identity=owner, graph=architecture, **options
         )
-        done = mtlsign.embed(
-            model, from_tensors(x, y), trained=True, identity=owner, graph=graph, key_size=n, steps=steps,
-            lambda2=0, batch=16, primary_batch=16, wm_lr=0.01,
-        )  # fmt: skip
-        assert done.kit is not None
-        fields = json.loads(done.kit.opening.spec)
+        assert result.kit is not None
+        fields = json.loads(result.kit.opening.spec)
         others = [sign_spec(owner, make_spec(**fields | {"nonce": f"{i:064x}"})) for i in range(keys)]
-        return cls(graph, dict(done.tensors), done.kit.opening, others, done.kit.reference)
+        kit = result.kit
+        return cls(architecture, dict(result.tensors), kit.opening, others, kit.reference)
 
-    def write(self, place: Storage, count: int, size: int) -> list[str]:
-        """`count` models, every second one marked; their names below `place`."""
+    def write(self, storage: Storage, count: int, size: int) -> list[str]:
+        """Write `count` models, every second one marked, and three invalid ones; return the models' names."""
         names = []
         for i in range(count):
             torch.manual_seed(i)
-            fresh = {k: v.clone() for k, v in architectures.build(self.graph).state_dict().items()}
+            fresh = {k: v.clone() for k, v in architectures.build(self.architecture).state_dict().items()}
             tensors = fresh if i % 2 else self.tensors | {"fc.weight": fresh["fc.weight"]}
-            names.append(f"models/{write_model(place, tensors, {}, '')}")
+            names.append(f"models/{write_model(storage, tensors, {}, '')}")
         nan = self.tensors | {"conv1.weight": torch.full_like(self.tensors["conv1.weight"], float("nan"))}
-        place.write("nan.safetensors", model_bytes(nan))
-        place.write("junk.safetensors", b"\x80\x04 no model")
-        place.write("huge.safetensors", b"x" * (size + 1))
+        storage.write("nan.safetensors", model_bytes(nan))
+        storage.write("junk.safetensors", b"\x80\x04 no model")
+        storage.write("huge.safetensors", b"x" * (size + 1))
         return names
 
     def claims(self, count: int, base: str, names: Sequence[str]) -> tuple[list[Any], list[str]]:
-        """Mixed claims, one in twenty broken, and the right answers."""
-        dice, asked, wanted = random.Random(0), [], []
+        """Return mixed claims, one in twenty broken, and the right results."""
+        rng, claims, expected = random.Random(0), [], []
         broken: list[Any] = [
             ("bad-bundle", lambda c: c["bundle"].update(reference="AAAA")),
             ("kit-refused", lambda c: c["bundle"].update(kit="x")),
@@ -128,245 +138,266 @@ class Goods:
             ("not_verifiable", lambda c: c.update(model=f"{base}/nan.safetensors")),
         ]
         for i in range(count):
-            which, right = dice.randrange(len(names)), dice.random() < 0.5
-            opening = self.right if right else dice.choice(self.others)
-            claim = copy.deepcopy(make_claim(f"{base}/{names[which]}", opening, self.reference))
-            answer = "accepted" if right and which % 2 == 0 else "rejected"
+            model, is_right = rng.randrange(len(names)), rng.random() < 0.5
+            opening = self.right if is_right else rng.choice(self.others)
+            claim = copy.deepcopy(make_claim(f"{base}/{names[model]}", opening, self.reference))
+            result = "accepted" if is_right and model % 2 == 0 else "rejected"
             if i % 20 == 7:
-                answer, spoil = broken[(i // 20) % len(broken)]
-                spoil(claim)
-            asked.append(claim)
-            wanted.append(answer)
-        return asked, wanted
+                result, break_claim = broken[(i // 20) % len(broken)]
+                break_claim(claim)
+            claims.append(claim)
+            expected.append(result)
+        return claims, expected
 
 
-def bare(goods: Goods, repeats: int, pause: float = 0.0, over: threading.Event | None = None) -> list[float]:
-    """CPU seconds of plain forwards of a key set to the last tap, channels last: the least a claim costs.
+def bare_forward(
+    fixtures: ServiceFixtures, repeats: int, pause: float = 0.0, stop: threading.Event | None = None
+) -> list[float]:
+    """Return CPU seconds of plain forward passes of a key set to the last tap: the least cost of a claim.
 
-    With `pause` beside the load until it is `over`: on a shared machine CPU seconds too depend on neighbours.
+    Args:
+        fixtures: the network and key.
+        repeats: number of passes.
+        pause: seconds between two passes, for measurements under load: CPU seconds depend on other processes.
+        stop: ends the measurement.
     """
-    detector = detector_for_claim(take_bundle(make_claim("", goods.right, goods.reference)["bundle"]))
-    net = architectures.build(goods.graph).train().to(memory_format=torch.channels_last)
-    found: list[float] = []
-    torch.set_num_threads(1)  # OpenMP keeps the number for each thread
+    bundle = make_claim("", fixtures.right, fixtures.reference)["bundle"]
+    detector = detector_for_claim(parse_bundle(bundle))
+    net = architectures.build(fixtures.architecture).train().to(memory_format=torch.channels_last)
+    seconds: list[float] = []
+    torch.set_num_threads(1)  # OpenMP stores the number for each thread
     with torch.no_grad():
-        while len(found) < repeats + 2 and not (over and over.wait(pause)):
+        while len(seconds) < repeats + 2 and not (stop and stop.wait(pause)):
             start = time.thread_time()
             forward_to_taps(net, detector.images, detector.spec.taps)
-            found.append(time.thread_time() - start)
-    return found[2:] or found
+            seconds.append(time.thread_time() - start)
+    return seconds[2:] or seconds
 
 
-def further(goods: Goods, folder: Path, repeats: int) -> dict[str, float]:
-    """A further claim, each with a key not seen before, on a model that is here; in turn, bare forwards."""
-    (folder / "m.safetensors").write_bytes(model_bytes(goods.tensors))
-    verifier = Verifier(ServiceSettings.of({"state": folder / "state", "allow": f"file://{folder}"}))
+def further_claim(fixtures: ServiceFixtures, folder: Path, repeats: int) -> dict[str, float]:
+    """Measure further claims on a cached model, each with a new key, alternating with bare forward passes."""
+    (folder / "m.safetensors").write_bytes(model_bytes(fixtures.tensors))
+    settings = {"state_dir": folder / "state", "allowed_locations": [f"file://{folder}"]}
+    verifier = Verifier(ServiceSettings.of(settings))
     pairs = []
-    for opening in goods.others[: repeats + 2]:
-        data = json.dumps(make_claim("", opening, goods.reference)["bundle"]).encode()
+    for opening in fixtures.others[: repeats + 2]:
+        data = json.dumps(make_claim("", opening, fixtures.reference)["bundle"]).encode()
         task = VerificationTask(f"file://{folder}/m.safetensors", None, (OpenedClaimRef(data),))
         start = time.process_time()
         assert verifier.answer(task).outcomes[0]["verdict"]["status"] == "rejected"
-        pairs.append((time.process_time() - start, statistics.median(bare(goods, 3))))
+        pairs.append((time.process_time() - start, statistics.median(bare_forward(fixtures, 3))))
     ratios = sorted(a / b for a, b in pairs[2:])
-    found = {
+    return {
         "further_claim_cpu_s": statistics.median(a for a, _ in pairs[2:]),
         "forward_cpu_s": statistics.median(b for _, b in pairs[2:]),
         "further_over_forward": statistics.median(ratios),
+        "low": ratios[0],
+        "high": ratios[-1],
+        "pairs": len(ratios),
     }
-    return found | {"low": ratios[0], "high": ratios[-1], "pairs": len(ratios)}
 
 
-def memory(pid: int, name: str) -> float:
-    """MiB from a process's status."""
+def memory_mib(pid: int, name: str) -> float:
+    """Return a field of a process's status in MiB."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 
-PARTS = {
-    "Replica:mtlsign:verify": "verifier",
-    "Replica:mtlsign:gate": "ingress",
+#: Part of a command line → kind of process.
+PROCESS_KINDS = {
+    "Replica:mtlsign:verifier": "verifier",
+    "Replica:mtlsign:ingress": "ingress",
     "Proxy": "proxy",
     "weed": "s3",
 }
 
 
-def cpu() -> Counter[str]:
-    """CPU seconds so far of this process and of all that descend from it and live, by what they are."""
-    parents: dict[int, list[tuple[int, float]]] = {}
+def cpu_seconds() -> Counter[str]:
+    """Return CPU seconds of this process and its living descendants by kind."""
+    children: dict[int, list[tuple[int, float]]] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             fields = entry.read_text().rpartition(")")[2].split()
-            used = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")  # with children that ended
-            parents.setdefault(int(fields[1]), []).append((int(entry.parent.name), used))
-    todo, found = [os.getpid()], Counter({"client": time.process_time()})
+            used = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")  # includes ended children
+            children.setdefault(int(fields[1]), []).append((int(entry.parent.name), used))
+    todo, seconds = [os.getpid()], Counter({"client": time.process_time()})
     while todo:
-        for pid, used in parents.get(todo.pop(), []):
+        for pid, used in children.get(todo.pop(), []):
             with suppress(OSError):
                 line = Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
-                found[next((kind for part, kind in PARTS.items() if part in line), "ray")] += used
+                kind = next((kind for part, kind in PROCESS_KINDS.items() if part in line), "ray")
+                seconds[kind] += used
             todo.append(pid)
-    return found
+    return seconds
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """Median and 99th percentile."""
-    found = sorted(values)
-    return {"p50": statistics.median(found), "p99": found[min(len(found) - 1, int(0.99 * len(found)))]}
+    """Return the median and the 99th percentile."""
+    ordered = sorted(values)
+    return {
+        "p50": statistics.median(ordered),
+        "p99": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
+    }
 
 
 def replicas(job: Any, name: str) -> list[int]:
-    """Process ids of a deployment's replicas."""
-    return [pid for pid, said in job.family().items() if f"ServeReplica:mtlsign:{name}" in said]
+    """Return the process ids of a deployment's replicas."""
+    return [pid for pid, line in job.process_tree().items() if f"ServeReplica:mtlsign:{name}" in line]
 
 
-def said(result: dict[str, Any]) -> str:
-    """A result in one word."""
+def status_of(result: dict[str, Any]) -> str:
+    """Return the status of a verdict or the kind of a problem."""
     if "verdict" in result:
         return str(result["verdict"]["status"])
     return str(result["problem"]["type"]).rpartition(":")[2]
 
 
 def stages(logs: Path) -> dict[str, dict[str, float]]:
-    """Seconds by stage from the service's own log: fetch and load of a task, the rest of one claim."""
-    found: dict[str, list[float]] = {}
+    """Return seconds by stage from the log: fetch and load of a task, the other stages of a claim."""
+    values: dict[str, list[float]] = {}
     for path in logs.glob("worker-*.err"):
         for line in path.read_text(errors="replace").splitlines():
-            if '"event": "asked"' in line and line.startswith("{"):
+            if '"event": "verification_task"' in line and line.startswith("{"):
                 event = json.loads(line)
                 for stage, seconds in event["seconds"].items():
                     share = event["claims"] if stage in ("prepare", "forward") else 1
                     if seconds:
-                        found.setdefault(stage, []).append(seconds / share)
-    return {stage: quantiles(values) for stage, values in found.items()}
+                        values.setdefault(stage, []).append(seconds / share)
+    return {stage: quantiles(seconds) for stage, seconds in values.items()}
 
 
-def under_load(a: argparse.Namespace, goods: Goods, folder: Path) -> dict[str, Any]:
-    """Start S3 and the service, send all claims, check every answer."""
+def measure_under_load(
+    options: argparse.Namespace, fixtures: ServiceFixtures, folder: Path
+) -> dict[str, Any]:
+    """Start S3 and the service, send all claims and check every answer."""
     from tests.helpers import seaweedfs_server
-    from tests.helpers.job_harness import Jobs
+    from tests.helpers.job_harness import JobLauncher
 
-    for name in ("s3", "goods"):
+    for name in ("s3", "models"):
         (folder / name).mkdir()
-    jobs = Jobs(folder / "jobs", folder)
+    jobs = JobLauncher(folder / "jobs", folder)
     with seaweedfs_server.running(folder / "s3") as s3:
         os.environ.update(s3.env)
-        names = goods.write(
-            open_storage(f"s3://{s3.bucket}/goods", endpoint=s3.endpoint), a.models, a.limit << 20
-        )
-        base = f"s3://{s3.bucket}/goods"
-        asked, wanted = goods.claims(a.claims, base, names)
+        base = f"s3://{s3.bucket}/models"
+        names = fixtures.write(open_storage(base, endpoint=s3.endpoint), options.models, options.limit << 20)
+        claims, expected = fixtures.claims(options.claims, base, names)
         (port,) = seaweedfs_server.free_ports(1)
         started = time.perf_counter()
         job = jobs.python(
-            "jobs/serve.py", "--port", str(port), "--verifiers", str(a.verifiers),
-            "--state", str(folder / "state"), "--allow", base, "--endpoint", s3.endpoint,
-            "--max-model-mb", str(a.limit), "--pointer-s", "600",
+            "jobs/serve.py", "--port", str(port), "--min-replicas", str(options.replicas),
+            "--state-dir", str(folder / "state"), "--allowed-locations", base, "--endpoint", s3.endpoint,
+            "--max-model-mb", str(options.limit), "--location-cache-ttl-s", "600",
             PYTHONUNBUFFERED="1", PYTHONPATH=str(ROOT), **s3.env,
         )  # fmt: skip
         try:
-            job.until(lambda: "answers" in job.out, 900)
+            job.until(lambda: READY in job.out, 900)
             result: dict[str, Any] = {"start_s": time.perf_counter() - started}
-            store = Database(folder / "state" / "service.sqlite")
-            token = tokens.issue(store, "benchmark", ["verify"], 24)
-            before = {n: [memory(p, "VmRSS") for p in replicas(job, n)] for n in ("gate", "verify")}
-            result |= send(a, goods, f"http://127.0.0.1:{port}", token, asked, wanted, job)
-            for n in ("gate", "verify"):
-                pids = replicas(job, n)
-                result[f"{n}_mib"] = {"start": before[n], "peak": [memory(p, "VmHWM") for p in pids]}
+            token = tokens.issue(Database(folder / "state" / "service.sqlite"), "benchmark", ["verify"], 24)
+            kinds = ("ingress", "verifier")
+            before = {kind: [memory_mib(p, "VmRSS") for p in replicas(job, kind)] for kind in kinds}
+            url = f"http://127.0.0.1:{port}"
+            result |= send(options, fixtures, url, token, claims, expected, job)
+            for kind in kinds:
+                peaks = [memory_mib(pid, "VmHWM") for pid in replicas(job, kind)]
+                result[f"{kind}_mib"] = {"start": before[kind], "peak": peaks}
             result["stages"] = stages(folder / "ray" / "session_latest" / "logs")
-            forwards, cores = sum(w in ("accepted", "rejected") for w in wanted), len(os.sched_getaffinity(0))
+            forwards = sum(status in ("accepted", "rejected") for status in expected)
+            cores = len(os.sched_getaffinity(0))
             result |= {"forwards": forwards, "cores": cores}
-            result["throughput"] = forwards * result["beside_cpu_s"] / result["cpu_s"]
-            result["throughput_wall"] = forwards * result["beside_cpu_s"] / (result["seconds"] * cores)
+            result["throughput"] = forwards * result["forward_under_load_cpu_s"] / result["cpu_s"]
+            wall = result["seconds"] * cores
+            result["throughput_wall"] = forwards * result["forward_under_load_cpu_s"] / wall
             return result
         finally:
             jobs.end()
 
 
 def send(
-    a: argparse.Namespace,
-    goods: Goods,
+    options: argparse.Namespace,
+    fixtures: ServiceFixtures,
     url: str,
     token: str,
-    asked: Sequence[Any],
-    wanted: Sequence[str],
+    claims: Sequence[Any],
+    expected: Sequence[str],
     job: Any,
 ) -> dict[str, Any]:
-    """All claims over `--clients` connections, perhaps with a process killed every few seconds."""
-    parts = [list(asked[at : at + a.batch]) for at in range(0, len(asked), a.batch)]
+    """Send all claims over `--clients` connections; with `--kill`, kill a process every few seconds."""
+    parts = [list(claims[i : i + options.batch]) for i in range(0, len(claims), options.batch)]
     over, killed = threading.Event(), 0
 
     def kill() -> None:
         nonlocal killed
-        while killed < a.kills and not over.wait(a.every):
-            for pid in replicas(job, {"verifier": "verify", "ingress": "gate"}[a.kill])[:1]:
+        while killed < options.kills and not over.wait(options.every):
+            for pid in replicas(job, options.kill)[:1]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                     killed += 1
 
-    def one(part: list[Any]) -> tuple[float, list[dict[str, Any]]]:
-        with Client(url, token, patience_s=3600) as client:
+    def verify(part: list[Any]) -> tuple[float, list[dict[str, Any]]]:
+        with Client(url, token, timeout_s=3600) as client:
             start = time.perf_counter()
             results = client.verify(part, wait_s=30)
             return time.perf_counter() - start, results
 
-    beside: list[float] = []
+    forwards: list[float] = []
     killer = threading.Thread(target=kill, daemon=True)
-    sampler = threading.Thread(target=lambda: beside.extend(bare(goods, 10**6, 1.0, over)))
+    sampler = threading.Thread(target=lambda: forwards.extend(bare_forward(fixtures, 10**6, 1.0, over)))
     sampler.start()
-    if a.kill:
+    if options.kill:
         killer.start()
-    start, used = time.perf_counter(), cpu()
-    with ThreadPoolExecutor(a.clients) as pool:
-        done = list(pool.map(one, parts))
+    start, before = time.perf_counter(), cpu_seconds()
+    with ThreadPoolExecutor(options.clients) as pool:
+        answers = list(pool.map(verify, parts))
     seconds = time.perf_counter() - start
-    after = cpu()
+    after = cpu_seconds()
     over.set()
     sampler.join()
-    spent = {kind: after[kind] - used[kind] for kind in after}
-    spent["client"] -= sum(beside)
-    answers = [said(result) for _, results in done for result in results]
-    wrong = [(i, w, got) for i, (w, got) in enumerate(zip(wanted, answers, strict=False)) if w != got]
+    used = {kind: after[kind] - before[kind] for kind in after}
+    used["client"] -= sum(forwards)
+    statuses = [status_of(result) for _, results in answers for result in results]
+    pairs = enumerate(zip(expected, statuses, strict=False))
+    wrong = [(i, right, status) for i, (right, status) in pairs if right != status]
     return {
-        "claims": len(asked), "answers": len(answers), "wrong": len(wrong), "first_wrong": wrong[:5],
-        "kinds": dict(Counter(answers)), "killed": killed, "seconds": seconds, "cpu_by": spent,
-        "cpu_s": sum(spent.values()), "claims_per_s": len(asked) / seconds,
-        "request_s": quantiles([t for t, _ in done]), "beside_cpu_s": statistics.median(beside),
+        "claims": len(claims), "answers": len(statuses), "wrong": len(wrong), "first_wrong": wrong[:5],
+        "kinds": dict(Counter(statuses)), "killed": killed, "seconds": seconds, "cpu_by": used,
+        "cpu_s": sum(used.values()), "claims_per_s": len(claims) / seconds,
+        "request_s": quantiles([t for t, _ in answers]),
+        "forward_under_load_cpu_s": statistics.median(forwards),
     }  # fmt: skip
 
 
 def main() -> int:
-    """Run and print JSON; exit code 1 when an answer is wrong or missing."""
+    """Run and print JSON. The exit code is 1 if an answer is wrong or missing."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, default, text in (
         ("claims", 1000, "claims"), ("models", 20, "models in S3"), ("keys", 20, "wrong keys"),
-        ("width", 16, "of the ResNet-18"), ("n", 1024, "bits of a key"), ("side", 28, "pixels"),
-        ("batch", 50, "claims in a request"), ("clients", 4, "requests at a time"),
-        ("verifiers", 1, "replicas"), ("repeats", 9, "pairs for a further claim"),
-        ("limit", 64, "MiB that a model may have"), ("steps", 100, "of marking"),
+        ("width", 16, "width of the ResNet-18"), ("n", 1024, "bits of a key"), ("side", 28, "pixels"),
+        ("batch", 50, "claims in a request"), ("clients", 4, "concurrent requests"),
+        ("replicas", 1, "verifier replicas"), ("repeats", 9, "pairs for a further claim"),
+        ("limit", 64, "MiB of the largest allowed model"), ("steps", 100, "embedding steps"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} [{default}]")
-    parser.add_argument("--kill", choices=["verifier", "ingress"], help="what is killed under the load")
+    parser.add_argument("--kill", choices=["verifier", "ingress"], help="process that is killed under load")
     parser.add_argument("--every", type=float, default=10.0, help="seconds between kills [10]")
-    parser.add_argument("--kills", type=int, default=2, help="how often [2]")
-    parser.add_argument("--only", choices=["further", "load"], help="one half")
+    parser.add_argument("--kills", type=int, default=2, help="number of kills [2]")
+    parser.add_argument("--only", choices=["further", "load"], help="run one half")
     parser.add_argument("--quick", action="store_true", help="60 claims, 4 models")
-    a = parser.parse_args()
-    if a.quick:
-        a.claims, a.models, a.keys, a.batch, a.repeats = 60, 4, 6, 15, 3
+    options = parser.parse_args()
+    if options.quick:
+        options.claims, options.models, options.keys, options.batch, options.repeats = 60, 4, 6, 15, 3
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended, then too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the child processes, too
     with tempfile.TemporaryDirectory(prefix="mtlsign-", ignore_cleanup_errors=True) as temporary:
-        keys = max(a.keys, a.repeats + 2)
-        goods = Goods.make(a.width, a.n, a.side, keys, a.steps if a.only != "further" else 0)
+        keys = max(options.keys, options.repeats + 2)
+        steps = options.steps if options.only != "further" else 0
+        fixtures = ServiceFixtures.make(options.width, options.n, options.side, keys, steps)
         result: dict[str, Any] = {"hardware": hardware()}
-        if a.only != "load":
-            result |= further(goods, Path(temporary), a.repeats)
-        if a.only != "further":
-            result |= under_load(a, goods, Path(temporary))
+        if options.only != "load":
+            result |= further_claim(fixtures, Path(temporary), options.repeats)
+        if options.only != "further":
+            result |= measure_under_load(options, fixtures, Path(temporary))
     print(json.dumps(result, indent=1))
     return int(result.get("wrong", 0) > 0 or result.get("answers", 0) != result.get("claims", 0))
 

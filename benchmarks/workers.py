@@ -1,6 +1,6 @@
-"""(f) Phase 2 on two workers of one thread each against one of two threads: wall seconds a step.
+"""Benchmark of data parallelism: phase 2 on two workers with one thread each against one with two threads.
 
-Workers are two plain processes that add gradients through gloo, as Ray Train's workers do.
+The workers are plain processes that add gradients with gloo, as the workers of Ray Train do.
 """
 
 from __future__ import annotations
@@ -18,44 +18,56 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 
+from benchmarks.fixtures import BenchmarkSetup, Options
 from benchmarks.measure import Row, ratio
-from benchmarks.scene import Scene
-from mtlsign.watermark.embedding import training
+from mtlsign.watermark.embedding.phase2 import embed_watermark
 from mtlsign.watermark.embedding.worker import SingleProcessContext, sum_over_group
 
 STEPS, WARM_UP = 10, 2
 
 
-class _Enough(BaseException):
-    pass
+class _StopBenchmark(BaseException):
+    """Ends phase 2 after the last step."""
 
 
-class _Member(SingleProcessContext):
-    def __init__(self, index: int, world: int) -> None:
+class _RankContext(SingleProcessContext):
+    """Worker context of one rank; it records the time of each step."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
         super().__init__()
-        self.rank, self.world_size = index, world
+        self.rank, self.world_size = rank, world_size
         self.times: list[float] = []
 
     def all_reduce_sum(self, tensors: list[Tensor]) -> None:
+        """Add the tensors of all ranks and record the time."""
         sum_over_group(tensors)
         self.times.append(time.perf_counter())
         if len(self.times) > STEPS:
-            raise _Enough
+            raise _StopBenchmark
 
 
-def child(index: int, world: int, port: int, options: dict[str, str | int | None]) -> float:
-    """Wall seconds a step on rank `index` of `world`."""
-    torch.set_num_threads(2 // world)
-    if world > 1:
-        distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=index, world_size=world)
-    scene = Scene.of(str(options["task"]), options["data"], options["width"])  # type: ignore[arg-type]
-    rank = _Member(index, world)
-    with contextlib.suppress(_Enough):
-        training.embed_watermark(copy.deepcopy(scene.model), scene.task, scene.detector, scene.settings, rank)
-    return (rank.times[-1] - rank.times[WARM_UP]) / (len(rank.times) - 1 - WARM_UP)
+def child(rank: int, world_size: int, port: int, options: Options) -> float:
+    """Return the wall seconds of one step.
+
+    Args:
+        rank: rank of this process.
+        world_size: number of processes.
+        port: port of rank 0 on the loopback address.
+        options: task, data and width.
+    """
+    torch.set_num_threads(2 // world_size)
+    if world_size > 1:
+        address = f"tcp://127.0.0.1:{port}"
+        distributed.init_process_group("gloo", address, rank=rank, world_size=world_size)
+    setup = BenchmarkSetup.create(str(options["task"]), options["data"], options["width"])  # type: ignore[arg-type]
+    context, model = _RankContext(rank, world_size), copy.deepcopy(setup.model)
+    with contextlib.suppress(_StopBenchmark):
+        embed_watermark(model, setup.task, setup.detector, setup.settings, context)
+    return (context.times[-1] - context.times[WARM_UP]) / (len(context.times) - 1 - WARM_UP)
 
 
-def _together(world: int, options: dict[str, str | int | None]) -> float:
+def _step_seconds(world_size: int, options: Options) -> float:
+    """Return the wall seconds of one step on the slowest of `world_size` processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -63,35 +75,34 @@ def _together(world: int, options: dict[str, str | int | None]) -> float:
         "import json, sys; from benchmarks import workers; a = sys.argv; "
         "print(workers.child(int(a[1]), int(a[2]), int(a[3]), json.loads(a[4])))"
     )
-    root = str(Path(__file__).resolve().parent.parent)
-    environment = {**os.environ, "PYTHONPATH": root}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     environment.pop("OMP_NUM_THREADS", None)
-    started = [
+    processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(i), str(world), str(port), json.dumps(options)],
+            [sys.executable, "-c", code, str(rank), str(world_size), str(port), json.dumps(options)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for i in range(world)
+        for rank in range(world_size)
     ]
     try:
-        outputs = [process.communicate(timeout=600) for process in started]
+        outputs = [process.communicate(timeout=600) for process in processes]
     finally:
-        for process in started:
+        for process in processes:
             process.kill()
-    if any(process.returncode for process in started):
+    if any(process.returncode for process in processes):
         raise RuntimeError("\n".join(error[-1000:] for _, error in outputs))
     return max(float(out.splitlines()[-1]) for out, _ in outputs)
 
 
-def two_over_one(options: dict[str, str | int | None], pairs: int) -> list[Row]:
-    """Seconds a step on 2 workers x 1 thread / 1 worker x 2 threads."""
+def two_over_one(options: Options, pairs: int) -> list[Row]:
+    """Compare a step on two workers with one thread each with a step on one worker with two threads."""
     two, one = [], []
     for _ in range(pairs):
-        two.append(_together(2, options))
-        one.append(_together(1, options))
-    what = "one phase-2 step on 2 workers x 1 thread / on 1 worker x 2 threads"
+        two.append(_step_seconds(2, options))
+        one.append(_step_seconds(1, options))
+    title = "one phase-2 step on 2 workers x 1 thread / on 1 worker x 2 threads"
     note = f"means of {STEPS - WARM_UP} steps, gloo on this machine"
-    return [ratio("workers", what, [(t, t) for t in two], [(t, t) for t in one], clock="wall", note=note)]
+    return [ratio("workers", title, [(t, t) for t in two], [(t, t) for t in one], clock="wall", note=note)]

@@ -75,7 +75,8 @@ def render_table(path: Path) -> str:
     """Return a CSV file as a Markdown table without its empty columns."""
     header, *rows = read_table(path)
     columns = [index for index in range(len(header)) if any(row[index] for row in rows)]
-    lines = [[name.replace("_", " ") for name in header], ["---"] * len(header), *rows]
+    titles = [re.sub("(?<=[a-z0-9])_(?=[a-z0-9])", " ", name) for name in header]
+    lines = [titles, ["---"] * len(header), *rows]
     cells = [[line[index].replace("|", "\\|") for index in columns] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
@@ -148,8 +149,9 @@ def negative_page(experiments: dict[str, Experiment]) -> str:
     for slug, item in experiments.items():
         if item.fields["outcome"] == "negative":
             remarks = [f"Superseded by [{new}](results.md#{new})." for new in item.fields["superseded_by"]]
-            text = " ".join([f"*{item.fields['question']}*", item.fields["summary"], *remarks])
-            page += f"\n## [{item.fields['title']}](results.md#{slug})\n\n{_wrap(text)}\n"
+            link = f"[Table and notes](results.md#{slug})."
+            text = " ".join([f"*{item.fields['question']}*", item.fields["summary"], *remarks, link])
+            page += f"\n## {item.fields['title']}\n\n{_wrap(text)}\n"
     return page
 
 

@@ -1,12 +1,11 @@
-"""MTLSign: write a provable mark into a neural network's weights, and check it
-later with a stated error probability.
+"""Watermarks for neural networks: embed a signed key into the weights, verify it with a known error rate.
 
-An owner's `Identity` signs a *spec*; spec, public key and signature are the `KeyOpening`, whose hash is the
-key. The key alone fixes N images with N bits and a read-out. `embed` trains the early weights of a network
-until the read-out gives those bits in the *verifier's graph*, without hurting the network's task; it returns
-the marked model (public) and the owner's `OwnerKit` (secret). `verify` runs Algorithm 1 of Li et al. 2022 on
-anybody's tensors and answers with a `Verdict`: k of N bits agree, and how unlikely that is for a key that
-the network does not carry.
+The `Identity` of an owner signs a *spec*. Spec, public key and signature are the `KeyOpening`; its hash is
+the key. The key alone determines N key images with N bits, and a head that reads bits from features.
+`embed` trains the early layers until the head gives those bits on the key images, while the network keeps
+its accuracy on its task. It returns the marked model (public) and the `OwnerKit` (secret). `verify` runs
+Algorithm 1 of Li et al. 2022 on any tensors and returns a `Verdict`: the number of matching bits, and the
+probability of so many by chance.
 
     marked = mtlsign.embed(module, {"train": loader, "test": loader}, trained=True)
     verdict = mtlsign.verify(tensors, mtlsign.WatermarkDetector(opening, mtlsign.Reference.from_bytes(data)))
@@ -17,15 +16,25 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from mtlsign._version import __version__ as __version__
 
-_HOMES = {
-    "EmbedSettings": "config.embed", "EmbeddingResult": "watermark.embedding.result", "Identity": "watermark.keys.identity",
-    "OwnerKit": "watermark.kit", "KeyOpening": "watermark.keys.opening", "MTLSignError": "errors",
-    "WatermarkDetector": "watermark.verification.detector", "Reference": "watermark.verification.reference", "Task": "tasks",
-    "Verdict": "watermark.verification.detector", "embed": "watermark.embedding.pipeline", "read_kit": "watermark.kit",
-    "read_model": "storage.model_folder", "verify": "watermark.verification.detector",
-}  # fmt: skip
+#: Module of each public name.
+_MODULES = {
+    "EmbedSettings": "config.embed",
+    "EmbeddingResult": "watermark.embedding.result",
+    "Identity": "watermark.keys.identity",
+    "KeyOpening": "watermark.keys.opening",
+    "MTLSignError": "errors",
+    "OwnerKit": "watermark.kit",
+    "Reference": "watermark.verification.reference",
+    "Task": "tasks",
+    "Verdict": "watermark.verification.verdict",
+    "WatermarkDetector": "watermark.verification.detector",
+    "embed": "watermark.embedding.pipeline",
+    "read_kit": "watermark.kit",
+    "read_model": "storage.model_folder",
+    "verify": "watermark.verification.detector",
+}
 __all__ = [
     "EmbedSettings",
     "EmbeddingResult",
@@ -53,12 +62,13 @@ if TYPE_CHECKING:
     from mtlsign.watermark.keys.identity import Identity
     from mtlsign.watermark.keys.opening import KeyOpening
     from mtlsign.watermark.kit import OwnerKit, read_kit
-    from mtlsign.watermark.verification.detector import Verdict, WatermarkDetector, verify
+    from mtlsign.watermark.verification.detector import WatermarkDetector, verify
     from mtlsign.watermark.verification.reference import Reference
+    from mtlsign.watermark.verification.verdict import Verdict
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when they are first used, so that `import mtlsign` costs nothing."""
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"mtlsign.{_HOMES[name]}"), name)
+    """Import a public name when it is first used, so that `import mtlsign` does not import torch."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"mtlsign.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'mtlsign' has no attribute {name!r}")

@@ -15,6 +15,17 @@ class MTLSignError(Exception):
         super().__init__(f"{field}: {message}" if field else message)
         self.field, self.detail = field, message
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Support pickling, by which Ray returns errors, for subclasses with other constructors as well."""
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(kind: type[MTLSignError], args: tuple[object, ...], state: dict[str, object]) -> MTLSignError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
 
 class SettingsError(MTLSignError):
     """A setting is unknown, of the wrong type, outside its limits, or contradicts another."""
@@ -41,10 +52,13 @@ class KeyMaterialError(MTLSignError):
 
 
 class FormatError(KeyMaterialError):
-    """A signed or hashed document does not follow its format; `problem` is the message without the fix."""
+    """A signed or hashed document does not follow its format.
+
+    `problem` is the message without the fix: a sentence without its full stop.
+    """
 
     def __init__(self, problem: str, fix: str, *, field: str) -> None:
-        super().__init__(f"{problem}; {fix}", field=field)
+        super().__init__(f"{problem}. {fix}", field=field)
         self.problem = problem
 
 

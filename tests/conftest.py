@@ -1,4 +1,8 @@
-"""What the tests share: one published test owner, one synthetic task, one tiny marked network."""
+"""Shared fixtures: one published test owner, one synthetic task, one tiny marked network.
+
+The tests run in two processes (pytest-xdist). Tests of one file stay in one process, because they share
+fixtures. Tests with a Ray cluster or a server form one group, because they share one cluster and its CPUs.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,13 @@ import hypothesis
 import pytest
 import torch
 from torch import Tensor, nn
+from xdist.scheduler import LoadScopeScheduling
 
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.models import architectures
 from mtlsign.tasks import Task, from_tensors
 from mtlsign.watermark.keys.identity import Identity
-from tests.helpers.job_harness import baseline, jobs  # noqa: F401  (fixtures)
+from tests.helpers.job_harness import baseline_run, jobs  # noqa: F401  (fixtures)
 
 hypothesis.settings.register_profile("shared cores", deadline=None)
 hypothesis.settings.load_profile("shared cores")
@@ -24,16 +29,57 @@ torch.set_num_threads(1)
 SIDE = 24
 #: PUBLISHED TEST OWNER: never mark a model with it.
 OWNER = Identity(bytes(range(32)), bytes(range(32, 64)))
-#: The settings of every tiny embedding; a test overrides what it is about.
+#: Settings of every tiny embedding; a test overrides those that it examines.
 TINY: dict[str, Any] = {
-    "task": "own", "model": "resnet18", "width": 8, "key_size": 128, "steps": 120, "lambda2": 0, "epochs": 1,
-    "batch": 16, "primary_batch": 16, "wm_lr": 0.01, "inner_steps": 2, "insecure_test_key": True,
-}  # fmt: skip
+    "task": "own",
+    "model": "resnet18",
+    "width": 8,
+    "key_size": 128,
+    "phase2.steps": 120,
+    "lambda2": 0,
+    "phase1.epochs": 1,
+    "phase1.batch": 16,
+    "phase2.batch": 16,
+    "phase2.lr": 0.01,
+    "perturbation.inner_steps": 2,
+    "insecure_test_key": True,
+}
+
+
+#: Folders whose tests share one process: they start Ray clusters and servers.
+CLUSTER_FOLDERS = {"ray", "e2e", "services"}
+
+
+def scheduling_group(nodeid: str) -> str:
+    """Return "cluster" for a test with a Ray cluster or a server, otherwise the file of the test."""
+    file = nodeid.partition("::")[0]
+    return "cluster" if Path(file).parts[1:2] and Path(file).parts[1] in CLUSTER_FOLDERS else file
+
+
+class GroupScheduling(LoadScopeScheduling):
+    """Scheduler of pytest-xdist that keeps each group in one process.
+
+    `--dist=loadgroup` does not group with pytest 9.2, whose node ids ignore the suffix of
+    pytest-xdist 3.8.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return scheduling_group(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupScheduling:
+    """Return the scheduler for `--dist=loadscope`."""
+    return GroupScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the clusters, the longest group."""
+    items.sort(key=lambda item: scheduling_group(item.nodeid) != "cluster")
 
 
 @pytest.fixture(autouse=True)
 def _own_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No test reads or makes an identity in the home of whoever runs it."""
+    """Set a separate home folder, so that no test reads or creates an identity in the user's."""
     monkeypatch.setenv("MTLSIGN_HOME", str(tmp_path_factory.mktemp("home")))
 
 
@@ -44,7 +90,7 @@ def owner() -> Identity:
 
 @pytest.fixture(scope="session")
 def tiny_task() -> Task:
-    """Four classes of noisy 24x24 images, 120 of them."""
+    """Return a task of 120 noisy 24x24 images in four classes."""
     gen = torch.Generator().manual_seed(0)
     y = torch.arange(120) % 4
     x = torch.rand(4, 1, SIDE, SIDE, generator=gen)[y] + 0.3 * torch.randn(120, 1, SIDE, SIDE, generator=gen)
@@ -58,13 +104,13 @@ def tiny_graph() -> dict[str, object]:
 
 @pytest.fixture(scope="session")
 def tiny_settings() -> Callable[..., EmbedSettings]:
-    """Complete settings: TINY with overrides."""
-    return lambda **overrides: EmbedSettings.of({**TINY, **overrides}).resolved()
+    """Return a function that completes TINY with overrides."""
+    return lambda **overrides: EmbedSettings.of({**TINY, **overrides}).with_defaults()
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_graph: dict[str, object]) -> Callable[..., nn.Module]:
-    """A ResNet-18 of width 8 by seed; its batch norms are far from trivial, some γ negative."""
+    """Return a function that makes a ResNet-18 of width 8 by seed, with random BatchNorms."""
 
     def make(seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
@@ -84,17 +130,17 @@ def tiny_model(tiny_graph: dict[str, object]) -> Callable[..., nn.Module]:
 
 
 @pytest.fixture(scope="session")
-def marked(tiny_task: Task, tiny_graph: dict[str, object], tiny_model: Callable[..., nn.Module]) -> Any:
-    """`mtlsign.embed` on a trained-looking network: (W0's tensors, Embedded)."""
+def marked_model(tiny_task: Task, tiny_graph: dict[str, object], tiny_model: Callable[..., nn.Module]) -> Any:
+    """Embed a watermark into a network of `tiny_model`; return W0's tensors and the result."""
     import mtlsign
 
     model = tiny_model()
     base_weights: dict[str, Tensor] = {name: t.clone() for name, t in model.state_dict().items()}
     options = {k: v for k, v in TINY.items() if k not in ("task", "model", "width")}
-    done = mtlsign.embed(model, tiny_task, trained=True, identity=OWNER, graph=tiny_graph, **options)
+    done = mtlsign.embed(model, tiny_task, trained=True, identity=OWNER, architecture=tiny_graph, **options)
     return base_weights, done
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> str:
+def store_dir(tmp_path: Path) -> str:
     return str(tmp_path / "store")

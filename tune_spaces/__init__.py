@@ -1,7 +1,8 @@
-"""Search spaces for `jobs/sweep.py`: one function each, returning plain data that Ray Tune understands.
+"""Search spaces for `jobs/sweep.py`: each function returns plain data that Ray Tune understands.
 
-A space maps names of `mtlsign.config.embed.EmbedSettings` to a fixed value or to ``{"grid_search": [...]}``,
-which is what ``ray.tune.grid_search`` itself returns; so spaces are read, printed and tested without Ray.
+A space maps names of `mtlsign.config.embed.EmbedSettings` (`phase1.epochs`) to a fixed value or to
+``{"grid_search": [...]}``, as ``ray.tune.grid_search`` returns it. Spaces are read, printed and tested
+without Ray.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Candidates for the defaults, to be compared on seeds and attack settings that nothing is reported on."""
+"""Candidates for the default perturbations; seeds and attacks of the reports are not used to choose them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def defaults() -> dict[str, Any]:
-    """Kinds of copies on Fashion-MNIST at width 16, keyed head."""
-    kinds = ("noise,pruned,scrubbed", "noise,pruned,scrubbed,spoiled", "noise,pruned", "noise")
+    """Return kinds of perturbations on Fashion-MNIST at width 16, keyed head."""
+    kinds = ("noise,pruned,decorrelated", "noise,pruned,decorrelated,spoiled", "noise,pruned", "noise")
     return {
-        "task": "fashion-mnist", "model": "resnet18", "width": 16, "prune": 0.85,
-        "snapshots": {"grid_search": list(kinds)},
+        "task": "fashion-mnist", "model": "resnet18", "width": 16, "perturbation.max_prune_ratio": 0.85,
+        "perturbation.kinds": {"grid_search": list(kinds)},
     }  # fmt: skip

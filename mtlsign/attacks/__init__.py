@@ -1,11 +1,11 @@
-"""What thieves and forgers do to a marked model, each attack behind one protocol.
+"""Attacks on watermarked models: removal, ambiguity and function-preserving changes.
 
-    for order in parse("ftal:lr=quarter/full,prune:ratio=0.5+ftal,fast"):
-        attacked = order.run(model, task, Budget(lr=0.1), seed=0)
+    for plan in parse_attacks("ftal:lr=quarter/full,prune:ratio=0.5+ftal,fast"):
+        outcome = plan.run(model, task, AttackerResources(training_lr=0.1), seed=0)
 
-`protocol` says what an attack takes and gives, `catalogue` lists them, `orders` reads `--attacks`. Attacks
-use the task's `attacker` part, which embedding never saw. They know nothing of Ray, storage and reports: that
-is `mtlsign.experiments.attack_runs.target`.
+`base` defines the arguments and results of an attack, `registry` lists the attacks, and `expressions` parses
+`--attacks`. Attacks use the task's `attacker` split, which embedding never reads. Storage, reports and Ray
+are outside this package (`mtlsign.experiments.attack_runs`).
 """
 
 from mtlsign.attacks.base import (

@@ -1,6 +1,4 @@
-"""The attacker's data: his tenth of the training part, more of it if his budget says so, seen as he sees
-it.
-"""
+"""Data of the attacker: a tenth of the training part, optionally more, as the attacked model sees it."""
 
 from __future__ import annotations
 
@@ -10,14 +8,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor, nn
 
-from mtlsign.attacks.base import AttackerResources, Inputs, device_of
+from mtlsign.attacks.base import AttackerResources, InputTransforms, device_of
 from mtlsign.tasks import Batch, Split, Task
-from mtlsign.tasks.base import seeded_generator
+from mtlsign.tasks.splitting import seeded_generator
+
+#: Size of the attacker's validation and test splits.
+SMALL_SPLIT = 500
 
 
 @dataclass(frozen=True)
 class ConcatSplit:
-    """Rows of several splits as one."""
+    """Rows of several splits as one split.
+
+    Attributes:
+        parts: (split, rows int64) in order.
+    """
 
     parts: Sequence[tuple[Split, Tensor]]
 
@@ -26,75 +31,90 @@ class ConcatSplit:
         return sum(len(rows) for _, rows in self.parts)
 
     def to(self, device: torch.device | str) -> ConcatSplit:
-        """The same on `device`."""
+        """Return the same split with batches on `device`."""
         return ConcatSplit([(split.to(device), rows) for split, rows in self.parts])
 
-    def batch(self, indices: Tensor, augment: Generator | None = None, share: slice | None = None) -> Batch:
-        """See `Split.batch`."""
-        xs, ys, places, start = [], [], [], 0
+    def batch(self, indices: Tensor, augment: Generator | None = None, part: slice | None = None) -> Batch:
+        """Return samples by index; see `Split.batch`."""
+        xs, ys, positions, start = [], [], [], 0
         for split, rows in self.parts:
-            here = torch.nonzero((indices >= start) & (indices < start + len(rows))).flatten()
-            if len(here):
-                x, y = split.batch(rows[indices[here] - start], augment)
+            inside = torch.nonzero((indices >= start) & (indices < start + len(rows))).flatten()
+            if len(inside):
+                x, y = split.batch(rows[indices[inside] - start], augment)
                 xs.append(x)
                 ys.append(y)
-                places.append(here)
+                positions.append(inside)
             start += len(rows)
-        order = torch.argsort(torch.cat(places)).to(xs[0].device)
-        part = share or slice(0, len(indices))
-        return torch.cat(xs)[order][part], torch.cat(ys)[order][part]
+        order = torch.argsort(torch.cat(positions)).to(xs[0].device)
+        part = part or slice(0, len(indices))
+        return Batch(torch.cat(xs)[order][part], torch.cat(ys)[order][part])
 
 
 @dataclass(frozen=True)
 class TransformedSplit:
-    """A split whose images are changed on the way to the model."""
+    """Split whose images are changed for the attacked model."""
 
     split: Split
-    inputs: Inputs
+    transforms: InputTransforms
 
     def __len__(self) -> int:
         """Number of samples."""
         return len(self.split)
 
     def to(self, device: torch.device | str) -> TransformedSplit:
-        """The same on `device`."""
-        return TransformedSplit(self.split.to(device), self.inputs)
+        """Return the same split with batches on `device`."""
+        return TransformedSplit(self.split.to(device), self.transforms)
 
-    def batch(self, indices: Tensor, augment: Generator | None = None, share: slice | None = None) -> Batch:
-        """See `Split.batch`."""
-        x, y = self.split.batch(indices, augment, share)
-        return transform_inputs(x, self.inputs), y
+    def batch(self, indices: Tensor, augment: Generator | None = None, part: slice | None = None) -> Batch:
+        """Return samples by index; see `Split.batch`."""
+        x, y = self.split.batch(indices, augment, part)
+        return Batch(transform_inputs(x, self.transforms), y)
 
 
-def transform_inputs(x: Tensor, inputs: Inputs) -> Tensor:
-    """Images [n, C, H, W] as an attacked model wants them."""
-    for step in inputs:
-        x = x.transpose(2, 3) if step == "transposed" else -x
+def transform_inputs(x: Tensor, transforms: InputTransforms) -> Tensor:
+    """Apply input transforms to images [n, C, H, W]."""
+    for transform in transforms:
+        x = x.transpose(2, 3) if transform == "transposed" else -x
     return x
 
 
-def transform_task(task: Task, inputs: Inputs) -> Task:
-    """The task with every image changed."""
-    if not inputs:
+def transform_task(task: Task, transforms: InputTransforms) -> Task:
+    """Return the task with every image transformed."""
+    if not transforms:
         return task
     height, width = task.height, task.width
-    if inputs.count("transposed") % 2:
+    if transforms.count("transposed") % 2:
         height, width = width, height
-    splits = {name: TransformedSplit(split, inputs) for name, split in task.splits.items()}
+    splits = {name: TransformedSplit(split, transforms) for name, split in task.splits.items()}
     return replace(task, splits=splits, height=height, width=width)
 
 
-def attacker_view(model: nn.Module, task: Task, budget: AttackerResources, seed: int) -> Task:
-    """The task on the model's device as the attacker has it: every split but test holds his data alone.
+def attacker_view(model: nn.Module, task: Task, resources: AttackerResources, seed: int) -> Task:
+    """Return the task with only the attacker's data in every split, on the model's device.
 
-    So nothing that reuses the owner's machinery can touch the owner's data, or choose by the test part.
+    Code of the owner that an attack reuses therefore cannot read the owner's data, nor choose by test data.
+
+    Args:
+        model: the marked model.
+        task: the owner's task.
+        resources: fraction of the training split that the attacker has, besides the attacker split.
+        seed: choice of that fraction.
     """
-    mine: Split = task.splits["attacker"]
-    if budget.extra > 0:
+    attacker_split: Split = task.splits["attacker"]
+    if resources.extra_data_fraction > 0:
         train = task.splits["train"]
-        count = min(len(train), round(budget.extra * len(train)))
+        count = min(len(train), round(resources.extra_data_fraction * len(train)))
         rows = torch.randperm(len(train), generator=seeded_generator("mtlsign/attack/extra", seed))[:count]
-        mine = ConcatSplit([(mine, torch.arange(len(mine))), (train, rows)])
-    few = ConcatSplit([(mine, torch.arange(min(500, len(mine))))])
-    parts: dict[str, Split] = {"train": mine, "inner": mine, "attacker": mine, "validation": few, "test": few}
-    return replace(task, splits=parts).to(device_of(model))
+        attacker_split = ConcatSplit([(attacker_split, torch.arange(len(attacker_split))), (train, rows)])
+    small_split = ConcatSplit([(attacker_split, torch.arange(min(SMALL_SPLIT, len(attacker_split))))])
+    splits: dict[str, Split] = {
+        **dict.fromkeys(("train", "inner", "attacker"), attacker_split),
+        **dict.fromkeys(("validation", "test"), small_split),
+    }
+    return replace(task, splits=splits).to(device_of(model))
+
+
+def attacker_sample(data: Task, count: int = 1) -> Tensor:
+    """Return the first images of an attacker's view: float32 [n, C, H, W] with n <= count."""
+    images: Tensor = data.splits["attacker"].batch(torch.arange(min(count, data.size("attacker")))).inputs
+    return images

@@ -1,6 +1,6 @@
-"""The carrier scrub: no key, no labels; the response to QR codes is torn away from the stolen model's.
+"""Carrier decorrelation: without the key, remove the correlation of features over random carrier inputs.
 
-`facts/attacks.md` §F.9: the main removal attack to report.
+This is the main removal attack to report (docs/attacks.md).
 """
 
 from __future__ import annotations
@@ -15,90 +15,91 @@ from mtlsign.attacks.attacker_data import attacker_view
 from mtlsign.attacks.base import (
     AttackerResources,
     AttackOutcome,
-    Batch,
+    BatchSize,
     LearningRate,
     LossWeight,
     NotApplicableError,
     Steps,
     device_of,
-    require_finite,
 )
 from mtlsign.attacks.training import (
     attacker_batches,
     distillation_from_teacher,
     frozen_copy,
+    optimize,
     recalibrate_batch_norm,
     trainable_copy,
 )
 from mtlsign.errors import ModelError
 from mtlsign.models.architectures import default_taps
 from mtlsign.tasks import Task
-from mtlsign.tasks.base import seeded_generator
-from mtlsign.watermark.carriers import qr
+from mtlsign.tasks.splitting import seeded_generator
+from mtlsign.watermark.carriers import registry as carriers
 from mtlsign.watermark.embedding.losses import correlation_loss
 from mtlsign.watermark.keys.opening import watermark_integers
-from mtlsign.watermark.verification.graph import VerifierModel
+from mtlsign.watermark.verification.conv_model import ConvVerifierModel
+from mtlsign.watermark.verification.model import VerifierModel
 from mtlsign.watermark.verification.reference import make_reference
 
 Stages = Annotated[int, Field(ge=1, le=3)]
-#: Codes drawn once; a step takes some of them.
-POOL = 4096
+#: Carrier inputs that are drawn once; a step takes some of them.
+CARRIER_POOL_SIZE = 4096
 
 
 def decorrelate(
     model: nn.Module,
     task: Task,
-    budget: AttackerResources,
+    resources: AttackerResources,
     seed: int,
     *,
     steps: Steps = 100,
     lr: LearningRate = 1e-3,
     strength: LossWeight = 4.0,
     distillation: LossWeight = 2.0,
-    codes: Batch = 256,
+    codes: BatchSize = 256,
     stages: Stages = 1,
-    batch: Batch = 128,
+    batch: BatchSize = 128,
 ) -> AttackOutcome:
-    """Adam on strength·mean(r²) + distillation·KL(stolen ‖ net).
+    """Minimise strength * mean(r^2) + distillation * KL(marked model || attacked model) with Adam.
 
-    r is, per coordinate of the tapped features, the correlation over random QR codes between the net and the
-    stolen net, both in a verifier's graph whose frame is the stolen model's own.
+    For each coordinate of the tapped features, r is the correlation between the attacked and the marked model
+    over random carrier inputs. Both are read in a verifier model whose canonical form is the marked model's.
     """
-    data = attacker_view(model, task, budget, seed)
+    data = attacker_view(model, task, resources, seed)
     batch = min(batch, data.size("attacker"))
-    graph, images = _graph(model, data, seed, stages)
-    teacher, scrubbed = frozen_copy(model), trainable_copy(model).train()
-    parameters = dict(scrubbed.named_parameters())
-    stolen = graph.read({n: p.detach() for n, p in model.named_parameters()})
-    fixed = graph.into_frame(stolen)
-    gen = seeded_generator("mtlsign/attack/scrub", seed)
-    optimizer = torch.optim.Adam(scrubbed.parameters(), lr=budget.rate(lr))
-    for step, x in zip(range(steps), attacker_batches(data, batch, seed), strict=False):
-        shown = images[torch.randperm(len(images), generator=gen)[:codes].to(images.device)]
+    verifier, pool = _verifier_model(model, data, seed, stages)
+    teacher, attacked = frozen_copy(model), trainable_copy(model).train()
+    parameters = dict(attacked.named_parameters())
+    marked = verifier.select_weights({n: p.detach() for n, p in model.named_parameters()})
+    marked_canonical = verifier.canonicalize(marked)
+    gen, batches = seeded_generator("mtlsign/attack/scrub", seed), attacker_batches(data, batch, seed)
+
+    def loss_fn(step: int) -> Tensor:
+        x = next(batches)
+        inputs = pool[torch.randperm(len(pool), generator=gen)[:codes].to(pool.device)]
         with torch.no_grad():
-            before = graph.features(fixed, shown).standardised
-        optimizer.zero_grad(set_to_none=True)
-        framed = graph.into_frame(graph.read(parameters), differentiable_rounds=2)
-        loss = strength * correlation_loss(before, graph.features(framed, shown).standardised)
+            before = verifier.features(marked_canonical, inputs).standardised
+        canonical = verifier.canonicalize(verifier.select_weights(parameters), differentiable_rounds=2)
+        loss = strength * correlation_loss(before, verifier.features(canonical, inputs).standardised)
         if distillation:
-            loss = loss + distillation * distillation_from_teacher(scrubbed, teacher, x)
-        loss.backward()
-        optimizer.step()
-        require_finite(loss, step)
-        budget.tick(step + 1, steps)
-    count = steps * (codes + (batch if distillation else 0))
-    return AttackOutcome(recalibrate_batch_norm(scrubbed, data), steps, count)
+            loss = loss + distillation * distillation_from_teacher(attacked, teacher, x)
+        return loss
+
+    optimize(loss_fn, attacked.parameters(), steps, resources.learning_rate(lr), resources)
+    images = steps * (codes + (batch if distillation else 0))
+    return AttackOutcome(recalibrate_batch_norm(attacked, data), steps, images)
 
 
-def _graph(model: nn.Module, data: Task, seed: int, stages: int) -> tuple[VerifierModel, Tensor]:
-    """The attacker's own verifier's graph and random codes in the carrier's geometry."""
+def _verifier_model(model: nn.Module, data: Task, seed: int, stages: int) -> tuple[VerifierModel, Tensor]:
+    """Return a verifier model with the marked model as W0, and a pool of random carrier inputs for it."""
     try:
         taps = default_taps(model, "free" if stages > 1 else "keyed")[:stages]
     except ModelError as error:
-        raise NotApplicableError(str(error), field="scrub") from None
-    side = {} if max(data.height, data.width) <= 64 else {"height": 64, "width": 64}
-    carrier = qr.make_carrier(POOL, data.channels, **({"height": data.height, "width": data.width} | side))
+        raise NotApplicableError(error.detail, field="decorrelate") from None
+    input_spec = carriers.key_input_spec(data.input_spec)
+    kind = carriers.kind_for(input_spec)
+    carrier = carriers.parse(carriers.make(kind, CARRIER_POOL_SIZE, input_spec))
     key = seed.to_bytes(8, "big").rjust(32, b"\xa5")
-    images = qr.images(watermark_integers(key, POOL), carrier).to(device_of(model))
-    skeleton = frozen_copy(model)
-    return VerifierModel(skeleton, taps, make_reference(model, taps, images[:2]), images[:2]), images
+    pool = carrier.inputs(watermark_integers(key, CARRIER_POOL_SIZE)).to(device_of(model))
+    reference = make_reference(model, taps, pool[:2])
+    return ConvVerifierModel(frozen_copy(model), taps, reference, pool[:2]), pool

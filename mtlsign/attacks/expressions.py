@@ -1,11 +1,12 @@
-"""Which attacks to run: names, settings, alternatives and chains as one line of text.
+"""Attack expressions: names, parameters, alternatives and sequences of attacks as text.
 
-    ORDERS  = PIECE ("," PIECE)*             a piece without a name goes on with the settings before it
-    PIECE   = CHAIN | all | fast | standard
-    CHAIN   = NAME[:SETTING("," SETTING)*] ("+" …)*       done one after the other on the same model
-    SETTING = KEY=VALUE("/" VALUE)*                        alternatives: one row for each
+    EXPRESSIONS = ITEM ("," ITEM)*            an item KEY=VALUE continues the parameters before it
+    ITEM        = SEQUENCE | all | fast | standard
+    SEQUENCE    = NAME[:PARAMETER("," PARAMETER)*] ("+" ...)*     attacks on the result of the one before
+    PARAMETER   = KEY=VALUE("/" VALUE)*                           alternatives: one row for each
 
-`ftal:lr=quarter/full,epochs=3,prune:ratio=0.5+ftal` are three rows: two of tuning, one pruned and then tuned.
+`ftal:lr=quarter/full,epochs=3,prune:ratio=0.5+ftal` makes three rows: two of fine-tuning, and one of pruning
+followed by fine-tuning.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import difflib
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,8 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from mtlsign.attacks.attacker_data import transform_task
-from mtlsign.attacks.base import AttackerResources, AttackOutcome, Kind, settings_of
-from mtlsign.attacks.registry import ATTACKS, CHAINS, STANDARD
+from mtlsign.attacks.base import AttackerResources, AttackOutcome, Kind, parameters_of
+from mtlsign.attacks.registry import ATTACKS, CHAINS, RENAMED, RENAMED_PARAMETERS, STANDARD
 from mtlsign.errors import SettingsError
 from mtlsign.tasks import Task
 
@@ -37,154 +38,189 @@ _NAMED_SETS: dict[str, Callable[[], str]] = {
 
 @dataclass(frozen=True)
 class AttackStep:
-    """One attack with all its settings."""
+    """One attack with all its parameters.
+
+    Attributes:
+        name: name of the attack.
+        values: (parameter, value), defaults included.
+    """
 
     name: str
-    settings: tuple[tuple[str, Any], ...]
+    values: tuple[tuple[str, Any], ...]
 
     @property
-    def setting(self) -> str:
-        """The settings, defaults included: `lr=quarter epochs=5`."""
-        return " ".join(f"{key}={value}" for key, value in self.settings)
+    def parameters(self) -> str:
+        """Parameters as text: `lr=quarter epochs=5`."""
+        return " ".join(f"{key}={value}" for key, value in self.values)
+
+    def text(self) -> str:
+        """Return the expression of this attack alone."""
+        values = ",".join(f"{key}={value}" for key, value in self.values)
+        return f"{self.name}:{values}" if values else self.name
 
 
 @dataclass(frozen=True)
 class AttackPlan:
     """One row of the table: an attack, or several in sequence."""
 
-    links: tuple[AttackStep, ...]
+    steps: tuple[AttackStep, ...]
 
     @property
     def name(self) -> str:
         """`ftal`, or `prune+ftal`."""
-        return "+".join(link.name for link in self.links)
+        return "+".join(step.name for step in self.steps)
 
     @property
-    def setting(self) -> str:
-        """All settings, those of a chain's links parted by ` + `."""
-        return (
-            " + ".join(link.setting or "–" for link in self.links)
-            if len(self.links) > 1
-            else self.links[0].setting
-        )
+    def parameters(self) -> str:
+        """Parameters as text; those of a sequence are separated by ` + `."""
+        if len(self.steps) == 1:
+            return self.steps[0].parameters
+        return " + ".join(step.parameters or "–" for step in self.steps)
 
     @property
     def kind(self) -> Kind:
-        """The kind of the whole: it is free only if all its links are."""
-        kinds = {ATTACKS[link.name].kind for link in self.links}
+        """Kind of the sequence; it is free only if all its steps are."""
+        kinds = {ATTACKS[step.name].kind for step in self.steps}
         for kind in ("forgery", "removal", "free"):
             if kind in kinds:
                 return kind
         return "none"
 
     def text(self) -> str:
-        """What `parse` reads back as this order alone."""
-        return "+".join(
-            link.name + (":" + ",".join(f"{k}={v}" for k, v in link.settings) if link.settings else "")
-            for link in self.links
-        )
+        """Return the expression that `parse_attacks` reads as this plan alone."""
+        return "+".join(step.text() for step in self.steps)
 
-    def run(self, model: nn.Module, task: Task, budget: AttackerResources, seed: int) -> AttackOutcome:
-        """Attack `model`, link after link; later links see images as the earlier ones left them.
+    def run(self, model: nn.Module, task: Task, resources: AttackerResources, seed: int) -> AttackOutcome:
+        """Attack a model step by step; later steps get the images that earlier ones require.
 
-        Raises: NotApplicableError, AttackDivergedError.
+        Args:
+            model: the marked model; unchanged.
+            task: the primary task.
+            resources: resources of the attacker.
+            seed: seed of all random choices.
+
+        Raises:
+            NotApplicableError: an attack is undefined for this model or lacks a resource.
+            AttackDivergedError: a loss is not finite.
         """
-        done = AttackOutcome(model)
-        seen = task
-        for link in self.links:
-            last = ATTACKS[link.name].run(done.model, seen, budget, seed, **dict(link.settings))
-            seen = transform_task(seen, last.inputs)
-            done = AttackOutcome(
-                last.model,
-                done.steps + last.steps,
-                done.images + last.images,
-                done.inputs + last.inputs,
-                last.verdict,
+        total = AttackOutcome(model)
+        transformed = task
+        for step in self.steps:
+            outcome = ATTACKS[step.name].run(total.model, transformed, resources, seed, **dict(step.values))
+            transformed = transform_task(transformed, outcome.input_transforms)
+            total = AttackOutcome(
+                outcome.model,
+                total.steps + outcome.steps,
+                total.images + outcome.images,
+                total.input_transforms + outcome.input_transforms,
+                outcome.detection,
             )
-        return done
+        return total
 
 
 def parse_attacks(text: str) -> list[AttackPlan]:
-    """The orders that a line of text asks for, each once, in the order given.
+    """Return the plans that a text describes, each once, in the order of the text.
 
     Raises:
-        SettingsError: an unknown attack or setting, a value outside its limits, or too many of them.
+        SettingsError: an unknown attack or parameter, a value outside its limits, or too many plans.
     """
     if len(text) > MAX_TEXT:
-        raise SettingsError(f"is over {MAX_TEXT} characters; run fewer at a time", field="attacks")
-    found: dict[AttackPlan, None] = {}
-    for piece in _split_expressions(text):
-        for order in _expand_plan(piece):
-            found.setdefault(order)
-            _check_count(len(found))
-    if not found:
-        raise SettingsError("names no attack; see --attacks list", field="attacks")
-    return list(found)
+        raise SettingsError(
+            f"The text has over {MAX_TEXT} characters. Run fewer attacks at a time.", field="attacks"
+        )
+    plans: dict[AttackPlan, None] = {}
+    for expression in _split_expressions(text):
+        for plan in _expand_plan(expression):
+            plans.setdefault(plan)
+            _check_count(len(plans))
+    if not plans:
+        raise SettingsError("The text names no attack. See --attacks list.", field="attacks")
+    return list(plans)
 
 
 def _check_count(count: int) -> None:
     if count > MAX_PLANS:
-        raise SettingsError(f"asks for over {MAX_PLANS} rows; run fewer at a time", field="attacks")
+        raise SettingsError(
+            f"The text describes over {MAX_PLANS} rows. Run fewer attacks at a time.", field="attacks"
+        )
 
 
 def _split_expressions(text: str) -> Iterator[str]:
-    """Pieces with their settings joined again and named sets replaced."""
-    joined: list[str] = []
+    """Yield expressions with their parameters joined again and named sets replaced."""
+    expressions: list[str] = []
     for part in (p.strip() for p in text.split(",")):
         if not part:
             continue
         if re.match(r"[a-z0-9_]+=", part):
-            if not joined:
+            if not expressions:
                 raise SettingsError(
-                    f"{part[:60]!r} belongs to no attack; write NAME:{part[:60]}", field="attacks"
+                    f"{part[:60]!r} belongs to no attack. Write NAME:{part[:60]}.", field="attacks"
                 )
-            joined[-1] += ("," if ":" in joined[-1].rpartition("+")[2] else ":") + part
+            expressions[-1] += ("," if ":" in expressions[-1].rpartition("+")[2] else ":") + part
         else:
-            joined.append(part)
-    for piece in joined:
-        if piece in _NAMED_SETS:
-            yield from _split_expressions(_NAMED_SETS[piece]())
+            expressions.append(part)
+    for expression in expressions:
+        if expression in _NAMED_SETS:
+            yield from _split_expressions(_NAMED_SETS[expression]())
         else:
-            yield piece
+            yield expression
 
 
-def _expand_plan(piece: str) -> Iterator[AttackPlan]:
-    parts = re.split(r"\+(?=[a-z])", piece)
+def _expand_plan(expression: str) -> Iterator[AttackPlan]:
+    parts = re.split(r"\+(?=[a-z])", expression)
     if len(parts) > MAX_STEPS:
-        raise SettingsError(f"chains over {MAX_STEPS} attacks; shorten {piece[:40]!r}", field="attacks")
+        raise SettingsError(
+            f"{expression[:40]!r} is a sequence of over {MAX_STEPS} attacks. Shorten it.", field="attacks"
+        )
     choices = [list(_expand_step(part)) for part in parts]
     _check_count(math.prod(map(len, choices)))
-    for links in itertools.product(*choices):
-        yield AttackPlan(links)
+    for steps in itertools.product(*choices):
+        yield AttackPlan(steps)
 
 
 def _expand_step(part: str) -> Iterator[AttackStep]:
-    name, _, given = part.partition(":")
+    name, _, items = part.partition(":")
     name = name.strip()
-    if name not in ATTACKS:
-        near = difflib.get_close_matches(name, [*ATTACKS, *_NAMED_SETS], n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else "see --attacks list"
-        raise SettingsError(f"unknown attack {name[:60]!r}; {hint}", field="attacks")
-    known = settings_of(ATTACKS[name].run)
+    _require_attack(name)
+    known = parameters_of(ATTACKS[name].run)
     values: dict[str, list[Any]] = {key: [default] for key, (_, default) in known.items()}
-    for item in filter(None, (i.strip() for i in given.split(","))):
+    for item in filter(None, (i.strip() for i in items.split(","))):
         key, equals, text = item.partition("=")
         if not equals or key not in known:
-            settings = ", ".join(known) or "none"
-            raise SettingsError(f"{name} has no setting {item[:60]!r}; it has {settings}", field="attacks")
-        values[key] = [_value(name, key, known[key][0], one.strip()) for one in text.split("/")]
+            raise _unknown_parameter(name, key, item, known)
+        values[key] = [_value(name, key, known[key][0], choice.strip()) for choice in text.split("/")]
     _check_count(math.prod(map(len, values.values())))
-    for chosen in itertools.product(*values.values()):
-        yield AttackStep(name, tuple(zip(values, chosen, strict=True)))
+    for combination in itertools.product(*values.values()):
+        yield AttackStep(name, tuple(zip(values, combination, strict=True)))
+
+
+def _unknown_parameter(name: str, key: str, item: str, known: Collection[str]) -> SettingsError:
+    new = RENAMED_PARAMETERS.get(key)
+    if new in known:
+        return SettingsError(f"The parameter {key!r} of {name!r} was renamed. Use {new!r}.", field="attacks")
+    names = ", ".join(known) or "none"
+    return SettingsError(
+        f"{name!r} has no parameter {item[:60]!r}. Its parameters are: {names}.", field="attacks"
+    )
+
+
+def _require_attack(name: str) -> None:
+    """Raise `SettingsError` for an unknown attack; an old name's message has the new name."""
+    if name in RENAMED:
+        raise SettingsError(f"The attack {name!r} was renamed. Use {RENAMED[name]!r}.", field="attacks")
+    if name not in ATTACKS:
+        near = difflib.get_close_matches(name, [*ATTACKS, *_NAMED_SETS], n=1, cutoff=0.4)
+        hint = f"Did you mean {near[0]!r}?" if near else "See --attacks list."
+        raise SettingsError(f"Unknown attack {name[:60]!r}. {hint}", field="attacks")
 
 
 def _value(name: str, key: str, annotation: Any, text: str) -> Any:
     try:
         return TypeAdapter(annotation).validate_python(text)
     except ValidationError as error:
-        why = error.errors(include_url=False)[-1]["msg"]
+        reason = error.errors(include_url=False)[-1]["msg"]
         raise SettingsError(
-            f"{name}:{key}={text[:40]} is refused ({why}); correct it", field="attacks"
+            f"{name}:{key}={text[:40]} is invalid ({reason}). Correct the value.", field="attacks"
         ) from None
 
 
@@ -197,18 +233,18 @@ def _named_set(choose: Callable[[Any], tuple[str, ...]]) -> str:
 
 
 def describe() -> list[dict[str, Any]]:
-    """The catalogue for `--attacks list`: name, kind, one line, settings with their defaults."""
+    """Return the registry as `--attacks list` prints it: name, kind, summary, parameters with defaults."""
     return [
         {
             "attack": name,
             "kind": attack.kind,
             "summary": attack.summary,
-            "settings": {key: default for key, (_, default) in settings_of(attack.run).items()},
+            "settings": {key: default for key, (_, default) in parameters_of(attack.run).items()},
         }
         for name, attack in ATTACKS.items()
     ]
 
 
-def row_header(order: AttackPlan) -> Mapping[str, Any]:
-    """Name, setting and kind of an order, as a row begins."""
-    return {"attack": order.name, "setting": order.setting, "kind": order.kind}
+def row_header(plan: AttackPlan) -> Mapping[str, Any]:
+    """Return name, parameters and kind of a plan in the columns of `attacks.csv`."""
+    return {"attack": plan.name, "setting": plan.parameters, "kind": plan.kind}

@@ -1,7 +1,7 @@
-"""Fine-tuning: last or all layers, from the stolen weights or with a new last layer, up to full retraining.
+"""Fine-tuning of the last layer or of all layers, up to retraining from the marked weights.
 
-Names and epochs follow the Watermark-Robustness-Toolbox (`facts/attacks.md` §A): FTLL, FTAL with true labels,
-RTLL, RTAL with the last layer drawn anew and the stolen model's labels.
+Names and epochs follow the Watermark-Robustness-Toolbox: FTLL and FTAL train on true labels. RTLL and RTAL
+reinitialise the last layer and train on the marked model's predictions.
 """
 
 from __future__ import annotations
@@ -16,137 +16,138 @@ from mtlsign.attacks.attacker_data import attacker_view
 from mtlsign.attacks.base import (
     AttackerResources,
     AttackOutcome,
-    Batch,
+    BatchSize,
     Epochs,
     LearningRate,
     NotApplicableError,
     seeded,
 )
-from mtlsign.attacks.training import Loss, Path, frozen_copy, train_sgd, trainable_copy
+from mtlsign.attacks.training import Loss, LrSchedule, frozen_copy, train_sgd, trainable_copy
 from mtlsign.tasks import Task
 
 
 def ftal(
     model: nn.Module,
     task: Task,
-    budget: AttackerResources,
+    resources: AttackerResources,
     seed: int,
     *,
     lr: LearningRate = "quarter",
     epochs: Epochs = 5,
-    path: Path = "constant",
-    batch: Batch = 128,
+    schedule: LrSchedule = "constant",
+    batch: BatchSize = 128,
 ) -> AttackOutcome:
-    """All layers on true labels."""
-    data = attacker_view(model, task, budget, seed)
+    """Fine-tune all layers on true labels."""
+    data = attacker_view(model, task, resources, seed)
     tuned = trainable_copy(model).train()
-    return train_sgd(tuned, data, budget, seed, lr=budget.rate(lr), epochs=epochs, path=path, batch=batch)
+    rate = resources.learning_rate(lr)
+    return train_sgd(tuned, data, resources, seed, lr=rate, epochs=epochs, schedule=schedule, batch=batch)
 
 
 def retrain(
     model: nn.Module,
     task: Task,
-    budget: AttackerResources,
+    resources: AttackerResources,
     seed: int,
     *,
     lr: LearningRate = "full",
     epochs: Epochs = 10,
-    batch: Batch = 128,
+    batch: BatchSize = 128,
 ) -> AttackOutcome:
-    """Retrain everything from the stolen weights: the training rate falling to 0 along a cosine."""
-    return ftal(model, task, budget, seed, lr=lr, epochs=epochs, path="cosine", batch=batch)
+    """Retrain all layers from the marked weights; the training rate falls to 0 along a cosine."""
+    return ftal(model, task, resources, seed, lr=lr, epochs=epochs, schedule="cosine", batch=batch)
 
 
 def ftll(
     model: nn.Module,
     task: Task,
-    budget: AttackerResources,
+    resources: AttackerResources,
     seed: int,
     *,
     lr: LearningRate = "quarter",
     epochs: Epochs = 5,
-    batch: Batch = 128,
+    batch: BatchSize = 128,
 ) -> AttackOutcome:
-    """The last layer alone on true labels; the rest stays as it is."""
-    data = attacker_view(model, task, budget, seed)
+    """Fine-tune the last layer on true labels; other layers and batch norms are unchanged."""
+    data = attacker_view(model, task, resources, seed)
     tuned = trainable_copy(model)
-    last = last_layer(tuned)
     return train_sgd(
-        tuned,
-        data,
-        budget,
-        seed,
-        lr=budget.rate(lr),
-        epochs=epochs,
-        batch=batch,
-        parameters=last.parameters(),
-    )
+        tuned, data, resources, seed, lr=resources.learning_rate(lr), epochs=epochs, batch=batch,
+        parameters=last_layer(tuned).parameters(),
+    )  # fmt: skip
 
 
 def rtll(
     model: nn.Module,
     task: Task,
-    budget: AttackerResources,
+    resources: AttackerResources,
     seed: int,
     *,
     lr: LearningRate = "quarter",
     epochs: Epochs = 10,
-    batch: Batch = 128,
+    batch: BatchSize = 128,
 ) -> AttackOutcome:
-    """A new last layer alone, on the stolen model's labels; batch norms drift along with the data."""
-    data = attacker_view(model, task, budget, seed)
+    """Train a new last layer on the marked model's predictions; batch norms follow the attacker's data."""
+    data = attacker_view(model, task, resources, seed)
     tuned = _with_new_last_layer(model, seed).train()
-    last = last_layer(tuned)
     return train_sgd(
-        tuned, data, budget, seed, lr=budget.rate(lr), epochs=epochs, batch=batch,
-        parameters=last.parameters(), loss=_stolen_labels(model),
+        tuned, data, resources, seed, lr=resources.learning_rate(lr), epochs=epochs, batch=batch,
+        parameters=last_layer(tuned).parameters(), loss=_loss_on_predictions(model),
     )  # fmt: skip
 
 
 def rtal(
     model: nn.Module,
     task: Task,
-    budget: AttackerResources,
+    resources: AttackerResources,
     seed: int,
     *,
     lr: LearningRate = "quarter",
     epochs: Epochs = 5,
-    batch: Batch = 128,
+    batch: BatchSize = 128,
 ) -> AttackOutcome:
-    """A new last layer, then all layers, on the stolen model's labels."""
-    data = attacker_view(model, task, budget, seed)
+    """Train a new last layer and all other layers on the marked model's predictions."""
+    data = attacker_view(model, task, resources, seed)
     tuned = _with_new_last_layer(model, seed).train()
     return train_sgd(
-        tuned, data, budget, seed, lr=budget.rate(lr), epochs=epochs, batch=batch, loss=_stolen_labels(model)
-    )
+        tuned, data, resources, seed, lr=resources.learning_rate(lr), epochs=epochs, batch=batch,
+        loss=_loss_on_predictions(model),
+    )  # fmt: skip
 
 
 def last_layer(model: nn.Module) -> nn.Linear:
-    """The linear layer that holds the classes. Raises `NotApplicableError` for a model without one."""
-    found = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    if not found:
-        raise NotApplicableError("has no linear last layer; tune all layers instead (ftal)", field="model")
-    return found[-1]
+    """Return the last linear layer, whose outputs are the classes.
+
+    Raises:
+        NotApplicableError: the model has no linear layer.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not layers:
+        raise NotApplicableError(
+            "The model has no linear last layer. Fine-tune all layers instead (ftal).", field="model"
+        )
+    return layers[-1]
 
 
 def _with_new_last_layer(model: nn.Module, seed: int) -> nn.Module:
     tuned = trainable_copy(model)
     last = last_layer(tuned)
-    fresh = copy.deepcopy(last).cpu()
+    new_layer = copy.deepcopy(last).cpu()
     with seeded("last layer", seed):
-        fresh.reset_parameters()
+        new_layer.reset_parameters()
     with torch.no_grad():
-        for target, source in zip(last.parameters(), fresh.parameters(), strict=True):
+        for target, source in zip(last.parameters(), new_layer.parameters(), strict=True):
             target.copy_(source)
     return tuned
 
 
-def _stolen_labels(model: nn.Module) -> Loss:
+def _loss_on_predictions(model: nn.Module) -> Loss:
+    """Return the cross-entropy against the marked model's predicted classes."""
     teacher = frozen_copy(model)
 
     def loss(tuned: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
-            said = teacher(x).argmax(1)
-        return F.cross_entropy(tuned(x), said)
+            predictions = teacher(x).argmax(1)
+        return F.cross_entropy(tuned(x), predictions)
 
     return loss

@@ -1,4 +1,4 @@
-"""Collusion: the average of copies of one W0 that carry different marks (`facts/attacks.md` §F.11)."""
+"""Collusion: the mean of models that were marked with different keys from the same W0."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ Copies = Annotated[int, Field(ge=0, le=1000)]
 def average_models(
     model: nn.Module,
     task: Task,
-    budget: AttackerResources,
+    resources: AttackerResources,
     seed: int,
     *,
     copies: Copies = 0,
     bn: Statistics = "recalibrated",
 ) -> AttackOutcome:
-    """The mean of the stolen model and the first `copies` others (0: all that there are)."""
-    others = list(budget.copies)[: copies or None]
+    """Average the marked model with the first `copies` other models (0: with all of them)."""
+    others = list(resources.other_models)[: copies or None]
     if len(others) < max(1, copies):
         raise NotApplicableError(
-            f"needs {max(1, copies)} other models marked from the same W0 and got {len(others)}; "
-            "name them with --copies",
-            field="average",
+            f"The attack needs {max(1, copies)} other models marked from the same W0, not {len(others)}. "
+            "Name them with --other-marked-models.",
+            field="average_models",
         )
     mean = trainable_copy(model)
-    target = mean.state_dict()
     with torch.no_grad():
-        for name, tensor in target.items():
+        for name, tensor in mean.state_dict().items():
             if not tensor.is_floating_point():
                 continue
             for other in others:
                 if name not in other or other[name].shape != tensor.shape:
                     raise NotApplicableError(
-                        f"a copy has no fitting {name!r}; copies must be models of the same W0",
-                        field="copies",
+                        f"A model has no tensor {name!r} of the marked model's shape. "
+                        "Give models that were marked from the same W0.",
+                        field="other-marked-models",
                     )
             stack = [tensor, *(other[name].to(tensor) for other in others)]
             tensor.copy_(torch.stack(stack).mean(0))
     if bn == "recalibrated":
-        recalibrate_batch_norm(mean, attacker_view(model, task, budget, seed))
+        recalibrate_batch_norm(mean, attacker_view(model, task, resources, seed))
     return AttackOutcome(mean.eval())

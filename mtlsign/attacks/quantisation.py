@@ -1,4 +1,4 @@
-"""Weights rounded to a few bits, symmetric, one scale per output channel, and brought back to float32."""
+"""Quantisation: weights rounded to a few bits, symmetric, with one scale per output channel, in float32."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from mtlsign.attacks.training import trainable_copy
 from mtlsign.tasks import Task
 
 
-def int8(model: nn.Module, task: Task, budget: AttackerResources, seed: int) -> AttackOutcome:
-    """Eight bits: −127 … 127."""
+def int8(model: nn.Module, task: Task, resources: AttackerResources, seed: int) -> AttackOutcome:
+    """Round weights to 8 bits: -127 to 127."""
     return _quantised(model, 8)
 
 
-def int4(model: nn.Module, task: Task, budget: AttackerResources, seed: int) -> AttackOutcome:
-    """Four bits: −7 … 7."""
+def int4(model: nn.Module, task: Task, resources: AttackerResources, seed: int) -> AttackOutcome:
+    """Round weights to 4 bits: -7 to 7."""
     return _quantised(model, 4)
 
 
@@ -30,7 +30,7 @@ def _quantised(model: nn.Module, bits: int) -> AttackOutcome:
 
 
 def quantise(weight: Tensor, bits: int) -> Tensor:
-    """Each row of weight [O, …] at the nearest of 2^bits − 1 levels between ∓ its largest magnitude."""
+    """Round each row of a weight [O, ...] to 2^bits - 1 levels between minus and plus its largest value."""
     top = 2 ** (bits - 1) - 1
     rows = weight.flatten(1)
     scale = rows.abs().amax(1, keepdim=True) / top

@@ -1,4 +1,4 @@
-"""Every attack by name, with the settings that `all` and `fast` run."""
+"""Registry of attacks by name, with the parameters that `all` and `fast` run."""
 
 from __future__ import annotations
 
@@ -23,69 +23,179 @@ from mtlsign.tasks import Task
 _RATIOS = "ratio=0.1/0.2/0.3/0.4/0.5/0.6/0.7/0.8/0.9"
 
 
-def _nothing(model: nn.Module, task: Task, budget: AttackerResources, seed: int) -> AttackOutcome:
+def _no_attack(model: nn.Module, task: Task, resources: AttackerResources, seed: int) -> AttackOutcome:
     return AttackOutcome(model)
 
 
 _ALL = (
-    Attack("none", _nothing, "the model as it is: what every attack is compared with", "none", fast=("",)),
+    Attack("none", _no_attack, "unchanged model, the baseline of every attack", "none", fast=("",)),
     Attack("ftll", fine_tuning.ftll, "fine-tune the last layer", fast=("epochs=1",)),
-    Attack("ftal", fine_tuning.ftal, "fine-tune all layers", variants=("lr=quarter/full",), fast=("epochs=1",)),
-    Attack("rtll", fine_tuning.rtll, "new last layer, tuned on the stolen model's labels"),
-    Attack("rtal", fine_tuning.rtal, "new last layer, all layers tuned on the stolen model's labels"),
-    Attack("annealed", fine_tuning.retrain, "retrain all layers at the training rate, falling to 0"),
-    Attack("prune", pruning.prune, "smallest weights of each tensor set to 0",
-           variants=(_RATIOS, "ratio=0.5/0.7/0.9,bn=recalibrated"), fast=("ratio=0.5",)),
-    Attack("prune_channels", pruning.prune_channels, "least active channels of each convolution set to 0",
-           variants=("ratio=0.1/0.2/0.3/0.4/0.5", "ratio=0.3/0.5,by=norm"), fast=("ratio=0.2",)),
-    Attack("prune_until", pruning.prune_to_accuracy_drop, "prune as far as the task loses so many points",
-           variants=("points=10", "points=10,bn=recalibrated", "points=10,units=channels")),
-    Attack("fine_prune", pruning.fine_prune, "prune weights, then tune",
-           variants=("ratio=0.3/0.5/0.7/0.9",)),
-    Attack("fine_prune_channels", pruning.fine_prune_channels, "prune channels, then tune",
-           variants=("ratio=0.2/0.3/0.5",)),
-    Attack("overwrite", overwriting.overwrite, "a second key embedded over the owner's",
-           variants=("epochs=50/150/250/350",)),
-    Attack("spoil", spoiling.spoil, "wrong labels trained in, by somebody who knows the key and the head",
-           variants=("steps=20/60/200",), fast=("steps=20",)),
-    Attack("scrub", decorrelation.decorrelate, "the response to QR codes torn away, without the key",
-           variants=("steps=40/100/300", "steps=100,stages=3"), fast=("steps=40",)),
-    Attack("fresh_early", layer_reinit.reinit_early_layers, "first layers drawn anew and trained to the stolen features",
-           variants=("stages=1/2/3",)),
-    Attack("average", model_averaging.average_models, "mean of copies of one W0 with different marks (--copies)"),
-    Attack("noise", weight_noise.noise, "Gaussian noise on the weights",
-           variants=("sigma=0.1/0.2/0.4", "sigma=0.4,bn=recalibrated"), fast=("",)),
+    Attack(
+        "ftal", fine_tuning.ftal, "fine-tune all layers", variants=("lr=quarter/full",), fast=("epochs=1",)
+    ),
+    Attack("rtll", fine_tuning.rtll, "new last layer, trained on the marked model's predictions"),
+    Attack("rtal", fine_tuning.rtal, "new last layer, all layers trained on the marked model's predictions"),
+    Attack("retrain", fine_tuning.retrain, "retrain all layers at the training rate, falling to 0"),
+    Attack(
+        "prune",
+        pruning.prune,
+        "smallest weights of each tensor set to 0",
+        variants=(_RATIOS, "ratio=0.5/0.7/0.9,bn=recalibrated"),
+        fast=("ratio=0.5",),
+    ),
+    Attack(
+        "prune_channels",
+        pruning.prune_channels,
+        "least active channels of each convolution set to 0",
+        variants=("ratio=0.1/0.2/0.3/0.4/0.5", "ratio=0.3/0.5,by=norm"),
+        fast=("ratio=0.2",),
+    ),
+    Attack(
+        "prune_to_accuracy_drop",
+        pruning.prune_to_accuracy_drop,
+        "highest pruning ratio with an accuracy loss of at most so many points",
+        variants=("points=10", "points=10,bn=recalibrated", "points=10,units=channels"),
+    ),
+    Attack(
+        "fine_prune", pruning.fine_prune, "prune weights, then fine-tune", variants=("ratio=0.3/0.5/0.7/0.9",)
+    ),
+    Attack(
+        "fine_prune_channels",
+        pruning.fine_prune_channels,
+        "prune channels, then fine-tune",
+        variants=("ratio=0.2/0.3/0.5",),
+    ),
+    Attack(
+        "overwrite",
+        overwriting.overwrite,
+        "second key embedded over the owner's",
+        variants=("epochs=50/150/250/350",),
+    ),
+    Attack(
+        "spoil",
+        spoiling.spoil,
+        "training on wrong labels with knowledge of key and head",
+        variants=("steps=20/60/200",),
+        fast=("steps=20",),
+    ),
+    Attack(
+        "decorrelate",
+        decorrelation.decorrelate,
+        "response to carrier inputs decorrelated, without the key",
+        variants=("steps=40/100/300", "steps=100,stages=3"),
+        fast=("steps=40",),
+    ),
+    Attack(
+        "reinit_early_layers",
+        layer_reinit.reinit_early_layers,
+        "first layers reinitialised and trained to the marked model's features",
+        variants=("stages=1/2/3",),
+    ),
+    Attack(
+        "average_models",
+        model_averaging.average_models,
+        "mean of models marked from one W0 (--other-marked-models)",
+    ),
+    Attack(
+        "noise",
+        weight_noise.noise,
+        "Gaussian noise on the weights",
+        variants=("sigma=0.1/0.2/0.4", "sigma=0.4,bn=recalibrated"),
+        fast=("",),
+    ),
     Attack("int8", quantisation.int8, "weights rounded to 8 bits per channel", fast=("",)),
     Attack("int4", quantisation.int4, "weights rounded to 4 bits per channel", fast=("",)),
-    Attack("bn_gauge", symmetries.bn_reparameterize, "batch norms re-gauged", "free", fast=("",)),
-    Attack("bn_fold", symmetries.bn_fold, "batch norms folded away", "free",
-           variants=("decoys=none/signs",), fast=("",)),
-    Attack("scale_rows", symmetries.scale_filters, "rows before batch norms scaled and sign-flipped", "free",
-           fast=("",)),
-    Attack("scale_inner", symmetries.scale_inner_channels, "inner channels scaled", "free", fast=("",)),
-    Attack("scale_stream", symmetries.scale_residual_channels, "residual streams scaled", "free", fast=("",)),
-    Attack("permute_channels", symmetries.permute_channels, "channels permuted (undone from v1 on)",
-           "free",
-           variants=("which=inner/stream/both",), fast=("which=inner/both",)),
-    Attack("transpose_input", symmetries.transpose_input, "kernels and images transposed (undone from v1 on)",
-           "free", fast=("",)),
-    Attack("negate_input", symmetries.negate_input, "first kernels and images negated (undone from v1 on)",
-           "free", fast=("",)),
-    Attack("forge_head", head_forgery.ambiguity_trained_head, "a free head fitted to somebody's model: forging, not removing",
-           "forgery", fast=("",)),
-)  # fmt: skip
+    Attack(
+        "bn_reparameterize", symmetries.bn_reparameterize, "batch norms reparametrised", "free", fast=("",)
+    ),
+    Attack(
+        "bn_fold",
+        symmetries.bn_fold,
+        "batch norms folded into convolutions",
+        "free",
+        variants=("decoys=none/signs",),
+        fast=("",),
+    ),
+    Attack(
+        "scale_filters",
+        symmetries.scale_filters,
+        "kernel rows before batch norms scaled and sign-flipped",
+        "free",
+        fast=("",),
+    ),
+    Attack(
+        "scale_inner_channels",
+        symmetries.scale_inner_channels,
+        "inner channels of blocks scaled",
+        "free",
+        fast=("",),
+    ),
+    Attack(
+        "scale_residual_channels",
+        symmetries.scale_residual_channels,
+        "residual channels scaled",
+        "free",
+        fast=("",),
+    ),
+    Attack(
+        "permute_channels",
+        symmetries.permute_channels,
+        "channels permuted (undone from format v1)",
+        "free",
+        variants=("which=inner/residual/both",),
+        fast=("which=inner/both",),
+    ),
+    Attack(
+        "transpose_input",
+        symmetries.transpose_input,
+        "kernels and images transposed (undone from format v1)",
+        "free",
+        fast=("",),
+    ),
+    Attack(
+        "negate_input",
+        symmetries.negate_input,
+        "first kernels and images negated (undone from format v1)",
+        "free",
+        fast=("",),
+    ),
+    Attack(
+        "ambiguity_trained_head",
+        head_forgery.ambiguity_trained_head,
+        "free head trained for another party's model: ambiguity, no removal",
+        "forgery",
+        fast=("",),
+    ),
+)
 
 ATTACKS: dict[str, Attack] = {attack.name: attack for attack in _ALL}
 
-#: Sequences that `all` runs beside the single attacks.
+#: Old names of attacks, which `--attacks` rejects with the new name.
+RENAMED: dict[str, str] = {
+    "annealed": "retrain",
+    "prune_until": "prune_to_accuracy_drop",
+    "fresh_early": "reinit_early_layers",
+    "scrub": "decorrelate",
+    "average": "average_models",
+    "bn_gauge": "bn_reparameterize",
+    "scale_rows": "scale_filters",
+    "scale_inner": "scale_inner_channels",
+    "scale_stream": "scale_residual_channels",
+    "forge_head": "ambiguity_trained_head",
+}
+
+#: Old names of parameters, which `--attacks` rejects with the new name.
+RENAMED_PARAMETERS: dict[str, str] = {"path": "schedule"}
+
+#: Sequences that `all` runs besides the single attacks.
 CHAINS = (
-    "scale_inner+scale_stream+bn_gauge+bn_fold",
+    "scale_inner_channels+scale_residual_channels+bn_reparameterize+bn_fold",
     "prune:ratio=0.3+ftal:epochs=3+int8",
-    "scale_inner+prune:ratio=0.5,bn=recalibrated+ftal:epochs=3",
+    "scale_inner_channels+prune:ratio=0.5,bn=recalibrated+ftal:epochs=3",
 )
 
-#: What a default configuration has to outlive (issue 4), as an `--attacks` list.
+#: Attacks that a watermark with default settings must survive, as an `--attacks` list.
 STANDARD = (
-    "none,ftal:lr=quarter/full,annealed,fine_prune:ratio=0.5,prune_until:points=10,overwrite:epochs=350,int8,"
-    "spoil:steps=60,scrub:steps=40"
+    "none,ftal:lr=quarter/full,retrain,fine_prune:ratio=0.5,prune_to_accuracy_drop:points=10,"
+    "overwrite:epochs=350,int8,spoil:steps=60,decorrelate:steps=40"
 )

@@ -1,10 +1,11 @@
-"""The training loops that attacks share."""
+"""Training loops and copies of models that attacks share."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,95 +16,169 @@ from mtlsign.attacks.base import AttackerResources, AttackOutcome, require_finit
 from mtlsign.tasks import Task
 from mtlsign.watermark.embedding.losses import distillation_loss
 
-Path = Literal["constant", "cosine"]
+LrSchedule = Literal["constant", "cosine"]
+#: (model, images, labels) -> loss.
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def trainable_copy(model: nn.Module) -> nn.Module:
-    """A copy to work on; the given model is never changed."""
+    """Return a copy in evaluation mode with trainable parameters."""
     return copy.deepcopy(model).requires_grad_(True).eval()
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy that stays: the stolen model as its own teacher."""
+    """Return a copy in evaluation mode without gradients, such as a teacher."""
     return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def optimize(
+    loss_fn: Callable[[int], Tensor],
+    parameters: Iterable[Tensor],
+    steps: int,
+    lr: float,
+    resources: AttackerResources,
+    *,
+    optimizer_class: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    lr_at: Callable[[int], float] | None = None,
+    after_step: Callable[[], None] = lambda: None,
+) -> None:
+    """Minimise a loss and report progress.
+
+    Args:
+        loss_fn: step -> loss.
+        parameters: tensors to optimise.
+        steps: number of steps.
+        lr: learning rate.
+        resources: their `on_step` is called after each step.
+        optimizer_class: called with the parameters and `lr`.
+        lr_at: step -> learning rate, instead of a constant one.
+        after_step: called after each step of the optimiser.
+
+    Raises:
+        AttackDivergedError: a loss is not finite.
+    """
+    optimizer = optimizer_class(list(parameters), lr=lr)
+    for step in range(steps):
+        if lr_at is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_fn(step)
+        loss.backward()
+        optimizer.step()
+        after_step()
+        require_finite(loss, step)
+        resources.on_step(step + 1, steps)
 
 
 def train_sgd(
     model: nn.Module,
     data: Task,
-    budget: AttackerResources,
+    resources: AttackerResources,
     seed: int,
     *,
     lr: float,
     epochs: int,
-    path: Path = "constant",
+    schedule: LrSchedule = "constant",
     batch: int = 128,
     parameters: Iterable[nn.Parameter] | None = None,
     loss: Loss | None = None,
-    after: Callable[[], None] = lambda: None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> AttackOutcome:
-    """SGD with momentum 0.9 and weight decay 5e-4 on the attacker's augmented data, in place.
+    """Train by SGD with momentum 0.9 and weight decay 5e-4 on the attacker's augmented data, in place.
 
-    `model` is in the mode that the caller chose and ends in evaluation mode; `loss` defaults to the task's;
-    `after` is called after every step. Little data are cut into at least eight batches an epoch, of eight
-    images or more. Raises `AttackDivergedError`.
+    Args:
+        model: in the mode that the caller chose; it ends in evaluation mode.
+        data: the attacker's view of the task.
+        resources: for progress.
+        seed: order and augmentation of the data.
+        lr: peak learning rate.
+        epochs: passes over the attacker's data.
+        schedule: constant, or falling to 0 along a cosine.
+        batch: batch size. Few data are divided into at least eight batches of at least eight images.
+        parameters: parameters to train; all by default.
+        loss: the task's loss by default.
+        after_step: called after each step of the optimiser.
+
+    Raises:
+        AttackDivergedError: a loss is not finite.
     """
     batch = min(batch, max(8, data.size("attacker") // 8))
-    chosen = list(model.parameters() if parameters is None else parameters)
-    optimizer = torch.optim.SGD(chosen, lr=lr, momentum=0.9, weight_decay=5e-4)
-    per_epoch = data.steps("attacker", batch)
-    step = images = 0
-    for epoch in range(epochs):
-        for x, y in data.batches("attacker", batch, epoch=epoch, seed=seed, augment=True):
-            for group in optimizer.param_groups:
-                done = step / (epochs * per_epoch)
-                group["lr"] = lr * (1 + math.cos(math.pi * done)) / 2 if path == "cosine" else lr
-            optimizer.zero_grad(set_to_none=True)
-            value = data.loss(model(x), y) if loss is None else loss(model, x, y)
-            value.backward()
-            optimizer.step()
-            after()
-            require_finite(value, step)
-            step, images = step + 1, images + len(x)
-            budget.tick(step, epochs * per_epoch)
-    return AttackOutcome(model.eval(), step, images)
+    steps = epochs * data.steps("attacker", batch)
+    batches = (
+        pair
+        for epoch in range(epochs)
+        for pair in data.batches("attacker", batch, epoch=epoch, seed=seed, augment=True)
+    )
+    images = 0
+
+    def loss_fn(step: int) -> Tensor:
+        nonlocal images
+        x, y = next(batches)
+        images += len(x)
+        return data.loss(model(x), y) if loss is None else loss(model, x, y)
+
+    def cosine(step: int) -> float:
+        return lr * (1 + math.cos(math.pi * (step / steps))) / 2
+
+    optimize(
+        loss_fn, model.parameters() if parameters is None else parameters, steps, lr, resources,
+        optimizer_class=partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4),
+        lr_at=cosine if schedule == "cosine" else None, after_step=after_step,
+    )  # fmt: skip
+    return AttackOutcome(model.eval(), steps, images)
 
 
 def attacker_batches(data: Task, batch: int, seed: int) -> Iterator[Tensor]:
-    """Endless augmented images of the attacker, [batch, C, H, W]."""
+    """Yield augmented images of the attacker without end: [batch, C, H, W]."""
     step = 0
     while True:
-        yield data.batch_at("attacker", batch, step, seed=seed, augment=True)[0]
+        yield data.batch_at("attacker", batch, step, seed=seed, augment=True).inputs
         step += 1
 
 
 def distillation_from_teacher(
     student: nn.Module, teacher: nn.Module, x: Tensor, temperature: float = 2.0
 ) -> Tensor:
-    """Distillation from the stolen model's own outputs: how attackers without labels keep the task."""
+    """Return the distillation loss from the marked model, with which attackers preserve the task.
+
+    Args:
+        student: the attacked model.
+        teacher: the marked model.
+        x: images [n, C, H, W]; labels are not needed.
+        temperature: of both softmax functions.
+    """
     with torch.no_grad():
-        wanted = teacher(x)
-    return distillation_loss(student(x), wanted, temperature)
+        target = teacher(x)
+    return distillation_loss(student(x), target, temperature)
 
 
 @torch.no_grad()
-def recalibrate_batch_norm(model: nn.Module, data: Task, batch: int = 256, most: int = 16) -> nn.Module:
-    """Batch norms' running statistics anew from the attacker's plain images, at most `most` batches."""
+def recalibrate_batch_norm(
+    model: nn.Module, data: Task, batch: int = 256, max_batches: int = 16
+) -> nn.Module:
+    """Recompute the running statistics of batch norms from the attacker's images, in place.
+
+    Args:
+        model: returned in evaluation mode.
+        data: the attacker's view of the task; images are not augmented.
+        batch: batch size.
+        max_batches: number of batches at most.
+    """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return model.eval()
-    kept = [m.momentum for m in norms]
+    momenta = [m.momentum for m in norms]
     model.eval()
     for m in norms:
         m.reset_running_stats()
         m.momentum = None  # the plain average over the batches
         m.train()
     for i, (x, _) in enumerate(data.batches("attacker", batch, shuffle=False)):
-        if i == most:
+        if i == max_batches:
             break
         if len(x) > 1:
             model(x)
-    for m, momentum in zip(norms, kept, strict=True):
+    for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
     return model.eval()

@@ -1,11 +1,12 @@
-"""Claims that hold up before strangers: statements, a ledger, a council, and what follows from them.
+"""Ownership protocol: signed statements on an append-only ledger, votes of a council, and their evaluation.
 
-An owner *publishes* a hiding commitment to keys, head and marked model before the model leaves (paper, §3.3).
-Finding a suspect, the owner *registers* its digest, and only then opens one key in a *claim*. Each member of
-a council checks the claim for itself and appends its *vote*. The *ledger* fixes the order of all this: it is
-an append-only Merkle tree whose *heads* count once a threshold of the council has co-signed them. What the
-ledger and the verdicts say together (`standing`, lineage) is computed by pure functions.
+An owner *publishes* a hiding commitment to keys, head and marked model before releasing the model (paper,
+§3.3). When the owner finds a suspect model, the owner *registers* its digest and then opens one key in a
+*claim*. Each council member verifies the claim independently and appends a *vote*. The *ledger* fixes the
+order of all entries: it is an append-only Merkle tree. Its *checkpoints* are confirmed once a threshold of
+the council has co-signed them. Pure functions compute each claim's *standing* and lineage from the ledger
+and the findings.
 
-In reading order: `statements`, `envelope`, `merkle`, `heads`, `ledger`, `view`, `witness`, `owner`,
-`council`, `lineage`, `bundle`. Written format: `docs/claims.md`.
+Reading order: `statements`, `merkle`, `ledger`, `owner`, `judging`, `bundle`, `commands`. `docs/claims.md`
+specifies the formats.
 """

@@ -1,7 +1,8 @@
-"""Where the bytes behind a claim lie: suspects, references, heads, by their SHA-256, in a folder or on S3.
+"""Content-addressed archive of models, references and heads, in folders or on S3.
 
-A claim names digests only. Whoever checks it looks them up in the archives that its own operator named, so no
-pointer of a stranger is ever followed. What comes out has been hashed: an archive need not be trusted.
+A claim contains SHA-256 digests and no locations. A verifier looks the digests up in the archives of its
+operator, so it never follows a location chosen by another party. All returned bytes have been hashed;
+therefore an archive need not be trusted.
 """
 
 from __future__ import annotations
@@ -20,50 +21,67 @@ MAX_HEAD = GIB
 
 
 class BlobStore:
-    """One or more places that hold `blobs/<sha256>`; the first is written to, all are read, in order."""
+    """Archive over one or more storages with the objects `blobs/<sha256>`.
 
-    def __init__(self, places: Sequence[Storage]) -> None:
-        if not places:
-            raise StorageError("is missing; give a folder or s3://bucket/prefix", field="archive")
-        self.places = list(places)
+    Args:
+        storages: the first one is written to; all are read, in order.
+    """
+
+    def __init__(self, storages: Sequence[Storage]) -> None:
+        if not storages:
+            raise StorageError("No archive is given. Pass a folder or s3://bucket/prefix.", field="archive")
+        self.storages = list(storages)
 
     @classmethod
-    def at(cls, locations: str | None, *, ledger: str = "", endpoint: str | None = None) -> BlobStore:
-        """From comma-separated locations; without any, `PATH.archive` beside an SQLite ledger.
+    def from_locations(
+        cls, locations: Sequence[str], *, ledger: str = "", endpoint: str | None = None
+    ) -> BlobStore:
+        """Open the archive at the given locations.
+
+        Args:
+            locations: folders or `s3://` prefixes. If empty, an SQLite ledger's path with `.archive`.
+            ledger: URI of the ledger.
+            endpoint: S3 endpoint.
 
         Raises:
-            StorageError: no location, though the ledger is not a local file; or a malformed one.
+            StorageError: there is no location although the ledger is not a local file, or one is malformed.
         """
-        named = [place.strip() for place in (locations or "").split(",") if place.strip()]
-        if not named and ledger.startswith("sqlite:///"):
-            named = [ledger.removeprefix("sqlite:///") + ".archive"]
-        return cls([open_storage(place, endpoint=endpoint) for place in named])
+        names = list(locations)
+        if not names and ledger.startswith("sqlite:///"):
+            names = [ledger.removeprefix("sqlite:///") + ".archive"]
+        return cls([open_storage(name, endpoint=endpoint) for name in names])
 
     def put(self, data: bytes) -> bytes:
-        """Write the bytes, read them back, and return their SHA-256 (32 bytes)."""
+        """Write bytes, read them back, and return their SHA-256 (32 bytes)."""
         digest = hashlib.sha256(data).digest()
-        name, place = _name(digest), self.places[0]
-        if not place.exists(name):
-            place.write(name, data)
-        if hashlib.sha256(place.read(name, len(data))).digest() != digest:
-            raise ArtifactError(f"{place.uri} gives other bytes than were written; choose another archive")
+        name, storage = _name(digest), self.storages[0]
+        if not storage.exists(name):
+            storage.write(name, data)
+        if hashlib.sha256(storage.read(name, len(data))).digest() != digest:
+            raise ArtifactError(
+                f"{storage.uri} returns other bytes than were written. Use another archive.", field="archive"
+            )
         return digest
 
     def get(self, digest: bytes, limit: int) -> bytes:
-        """The bytes of that SHA-256, at most `limit` of them. Raises ArtifactError when no place has them."""
-        for place in self.places:
-            if place.exists(_name(digest)):
-                data = place.read(_name(digest), limit)
+        """Return the bytes with this SHA-256, at most `limit` bytes.
+
+        Raises:
+            ArtifactError: no storage has them, or they are over the limit.
+        """
+        for storage in self.storages:
+            if storage.exists(_name(digest)):
+                data = storage.read(_name(digest), limit)
                 if hashlib.sha256(data).digest() == digest:
                     return data
         raise ArtifactError(
-            f"{digest.hex()} is in none of the archives; ask whoever named it, or add --archive",
+            f"{digest.hex()} is in none of the archives. Ask the claimant for it, or add an --archive.",
             field="archive",
         )
 
     def has(self, digest: bytes) -> bool:
-        """Whether some place has a file of that name."""
-        return any(place.exists(_name(digest)) for place in self.places)
+        """Return whether a storage has an object with this name; its content is not checked."""
+        return any(storage.exists(_name(digest)) for storage in self.storages)
 
 
 def _name(digest: bytes) -> str:
@@ -71,10 +89,10 @@ def _name(digest: bytes) -> str:
 
 
 def read_model_bytes(location: str, *, endpoint: str | None = None) -> bytes:
-    """A model's safetensors bytes, at most 2 GiB, from a model folder or one `.safetensors` file.
+    """Return a model's safetensors bytes, at most 2 GiB, from a model folder or a `.safetensors` file.
 
     Raises:
-        ArtifactError, StorageError: missing, damaged, too large, or unreachable.
+        ArtifactError, StorageError: the model is missing, damaged, too large, or unreachable.
     """
     from mtlsign.storage.model_folder import MODEL_FILE
 

@@ -1,32 +1,30 @@
-"""One file that proves a claim without any network: entries, proofs, heads and the bytes behind them.
+"""Bundle: a single file that proves a claim offline, with entries, proofs, checkpoints and models.
 
 A bundle is a ZIP without compression:
 
     bundle.json            {"format":"mtlsign/bundle/v0","claim":<index>}
-    head                   the head (signed note) against which everything is proven
+    head                   the checkpoint (signed note) against which all entries are proven
     entries/<index>        an envelope      entries/<index>.path    its inclusion path, 32 bytes a hash
-    heads/<size>           an earlier head  heads/<size>.proof      its consistency proof to `head`
-    blobs/<sha256>         reference, accused model, marked model, free head, exhibits
+    heads/<size>           an earlier checkpoint   heads/<size>.proof      its consistency proof to `head`
+    blobs/<sha256>         reference, accused model, marked model, trained head, exhibits
 
-It shows what is there; it cannot show that something is *not* in the ledger (an earlier opening of the key,
-an exhibit, a second claim). For that, ask the ledger.
+A bundle cannot show that the ledger lacks further entries (an earlier opening of the key, an exhibit, a
+second claim). Only the ledger can show that.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-import secrets
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mtlsign.claims import merkle
-from mtlsign.claims.blob_store import MAX_HEAD, MAX_MODEL, MAX_REFERENCE, BlobStore
+from mtlsign.claims.blob_store import MAX_MODEL, BlobStore
+from mtlsign.claims.bundle_file import FORMAT, BundleFile, damaged_error, open_bundle
 from mtlsign.claims.judging.admissibility import find_claim
 from mtlsign.claims.judging.judge import ClaimVerifier
 from mtlsign.claims.judging.lineage import DisputeResult, resolve_dispute
@@ -34,35 +32,31 @@ from mtlsign.claims.ledger import checkpoints
 from mtlsign.claims.ledger.base import Ledger
 from mtlsign.claims.ledger.checkpoints import Checkpoint, Cosignature
 from mtlsign.claims.ledger.view import Entry, LedgerView
-from mtlsign.claims.statements.envelope import MAX_ENVELOPE
 from mtlsign.claims.statements.types import Claim, Exhibit, Membership, Vote
-from mtlsign.errors import ArtifactError, ClaimError, KeyMaterialError, LedgerError
-from mtlsign.storage.strict_json import parse_strict_json, require_fields
+from mtlsign.errors import ClaimError, KeyMaterialError, LedgerError
+from mtlsign.storage.local import open_atomic
 
-FORMAT = "mtlsign/bundle/v0"
-MAX_MEMBERS = 2000
-MAX_BUNDLE = 6 * 2**30
-MAX_PATH = 32 * merkle.MAX_PROOF
-_NUMBER = r"(?:0|[1-9][0-9]{0,13})"
-_LIMITS: list[tuple[re.Pattern[str], int]] = [
-    (re.compile(r"bundle\.json"), 256),
-    (re.compile(r"head"), checkpoints.MAX_NOTE),
-    (re.compile(rf"entries/{_NUMBER}"), MAX_ENVELOPE),
-    (re.compile(rf"entries/{_NUMBER}\.path"), MAX_PATH),
-    (re.compile(rf"heads/{_NUMBER}"), checkpoints.MAX_NOTE),
-    (re.compile(rf"heads/{_NUMBER}\.proof"), MAX_PATH),
-    (re.compile(r"blobs/[0-9a-f]{64}"), max(MAX_MODEL, MAX_HEAD, MAX_REFERENCE)),
-]
+NamedBytes = tuple[str, bytes]
+SignedNote = tuple[Checkpoint, tuple[Cosignature, ...]]
 
 
 @dataclass(frozen=True)
-class Checked:
-    """What a bundle proves: the sparse view of the ledger, the claim, and its standing by our own judge."""
+class CheckedBundle:
+    """Result of an offline check.
+
+    Attributes:
+        view: the part of the ledger that the bundle contains.
+        entry: entry of the claim.
+        claim: its statement.
+        checkpoint: the checkpoint on which the result rests.
+        pinned: the caller supplied that checkpoint; otherwise the bundle did.
+        dispute: the verifier's findings and the claim's standing.
+    """
 
     view: LedgerView
     entry: Entry
     claim: Claim
-    head: Checkpoint
+    checkpoint: Checkpoint
     pinned: bool
     dispute: DisputeResult
 
@@ -70,257 +64,216 @@ class Checked:
 def write_bundle(
     path: Path, ledger: Ledger, view: LedgerView, entry: Entry, archive: BlobStore
 ) -> Checkpoint:
-    """Write the bundle of one claim against the newest head that counts and holds it; returns that head.
+    """Write the bundle of one claim and return the newest confirmed checkpoint, against which it is proven.
+
+    Args:
+        path: file to write.
+        ledger: the ledger.
+        view: its view.
+        entry: entry of the claim.
+        archive: contains models and references by digest.
 
     Raises:
-        ClaimError: no head that counts holds the claim yet, or the file cannot be written.
-        ArtifactError: the archive lacks what the claim names.
+        ClaimError: no confirmed checkpoint contains the claim yet, or the file cannot be written.
+        ArtifactError: the archive lacks parts that the claim names.
     """
     claim = entry.statement
     if not isinstance(claim, Claim) or view.time(entry.index) is None:
         raise ClaimError(
-            "is not yet under a head that counts; write the bundle once the council co-signed", field="bundle"
+            "The claim is not under a confirmed checkpoint yet. Write the bundle when the council has "
+            "co-signed.",
+            field="bundle",
         )
-    head = view.heads[-1].head
-    wanted = sorted({i for i in _wanted(view, entry, claim) if i < head.size})
-    files: list[tuple[str, bytes]] = [
-        ("bundle.json", json.dumps({"format": FORMAT, "claim": entry.index}, separators=(",", ":")).encode())
-    ]
-    signed = ledger.cosignatures(view.origin)
-    sizes = {found.head.size for found in map(view.first_head, wanted) if found is not None}
-    for counted in view.heads:
-        if counted.head == head or counted.head.size in sizes:
-            council = view.council(counted.head.size)
-            note = checkpoints.encode_signed_note(counted.head, _lines(counted.head, signed, council))
-            files.append(("head" if counted.head == head else f"heads/{counted.head.size}", note))
-            if counted.head != head:
-                proof = ledger.prove_consistency(counted.head.size, head.size)
-                files.append((f"heads/{counted.head.size}.proof", b"".join(proof)))
-    for index in wanted:
-        data, path_up = ledger.get(index), ledger.prove(index, head.size)
-        if not merkle.verify_inclusion(merkle.leaf_hash(data), index, head.size, path_up, head.root):
-            raise LedgerError(f"does not prove entry {index} under its own head; check it", field="ledger")
-        files += [(f"entries/{index}", data), (f"entries/{index}.path", b"".join(path_up))]
-    needed, useful = _blobs(view, entry, claim)
-    files += [(f"blobs/{digest.hex()}", archive.get(digest, MAX_MODEL)) for digest in dict.fromkeys(needed)]
-    for digest in dict.fromkeys(useful):
-        if digest not in needed and archive.has(digest):
-            files.append((f"blobs/{digest.hex()}", archive.get(digest, MAX_MODEL)))
-    _write(path, files)
-    return head
+    newest = view.confirmed[-1].checkpoint
+    indices = sorted({i for i in _relevant_entries(view, entry, claim) if i < newest.size})
+    header = {"format": FORMAT, "claim": entry.index}
+    members = [("bundle.json", json.dumps(header, separators=(",", ":")).encode())]
+    members += _checkpoint_members(ledger, view, newest, indices)
+    members += _entry_members(ledger, newest, indices)
+    required, optional = _blob_digests(view, entry, claim)
+    digests = dict.fromkeys(required)
+    digests |= dict.fromkeys(d for d in optional if d not in digests and archive.has(d))
+    members += [(f"blobs/{digest.hex()}", archive.get(digest, MAX_MODEL)) for digest in digests]
+    _write(path, members)
+    return newest
 
 
-def _wanted(view: LedgerView, entry: Entry, claim: Claim) -> Iterator[int]:
-    """Entries that bear on a claim: councils, what it names, its votes and exhibits, its publication's
-    claims.
-    """
+def _relevant_entries(view: LedgerView, entry: Entry, claim: Claim) -> Iterator[int]:
+    """Yield the indices of councils, of the claim's references, votes and exhibits, and of related claims."""
     yield from (0, claim.publish.index, claim.register.index, entry.index)
     for other in view.entries.values():
-        said = other.statement
-        if isinstance(said, Membership) or (isinstance(said, Vote) and said.claim == entry.ref):
+        statement = other.statement
+        is_vote = isinstance(statement, Vote) and statement.claim == entry.ref
+        if isinstance(statement, Membership) or is_vote:
             yield other.index
-        elif isinstance(said, Exhibit) and said.claim == entry.ref:
-            yield from (other.index, said.stamp.index)
-        elif isinstance(said, Claim) and (said.publish == claim.publish or said.opening == claim.opening):
+        elif isinstance(statement, Exhibit) and statement.claim == entry.ref:
+            yield from (other.index, statement.stamp.index)
+        elif isinstance(statement, Claim) and (
+            statement.publish == claim.publish or statement.opening == claim.opening
+        ):
             yield other.index
 
 
-def _blobs(view: LedgerView, entry: Entry, claim: Claim) -> tuple[list[bytes], list[bytes]]:
-    """Digests that the claim cannot be checked without, and those that lineage would like to have."""
-    needed = [claim.suspect]
+def _checkpoint_members(
+    ledger: Ledger, view: LedgerView, newest: Checkpoint, indices: Iterable[int]
+) -> Iterator[NamedBytes]:
+    """Yield the newest checkpoint, and the first one of each entry with its consistency proof."""
+    cosignatures = ledger.cosignatures(view.origin)
+    sizes = {first.checkpoint.size for first in map(view.first_confirmed, indices) if first is not None}
+    for confirmed in view.confirmed:
+        checkpoint = confirmed.checkpoint
+        if checkpoint != newest and checkpoint.size not in sizes:
+            continue
+        stored = [line for signed, line in cosignatures if signed == checkpoint]
+        earliest = [
+            checkpoints.earliest_valid_line(checkpoint, stored, member)
+            for member in view.council(checkpoint.size).members
+        ]
+        note = checkpoints.encode_signed_note(checkpoint, [line for line in earliest if line is not None])
+        if checkpoint == newest:
+            yield "head", note
+        else:
+            yield f"heads/{checkpoint.size}", note
+            proof = ledger.prove_consistency(checkpoint.size, newest.size)
+            yield f"heads/{checkpoint.size}.proof", b"".join(proof)
+
+
+def _entry_members(ledger: Ledger, newest: Checkpoint, indices: Iterable[int]) -> Iterator[NamedBytes]:
+    for index in indices:
+        data, path = ledger.get(index), ledger.prove(index, newest.size)
+        if not merkle.verify_inclusion(merkle.leaf_hash(data), index, newest.size, path, newest.root):
+            raise LedgerError(
+                f"The ledger does not prove entry {index} under its checkpoint. Run jobs/ledger.py check.",
+                field="ledger",
+            )
+        yield f"entries/{index}", data
+        yield f"entries/{index}.path", b"".join(path)
+
+
+def _blob_digests(view: LedgerView, entry: Entry, claim: Claim) -> tuple[list[bytes], list[bytes]]:
+    """Return the digests without which the claim cannot be checked, and those that only the lineage needs."""
+    required = [claim.suspect]
     with suppress(KeyMaterialError):
-        needed.append(bytes.fromhex(claim.opening.parse().reference))
-    if claim.key_index < len(claim.heads) and claim.heads[claim.key_index] is not None:
-        needed.append(claim.heads[claim.key_index] or b"")
-    shown = [said.model for _, said in view.all(Exhibit) if said.claim == entry.ref]
-    return needed, [claim.model, *shown]
+        required.append(bytes.fromhex(claim.opening.parse().reference))
+    head = claim.heads[claim.key_index] if claim.key_index < len(claim.heads) else None
+    if head is not None:
+        required.append(head)
+    exhibits = [exhibit.model for _, exhibit in view.all(Exhibit) if exhibit.claim == entry.ref]
+    return required, [claim.model, *exhibits]
 
 
-def _lines(
-    head: Checkpoint, signed: Iterable[tuple[Checkpoint, Cosignature]], council: Membership
-) -> list[Cosignature]:
-    stored = [line for at, line in signed if at == head]
-    lines = [checkpoints.earliest_valid_line(head, stored, member) for member in council.members]
-    return [line for line in lines if line is not None]
-
-
-def _write(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+def _write(path: Path, members: Iterable[NamedBytes]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(part, "x", zipfile.ZIP_STORED) as out:
-            for name, data in files:
-                out.writestr(zipfile.ZipInfo(name), data)
-        part.replace(path)
+        with (
+            open_atomic(path, mode=0o666) as file,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+        ):
+            for name, data in members:
+                archive.writestr(zipfile.ZipInfo(name), data)
     except OSError as error:
-        raise ClaimError(f"{path}: {error.strerror}; name another file", field="bundle") from None
-    finally:
-        part.unlink(missing_ok=True)
+        raise ClaimError(f"{path}: {error.strerror}. Pass another file.", field="bundle") from None
 
 
-class _Zip(BlobStore):
-    """A bundle's members, each read whole and within its limit; its blobs serve as the archive."""
-
-    def __init__(self, file: zipfile.ZipFile, size: int) -> None:
-        self.file = file
-        self.members: dict[str, zipfile.ZipInfo] = {}
-        infos = file.infolist()
-        bad = not 1 <= len(infos) <= MAX_MEMBERS or file.comment or min(i.header_offset for i in infos) != 0
-        if bad or sum(info.file_size for info in infos) > size:
-            raise _damaged("is no bundle of this version")
-        for info in infos:
-            limit = next((limit for pattern, limit in _LIMITS if pattern.fullmatch(info.orig_filename)), None)
-            if limit is None or info.filename != info.orig_filename or info.filename in self.members:
-                raise _damaged(f"holds a member {ascii(info.orig_filename)[:80]} that does not belong there")
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-                raise _damaged("holds a compressed member")
-            if info.flag_bits & ~0x800 or info.extra or info.comment or info.file_size > limit:
-                raise _damaged("holds a member that is encrypted, decorated or too large")
-            self.members[info.filename] = info
-
-    def read(self, name: str) -> bytes:
-        """A member's bytes. Raises ClaimError when it is missing or damaged."""
-        info = self.members.get(name)
-        if info is None:
-            raise _damaged(f"lacks {name}")
-        try:
-            return self.file.read(info)
-        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError):
-            raise _damaged(f"has a damaged {name}") from None
-
-    def hashes(self, name: str) -> list[bytes]:
-        """A member of concatenated 32-byte hashes."""
-        data = self.read(name)
-        if len(data) % 32:
-            raise _damaged(f"has a damaged {name}")
-        return [data[at : at + 32] for at in range(0, len(data), 32)]
-
-    def get(self, digest: bytes, limit: int) -> bytes:
-        name = f"blobs/{digest.hex()}"
-        if name not in self.members or self.members[name].file_size > limit:
-            raise ArtifactError(f"the bundle lacks {digest.hex()}; ask for a whole one", field="bundle")
-        data = self.read(name)
-        if hashlib.sha256(data).digest() != digest:
-            raise _damaged(f"has other bytes than {name} says")
-        return data
-
-    def has(self, digest: bytes) -> bool:
-        return f"blobs/{digest.hex()}" in self.members
-
-
-def check_bundle(path: Path, judge: ClaimVerifier, *, pinned: bytes | None = None, bits: int = 0) -> Checked:
-    """Check everything in a bundle without any network: signatures, proofs, co-signatures, Algorithm 1.
+def check_bundle(
+    path: Path, judge: ClaimVerifier, *, pinned: bytes | None = None, bits: int = 0
+) -> CheckedBundle:
+    """Check a bundle offline: signatures, proofs, co-signatures, and the claim by Algorithm 1.
 
     Args:
-        path: the bundle, from anybody.
-        judge: decides on models, see `judge`.
-        pinned: the head (signed note) that the verifier holds from elsewhere and trusts. Without it the
-            bundle vouches for itself, and the result says `pinned` False.
-        bits: the least evidence that the verifier accepts, whatever the bundle's council asked for.
+        path: the untrusted bundle.
+        judge: verifies keys on models.
+        pinned: checkpoint (signed note) that the verifier has from another source and trusts. Without it the
+            bundle only confirms itself, and `CheckedBundle.pinned` is False.
+        bits: minimum evidence that the verifier accepts, whatever the bundle's council requires.
 
     Raises:
-        ClaimError, LedgerError: it is no bundle, or it does not prove what it shows. A claim that is proven
-        and
-            wrong is a standing, not an error.
+        ClaimError: the file is not a bundle, or does not prove its content. A proven claim that is wrong is
+            a standing and not an error.
     """
-    with _opened(path) as bundle:
-        got = require_fields(
-            parse_strict_json(bundle.read("bundle.json"), limit=256, where="bundle"),
-            "bundle",
-            "format",
-            "claim",
-        )
-        if got["format"] != FORMAT or type(got["claim"]) is not int:
-            raise _damaged("is no bundle of this version")
-        head, lines = checkpoints.parse_signed_note(bundle.read("head"))
-        signed = [(head, line) for line in lines]
-        roots = {head.size: head.root}
-        for name in [name for name in bundle.members if re.fullmatch(rf"heads/{_NUMBER}", name)]:
-            earlier, more = checkpoints.parse_signed_note(bundle.read(name))
-            proof = bundle.hashes(f"{name}.proof")
-            if name != f"heads/{earlier.size}" or not merkle.verify_consistency(
-                earlier.size, earlier.root, head.size, head.root, proof
-            ):
-                raise _damaged(f"has a head of {earlier.size} entries that its own does not extend")
-            signed += [(earlier, line) for line in more]
-            roots[earlier.size] = earlier.root
-        trusted = _pinned(pinned, head, roots) if pinned is not None else head
-        stated = list(signed)
-        if pinned is not None:
-            signed += [(trusted, line) for line in checkpoints.parse_signed_note(pinned)[1]]
-        raw = _entries(bundle, head)
-        for name in bundle.members:
-            if name.startswith("blobs/"):
-                bundle.get(bytes.fromhex(name.removeprefix("blobs/")), MAX_MODEL)
-        view = LedgerView.assemble(raw, signed, roots)
-        for at, line in stated:  # in a bundle every line must hold: a lost one would move an entry's time
-            if not any(line.holds(at.body(), member) for member in view.council(at.size).members):
-                raise _damaged(f"has a co-signature of {at.size} entries that does not hold")
-        if view.origin != head.origin or trusted not in [counted.head for counted in view.heads]:
+    with open_bundle(path) as bundle:
+        claim_index = bundle.claim_index()
+        newest, lines = checkpoints.parse_signed_note(bundle.read("head"))
+        notes: list[SignedNote] = [(newest, lines)]
+        notes += [_earlier_checkpoint(bundle, size, newest) for size in bundle.checkpoint_sizes]
+        stated = [(checkpoint, line) for checkpoint, note_lines in notes for line in note_lines]
+        roots = {checkpoint.size: checkpoint.root for checkpoint, _ in notes}
+        trusted, pinned_lines = _pinned(pinned, newest, roots) if pinned is not None else (newest, ())
+        rows = _proven_entries(bundle, newest)
+        bundle.verify_blobs()
+        view = LedgerView.assemble(rows, [*stated, *((trusted, line) for line in pinned_lines)], roots)
+        _require_valid_lines(view, stated)
+        if view.origin != newest.origin or trusted not in [c.checkpoint for c in view.confirmed]:
             raise ClaimError(
-                f"the head of {trusted.size} entries is not co-signed by enough of its council", field="head"
+                f"The checkpoint of {trusted.size} entries lacks co-signatures of its council. Get a "
+                "confirmed one.",
+                field="head",
             )
-        entry, claim = find_claim(view, str(got["claim"]))
+        entry, claim = find_claim(view, str(claim_index))
         if entry.index >= trusted.size:
-            raise ClaimError("the pinned head does not hold the claim yet; pin a newer one", field="head")
-        done = resolve_dispute(view, [str(entry.index)], bundle, judge, bits=bits)
-        return Checked(view, entry, claim, trusted, pinned is not None, done)
+            raise ClaimError(
+                "The pinned checkpoint does not contain the claim. Pass a newer checkpoint.", field="head"
+            )
+        dispute = resolve_dispute(view, [str(entry.index)], bundle, judge, bits=bits)
+        return CheckedBundle(view, entry, claim, trusted, pinned is not None, dispute)
 
 
-def _entries(bundle: _Zip, head: Checkpoint) -> dict[int, bytes]:
-    raw: dict[int, bytes] = {}
-    for name in bundle.members:
-        if re.fullmatch(rf"entries/{_NUMBER}", name):
-            index, data = int(name.removeprefix("entries/")), bundle.read(name)
-            path = bundle.hashes(f"{name}.path")
-            if not merkle.verify_inclusion(merkle.leaf_hash(data), index, head.size, path, head.root):
-                raise _damaged(f"has an entry {index} that is not in its head")
-            raw[index] = data
-    if 0 not in raw:
-        raise _damaged("lacks the entry that founds the ledger")
-    return raw
+def _earlier_checkpoint(bundle: BundleFile, size: int, newest: Checkpoint) -> SignedNote:
+    """Return an earlier checkpoint, whose consistency with the newest one is proven, and its lines."""
+    checkpoint, lines = checkpoints.parse_signed_note(bundle.read(f"heads/{size}"))
+    proof = bundle.hashes(f"heads/{size}.proof")
+    if checkpoint.size != size or not merkle.verify_consistency(
+        size, checkpoint.root, newest.size, newest.root, proof
+    ):
+        raise damaged_error(f"The checkpoint of {size} entries is not extended by the newest one")
+    return checkpoint, lines
 
 
-def _pinned(note: bytes, head: Checkpoint, roots: dict[int, bytes]) -> Checkpoint:
-    found, _ = checkpoints.parse_signed_note(note)
-    if found.origin != head.origin:
-        raise ClaimError("the pinned head is of another ledger", field="head")
-    if roots.get(found.size) != found.root:
-        known = found.size in roots
+def _proven_entries(bundle: BundleFile, newest: Checkpoint) -> dict[int, bytes]:
+    rows: dict[int, bytes] = {}
+    for index in bundle.entry_indices:
+        data, path = bundle.read(f"entries/{index}"), bundle.hashes(f"entries/{index}.path")
+        if not merkle.verify_inclusion(merkle.leaf_hash(data), index, newest.size, path, newest.root):
+            raise damaged_error(f"Entry {index} is not proven by the checkpoint")
+        rows[index] = data
+    if 0 not in rows:
+        raise damaged_error("The bundle lacks entry 0, which creates the ledger")
+    return rows
+
+
+def _require_valid_lines(view: LedgerView, cosignatures: Iterable[tuple[Checkpoint, Cosignature]]) -> None:
+    """Raise for an invalid line. A line that is lost by damage would otherwise move an entry's time."""
+    for checkpoint, line in cosignatures:
+        members = view.council(checkpoint.size).members
+        if not any(line.is_valid_for(checkpoint.body(), member) for member in members):
+            raise damaged_error(f"A co-signature of {checkpoint.size} entries is invalid")
+
+
+def _pinned(note: bytes, newest: Checkpoint, roots: dict[int, bytes]) -> SignedNote:
+    """Return the pinned checkpoint with its lines, if the bundle proves that tree."""
+    checkpoint, lines = checkpoints.parse_signed_note(note)
+    if checkpoint.origin != newest.origin:
         raise ClaimError(
-            "the bundle is from a forked ledger: its tree is not the pinned one"
-            if known
-            else f"the bundle proves nothing about a head of {found.size} entries; ask for one against it",
+            "The pinned checkpoint belongs to another ledger. Pass one of the bundle's ledger.", field="head"
+        )
+    if checkpoint.size not in roots:
+        raise ClaimError(
+            f"The bundle proves nothing about a checkpoint of {checkpoint.size} entries. Get a bundle that "
+            "extends it.",
             field="head",
         )
-    return found
+    if roots[checkpoint.size] != checkpoint.root:
+        raise ClaimError(
+            "The bundle is from a forked ledger: its tree differs from the pinned one. Do not accept it.",
+            field="head",
+        )
+    return checkpoint, lines
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[_Zip]:
-    try:
-        size = path.stat().st_size
-        if size > MAX_BUNDLE or not path.is_file():
-            raise _damaged("is no file of at most 6 GiB")
-        with zipfile.ZipFile(path) as file:
-            yield _Zip(file, size)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeDecodeError, OverflowError):
-        raise _damaged("is no readable ZIP") from None
-    except OSError as error:
-        raise ClaimError(f"{path}: {error.strerror or error}; give a bundle", field="bundle") from None
-    except KeyMaterialError as error:
-        raise ClaimError(str(error)) from None
-    except LedgerError as error:
-        raise ClaimError(f"its entries are no ledger: {error}", field="bundle") from None
-
-
-def _damaged(what: str) -> ClaimError:
-    return ClaimError(f"{what}; get it again from whoever wrote it", field="bundle")
-
-
-def to_json(checked: Checked) -> dict[str, Any]:
-    """JSON-ready: standing, sentence, numbers, votes, times, the head that it rests on."""
+def to_json(checked: CheckedBundle) -> dict[str, Any]:
+    """Return standing, sentence, numbers and checkpoint of a checked bundle as JSON values."""
     standing = checked.dispute.standings[0]
+    checkpoint = checked.checkpoint
     return {
         "claim": checked.entry.leaf.hex(),
         "standing": standing.standing,
@@ -328,8 +281,8 @@ def to_json(checked: Checked) -> dict[str, Any]:
         "sentence": standing.sentence,
         "numbers": standing.numbers,
         "ledger": checked.view.origin.hex(),
-        "head": {"size": checked.head.size, "root": checked.head.root.hex(), "pinned": checked.pinned},
+        "head": {"size": checkpoint.size, "root": checkpoint.root.hex(), "pinned": checked.pinned},
         "suspect": checked.claim.suspect.hex(),
-        "remarks": list(checked.view.remarks),
-        "caveat": "A bundle cannot show that nothing else is in the ledger; ask the ledger for that.",
+        "remarks": list(checked.view.warnings),
+        "caveat": "A bundle cannot show that the ledger lacks further entries. Check the ledger for that.",
     }

@@ -1,4 +1,4 @@
-"""Has a model already left? A commitment made after that proves nothing about who was first."""
+"""Check for an earlier disclosure of a model. A commitment made after one proves nothing about order."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from mtlsign.claims.statements.types import Claim, Exhibit, Register
 from mtlsign.errors import StorageError
 from mtlsign.storage.locations import open_file
 
-_PUBLIC = {"public", "public_html", "htdocs", "wwwroot"}
+_PUBLIC_FOLDERS = {"public", "public_html", "htdocs", "wwwroot"}
 
 
 def first_disclosure(view: LedgerView, digest: bytes) -> int | None:
-    """The first entry of a ledger that names the model openly."""
+    """Return the index of the first entry of a ledger that names the model's digest openly, or None."""
     for entry in view.entries.values():
-        said = entry.statement
-        if isinstance(said, Register) and digest in [d for _, d in said.models]:
+        statement = entry.statement
+        if isinstance(statement, Register) and digest in [d for _, d in statement.models]:
             return entry.index
-        if isinstance(said, Claim) and digest in (said.suspect, said.model):
+        if isinstance(statement, Claim) and digest in (statement.suspect, statement.model):
             return entry.index
-        if isinstance(said, Exhibit) and said.model == digest:
+        if isinstance(statement, Exhibit) and statement.model == digest:
             return entry.index
     return None
 
 
 def is_publicly_readable(location: str, *, endpoint: str | None = None) -> bool:
-    """Whether anybody can read the model where it lies.
+    """Return whether the model at `location` can be read without credentials.
 
-    On S3: a request for it without any credentials is answered. A local folder: it lies below one that is
-    called `public`, `public_html`, `htdocs` or `wwwroot`; more cannot be known from here.
+    On S3, an unsigned request for the model decides. A local model counts as public if it is below a folder
+    named `public`, `public_html`, `htdocs` or `wwwroot`; nothing else can be determined locally.
 
     Raises:
-        StorageError: a malformed location, or a server that does not answer.
+        StorageError: the location is malformed, or the server does not answer.
     """
     if not location.startswith("s3:"):
-        return bool(_PUBLIC & set(Path(location).resolve().parts))
+        return bool(_PUBLIC_FOLDERS & set(Path(location).resolve().parts))
     import boto3
     from botocore import UNSIGNED
     from botocore.config import Config
@@ -49,7 +49,7 @@ def is_publicly_readable(location: str, *, endpoint: str | None = None) -> bool:
         path = f"{path.rstrip('/')}/{MODEL_FILE}"
     storage, name = open_file(path + mark + query, endpoint=endpoint)
     if not isinstance(storage, S3Storage):
-        raise StorageError(f"{location} is no S3 location; mend it", field="model")
+        raise StorageError(f"{location} is not an S3 location. Use s3://BUCKET/PREFIX.", field="model")
     config = Config(
         signature_version=UNSIGNED,
         s3={"addressing_style": "path"},
@@ -58,11 +58,11 @@ def is_publicly_readable(location: str, *, endpoint: str | None = None) -> bool:
         retries={"total_max_attempts": 2, "mode": "standard"},
         ignore_configured_endpoint_urls=True,  # type: ignore[call-arg]  # the stubs lack it
     )
-    at = storage.connection
+    connection = storage.connection
     client = boto3.session.Session().client(
         "s3",
-        endpoint_url=f"{at.scheme}://{at.host}" if at.host else None,
-        region_name=at.region or "us-east-1",
+        endpoint_url=f"{connection.scheme}://{connection.host}" if connection.host else None,
+        region_name=connection.region or "us-east-1",
         config=config,
     )
     try:
@@ -70,5 +70,8 @@ def is_publicly_readable(location: str, *, endpoint: str | None = None) -> bool:
     except ClientError:
         return False
     except BotoCoreError as error:
-        raise StorageError(f"cannot ask whether {location} is public: {error}", field="model") from None
+        raise StorageError(
+            f"The server did not answer whether {location} is public: {error}. Check the endpoint.",
+            field="model",
+        ) from None
     return True

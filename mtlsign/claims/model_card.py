@@ -1,4 +1,4 @@
-"""A block for a model card: where a release was committed, and how anybody checks that."""
+"""Blocks for a model card: commitment of a release, result of a claim, and commands to check them."""
 
 from __future__ import annotations
 
@@ -9,39 +9,40 @@ BEGIN, END = "<!-- mtlsign {}: begin -->", "<!-- mtlsign {}: end -->"
 PROVENANCE, CLAIM = "provenance", "claim"
 
 
-def provenance_block(done: Mapping[str, Any]) -> str:
-    """Markdown from the result of `commands.publish`. It reveals nothing about the key."""
-    head = done["head"]
+def provenance_block(result: Mapping[str, Any]) -> str:
+    """Return the Markdown block for a result of `commands.owner.publish`. It reveals no key."""
+    checkpoint = result["head"]
     lines = [
         "## Provenance",
         "",
-        f"This model (SHA-256 `{done['model_digest']}`) was committed before it was released, as entry "
-        f"{done['index']} of the ledger `{head['origin']}`.",
+        f"This model (SHA-256 `{result['model_digest']}`) was committed before it was released, as entry "
+        f"{result['index']} of the ledger `{checkpoint['origin']}`.",
         "",
         "| | |",
         "|---|---|",
-        f"| entry | `{done['id']}` |",
-        f"| head | {head['size']} entries, root `{head['root']}` |",
-        f"| co-signed by | {len(head['cosigned'])} of the council |",
+        f"| entry | `{result['id']}` |",
+        f"| checkpoint | {checkpoint['size']} entries, root `{checkpoint['root']}` |",
+        f"| co-signed by | {len(checkpoint['cosigned'])} of the council |",
         "",
-        f"Check it: `python jobs/ledger.py prove --ledger LEDGER --index {done['index']}`",
+        f"Check it: `python jobs/ledger.py prove --ledger LEDGER --index {result['index']}`",
     ]
     return _block(PROVENANCE, lines)
 
 
-def claim_block(done: Mapping[str, Any]) -> str:
-    """Markdown from the result of an offline check (`bundle.to_json`)."""
+def claim_block(result: Mapping[str, Any]) -> str:
+    """Return the Markdown block for the result of an offline check (`bundle.to_json`)."""
+    votes = ", ".join(f"{count} {status}" for status, count in result["numbers"]["votes"].items())
     lines = [
         "## Ownership claim",
         "",
-        f"**{done['standing']}** — {done['sentence']}",
+        f"**{result['standing']}** — {result['sentence']}",
         "",
         "| | |",
         "|---|---|",
-        f"| accused model | `{done['suspect']}` |",
-        f"| claim | `{done['claim']}` |",
-        f"| ledger | `{done['ledger']}`, head of {done['head']['size']} entries |",
-        f"| votes | {', '.join(f'{n} {s}' for s, n in done['numbers']['votes'].items()) or 'none yet'} |",
+        f"| accused model | `{result['suspect']}` |",
+        f"| claim | `{result['claim']}` |",
+        f"| ledger | `{result['ledger']}`, checkpoint of {result['head']['size']} entries |",
+        f"| votes | {votes or 'none yet'} |",
         "",
         "Check it: `python jobs/verify.py --bundle claim.zip --head head.txt`",
     ]
@@ -53,7 +54,7 @@ def _block(kind: str, lines: list[str]) -> str:
 
 
 def insert_block(card: str, block: str) -> str:
-    """The card with the block, in place of an earlier one of its kind or at the end."""
+    """Return the card with the block, in place of an earlier block of its kind or at the end."""
     kind = next(kind for kind in (PROVENANCE, CLAIM) if block.startswith(BEGIN.format(kind)))
     before, mark, rest = card.partition(BEGIN.format(kind))
     if mark and END.format(kind) in rest:

@@ -1,7 +1,6 @@
-"""What an owner does with a ledger: found one, publish, register a suspect, claim; and what an accused
-answers.
+"""Operations of an owner or accused party on a ledger: create, publish, register, claim, exhibit.
 
-Every function may be called again after a failure: it finds what it already did and never does it twice.
+Every function can be called again after a failure: it detects completed steps and never repeats them.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from typing import TYPE_CHECKING
 from mtlsign.claims.blob_store import BlobStore
 from mtlsign.claims.exposure import first_disclosure
 from mtlsign.claims.judging.admissibility import find_claim, opened_keys
+from mtlsign.claims.kit_commitments import KitCommitments, commitment_salt, model_commitment, model_digest
 from mtlsign.claims.ledger.base import Ledger
 from mtlsign.claims.ledger.view import Entry, IncrementalReader, LedgerView
 from mtlsign.claims.ledger.witness import Witness
 from mtlsign.claims.ledger.witness_state import refuse_known_store
-from mtlsign.claims.statements import commitments
 from mtlsign.claims.statements.parsing import sign_statement
 from mtlsign.claims.statements.types import Claim, Exhibit, Membership, Publish, Ref, Register, Statement
-from mtlsign.errors import ClaimError, KeyMaterialError, LedgerError
+from mtlsign.errors import ClaimError, LedgerError
 from mtlsign.watermark.keys.identity import Identity
 
 if TYPE_CHECKING:
@@ -34,32 +33,50 @@ POLL_S = 0.5
 
 
 class Owner:
-    """An identity at a ledger. If it is a member of the council, it co-signs as its own witness."""
+    """Identity at a ledger. A council member co-signs as its own witness after each append.
+
+    Args:
+        identity: the author of statements.
+        ledger: the ledger.
+        witness_state: file of the witness; default: next to the default identity.
+        clock: returns POSIX seconds.
+    """
 
     def __init__(
-        self, identity: Identity, ledger: Ledger, memory: Path | None = None, clock: Clock = time.time
+        self,
+        identity: Identity,
+        ledger: Ledger,
+        witness_state: Path | None = None,
+        clock: Clock = time.time,
     ) -> None:
-        self.identity, self.ledger, self.memory, self.clock = identity, ledger, memory, clock
+        self.identity, self.ledger, self.witness_state, self.clock = identity, ledger, witness_state, clock
         self._reader = IncrementalReader(ledger)
 
+    @property
+    def public_key(self) -> bytes:
+        """Public key of the identity, 32 bytes."""
+        return self.identity.public_key
+
     def view(self) -> LedgerView:
-        """The ledger as it is now."""
+        """Return the current view of the ledger."""
         return self._reader.view()
 
     def append(self, statement: Statement) -> Ref:
-        """Sign, append and, as a member, co-sign; returns the entry."""
+        """Sign and append a statement, co-sign if the identity is a council member, and return the entry."""
         data = sign_statement(statement, self.identity)
         index = self.ledger.append(data)
         view = self.view()
         entry = view.entries[index]
         if entry.statement != statement:
-            raise LedgerError(f"entry {index} is not what was appended; trust it no more", field="ledger")
-        if self.identity.public_key in view.council(self.ledger.size()).members:
-            Witness(self.identity, self.ledger, self.memory, clock=self.clock).step()
+            raise LedgerError(
+                f"Entry {index} differs from the appended statement. Do not use this ledger.", field="ledger"
+            )
+        if self.public_key in view.council(self.ledger.size()).members:
+            Witness(self.identity, self.ledger, self.witness_state, clock=self.clock).run_once()
         return entry.ref
 
     def now(self) -> int:
-        """Our clock, whole seconds."""
+        """Return the time by the owner's clock in whole POSIX seconds."""
         return int(self.clock())
 
 
@@ -67,17 +84,26 @@ def create_ledger(
     owner: Owner, members: Sequence[bytes], *, threshold: int | None = None, bits: int = 120,
     window: int = 14 * 86_400,
 ) -> Ref:  # fmt: skip
-    """Make an empty ledger ours: its first entry names the council. Default threshold: more than half.
+    """Create a ledger by its first entry, which names the council.
+
+    Args:
+        owner: author of the entry.
+        members: public keys of the council members.
+        threshold: members that must agree; default: more than half.
+        bits: evidence in bits from which the council accepts.
+        window: seconds after a claim in which votes count.
 
     Raises:
-        LedgerError: the ledger has entries already, or its place is one where we are a witness of another.
+        LedgerError: the ledger has entries, or the owner is a witness of an earlier ledger in this store.
     """
     if owner.ledger.size():
-        raise LedgerError("is founded already; change its council with a membership", field="ledger")
-    if owner.identity.public_key in members:
-        refuse_known_store(owner.identity, owner.ledger.place, owner.memory)
+        raise LedgerError(
+            "The ledger exists already. Change its council with jobs/ledger.py members.", field="ledger"
+        )
+    if owner.public_key in members:
+        refuse_known_store(owner.identity, owner.ledger.store_id, owner.witness_state)
     statement = Membership(
-        signer=owner.identity.public_key,
+        signer=owner.public_key,
         ledger=None,
         time=owner.now(),
         members=tuple(sorted(set(members))),
@@ -87,35 +113,42 @@ def create_ledger(
     )
     ref = owner.append(statement)
     if ref.index != 0:
-        raise LedgerError("was founded by somebody else meanwhile; look at entry 0", field="ledger")
+        raise LedgerError("Another party created the ledger first. Inspect its entry 0.", field="ledger")
     return ref
 
 
 def publish(
     owner: Owner, kits: Sequence[OwnerKit], *, licence: str = "", recipient: str = ""
 ) -> tuple[Entry, Publish]:
-    """Commit to the keys, heads and marked model of one or more kits of one model, before it leaves.
+    """Commit to the keys, heads and marked model of the kits of one model, before the model is released.
 
-    The same kits with the same licence and recipient again: the publication that is there.
+    For the same kits, licence and recipient the existing publication is returned.
+
+    Args:
+        owner: owner of the kits.
+        kits: kits of one model, in the order in which their keys will be opened.
+        licence: public text.
+        recipient: public text.
 
     Raises:
-        KeyMaterialError: a kit is another identity's or damaged. ClaimError: the kits are for different
-            models.
+        KeyMaterialError: a kit is damaged or belongs to another identity.
+        ClaimError: the kits are for different models.
     """
-    view, keys = owner.view(), _keys(owner.identity, kits)
-    for entry, old in view.all(Publish):
-        if (old.licence, old.recipient) == (licence, recipient) and _is_of(owner, old, keys, kits):
-            return entry, old
+    view, committed = owner.view(), KitCommitments(owner.identity, kits)
+    for entry, publication in view.all(Publish):
+        has_same_texts = (publication.licence, publication.recipient) == (licence, recipient)
+        if has_same_texts and committed.matches(publication):
+            return entry, publication
     nonce = secrets.token_bytes(32)
     statement = Publish(
-        signer=owner.identity.public_key,
+        signer=owner.public_key,
         ledger=view.origin,
         time=owner.now(),
         nonce=nonce,
-        keys_root=commitments.keys_root(_hidden(owner, nonce, keys)),
-        keys_count=len(keys),
-        heads=commitments.commit_heads(_salt(owner, nonce, "head"), owner.identity.public_key, _heads(kits)),
-        model=_hidden_model(owner, nonce, _model(kits)),
+        keys_root=committed.keys_root(nonce),
+        keys_count=len(committed.keys),
+        heads=committed.heads_commitment(nonce),
+        model=committed.model_commitment(nonce),
         licence=licence,
         recipient=recipient,
     )
@@ -123,20 +156,29 @@ def publish(
     return owner.view().entries[ref.index], statement
 
 
-def find_publication(owner: Owner, view: LedgerView, kits: Sequence[OwnerKit]) -> tuple[Entry, Publish]:
-    """Our earliest publication of these kits, in their order. Raises ClaimError when there is none."""
-    keys = _keys(owner.identity, kits)
-    for entry, old in view.all(Publish):
-        if _is_of(owner, old, keys, kits):
-            return entry, old
-    raise ClaimError("is not published in this ledger; jobs/publish.py comes first", field="kit")
+def find_publication(view: LedgerView, committed: KitCommitments) -> tuple[Entry, Publish]:
+    """Return the owner's earliest publication of these kits in this order.
+
+    Raises:
+        ClaimError: there is none.
+    """
+    for entry, publication in view.all(Publish):
+        if committed.matches(publication):
+            return entry, publication
+    raise ClaimError("The kit is not published in this ledger. Run jobs/publish.py first.", field="kit")
 
 
 def register(owner: Owner, archive: BlobStore, models: Sequence[tuple[str, bytes]]) -> Ref:
-    """Archive suspects' bytes and stamp their digests: (name, safetensors bytes) each."""
-    found = tuple((name, archive.put(data)) for name, data in models)
+    """Archive suspect models and append an entry that timestamps their digests.
+
+    Args:
+        owner: author of the entry.
+        archive: receives the models.
+        models: (name, safetensors bytes) of each model.
+    """
+    digests = tuple((name, archive.put(data)) for name, data in models)
     statement = Register(
-        signer=owner.identity.public_key, ledger=owner.ledger.origin(), time=owner.now(), models=found
+        signer=owner.public_key, ledger=owner.ledger.origin(), time=owner.now(), models=digests
     )
     return owner.append(statement)
 
@@ -147,92 +189,121 @@ def claim(
     archive: BlobStore,
     suspect: bytes,
     *,
-    marked: bytes | None = None,
-    name: str = "suspect",
-    wait: float = 0.0,
+    own_model: bytes | None = None,
+    suspect_name: str = "suspect",
+    confirmation_timeout: float = 0.0,
 ) -> tuple[Entry, Claim]:
-    """Register a suspect, then open one key of a publication against it. The key is spent from then on.
+    """Register a suspect model, then open one key of a publication against it.
+
+    An opened key supports only claims on models that were registered before.
 
     Args:
-        owner: who published.
-        kits: the publication's kits, in its order.
-        archive: gets the suspect, the reference, a free head, and the marked model.
-        suspect: its safetensors bytes.
-        marked: the marked model's bytes; lineage wants them, the archive may have them already.
-        name: how the registration calls the suspect.
-        wait: seconds to wait until the registration is under a head that counts, *before* the key is opened.
-            With 0 the key is opened at once, and whoever can rewrite the store could still drop the
-            registration that precedes it.
+        owner: author of the publication.
+        kits: kits of the publication, in its order.
+        archive: receives the suspect, the reference, a trained head, and the marked model.
+        suspect: safetensors bytes of the suspect model.
+        own_model: bytes of the marked model, which the lineage needs; the archive may have them already.
+        suspect_name: name of the suspect in the registration.
+        confirmation_timeout: seconds to wait until a checkpoint confirms the registration, *before* the key
+            is opened. With 0 the key is opened at once; a party that can rewrite the store could then still
+            delete the registration.
 
     Raises:
-        ClaimError: not published, every key is spent, or the wait was in vain (nothing was opened then).
+        ClaimError: the kits are not published, every key is spent, or the registration was not confirmed in
+            time. No key was opened then.
     """
-    view = owner.view()
-    published, publication = find_publication(owner, view, kits)
+    view, committed = owner.view(), KitCommitments(owner.identity, kits)
+    published, publication = find_publication(view, committed)
     digest = hashlib.sha256(suspect).digest()
-    if marked is not None and hashlib.sha256(marked).digest() != _model(kits):
-        raise ClaimError("is not the model of the kit; give the one that was published", field="marked")
+    if own_model is not None and hashlib.sha256(own_model).digest() != committed.model_digest:
+        raise ClaimError(
+            "The model does not belong to the kit. Pass the model that was published.", field="own-model"
+        )
     opened = opened_keys(view, published.ref, owner.ledger.size())
-    for entry, old in view.all(Claim):
-        if (old.publish, old.suspect, old.signer) == (published.ref, digest, owner.identity.public_key):
-            return entry, old
-    archive.put(suspect)
-    for data in (marked, *(kit.reference for kit in kits), *(kit.head for kit in kits)):
-        if data is not None:
-            archive.put(data)
-    stamp, index = _stamp(view, digest, opened, publication.keys_count)
-    if stamp is None:
-        stamp = register(owner, archive, [(name, suspect)])
-    _wait(owner, stamp, wait)
-    keys, nonce = _keys(owner.identity, kits), publication.nonce
-    statement = Claim(
-        signer=owner.identity.public_key,
-        ledger=view.origin,
-        time=owner.now(),
-        publish=published.ref,
-        register=stamp,
-        suspect=digest,
-        opening=kits[index].opening,
-        key_index=index,
-        key_salt=_salt(owner, nonce, "key", keys[index]),
-        key_path=tuple(commitments.key_path(_hidden(owner, nonce, keys), index)),
-        heads=tuple(_heads(kits)),
-        heads_salt=_salt(owner, nonce, "head"),
-        model=_model(kits),
-        model_salt=_salt(owner, nonce, "model"),
+    for entry, earlier in view.all(Claim):
+        if (earlier.publish, earlier.suspect, earlier.signer) == (published.ref, digest, owner.public_key):
+            return entry, earlier
+    _archive_claim_parts(archive, suspect, own_model, kits)
+    registration, index = _choose_registration(view, digest, opened, publication.keys_count)
+    if registration is None:
+        registration = register(owner, archive, [(suspect_name, suspect)])
+    _wait_for_confirmation(owner, registration, confirmation_timeout)
+    statement = _claim_statement(
+        owner, committed, publication.nonce, published.ref, registration, digest, index
     )
     ref = owner.append(statement)
     return owner.view().entries[ref.index], statement
 
 
+def _claim_statement(
+    owner: Owner, committed: KitCommitments, nonce: bytes, publication: Ref, registration: Ref,
+    suspect: bytes, index: int,
+) -> Claim:  # fmt: skip
+    """Return the statement that opens key number `index` against the model with the digest `suspect`."""
+    return Claim(
+        signer=owner.public_key,
+        ledger=owner.ledger.origin(),
+        time=owner.now(),
+        publish=publication,
+        register=registration,
+        suspect=suspect,
+        opening=committed.kits[index].opening,
+        key_index=index,
+        key_salt=committed.key_salt(nonce, index),
+        key_path=committed.key_path(nonce, index),
+        heads=committed.heads,
+        heads_salt=commitment_salt(owner.identity, nonce, "head"),
+        model=committed.model_digest,
+        model_salt=commitment_salt(owner.identity, nonce, "model"),
+    )
+
+
+def _archive_claim_parts(
+    archive: BlobStore, suspect: bytes, own_model: bytes | None, kits: Sequence[OwnerKit]
+) -> None:
+    archive.put(suspect)
+    for data in (own_model, *(kit.reference for kit in kits), *(kit.head for kit in kits)):
+        if data is not None:
+            archive.put(data)
+
+
 def exhibit(owner: Owner, archive: BlobStore, claim_id: str, model: bytes) -> Ref:
-    """Answer a claim: show a model of ours that an earlier entry stamped, ours or a registration.
+    """Answer a claim with an own model that an earlier publication or registration timestamps.
+
+    Args:
+        owner: the accused party.
+        archive: receives the model.
+        claim_id: id or index of the claim.
+        model: safetensors bytes of the exhibited model.
 
     Raises:
-        ClaimError: no entry stamps that model for us.
+        ClaimError: no entry timestamps that model for this party.
     """
     view = owner.view()
-    accused, _ = find_claim(view, claim_id)
+    claim_entry, _ = find_claim(view, claim_id)
     digest = archive.put(model)
     salt: bytes | None = None
     stamp: Ref | None = None
-    for entry, old in view.all(Publish):
-        if old.signer == owner.identity.public_key and _hidden_model(owner, old.nonce, digest) == old.model:
-            stamp, salt = entry.ref, _salt(owner, old.nonce, "model")
+    for entry, publication in view.all(Publish):
+        is_own = publication.signer == owner.public_key
+        if is_own and model_commitment(owner.identity, publication.nonce, digest) == publication.model:
+            stamp, salt = entry.ref, commitment_salt(owner.identity, publication.nonce, "model")
             break
-    for entry, seen in view.all(Register):
-        if digest in [d for _, d in seen.models] and (stamp is None or entry.index < stamp.index):
+    for entry, registration in view.all(Register):
+        is_earlier = stamp is None or entry.index < stamp.index
+        if is_earlier and digest in [d for _, d in registration.models]:
             stamp, salt = entry.ref, None
             break
     if stamp is None:
         raise ClaimError(
-            "was stamped by no entry; only a model stamped earlier says something", field="model"
+            "No entry timestamps the model. Pass a model that was published or registered earlier.",
+            field="model",
         )
     statement = Exhibit(
-        signer=owner.identity.public_key,
+        signer=owner.public_key,
         ledger=view.origin,
         time=owner.now(),
-        claim=accused.ref,
+        claim=claim_entry.ref,
         stamp=stamp,
         model=digest,
         salt=salt,
@@ -241,85 +312,38 @@ def exhibit(owner: Owner, archive: BlobStore, claim_id: str, model: bytes) -> Re
 
 
 def already_disclosed(owner: Owner, kits: Sequence[OwnerKit]) -> int | None:
-    """The first entry that names the kits' marked model openly, None when the ledger never saw it."""
-    return first_disclosure(owner.view(), _model(kits))
+    """Return the index of the first entry that names the kits' marked model openly, or None."""
+    return first_disclosure(owner.view(), model_digest(kits))
 
 
-def _stamp(view: LedgerView, digest: bytes, opened: dict[int, int], count: int) -> tuple[Ref | None, int]:
-    """A registration to use (None: make one) and the number of the key to open against it."""
-    stamps = [entry.ref for entry, seen in view.all(Register) if digest in [d for _, d in seen.models]]
-    for index, at in sorted(opened.items()):  # an opened key still serves what was registered before
-        for stamp in stamps:
-            if stamp.index < at:
-                return stamp, index
-    following = len(opened)
-    if following >= count:
+def _choose_registration(
+    view: LedgerView, digest: bytes, opened: dict[int, int], count: int
+) -> tuple[Ref | None, int]:
+    """Return a registration to use (None: create one) and the number of the key to open against it."""
+    registrations = [
+        entry.ref for entry, statement in view.all(Register) if digest in [d for _, d in statement.models]
+    ]
+    for index, opening_entry in sorted(opened.items()):
+        for registration in registrations:  # an open key still supports models registered before it
+            if registration.index < opening_entry:
+                return registration, index
+    next_key = len(opened)
+    if next_key >= count:
         raise ClaimError(
-            f"all {count} keys of this publication are spent, and this suspect was registered after that; "
-            "an opened key supports nothing newer",
+            f"All {count} keys of this publication are spent, and an opened key does not support a model "
+            "registered later. Publish further keys before the next release.",
             field="kit",
         )
-    return (stamps[0] if stamps else None), following
+    return (registrations[0] if registrations else None), next_key
 
 
-def _wait(owner: Owner, stamp: Ref, seconds: float) -> None:
+def _wait_for_confirmation(owner: Owner, registration: Ref, seconds: float) -> None:
     end = time.monotonic() + seconds
-    while seconds > 0 and owner.view().time(stamp.index) is None:
+    while seconds > 0 and owner.view().time(registration.index) is None:
         if time.monotonic() > end:
             raise ClaimError(
-                f"it is entry {stamp.index}, not yet under a head that counts: no key was opened; "
-                "run again once the council has co-signed",
-                field="wait",
+                f"The registration (entry {registration.index}) is not under a confirmed checkpoint yet; no "
+                "key was opened. Run the job once more when the council has co-signed.",
+                field="confirmation-timeout",
             )
         time.sleep(POLL_S)
-
-
-def _keys(identity: Identity, kits: Sequence[OwnerKit]) -> list[bytes]:
-    if not kits:
-        raise ClaimError("is missing; give at least one", field="kit")
-    keys = []
-    for kit in kits:
-        if kit.opening.public_key != identity.public_key:
-            raise KeyMaterialError("is another identity's; give --owner of the kit", field="kit")
-        keys.append(kit.opening.key())
-    if len(set(keys)) != len(keys):
-        raise ClaimError("the same key twice; give different kits", field="kit")
-    return keys
-
-
-def _model(kits: Sequence[OwnerKit]) -> bytes:
-    digests = {str(kit.info.get("model_digest")) for kit in kits}
-    try:
-        if len(digests) != 1:
-            raise ClaimError("kits are for different models; publish them apart", field="kit")
-        found = bytes.fromhex(digests.pop())
-        if len(found) != 32:
-            raise ValueError
-    except ValueError:
-        raise KeyMaterialError("names no model digest; take the kit as it was written", field="kit") from None
-    return found
-
-
-def _heads(kits: Sequence[OwnerKit]) -> list[bytes | None]:
-    return [None if kit.head is None else hashlib.sha256(kit.head).digest() for kit in kits]
-
-
-def _salt(owner: Owner, nonce: bytes, kind: str, *about: bytes) -> bytes:
-    return commitments.derive_salt(owner.identity.kit_key, nonce, kind, *about)
-
-
-def _hidden(owner: Owner, nonce: bytes, keys: Sequence[bytes]) -> list[bytes]:
-    return [commitments.commit_key(_salt(owner, nonce, "key", key), key) for key in keys]
-
-
-def _hidden_model(owner: Owner, nonce: bytes, digest: bytes) -> bytes:
-    return commitments.commit_model(_salt(owner, nonce, "model"), owner.identity.public_key, digest)
-
-
-def _is_of(owner: Owner, old: Publish, keys: Sequence[bytes], kits: Sequence[OwnerKit]) -> bool:
-    return (
-        old.signer == owner.identity.public_key
-        and old.keys_count == len(keys)
-        and old.keys_root == commitments.keys_root(_hidden(owner, old.nonce, keys))
-        and old.model == _hidden_model(owner, old.nonce, _model(kits))
-    )

@@ -1,87 +1,126 @@
-"""How a job meets the terminal: flags from a settings class, one live line, exit codes.
+"""Command-line helpers: settings of a job from its flags, the outcome of a job as an exit code.
 
-0 = it ran (a verdict, whatever it says, is in the output); 2 = bad input or an unreachable service, told in
-one line; 1 = a bug, with its traceback; 130 = interrupted.
+Exit codes: 0, the job ran (its verdict is in the output); 2, invalid input or unreachable service, with one line on
+stderr; 1, a defect of the program, with its traceback; 130, interrupted.
 """
 
 from __future__ import annotations
 
-import argparse
+import inspect
 import os
 import sys
-import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
-from mtlsign.config.base import Settings, nearest, read_config
-from mtlsign.errors import MTLSignError, SettingsError
+from mtlsign.config.base import Settings
+from mtlsign.config.sources import command_line
+from mtlsign.errors import MTLSignError
+from mtlsign.reports import console
 
 S = TypeVar("S", bound=Settings)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message}; see --help")
+def parse(kind: type[S], argv: Sequence[str], *, description: str = "", program: str | None = None) -> S:
+    """Return settings from flags, environment, `--config FILE` and defaults, in this order of precedence.
+
+    Args:
+        kind: the settings class.
+        argv: arguments of the command line.
+        description: text above the list of settings in the help.
+        program: name of the program in the help [that of this process].
+
+    Raises:
+        SettingsError: a name or value is invalid; the message names the nearest setting.
+        SystemExit: the help was requested and printed.
+    """
+    program = program or os.path.basename(sys.argv[0])
+    return kind.of(command_line(kind, argv, description=description, program=program))
 
 
-def parse(
-    kind: type[S], argv: Sequence[str], *, description: str, aliases: Mapping[str, str] | None = None
-) -> S:
-    """Settings from flags and, below them, `--config FILE`. Raises `SettingsError` with the nearest name."""
-    parser = _Parser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", type=Path, help="YAML file with any of these settings; flags win over it")
-    names = {}
-    for field, info in kind.model_fields.items():
-        name = info.alias or field
-        names[name] = field
-        flag = "--" + name.replace("_", "-")
-        default = (
-            ""
-            if info.is_required() or info.default is None or info.default is False
-            else f" [{info.default}]"
+@dataclass(frozen=True)
+class Output:
+    """Result of a job: a JSON document for `--json`, lines for a person otherwise."""
+
+    document: Any
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Job(Generic[S]):
+    """A function of settings as a command: it parses flags, prints the output and sets the exit code."""
+
+    kind: type[S]
+    function: Callable[[S], Output | None]
+    name: str
+    description: str
+    positional: str | None
+    variants: Mapping[str, Job[Any]]
+
+    def __call__(self, argv: Sequence[str]) -> None:
+        """Run the job with these arguments.
+
+        Raises:
+            MTLSignError: the input is invalid or a service cannot be reached.
+        """
+        for name, variant in self.variants.items():
+            if any(word.split("=")[0] == f"--{name}" for word in argv):
+                variant(argv)
+                return
+        if self.positional is not None and argv and not argv[0].startswith("-"):
+            argv = [f"--{self.positional}={argv[0]}", *argv[1:]]
+        settings = parse(self.kind, argv, description=self.description, program=f"mtlsign {self.name}")
+        output = self.function(settings)
+        if output is None:
+            return
+        if settings.json_output:
+            console.print_json(output.document)
+        elif output.text:
+            print(output.text)
+
+    def run(self, argv: Sequence[str] | None = None) -> NoReturn:
+        """Run the job as the program of this process. Own tasks and models are imported from its folder."""
+        folder = str(Path.cwd())
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+        run(self, argv, resumes="resume" in self.kind.model_fields)
+
+
+def job(
+    kind: type[S],
+    *,
+    name: str | None = None,
+    positional: str | None = None,
+    variants: Mapping[str, Job[Any]] | None = None,
+) -> Callable[[Callable[[S], Output | None]], Job[S]]:
+    """Turn a function of settings into a command.
+
+    Args:
+        kind: the settings class; its fields are the flags.
+        name: name of the command [that of the function].
+        positional: setting that the first argument gives if it is not a flag.
+        variants: commands that run instead when their flag is present.
+    """
+
+    def decorate(function: Callable[[S], Output | None]) -> Job[S]:
+        command = name or function.__name__.replace("_", "-")
+        return Job(
+            kind, function, command, inspect.cleandoc(function.__doc__ or ""), positional, variants or {}
         )
-        text = (info.description or "").replace("%", "%%") + default
-        if info.annotation is bool:
-            parser.add_argument(
-                flag, dest=name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
-            )
-        else:
-            many = "append" if (aliases or {}).get(name) == "append" else "store"
-            metavar = _metavar(info.annotation)
-            parser.add_argument(
-                flag, dest=name, default=argparse.SUPPRESS, metavar=metavar, help=text, action=many
-            )
-    given, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        word = unknown[0].lstrip("-").split("=")[0]
-        raise SettingsError(
-            f"unknown setting; {nearest(word, set(names) | {'config'})}", field=unknown[0].split("=")[0]
-        )
-    values = vars(given)
-    config = values.pop("config", None)
-    values = {name: ",".join(value) if isinstance(value, list) else value for name, value in values.items()}
-    return kind.of({**(read_config(config) if config else {}), **values})
 
-
-def _metavar(annotation: Any) -> str:
-    args = [a for a in typing.get_args(annotation) if a is not type(None)]
-    if typing.get_origin(annotation) is typing.Literal:
-        return "|".join(map(str, typing.get_args(annotation)))
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union) and len(args) == 1:
-        return _metavar(args[0])
-    return {int: "INT", float: "FLOAT", str: "TEXT", Path: "FILE"}.get(annotation, "VALUE")
+    return decorate
 
 
 def run(
     main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None, *, resumes: bool = False
 ) -> NoReturn:
-    """Call `main(argv)` and turn its outcome into an exit code (see the module's docstring).
+    """Call `main(argv)` and exit with the code of its outcome.
 
-    `resumes` says that the job has `--resume`, which is told to whoever interrupts it.
+    Args:
+        main: the job.
+        argv: its arguments [those of this process].
+        resumes: whether the job has `--resume`, which the message of an interruption then names.
     """
     try:
         main(sys.argv[1:] if argv is None else argv)
@@ -89,8 +128,8 @@ def run(
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        how = "; a run goes on with --resume NAME" if resumes else ""
-        print(f"interrupted{how}", file=sys.stderr, flush=True)
+        hint = "; continue with --resume NAME" if resumes else ""
+        print(f"interrupted{hint}", file=sys.stderr, flush=True)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,43 +1,59 @@
-"""What `jobs/reproduce.py` takes."""
+"""Settings of `mtlsign reproduce`."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from mtlsign.config.base import Settings
+from mtlsign.config import renamed
+from mtlsign.config.base import Settings, Texts
+from mtlsign.config.embed import MAX_WIDTH
+from mtlsign.config.mixins import RESUMABLE, RunPlacement, RunStorage, TaskData
 
-_RUN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
-
-Study = Literal["ablation", "overwriting", "thresholds", "attacks", "controls"]
+Study = Literal["ablation", "overwriting", "random_keys", "attacks", "perturbation_ablation"]
 
 
-class ReproduceSettings(Settings):
-    """Settings of a study of the paper, repeated with seeds and spread."""
+class ReproduceSettings(RunStorage, RunPlacement, TaskData, Settings):
+    """Settings of a study of the paper, repeated with several seeds."""
+
+    renamed: ClassVar[Mapping[str, str]] = renamed.REPRODUCE
+    common: ClassVar[tuple[str, ...]] = (
+        "study",
+        "task",
+        "data",
+        "width",
+        "heads",
+        "seeds",
+        "set",
+        "workers",
+        "storage",
+        "resume",
+    )
+    resumable: ClassVar[frozenset[str]] = Settings.resumable | RESUMABLE
 
     # fmt: off
-    study: Study = Field(description="ablation (Fig. 5), overwriting (Table 3), thresholds (random keys, section 4.1), attacks (the whole table), controls (what each kind of snapshot does)")
+    study: Study = Field(description="ablation (Fig. 5), overwriting (Table 3), random_keys (section 4.1), attacks (the whole table), perturbation_ablation (effect of each kind of perturbation)")
     task: str = Field("fashion-mnist", min_length=1, max_length=200, description="primary task")
-    data: Path | None = Field(None, description="data root in torchvision's layout, on every node")
-    download: bool = Field(False, description="let torchvision download missing data")
     model: str = Field("resnet18", min_length=1, max_length=200, description="model")
-    width: int | None = Field(16, ge=4, le=256, description="channels of the first stage; 64 is full size")
+    width: int | None = Field(16, ge=4, le=MAX_WIDTH, description="channels of the first stage; 64 is full size")
     heads: str = Field("free,keyed", pattern=r"^(free|keyed)(,(free|keyed))?$", description="heads to study: free, keyed or both")
     seeds: int = Field(3, ge=1, le=1000, description="repetitions, each with its own W0, key and attackers")
     epochs: str = Field("50/150/250/350", pattern=r"^\d{1,4}(/\d{1,4}){0,9}$", description="overwriting: epochs")
-    units: Literal["channels", "weights"] = Field("channels", description="ablation: what NP and FP prune; the paper says neurons")
-    keys: int = Field(5000, ge=10, le=1_000_000, description="thresholds: random keys")
-    attacks: str | None = Field(None, min_length=1, max_length=20_000, description="attacks, controls, overwriting: what every embedding meets, as for jobs/attack.py [the study's own]")
-    fixed: str = Field("", max_length=4000, description="further settings of every embedding: epochs=6,steps=300")
-    # where it runs
-    workers: int | None = Field(None, ge=0, le=4096, description="embeddings at a time [as many as fit]; 0 = one after the other in this process, without Ray")
+    units: Literal["channels", "weights"] = Field("channels", description="ablation: units that NP and FP prune; the paper names neurons")
+    keys: int = Field(5000, ge=10, le=1_000_000, description="random_keys: number of keys")
+    attacks: str | None = Field(None, min_length=1, max_length=20_000, description="attacks, perturbation_ablation, overwriting: attacks on every embedding, as for jobs/attack.py [those of the study]")
+    overrides: Texts = Field((), alias="set", max_length=200, description="further setting of every embedding, NAME=VALUE such as phase1.epochs=6; repeat the flag")
+    # resources
+    workers: int | None = Field(None, ge=0, le=4096, description="concurrent embeddings [as many as the resources allow]; 0: this process alone, without Ray")
     cpus_per_worker: int = Field(1, ge=1, le=1024, description="CPUs of each embedding")
-    gpus_per_worker: float = Field(0, ge=0, le=16, description="GPUs of each embedding")
-    # what is kept
-    storage: str = Field("mtlsign-store", min_length=1, max_length=4096, description="local folder or s3://bucket/prefix")
-    run: str | None = Field(None, pattern=_RUN, description="run name [unique]")
-    resume: str | None = Field(None, pattern=_RUN, description="go on with this interrupted study")
-    seed: int = Field(0, ge=0, lt=2**31, description="first seed")
     # fmt: on
+
+    @field_validator("study", mode="before")
+    @classmethod
+    def _current_name(cls, value: Any) -> Any:
+        """Refuse the old name of a study with its new name."""
+        if value in renamed.STUDIES:
+            raise ValueError(f"{value!r} was renamed: use {renamed.STUDIES[value]!r}")
+        return value

@@ -1,52 +1,54 @@
-"""What `jobs/sweep.py` takes."""
+"""Settings of `mtlsign sweep`."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from mtlsign.config.base import Settings
+from mtlsign.config import renamed
+from mtlsign.config.base import Settings, Texts
+from mtlsign.config.embed import MAX_WIDTH
+from mtlsign.config.mixins import MIN_EVIDENCE_BITS, RESUMABLE, RunPlacement, RunStorage, TaskData
 
-_RUN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 
-#: What `--resume` may change: where and how the rest runs, not what is computed.
-CHANGEABLE = frozenset(
-    (
-        *("owner", "passphrase_file", "endpoint", "storage", "data", "download"),
-        *("workers", "max_concurrent", "cpus_per_worker", "gpus_per_worker", "max_failures"),
-        *("resume", "keep_checkpoints", "json_output", "quiet"),
+class SweepSettings(RunStorage, RunPlacement, TaskData, Settings):
+    """Settings of a sweep: a space of `EmbedSettings`, the attacks on every cell, and the resources."""
+
+    renamed: ClassVar[Mapping[str, str]] = renamed.SWEEP
+    common: ClassVar[tuple[str, ...]] = (
+        "space",
+        "task",
+        "data",
+        "set",
+        "attacks",
+        "num_samples",
+        "workers",
+        "storage",
+        "resume",
+        "seed",
     )
-)
-
-
-class SweepSettings(Settings):
-    """Settings of a sweep: a space of `EmbedSettings`, what attacks every cell, and where cells run."""
+    resumable: ClassVar[frozenset[str]] = (
+        Settings.resumable | RESUMABLE | {"keep_checkpoints", "max_concurrent"}
+    )
 
     # fmt: off
     space: str = Field("smoke", min_length=1, max_length=200, description="smoke, paper_grid, or package.module:function")
-    task: str | None = Field(None, min_length=1, max_length=200, description="primary task, over the space's")
-    data: Path | None = Field(None, description="data root in torchvision's layout, on every node")
-    download: bool = Field(False, description="let torchvision download missing data")
-    model: str | None = Field(None, min_length=1, max_length=200, description="model, over the space's")
-    width: int | None = Field(None, ge=4, le=256, description="channels of the first stage, over the space's")
-    fixed: str = Field("", max_length=4000, description="further settings of every cell: epochs=6,steps=300")
-    attacks: str = Field("ftal:lr=quarter,epochs=3,prune:ratio=0.6", min_length=1, max_length=20_000, description="what every cell's model meets, as for jobs/attack.py")
-    bits: float = Field(120.0, ge=0, le=4096, description="evidence bits from which a claim is accepted")
-    max_drop: float = Field(0.3, ge=0, le=100, description="points of validation accuracy that a recommended cell may lose")
-    num_samples: int = Field(1, ge=1, le=10_000, description="repetitions: each with its own seed, or its own draw where the space draws")
-    scheduler: Literal["fifo", "asha", "median"] = Field("fifo", description="stop weak cells early: asha, median; fifo finishes all")
-    # where it runs
-    workers: int | None = Field(None, ge=0, le=4096, description="cells at a time, each in a process of its own [as many as fit]; 0 = one after the other in this process, without Ray")
-    max_concurrent: int | None = Field(None, ge=1, le=4096, description="at most so many cells at a time, of the workers")
+    task: str | None = Field(None, min_length=1, max_length=200, description="primary task, instead of that of the space")
+    model: str | None = Field(None, min_length=1, max_length=200, description="model, instead of that of the space")
+    width: int | None = Field(None, ge=4, le=MAX_WIDTH, description="channels of the first stage, instead of those of the space")
+    overrides: Texts = Field((), alias="set", max_length=200, description="further setting of every cell, NAME=VALUE such as phase1.epochs=6; repeat the flag")
+    attacks: str = Field("ftal:lr=quarter,epochs=3,prune:ratio=0.6", min_length=1, max_length=20_000, description="attacks on the model of every cell, as for jobs/attack.py")
+    min_evidence_bits: float = Field(120.0, ge=0, le=4096, description=MIN_EVIDENCE_BITS)
+    max_accuracy_drop: float = Field(0.3, ge=0, le=100, description="percentage points of validation accuracy that a recommended cell may lose")
+    num_samples: int = Field(1, ge=1, le=10_000, description="repetitions: each has its own seed, or its own random values where the space draws them")
+    scheduler: Literal["fifo", "asha", "median"] = Field("fifo", description="asha, median: stop weak cells early; fifo: finish all")
+    # resources
+    workers: int | None = Field(None, ge=0, le=4096, description="concurrent cells, each in its own process [as many as the resources allow]; 0: this process alone, without Ray")
+    max_concurrent: int | None = Field(None, ge=1, le=4096, description="upper limit of concurrent cells")
     cpus_per_worker: int = Field(1, ge=1, le=1024, description="CPUs of each cell")
-    gpus_per_worker: float = Field(0, ge=0, le=16, description="GPUs of each cell")
     max_failures: int = Field(3, ge=0, le=1000, description="restarts of a cell after a lost worker or node")
-    # what is kept
-    storage: str = Field("mtlsign-store", min_length=1, max_length=4096, description="local folder or s3://bucket/prefix")
-    run: str | None = Field(None, pattern=_RUN, description="run name [unique]")
-    resume: str | None = Field(None, pattern=_RUN, description="go on with this interrupted sweep; finished cells stay")
-    keep_checkpoints: bool = Field(False, description="keep W0 and the cells' (secret) checkpoints after success")
-    seed: int = Field(0, ge=0, lt=2**31, description="seed of the first repetition: splits, initialisation, key, attackers")
+    # outputs
+    keep_checkpoints: bool = Field(False, description="keep W0 and the (secret) checkpoints of the cells after success")
     # fmt: on

@@ -1,28 +1,38 @@
-"""mtlsign.config.verify."""
+"""Settings of `mtlsign verify`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from mtlsign.config.base import Settings
+from mtlsign.config import renamed
+from mtlsign.config.base import Settings, Texts
+from mtlsign.config.mixins import KIT_PASSPHRASE_FILE, MIN_EVIDENCE_BITS, TRUSTED_FACTORY
 
 
 class VerifySettings(Settings):
-    """What `jobs/verify.py` takes. `bits` and `gamma` are the verifier's policy, never the claimant's."""
+    """Settings of a verification. `min_evidence_bits` and `gamma` are the policy of the verifier."""
+
+    renamed: ClassVar[Mapping[str, str]] = renamed.VERIFY
+    common: ClassVar[tuple[str, ...]] = (
+        "model",
+        "kit",
+        "kit_passphrase_file",
+        "min_evidence_bits",
+        "trusted_factory",
+        "owner",
+        "json",
+    )
 
     # fmt: off
-    model: str = Field(min_length=1, max_length=65_536, description="model folder or .safetensors file, local or s3://; several with commas")
+    models: Annotated[Texts, Field(alias="model", min_length=1, max_length=1000, description="model folder or .safetensors file, local or s3://; repeat the flag for several")]
     kit: str = Field(min_length=1, max_length=4096, description="owner kit folder")
-    kit_passphrase_file: Path | None = Field(None, description="file whose first line opens the kit, where it was sealed with a passphrase")
-    bits: float = Field(120.0, ge=0, le=4096, description="evidence bits from which a claim is accepted")
-    gamma: float = Field(0.7, gt=0.5, le=1, description="the paper's threshold, shown beside the exact tail")
-    controls: int = Field(5, ge=0, le=1000, description="wrong keys tried on the same suspect")
-    factory: str | None = Field(None, max_length=200, description="own architecture that you trust, package.module:function; imported only if named here")
+    kit_passphrase_file: Path | None = Field(None, description=KIT_PASSPHRASE_FILE)
+    min_evidence_bits: float = Field(120.0, ge=0, le=4096, description=MIN_EVIDENCE_BITS)
+    gamma: float = Field(0.7, gt=0.5, le=1, description="threshold of the paper, shown with the exact tail probability")
+    control_keys: int = Field(5, ge=0, le=1000, description="random keys tried on the same model for comparison")
+    trusted_factory: str | None = Field(None, max_length=200, description=TRUSTED_FACTORY)
     # fmt: on
-
-    @property
-    def models(self) -> list[str]:
-        """The places to look at, in order."""
-        return [place.strip() for place in self.model.split(",") if place.strip()]

@@ -1,1 +1,1 @@
-"""The only rooms that import ray: training over many workers, sweeps, the service."""
+"""Backends on Ray: embedding, attacks, sweeps and the verification service. Nothing else imports Ray."""

@@ -1,9 +1,9 @@
-"""Embedding over Ray Train: the two phases are two `fit()` calls, and between them the driver signs the spec.
+"""Embedding backend on Ray Train: one `fit()` call for each phase; the driver signs the spec in between.
 
-A phase runs on any number of workers on any number of nodes. It checkpoints to the run's storage (every
-epoch of phase 1, every 50 steps of phase 2) and goes on from there after a lost worker, node or driver, also
-on another number of workers. Keys travel to the workers as objects, never as `train_loop_config`, which Ray's
-dashboard shows.
+A phase runs on any number of workers on any number of nodes. It stores checkpoints in the run's folder (every
+epoch of phase 1, every 50 steps of phase 2). After losing a worker, a node or the driver, it continues from
+the last checkpoint, also with another number of workers. Keys travel to the workers as objects, never as
+`train_loop_config`, because Ray's dashboard shows that.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import ClusterError, MTLSignError
-from mtlsign.models.loading import InputSpec
+from mtlsign.models.input_spec import InputSpec
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.watermark.embedding import pipeline
 from mtlsign.watermark.embedding.pipeline import ProgressCallback
@@ -44,57 +44,68 @@ from mtlsign.watermark.embedding.worker import State, sum_over_group
 from mtlsign.watermark.keys.opening import KeyOpening
 from mtlsign.watermark.verification.reference import Reference
 
-_STATE = "state.pt"
+_STATE_FILE = "state.pt"
+_CHECKPOINTS_KEPT = 2
 
 
 def embed_on_ray(
     settings: EmbedSettings,
     *,
-    show: ProgressCallback | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    on_progress: ProgressCallback | None = None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> EmbeddingResult:
-    """The main job on Ray: join or start a cluster, run `embedding.run` there.
+    """Run the embedding job on Ray: join or start a cluster and run both phases there.
 
     Args:
-        s: the settings.
-        show: called on the driver with rows of progress.
-        say: called with lines for a person.
+        settings: the settings of the job.
+        on_progress: called on the driver with rows of progress.
+        log: called with lines for the terminal.
+
+    Returns:
+        The marked model, the owner kit and the metrics.
 
     Raises:
-        MTLSignError: bad input, no room, unreachable storage, or a phase that failed past its retries.
+        MTLSignError: an input is invalid, resources are missing, the storage is unreachable, or a phase
+            failed more often than it may be restarted.
     """
     cluster.require_owner(settings.owner)
     cluster.check_local_cpus(settings)
-    return pipeline.run_embedding_job(settings, RayEmbeddingBackend(show), say=say)
+    return pipeline.run_embedding_job(settings, RayEmbeddingBackend(on_progress), log=log)
 
 
 class RayEmbeddingBackend:
-    """Both phases through `TorchTrainer`."""
+    """Embedding backend that runs both phases with `TorchTrainer`."""
 
-    def __init__(self, show: ProgressCallback | None = None) -> None:
-        self._show = show
-        self._each: dict[str, float] = {}
+    def __init__(self, on_progress: ProgressCallback | None = None) -> None:
+        self._on_progress = on_progress
+        self._resources: dict[str, float] = {}
 
     def inspect_task(self, settings: EmbedSettings) -> InputSpec:
-        """Connect, check that there is room, and look at the data on every node that may hold a worker."""
+        """Connect, check the resources, and inspect the data on every node that could hold a worker."""
         cluster.connect()
-        self._each = cluster.resources(settings)
-        cluster.wait_for_resources(settings, self._each)
-        if cluster.is_single_machine():  # in a worker's process the imports alone take as long as the check
+        self._resources = cluster.worker_resources(settings)
+        cluster.wait_for_resources(settings, self._resources)
+        if cluster.is_single_machine():  # in a worker process, the imports alone take as long as the check
             return pipeline.inspect_task(settings)
-        shapes: list[InputSpec] = cluster.run_on_each_node(
-            lambda: pipeline.inspect_task(settings), self._each
+        specs: list[InputSpec] = cluster.run_on_each_node(
+            lambda: pipeline.inspect_task(settings), self._resources
         )
-        return shapes[0]
+        return specs[0]
 
     def train_clean(
-        self, settings: EmbedSettings, run: EmbeddingRun, graph: Mapping[str, object]
+        self, settings: EmbedSettings, run: EmbeddingRun, architecture: Mapping[str, object]
     ) -> tuple[Tensors, Rows]:
-        """Phase 1."""
-        quiet = settings.model_copy(update={"owner": None, "passphrase_file": None})
+        """Run phase 1; return W0 and the rows of its history.
 
-        def phase(worker: RayWorkerContext) -> Any:
-            tensors, rows = pipeline.run_phase1(quiet, graph, worker)
+        Args:
+            settings: the settings of the job.
+            run: the folder of the run, which receives the checkpoints.
+            architecture: the architecture of the model.
+        """
+        public = _without_identity(settings)
+
+        def phase(worker: RayWorkerContext) -> tuple[bytes, Rows] | None:
+            tensors, rows = pipeline.run_phase1(public, architecture, worker)
             return (serialize_safetensors(tensors), rows) if worker.rank == 0 else None
 
         data, rows = self._fit("clean", phase, settings, run)
@@ -108,20 +119,26 @@ class RayEmbeddingBackend:
         opening: KeyOpening,
         reference: Reference,
     ) -> Phase2Result:
-        """Phase 2. The workers get the opened key; the identity stays on the driver."""
-        quiet = settings.model_copy(update={"owner": None, "passphrase_file": None})
-        secret = ray.put((serialize_safetensors(base_weights), opening, reference.data))
+        """Run phase 2. The workers receive the opened key; the identity remains on the driver.
 
-        def phase(worker: RayWorkerContext) -> Any:
-            data, opened, kept = ray.get(secret)
-            marked = pipeline.run_phase2(
-                quiet, parse_safetensors(data), opened, Reference.from_bytes(kept), worker
+        Args:
+            settings: the settings of the job.
+            run: the folder of the run, which receives the checkpoints.
+            base_weights: W0.
+            opening: the opened key.
+            reference: the values of W0 that the verifier needs.
+        """
+        public = _without_identity(settings)
+        secret = ray.put((serialize_safetensors(base_weights), opening, reference.raw_bytes))
+
+        def phase(worker: RayWorkerContext) -> tuple[Any, ...] | None:
+            data, opened_key, reference_bytes = ray.get(secret)
+            result = pipeline.run_phase2(
+                public, parse_safetensors(data), opened_key, Reference.from_bytes(reference_bytes), worker
             )
-            return (
-                (serialize_safetensors(marked.tensors), marked.head, marked.rows, marked.measured)
-                if worker.rank == 0
-                else None
-            )
+            if worker.rank != 0:
+                return None
+            return serialize_safetensors(result.tensors), result.head, result.rows, result.measured
 
         data, head, rows, measured = self._fit("mark", phase, settings, run)
         return Phase2Result(parse_safetensors(data), head, rows, measured)
@@ -129,87 +146,96 @@ class RayEmbeddingBackend:
     def _fit(
         self, name: str, phase: Callable[[RayWorkerContext], Any], settings: EmbedSettings, run: EmbeddingRun
     ) -> Any:
-        board = ray.remote(num_cpus=0)(ProgressChannel).remote()
-        threads = max(1, int(self._each["CPU"]))
+        """Run one phase on all workers; return the result of rank 0."""
+        channel = ray.remote(num_cpus=0)(ProgressChannel).remote()
+        threads = max(1, int(self._resources["CPU"]))
         finished = threading.Event()
 
-        def loop() -> Any:
+        def train_loop() -> Any:
             torch.set_num_threads(threads)
             try:
-                return phase(RayWorkerContext(board))
+                return phase(RayWorkerContext(channel))
             except MTLSignError as error:
-                return error  # every rank meets it alike, and trying again would not help
+                return error  # all ranks raise it alike, and Ray would restart a loop that raises
 
         trainer = TorchTrainer(
-            loop,
+            train_loop,
             scaling_config=ScalingConfig(
                 num_workers=settings.workers,
                 use_gpu=settings.gpus_per_worker > 0,
-                resources_per_worker=self._each,
+                resources_per_worker=self._resources,
             ),
             run_config=RunConfig(
                 name=name,
                 storage_path=run.folder.child("ray").ray_path(),
-                checkpoint_config=CheckpointConfig(num_to_keep=2),
+                checkpoint_config=CheckpointConfig(num_to_keep=_CHECKPOINTS_KEPT),
                 failure_config=FailureConfig(max_failures=settings.max_failures),
             ),
         )
-        watcher = threading.Thread(target=forward_progress, args=(board, self._show, finished), daemon=True)
-        watcher.start()
+        forwarder = threading.Thread(
+            target=forward_progress, args=(channel, self._on_progress, finished), daemon=True
+        )
+        forwarder.start()
         try:
             result = cluster.run_in_thread(lambda: trainer.fit().return_value)  # type: ignore[attr-defined]
         except TrainingFailedError as error:
             raise ClusterError(
-                f"failed past its {settings.max_failures} retries ({_cause(error)}); "
-                f"mend that, then --resume {run.name}",
+                f"It failed after {settings.max_failures} restarts ({_cause(error)}). "
+                f"Remove the cause, then continue with --resume {run.name}.",
                 field=f"phase {name!r}",
             ) from error
         finally:
             finished.set()
-            watcher.join(timeout=5)
+            forwarder.join(timeout=5)
         if isinstance(result, MTLSignError):
             raise result
         return result
 
 
-class RayWorkerContext:
-    """One Ray Train worker as a `progress.Rank`."""
+def _without_identity(settings: EmbedSettings) -> EmbedSettings:
+    """Return the settings without the paths of the identity, which workers must not read."""
+    return settings.model_copy(update={"owner": None, "passphrase_file": None})
 
-    def __init__(self, board: Any) -> None:
+
+class RayWorkerContext:
+    """Worker context of one Ray Train worker."""
+
+    def __init__(self, channel: Any) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device: torch.device = get_device()
-        self._board = board
+        self._channel = channel
 
     def all_reduce_sum(self, tensors: list[Tensor]) -> None:
-        """All-reduce over the workers."""
+        """Add the tensors of all workers, in place."""
         sum_over_group(tensors)
 
     def load_checkpoint(self) -> State | None:
-        """The last checkpoint that Ray Train stored for this phase."""
+        """Return the last state that Ray Train stored for this phase."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return None
         with checkpoint.as_directory() as folder:
-            return load_state((Path(folder) / _STATE).read_bytes())
+            return load_state((Path(folder) / _STATE_FILE).read_bytes())
 
     def report(self, row: Mapping[str, Any], state: Callable[[], State] | None) -> None:
-        """Report to Ray Train (a barrier over all ranks); rank 0 hands in the checkpoint."""
+        """Report one row to Ray Train, a barrier over all ranks; rank 0 adds the checkpoint if given."""
         self.show_progress(row)
         if self.rank != 0 or state is None:
             ray.train.report(dict(row))
             return
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / _STATE).write_bytes(state_bytes(state()))
+            (Path(folder) / _STATE_FILE).write_bytes(state_bytes(state()))
             ray.train.report(dict(row), checkpoint=Checkpoint.from_directory(folder))
 
     def show_progress(self, row: Mapping[str, Any]) -> None:
-        """Rank 0 tells the driver; nobody waits for it."""
+        """Send a row to the driver from rank 0, without waiting for its arrival."""
         if self.rank == 0:
-            self._board.post.remote(dict(row))
+            self._channel.put.remote(dict(row))
 
 
 def _cause(error: TrainingFailedError) -> str:
+    """Return the last line of the first worker's failure."""
     failures = getattr(error, "worker_failures", None) or {}
     first = next(iter(failures.values()), error)
     lines = [line.strip() for line in str(first).splitlines() if line.strip()]

@@ -1,8 +1,9 @@
-"""Sweeps over Ray Tune: phase 1 once for all cells that share it, then one trial for each cell.
+"""Sweep backend on Ray Tune: phase 1 once for all cells that share it, then one Ray trial for each cell.
 
-A trial is a plain function in one process (`mtlsign.experiments.sweeps.trial.run_cell`), so it cannot starve on workers that it
-would have to ask for itself; warm processes take cell after cell. What a cell has done lies in the run's
-folder, so a trial that is started again, by Tune or by `--resume`, goes on from there.
+A trial is a plain function in one process (`mtlsign.experiments.sweeps.cell.run_cell`). It requests no
+workers, so it cannot wait for resources that other trials hold. Ray reuses warm processes for the next cell.
+Finished parts of a cell are stored in the run's folder. A trial that Tune or `--resume` starts again
+continues from there.
 """
 
 from __future__ import annotations
@@ -27,185 +28,202 @@ from mtlsign.config.reproduce import ReproduceSettings
 from mtlsign.config.sweep import SweepSettings
 from mtlsign.errors import ClusterError, MTLSignError
 from mtlsign.experiments.paper_studies.run import run_study
-from mtlsign.experiments.sweeps.run import LogCallback, SweepRun, format_trial, run
+from mtlsign.experiments.sweeps.backend import LogCallback, format_cell
+from mtlsign.experiments.sweeps.cell import SharedCellData, run_cell, train_shared_clean_model
+from mtlsign.experiments.sweeps.rows import CELLS, Row, empty_row, load_finished_row, rows_of
+from mtlsign.experiments.sweeps.run import run_sweep_job
+from mtlsign.experiments.sweeps.run_folder import SweepRun
 from mtlsign.experiments.sweeps.space import Cell, cells_of, count_of, has_random_values
-from mtlsign.experiments.sweeps.trial import (
-    CELLS,
-    Row,
-    SharedTrialData,
-    empty_row,
-    load_finished_row,
-    rows_of,
-    run_cell,
-    train_shared_clean_model,
-)
 from mtlsign.tasks import load_task
 
 __all__ = ["RaySweepBackend", "study_on_ray", "sweep_on_ray", "trial"]
 
-#: What schedulers compare while a cell trains: the share of bits right on perturbed copies (else plainly).
+#: Metric that schedulers compare: share of matching bits, on perturbed copies if there are any.
 METRIC = "bits_right"
 
 
-def trial(config: dict[str, Any], *, shared: SharedTrialData) -> None:
-    """One cell as a Tune function trainable; give `shared` with `tune.with_parameters`.
+def trial(config: dict[str, Any], *, shared: SharedCellData) -> None:
+    """Run one cell as a function trainable of Ray Tune.
 
-    Reports `bits_right` every 50 steps, and at the end the cell's whole row.
+    Reports `bits_right` every 50 steps, and at the end the cell's complete row.
+
+    Args:
+        config: the settings of the cell that the sweep's space chose.
+        shared: the data of all cells, bound with `tune.with_parameters`.
     """
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
 
-    def show(row: Mapping[str, Any]) -> None:
-        if "seconds" in row:  # a report, not a tick
-            right = row.get("snapshot_accuracy", row.get("wm_accuracy"))
-            tune.report({METRIC: right, "step": row["step"]})
+    def report(row: Mapping[str, Any]) -> None:
+        if "seconds" in row:  # rows between two reports carry no metric
+            share = row.get("snapshot_accuracy", row.get("wm_accuracy"))
+            tune.report({METRIC: share, "step": row["step"]})
 
-    row = run_cell(shared.cell(config), shared, show)
-    tune.report({METRIC: row["wm_accuracy"] or 0.0, "step": _steps(shared.cell(config)) + 1, "row": row})
+    cell = shared.cell(config)
+    row = run_cell(cell, shared, report)
+    tune.report({METRIC: row["wm_accuracy"] or 0.0, "step": _steps(cell) + 1, "row": row})
 
 
 def _steps(cell: Cell) -> int:
-    """Steps of phase 2; the row of a cell, with its attacks, comes one later."""
-    return cell.settings.steps or 1
+    """Return the steps of phase 2. The row of a cell with its attacks counts as one more step."""
+    return cell.settings.phase2.steps or 1
 
 
-def sweep_on_ray(settings: SweepSettings, *, say: LogCallback = lambda _: None) -> dict[str, Any]:
-    """The sweep's job on Ray: join or start a cluster, run `sweep_run.run` there."""
-    return run(settings, RaySweepBackend(say), say=say)
+def sweep_on_ray(settings: SweepSettings, *, log: LogCallback = lambda _: None) -> dict[str, Any]:
+    """Run the sweep job on Ray: join or start a cluster and run the cells there."""
+    return run_sweep_job(settings, RaySweepBackend(log), log=log)
 
 
-def study_on_ray(settings: ReproduceSettings, *, say: LogCallback = lambda _: None) -> dict[str, Any]:
-    """A study of the paper with its embeddings as Tune's trials."""
-    return run_study(settings, fleet=RaySweepBackend, say=say)
+def study_on_ray(settings: ReproduceSettings, *, log: LogCallback = lambda _: None) -> dict[str, Any]:
+    """Run a study of the paper with its embeddings as trials of Ray Tune."""
+    return run_study(settings, make_backend=RaySweepBackend, log=log)
 
 
 class RaySweepBackend:
-    """Cells as Tune's trials. `grid` is Tune's `ResultGrid` afterwards."""
+    """Sweep backend that runs cells as trials of Ray Tune. `grid` is Tune's `ResultGrid` afterwards."""
 
-    def __init__(self, say: LogCallback = lambda _: None) -> None:
-        self._say = say
-        self._each: dict[str, float] = {}
-        self._at_once = 1
+    def __init__(self, log: LogCallback = lambda _: None) -> None:
+        self._log = log
+        self._resources: dict[str, float] = {}
+        self._concurrent = 1
         self.grid: ResultGrid | None = None
 
     def preflight(self, settings: SweepSettings, space: Mapping[str, Any]) -> None:
-        """Connect, compute how many cells fit at a time, and look at the data on every node."""
+        """Connect, compute the number of concurrent cells, and load the data on every node."""
         cluster.connect()
-        self._each = {"CPU": float(settings.cpus_per_worker)}
+        self._resources = {"CPU": float(settings.cpus_per_worker)}
         if settings.gpus_per_worker:
-            self._each["GPU"] = float(settings.gpus_per_worker)
-        fits = cluster.max_placeable_workers(10**6, self._each)
-        if not fits:
-            have = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}  # type: ignore[no-untyped-call]
-            raise ClusterError(
-                f"no node has {self._each} for one cell (the cluster: {have}); lower it", field="workers"
-            )
-        wanted = min(x for x in (settings.workers, settings.max_concurrent, fits) if x is not None)
-        if settings.workers is not None and settings.workers > fits:
-            raise ClusterError(
-                f"{settings.workers} cells at a time do not fit: there is room for {fits}; lower --workers",
-                field="workers",
-            )
-        self._at_once = max(1, wanted)
-        self._say(f"{self._at_once} cells at a time, {self._each} each; the cluster has room for {fits}")
+            self._resources["GPU"] = float(settings.gpus_per_worker)
+        self._concurrent = self._concurrent_cells(settings)
         first = cells_of(space, settings)[0].settings
 
-        def look() -> None:
+        def load_data() -> None:
             load_task(first.task, data=first.data, download=first.download, seed=first.seed)
 
         if cluster.is_single_machine():
-            look()
+            load_data()
         else:
-            cluster.run_on_each_node(look, self._each)
+            cluster.run_on_each_node(load_data, self._resources)
 
-    def run_trials(self, settings: SweepSettings, space: Mapping[str, Any], run: SweepRun) -> list[Row]:
-        """Phase 1 for each W0, then Tune over the cells."""
+    def _concurrent_cells(self, settings: SweepSettings) -> int:
+        capacity = cluster.max_placeable_workers(10**6, self._resources)
+        if not capacity:
+            raise ClusterError(
+                f"No node has the resources of one cell ({self._resources}). The cluster has "
+                f"{cluster.available_resources()}. Lower --cpus-per-worker or --gpus-per-worker.",
+                field="workers",
+            )
+        if settings.workers is not None and settings.workers > capacity:
+            raise ClusterError(
+                f"{settings.workers} concurrent cells do not fit, the cluster can run {capacity}. "
+                "Lower --workers.",
+                field="workers",
+            )
+        limits = (settings.workers, settings.max_concurrent, capacity)
+        concurrent = max(1, min(limit for limit in limits if limit is not None))
+        self._log(
+            f"{concurrent} concurrent cells, {self._resources} each; the cluster can run {capacity} of them"
+        )
+        return concurrent
+
+    def run_cells(self, settings: SweepSettings, space: Mapping[str, Any], run: SweepRun) -> list[Row]:
+        """Run phase 1 for each W0, then the cells; return their rows.
+
+        Args:
+            settings: the settings of the sweep.
+            space: the space of Ray Tune.
+            run: the folder of the run.
+        """
         cells = cells_of(space, settings)
-        shared = SharedTrialData(
-            folder=run.folder, clean=self._clean(cells, settings, run), attacks=settings.attacks, bits=settings.bits,
-            data=settings.data, download=settings.download,
+        shared = SharedCellData(
+            folder=run.folder, base_weights=self._train_clean_models(cells, settings, run),
+            attacks=settings.attacks, min_evidence_bits=settings.min_evidence_bits, data=settings.data,
+            download=settings.download,
         )  # fmt: skip
-        os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # TensorBoard files of every trial
-        os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", str(self._at_once))
+        os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # no TensorBoard files
+        os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", str(self._concurrent))
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+        random = has_random_values(space)
+        logger = _CellLogger(self._log, count_of(space, settings))
         tuner = Tuner(
-            tune.with_resources(tune.with_parameters(trial, shared=shared), dict(self._each)),
+            tune.with_resources(tune.with_parameters(trial, shared=shared), dict(self._resources)),
             param_space=dict(space),
             tune_config=TuneConfig(
                 metric=METRIC, mode="max", scheduler=_scheduler(settings, cells), reuse_actors=True,
-                search_alg=_search(settings, self._at_once), num_samples=settings.num_samples if has_random_values(space) else 1,
+                search_alg=_search(settings, self._concurrent),
+                num_samples=settings.num_samples if random else 1,
             ),
             run_config=RunConfig(
                 name=f"tune-{secrets.token_hex(4)}", storage_path=run.folder.ray_path(), verbose=0,
                 failure_config=FailureConfig(max_failures=settings.max_failures),
-                callbacks=[JsonLoggerCallback(), _Watch(self._say, count_of(space, settings))],  # type: ignore[no-untyped-call]
+                callbacks=[JsonLoggerCallback(), logger],  # type: ignore[no-untyped-call]
             ),
         )  # fmt: skip
         self.grid = cluster.run_in_thread(tuner.fit)
         rows = _rows(self.grid, shared)
-        if has_random_values(
-            space
-        ):  # what an earlier start drew may be other cells, and one cell may be drawn twice
+        if random:  # an earlier start may have drawn other cells, and one cell may be drawn twice
             rows = list({row["cell"]: row for row in [*rows_of(run.folder), *rows]}.values())
         return rows
 
-    def _clean(self, cells: Sequence[Cell], settings: SweepSettings, run: SweepRun) -> dict[str, bytes]:
-        """W0 of every `clean_name`: one Ray task each, which go on from their checkpoints when lost."""
-        firsts = {cell.clean_name: cell for cell in cells}
-        gpus = self._each.get("GPU", 0)
-        remote = ray.remote(num_cpus=self._each["CPU"], num_gpus=gpus, max_retries=settings.max_failures)(
-            _train
-        )
-        left = {remote.remote(cell, run.folder): name for name, cell in firsts.items()}
-        found: dict[str, bytes] = {}
-        while left:
-            done, _ = ray.wait(list(left), num_returns=1)
-            answer = ray.get(done[0])
-            if isinstance(answer, MTLSignError):
-                raise answer
-            found[left.pop(done[0])] = answer
-            self._say(f"phase 1 · {len(found)} of {len(firsts)} trained")
-        return found
+    def _train_clean_models(
+        self, cells: Sequence[Cell], settings: SweepSettings, run: SweepRun
+    ) -> dict[str, bytes]:
+        """Train each W0 in one Ray task; a task that lost its worker continues from its checkpoint."""
+        cell_of_model = {cell.clean_name: cell for cell in cells}
+        task = ray.remote(
+            num_cpus=self._resources["CPU"], num_gpus=self._resources.get("GPU", 0),
+            max_retries=settings.max_failures,
+        )(_train_clean_model)  # fmt: skip
+        running = {task.remote(cell, run.folder): name for name, cell in cell_of_model.items()}
+        models: dict[str, bytes] = {}
+        while running:
+            (call,), _ = ray.wait(list(running), num_returns=1)
+            result = ray.get(call)
+            if isinstance(result, MTLSignError):
+                raise result
+            models[running.pop(call)] = result
+            self._log(f"phase 1 · {len(models)} of {len(cell_of_model)} trained")
+        return models
 
 
-def _train(cell: Cell, folder: Any) -> bytes | MTLSignError:
+def _train_clean_model(cell: Cell, folder: Any) -> bytes | MTLSignError:
+    """Train one W0; return an invalid input as a value, because Ray would retry a task that raises."""
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     try:
         return train_shared_clean_model(cell, folder)
     except MTLSignError as error:
-        return error  # trying again would not help
+        return error
 
 
-def _search(settings: SweepSettings, at_once: int) -> BasicVariantGenerator:
-    """Grids in their order; draws by the sweep's seed, so that a resumed sweep draws the same cells."""
-    return BasicVariantGenerator(max_concurrent=at_once, random_state=settings.seed)
+def _search(settings: SweepSettings, concurrent: int) -> BasicVariantGenerator:
+    """Return a generator that draws by the sweep's seed, so that a resumed sweep draws the same cells."""
+    return BasicVariantGenerator(max_concurrent=concurrent, random_state=settings.seed)
 
 
 def _scheduler(settings: SweepSettings, cells: Sequence[Cell]) -> TrialScheduler | None:
     longest = max(_steps(cell) for cell in cells)
-    if (
-        settings.scheduler == "asha"
-    ):  # it stops whatever reaches max_t, and the attacks are still to come then
+    if settings.scheduler == "asha":
+        # ASHA stops a trial that reaches max_t. The attacks run after the last step, hence one more.
         return ASHAScheduler(time_attr="step", max_t=longest + 1, grace_period=max(1, longest // 4))
     if settings.scheduler == "median":
         return MedianStoppingRule(time_attr="step", grace_period=max(1, longest // 4))
     return None
 
 
-class _Watch(tune.Callback):
-    """Says each finished cell in one line."""
+class _CellLogger(tune.Callback):
+    """Callback of Ray Tune that logs each finished cell."""
 
-    def __init__(self, say: LogCallback, count: int) -> None:
-        self._say, self._count, self._done = say, count, 0
+    def __init__(self, log: LogCallback, count: int) -> None:
+        self._log, self._count, self._finished = log, count, 0
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tune's hook."""
-        self._done += 1
+        """Log the cell of `trial`; the parameters are those of `ray.tune.Callback`."""
+        self._finished += 1
         result = trial.last_result or {}
-        self._say(f"{self._done:4}/{self._count} {format_trial(result.get('row'), trial.config)}")
+        self._log(f"{self._finished:4}/{self._count} {format_cell(result.get('row'), trial.config)}")
 
 
-def _rows(grid: ResultGrid, shared: SharedTrialData) -> list[Row]:
-    """A row for every trial: finished, stopped, or lost with Ray's reason."""
+def _rows(grid: ResultGrid, shared: SharedCellData) -> list[Row]:
+    """Return one row for each trial: finished, stopped, or failed with Ray's reason."""
     rows: list[Row] = []
     for i in range(len(grid)):
         result = grid[i]
@@ -213,9 +231,9 @@ def _rows(grid: ResultGrid, shared: SharedTrialData) -> list[Row]:
         cell = shared.cell(config)
         row = metrics.get("row") or load_finished_row(shared.folder.child(CELLS).child(cell.name))
         if row is None:
-            lost = result.error is not None
-            lines = [line for line in str(result.error).splitlines() if line.strip()] if lost else []
-            why = lines[-1][:300] if lines else f"stopped at step {metrics.get('step')}"
-            row = empty_row(cell, "failed" if lost else "stopped", why)
+            failed = result.error is not None
+            lines = [line for line in str(result.error).splitlines() if line.strip()] if failed else []
+            reason = lines[-1][:300] if lines else f"stopped at step {metrics.get('step')}"
+            row = empty_row(cell, "failed" if failed else "stopped", reason)
         rows.append(row)
     return rows

@@ -1,1 +1,1 @@
-"""Architectures, checkpoints and taps: networks that the package can build and read."""
+"""Networks that the package can build and read: architectures, checkpoints, taps, channel groups."""

@@ -1,10 +1,9 @@
-"""Which network the owner marks: from settings, a checkpoint, a library's name, or a notebook's object."""
+"""The network that the owner marks: its architecture, its initial weights and its name in the spec."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,68 +12,95 @@ from torch import Tensor, nn
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import ModelError
 from mtlsign.models import architectures
-from mtlsign.models.checkpoints import load_checkpoint, load_pretrained
+from mtlsign.models.checkpoints import load_checkpoint
 from mtlsign.models.factories import Factory, load_factory
+from mtlsign.models.families import custom, family_of
+from mtlsign.models.input_spec import InputSpec
 
 Tensors = dict[str, Tensor]
 
-
-@dataclass(frozen=True)
-class InputSpec:
-    """What the driver must know of a task before any worker starts."""
-
-    channels: int
-    height: int
-    width: int
-    classes: int
+#: Longest architecture name of a spec.
+MAX_ARCH = 128
 
 
-def architecture_from_settings(settings: EmbedSettings, shape: InputSpec) -> dict[str, object]:
-    """The spec's `graph` of the settings' model on this task."""
-    name = f"own/{settings.model}" if ":" in settings.model else settings.model
-    if len(name) > 128:
+def architecture_from_settings(settings: EmbedSettings, input_spec: InputSpec) -> dict[str, object]:
+    """Return the architecture of the settings' model for a task's inputs.
+
+    Raises:
+        ModelError: unknown model, a path that is too long for a spec, or a value outside its limits.
+    """
+    name = f"{custom.PREFIX}{settings.model}" if ":" in settings.model else settings.model
+    if len(name) > MAX_ARCH:
         raise ModelError(
-            "is too long for a spec (124 characters); give the factory a shorter path", field="model"
+            f"The path has {len(settings.model)} characters, but a spec holds at most "
+            f"{MAX_ARCH - len(custom.PREFIX)}. Give the factory a shorter path.",
+            field="model",
         )
     return architectures.architecture_for(
         name,
-        channels=shape.channels,
-        classes=shape.classes,
+        channels=input_spec.channels,
+        classes=input_spec.classes,
         width=settings.width or 64,
         stem=settings.stem or "stock",
     )
 
 
-def custom_factories(graph: Mapping[str, object]) -> dict[str, Factory]:
-    """The owner's own architecture, imported on the owner's side only (design decision 7)."""
-    arch = str(graph["arch"])
-    return {arch[4:]: load_factory(arch[4:], field="model")} if arch.startswith("own/") else {}
+def custom_factories(architecture: Mapping[str, object]) -> dict[str, Factory]:
+    """Import the factory of a custom architecture; return no factory for other architectures.
+
+    Only for the owner, because importing runs code.
+    """
+    path = custom.factory_path(str(architecture["arch"]))
+    return {} if path is None else {path: load_factory(path, field="model")}
 
 
-def load_initial_weights(settings: EmbedSettings, graph: Mapping[str, object]) -> Tensors:
-    """W0 from a trained checkpoint, or timm's pretrained weights."""
-    model = architectures.build(graph, factories=custom_factories(graph))
-    if settings.init == "pretrained":
-        load_pretrained(model, graph)
+def load_initial_weights(settings: EmbedSettings, architecture: Mapping[str, object]) -> Tensors:
+    """Load W0 from a trained checkpoint, or from timm's pretrained weights.
+
+    Raises:
+        ModelError: the weights are unavailable or do not fit the architecture.
+    """
+    model = architectures.build(architecture, factories=custom_factories(architecture))
+    if settings.weights == "pretrained":
+        load_pretrained(model, architecture)
     else:
         try:
-            load_checkpoint(Path(str(settings.init)), model)
+            load_checkpoint(Path(str(settings.weights)), model)
         except ModelError as error:
-            raise ModelError(error.detail, field="init") from None
+            raise ModelError(error.detail, field="weights") from None
     return cpu_state(model)
 
 
+def load_pretrained(model: nn.Module, architecture: Mapping[str, object]) -> None:
+    """Load the pretrained weights of an architecture into a network that was built from it.
+
+    Raises:
+        ModelError: the architecture family has no pretrained weights, or they are unavailable.
+    """
+    arch = str(architecture["arch"])
+    weights = family_of(arch).pretrained_weights(arch, architecture)
+    try:
+        model.load_state_dict(weights)
+    except Exception as error:
+        raise ModelError(
+            f"The pretrained weights of {arch!r} do not fit ({type(error).__name__}). "
+            "Download them and give the file.",
+            field="weights",
+        ) from None
+
+
 def cpu_state(model: nn.Module) -> Tensors:
-    """The state dict, detached, contiguous, on the CPU."""
+    """Return the state dict: detached, contiguous copies on the CPU."""
     return {name: t.detach().cpu().clone().contiguous() for name, t in model.state_dict().items()}
 
 
 def custom_architecture_name(kind: type[nn.Module]) -> str:
-    """`own/package.module:Class` in the characters of a spec, also for `__main__` and classes inside
-    functions.
+    """Return `own/package.module:Class` in the characters that a spec allows.
+
+    Classes of `__main__` and classes inside functions get a name, too.
     """
-    home = ".".join(_identifier(part) for part in kind.__module__.split("."))[-60:].lstrip(".0123456789")
-    return f"own/{home or '_'}:{_identifier(kind.__qualname__.replace('<locals>.', ''))}"
+    module = ".".join(_identifier(part) for part in kind.__module__.split("."))[-60:].lstrip(".0123456789")
+    return f"{custom.PREFIX}{module or '_'}:{_identifier(kind.__qualname__.replace('<locals>.', ''))}"
 
 
 def _identifier(text: str) -> str:
@@ -82,16 +108,16 @@ def _identifier(text: str) -> str:
     return plain if plain[:1].isalpha() or plain.startswith("_") else f"_{plain}"
 
 
-def require_same_architecture(module: nn.Module, graph: Mapping[str, object]) -> None:
-    """A stranger builds `graph`: what is marked must have its tensors."""
-    if str(graph.get("arch", "")).startswith("own/"):
+def require_same_architecture(module: nn.Module, architecture: Mapping[str, object]) -> None:
+    """Raise `ModelError` unless the module has the tensors of the architecture that verifiers build."""
+    if custom.factory_path(str(architecture.get("arch", ""))) is not None:
         return
     with torch.device("meta"):
-        wanted = {name: t.shape for name, t in architectures.build(graph).state_dict().items()}
-    given = {name: t.shape for name, t in module.state_dict().items()}
-    if wanted != given:
-        differs = next(n for n in (*wanted, *given) if wanted.get(n) != given.get(n))
+        expected = {name: t.shape for name, t in architectures.build(architecture).state_dict().items()}
+    actual = {name: t.shape for name, t in module.state_dict().items()}
+    if expected != actual:
+        name = next(n for n in (*expected, *actual) if expected.get(n) != actual.get(n))
         raise ModelError(
-            f"is another architecture than the module's, such as at {differs!r}; leave it out, or correct it",
+            f"The architecture differs from the module's, such as at {name!r}. Correct it, or omit it.",
             field="graph",
         )

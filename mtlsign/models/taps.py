@@ -1,6 +1,6 @@
-"""Early feature maps of a network by module name, and the weights they depend on, found by hooks.
+"""Taps: outputs of early modules of a network, and the weights that these outputs depend on.
 
-Nothing of the network changes and nothing past the last tap is computed (issue 3, item 5; design decision 7).
+Both are observed by hooks. The network is not changed, and nothing after the last tap is computed.
 """
 
 from __future__ import annotations
@@ -22,83 +22,95 @@ from mtlsign.errors import ModelError
 
 
 def batch_norm_types() -> tuple[type[nn.Module], ...]:
-    """What counts as a batch norm (timm's BatchNormAct2d is one of these by inheritance)."""
+    """Return the classes of batch norms; timm's BatchNormAct2d inherits from one of them."""
     return (_BatchNorm,)
 
 
 class _StopForward(BaseException):
-    """Ends a forward pass after the last tap; not an Exception, so that no model swallows it."""
+    """End of a forward pass after the last tap. Not an `Exception`, so that no model catches it."""
 
 
 def forward_to_taps(
     model: nn.Module, x: Tensor, taps: Sequence[str], *, call: Callable[[Tensor], Any] | None = None
 ) -> list[Tensor]:
-    """Outputs of the modules `taps` for the batch `x`, in the order asked; nothing later is computed.
+    """Return the outputs of the modules `taps` for the batch `x`; nothing after them is computed.
 
-    `call` runs the model in another way, for instance through torch.func.functional_call. A module that runs
-    more than once gives its first output. Works under autograd and torch.func, not for two threads on one
-    model at the same time.
-    Raises ModelError for a tap that does not exist, is not reached, or gives no tensor.
+    Works under autograd and torch.func, but not in two threads on one model at the same time.
+
+    Args:
+        model: the network.
+        x: one batch.
+        taps: module names. A module that runs more than once gives its first output.
+        call: runs the model in another way, such as through torch.func.functional_call.
+
+    Returns:
+        Outputs in the order of `taps`.
+
+    Raises:
+        ModelError: a tap does not exist, is not reached, or returns no tensor.
     """
     modules = dict(model.named_modules())
     if not taps:
-        raise ModelError("no tap given: name at least one module", field="taps")
+        raise ModelError("No tap is given. Name at least one module.", field="taps")
     for tap in taps:
         if not tap or tap not in modules:
-            raise _unknown_tap(tap, modules, "the model has no module")
-    found: dict[str, Tensor] = {}
-    wanted = set(taps)
+            raise _unknown_tap(tap, modules, "The model has no module")
+    outputs: dict[str, Tensor] = {}
+    requested = set(taps)
 
-    def keep(tap: str) -> Callable[[nn.Module, Any, Any], None]:
+    def store(tap: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if tap in found:
+            if tap in outputs:
                 return
             if not isinstance(output, Tensor):
                 raise ModelError(
-                    f"the output of {tap!r} is a {type(output).__name__}, not a tensor: tap another module",
+                    f"The output of {tap!r} is a {type(output).__name__}, not a tensor. Tap another module.",
                     field="taps",
                 )
-            last = len(found) + 1 == len(wanted)
-            found[tap] = output if last else output.clone()  # a later in-place operation must not reach it
+            last = len(outputs) + 1 == len(requested)
+            outputs[tap] = output if last else output.clone()  # later in-place operations must not change it
             if last:
                 raise _StopForward
 
         return hook
 
-    handles = [modules[tap].register_forward_hook(keep(tap)) for tap in sorted(wanted)]
+    handles = [modules[tap].register_forward_hook(store(tap)) for tap in sorted(requested)]
     try:
         (call or model)(x)
     except _StopForward:
-        return [found[tap] for tap in taps]
+        return [outputs[tap] for tap in taps]
     finally:
         for handle in handles:
             handle.remove()
-    missed = next(tap for tap in taps if tap not in found)
-    raise _unknown_tap(missed, modules, "the forward pass never calls the module")
+    unreached = next(tap for tap in taps if tap not in outputs)
+    raise _unknown_tap(unreached, modules, "The forward pass never calls the module")
 
 
-def _unknown_tap(tap: str, modules: Mapping[str, nn.Module], why: str) -> ModelError:
+def _unknown_tap(tap: str, modules: Mapping[str, nn.Module], reason: str) -> ModelError:
     others = [name for name in modules if name and name != tap]
     near = difflib.get_close_matches(tap, others, n=3, cutoff=0.3) or others[:3]
-    return ModelError(f"{why} {tap[:80]!r}: the nearest names are {', '.join(near)}", field="taps")
+    return ModelError(f"{reason} {tap[:80]!r}. The nearest names are {', '.join(near)}.", field="taps")
 
 
 @dataclass(frozen=True)
 class TappedLayer:
-    """A weight used before the last tap.
+    """Weight that is used before the last tap.
 
-    `conv` is the name of its module, `bn` of the batch norm that takes that module's output unchanged (or
-    None), `weight` of the parameter itself.
+    Attributes:
+        conv: name of its module.
+        batch_norm: name of the batch norm that receives the module's unchanged output; None without one.
+        kind: "conv" (kernel [out, in/groups, ...]), "linear" ([out, in]) or "other".
+        weight: name of the parameter.
     """
 
     conv: str
-    bn: str | None
+    batch_norm: str | None
     kind: Literal["conv", "linear", "other"]
     weight: str
 
 
 class _ParameterUseRecorder(TorchDispatchMode):
-    """Notes, in order, which of the given tensors an operation reads."""
+    """Record of the given tensors that operations read, in order of first use."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -129,10 +141,19 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 def tapped_parameters(
     model: nn.Module, taps: Sequence[str], sample: Tensor, *, buffers: bool = True
 ) -> list[str]:
-    """Names of the parameters (and buffers) that the network reads up to the last tap, in order of first use.
+    """Return the names of the parameters and buffers that the network reads before the last tap.
 
-    Observed on one evaluation pass over `sample` [n, C, H, W], so num_batches_tracked is absent. Raises
-    ModelError as `forward_to_taps`.
+    Args:
+        model: the network, in any mode.
+        taps: module names.
+        sample: one batch [n, C, H, W] for an evaluation pass; num_batches_tracked is therefore absent.
+        buffers: whether to return buffers, too.
+
+    Returns:
+        Names in order of first use.
+
+    Raises:
+        ModelError: as `forward_to_taps`.
     """
     names = {id(tensor): name for name, tensor in model.named_parameters()}
     if buffers:
@@ -143,24 +164,32 @@ def tapped_parameters(
 
 
 def tapped_layers(model: nn.Module, taps: Sequence[str], sample: Tensor) -> list[TappedLayer]:
-    """The weights of two or more dimensions used before the last tap, in execution order.
+    """Return the weights of two or more dimensions that are used before the last tap.
 
-    `sample` is one batch [n, C, H, W]. `kind` is "conv" (kernel [out, in/groups, ...]), "linear" ([out, in])
-    or "other" (transposed convolutions, position embeddings, ...), for which `bn` is None.
-    Raises ModelError as `forward_to_taps`.
+    Args:
+        model: the network, in any mode.
+        taps: module names.
+        sample: one batch [n, C, H, W].
+
+    Returns:
+        Layers in execution order. Transposed convolutions, position embeddings and the like are "other";
+        they have no `batch_norm`.
+
+    Raises:
+        ModelError: as `forward_to_taps`.
     """
     modules = dict(model.named_modules())
     outputs: dict[int, tuple[str, Tensor, int]] = {}
     pairs: dict[str, str] = {}
 
-    def produced(name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def record_output(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):  # kept alive, so that its id stays its own
+            if isinstance(output, Tensor):  # the reference keeps its id unique
                 outputs[id(output)] = (name, output, output._version)
 
         return hook
 
-    def consumed(name: str) -> Callable[[nn.Module, Any], None]:
+    def record_input(name: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, args: Any) -> None:
             source = outputs.get(id(args[0])) if args else None
             if source is not None and source[1]._version == source[2]:
@@ -171,16 +200,16 @@ def tapped_layers(model: nn.Module, taps: Sequence[str], sample: Tensor) -> list
     handles = []
     for name, module in modules.items():
         if isinstance(module, _ConvNd | nn.Linear):
-            handles.append(module.register_forward_hook(produced(name)))
+            handles.append(module.register_forward_hook(record_output(name)))
         elif isinstance(module, _BatchNorm):
-            handles.append(module.register_forward_pre_hook(consumed(name)))
+            handles.append(module.register_forward_pre_hook(record_input(name)))
     try:
-        used = tapped_parameters(model, taps, sample, buffers=False)
+        names = tapped_parameters(model, taps, sample, buffers=False)
     finally:
         for handle in handles:
             handle.remove()
     parameters = dict(model.named_parameters())
-    return [_layer(name, modules, pairs) for name in used if parameters[name].ndim >= 2]
+    return [_layer(name, modules, pairs) for name in names if parameters[name].ndim >= 2]
 
 
 def _layer(weight: str, modules: Mapping[str, nn.Module], pairs: Mapping[str, str]) -> TappedLayer:

@@ -1,1 +1,1 @@
-"""Rendering of plain dictionaries: HTML, SVG, CSV, Parquet and terminal output."""
+"""Rendering of plain dictionaries: HTML pages, SVG figures, CSV and Parquet tables, terminal output."""

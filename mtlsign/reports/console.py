@@ -1,4 +1,4 @@
-"""mtlsign.reports.console."""
+"""Terminal output of the jobs: live progress line, two-column table, JSON document."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class LiveLine:
-    """One line per phase, rewritten in place; without a terminal a plain line every `every` seconds."""
+    """Progress line on stderr, rewritten in place; without a terminal, one line every `every` seconds."""
 
     def __init__(self, *, quiet: bool = False, every: float = 10.0) -> None:
         self._quiet, self._every = quiet, every
@@ -19,7 +19,7 @@ class LiveLine:
         self._last, self._width = 0.0, 0
 
     def show(self, text: str, *, final: bool = False) -> None:
-        """Show `text` (one line); `final` ends the line."""
+        """Replace the line by `text`; `final` ends the line."""
         if self._quiet:
             return
         now = time.monotonic()
@@ -32,8 +32,8 @@ class LiveLine:
             print(text, file=sys.stderr, flush=True)
             self._last = now
 
-    def say(self, text: str) -> None:
-        """Print one whole line."""
+    def log(self, text: str) -> None:
+        """Print a separate line, which later progress does not overwrite."""
         if not self._quiet:
             if self._tty and self._width:
                 print(file=sys.stderr)
@@ -42,11 +42,11 @@ class LiveLine:
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
-    """Two aligned columns."""
-    left = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(f"  {name.ljust(left)}  {value}" for name, value in rows)
+    """Format rows as two aligned columns."""
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"  {name.ljust(width)}  {value}" for name, value in rows)
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output."""
+    """Print one JSON document to standard output."""
     print(json.dumps(value, indent=1, sort_keys=False, allow_nan=False), flush=True)

@@ -1,40 +1,22 @@
-"""What an owner reads after a run: one self-contained HTML page, with figures drawn from the recorded rows.
+"""Report of an embedding run: one self-contained HTML page with figures of the recorded values.
 
-The page holds no script and loads nothing (a Content-Security-Policy says so), and every value from outside
-is escaped. Parts whose data are missing are left out. The page belongs to the run folder, which is secret.
+The page holds no script and loads nothing, which its Content-Security-Policy enforces. Every value is
+escaped. The page belongs to the run folder, which is secret.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from mtlsign.reports import figures, formatting
 from mtlsign.reports.formatting import number, words
+from mtlsign.reports.pages import render_page
 
-#: The verifier's default policy (design decision 3), used where the result carries no verdict of its own.
+#: The verifier's default policy, used if the result carries no verdict.
 DEFAULT_POLICY_BITS = 120.0
-
-
-def format_p(bits: float | None) -> str:
-    """Write the p-value 2^-bits as a power of ten, which no float could hold: ``1024`` -> ``'10^-308.3'``.
-
-    Args:
-        bits: evidence in bits, that is -log2 of the exact one-sided tail (design decision 3).
-
-    Returns:
-        ``'10^-x.y'``; a plain decimal for less than ten bits; ``'not available'`` for None, NaN or infinity.
-    """
-    if bits is None or not math.isfinite(bits):
-        return "not available"
-    if bits < 10:
-        return f"{2.0 ** -max(bits, 0.0):.3g}"
-    return f"10^-{bits * math.log10(2):.1f}"
 
 
 def render_embedding_report(
@@ -42,37 +24,35 @@ def render_embedding_report(
     history: Mapping[str, Sequence[Mapping[str, Any]]],
     scores: Mapping[str, Sequence[float]],
 ) -> str:
-    """Render the page.
+    """Render the page. Missing, empty or non-finite data leave out their part and raise nothing.
 
     Args:
-        result: the fields of ``result.json``; beside the required ones it may hold ``matches``, ``accepted``,
-            ``status``, ``primary_samples`` (size of the held-out split, for the intervals) and
-            ``deviation_by_layer`` (name -> L2 norm of the change).
+        result: the fields of ``result.json``. Optional are ``matches``, ``accepted``, ``status``,
+            ``primary_samples`` (size of the held-out split, for the intervals) and ``deviation_by_layer``
+            (layer name -> L2 norm of the change).
         history: ``phase1`` rows (epoch, loss, train_accuracy, validation_accuracy, seconds) and ``phase2``
             rows (step, wm_loss, snapshot_loss, distillation_loss, deviation_l2, wm_accuracy,
             snapshot_accuracy, validation_accuracy, seconds).
         scores: ``marked``, ``w0`` and ``wrong_key``, each N floats; positive agrees with the key's label.
 
     Returns:
-        The HTML text. Missing, empty or non-finite data leave their part out and raise nothing.
+        The HTML text.
     """
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = resources.files("mtlsign.reports").joinpath("templates", "embedding.html.j2").read_text("utf-8")
-    drawn = {name: Markup(svg) for name, svg in figures.draw(result, history, scores).items()}
-    return environment.from_string(source).render(
+    names = [words(result[name]) for name in ("task", "model") if result.get(name) is not None]
+    return render_page(
+        "embedding.html.j2",
+        kind="MTLSign embedding report",
+        subject=" · ".join(names),
         tone=_tone(result),
         headline=_headline(result),
         task_sentence=_task_sentence(result),
-        rows=_rows(result),
-        figures=drawn,
-        subject=" · ".join(words(result[name]) for name in ("task", "model") if result.get(name) is not None),
+        facts=_facts(result),
+        figures={name: Markup(svg) for name, svg in figures.draw(result, history, scores).items()},
     )
 
 
 def _tone(result: Mapping[str, Any]) -> str:
-    """``good``, ``open`` (not decided) or ``bad``: the colour of the verdict."""
+    """Return ``good``, ``open`` (not decided) or ``bad``: the colour of the verdict."""
     bits = number(result.get("evidence_bits"))
     status = result.get("status")
     if status in ("needs_commitment", "not_verifiable") or (bits is None and "accepted" not in result):
@@ -84,33 +64,38 @@ def _tone(result: Mapping[str, Any]) -> str:
 
 
 def _headline(result: Mapping[str, Any]) -> str:
-    bits, n, rate = (number(result.get(name)) for name in ("evidence_bits", "n", "wm_accuracy"))
+    bits = number(result.get("evidence_bits"))
     if result.get("status") == "not_verifiable":
-        return "This model could not be verified. That does not mean that it carries no mark."
+        return "This model could not be verified. That does not mean that it carries no watermark."
     if bits is None:
         return "No verdict was recorded for this run."
-    matches = number(result.get("matches"))
-    if matches is None and n is not None and rate is not None:
-        matches = round(rate * n)
-    counted = "the hidden questions"
-    if matches is not None and n is not None:
-        counted = f"{int(matches):,} of {int(n):,} hidden questions"
+    matching = _matching_bits(result)
     if result.get("status") == "needs_commitment":
         return (
-            f"The trained head answers {counted} as the key says. "
-            "That counts only if head and key were committed before the model left its owner."
+            f"The trained head reads {matching} correctly. This is evidence only if head and key were "
+            "committed before the model was released."
         )
     if _tone(result) == "good":
-        told = (
-            "The mark is in the weights: the model answers {} as the key says. "
-            "For a key fixed beforehand, chance does as well with probability {}."
+        sentence = (
+            "The watermark is in the weights: {} match the key. For a key fixed in advance, the probability "
+            "of this by chance is {}."
         )
     else:
-        told = (
-            "The mark is too weak to count: the model answers {} as the key says, "
-            "which chance reaches with probability {}."
+        sentence = (
+            "The watermark is too weak to count: {} match the key. The probability of this by chance is {}. "
+            f"The evidence of {bits:,.1f} bits is below the required level "
+            f"({DEFAULT_POLICY_BITS:g} bits by default)."
         )
-    return Markup(told).format(counted, _power(bits))
+    return Markup(sentence).format(matching, _power(bits))
+
+
+def _matching_bits(result: Mapping[str, Any]) -> str:
+    matches, n, rate = (number(result.get(name)) for name in ("matches", "n", "wm_accuracy"))
+    if matches is None and n is not None and rate is not None:
+        matches = round(rate * n)
+    if matches is None or n is None:
+        return "the watermark bits"
+    return f"{int(matches):,} of {int(n):,} watermark bits"
 
 
 def _task_sentence(result: Mapping[str, Any]) -> str:
@@ -126,26 +111,14 @@ def _task_sentence(result: Mapping[str, Any]) -> str:
 
 
 def _power(bits: float) -> Markup:
-    """`format_p` with a raised exponent."""
-    base, caret, exponent = format_p(bits).partition("^")
+    """Return `format_p` with a raised exponent."""
+    base, caret, exponent = formatting.format_p(bits).partition("^")
     return Markup("{}<sup>{}</sup>").format(base, exponent.replace("-", "−")) if caret else Markup(base)
 
 
-def _rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The table's rows, in reading order; what the result lacks is left out."""
+def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the table's rows in reading order, without the values that the result lacks."""
     bits = number(result.get("evidence_bits"))
-    samples = number(result.get("primary_samples"))
-
-    def share(name: str) -> str | None:
-        value = number(result.get(name))
-        if value is None:
-            return None
-        if not 0 <= value <= 1:
-            return f"{value:.4g}"
-        if not name.startswith("primary") or samples is None or samples < 1:
-            return f"{value:.2%}"
-        low, high = formatting.wilson(value, int(samples))
-        return f"{value:.2%} (95 %: {low:.2%} … {high:.2%}, {int(samples):,} samples)"
 
     def plain(name: str, pattern: str = "{:g}") -> str | None:
         value = number(result.get(name))
@@ -158,23 +131,36 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Task", text("task")),
         ("Model", text("model")),
         ("Seed", text("seed")),
-        ("λ₁ (stay near W0)", plain("lambda1")),
-        ("λ₂ (survive changes)", plain("lambda2")),
-        ("N (key samples)", plain("n", "{:,.0f}")),
-        ("Task before marking", share("primary_clean")),
-        ("Task after marking", share("primary_marked")),
-        ("Mark", share("wm_accuracy")),
-        ("Mark on the clean model", share("wm_accuracy_on_clean")),
+        ("λ₁ (weight of R_func, keeps weights near W0)", plain("lambda1")),
+        ("λ₂ (weight of R_DA, robustness to changes)", plain("lambda2")),
+        ("N (number of key images and bits)", plain("n", "{:,.0f}")),
+        ("Task accuracy before embedding", _share(result, "primary_clean")),
+        ("Task accuracy after embedding", _share(result, "primary_marked")),
+        ("Matching bits, marked model", _share(result, "wm_accuracy")),
+        ("Matching bits, unmarked model W0", _share(result, "wm_accuracy_on_clean")),
         ("Evidence", None if bits is None else f"{bits:,.1f} bits"),
-        ("p-value (exact tail)", None if bits is None else _power(bits)),
-        ("Status", text("status")),
+        ("p-value (exact binomial tail)", None if bits is None else _power(bits)),
+        ("Verdict", text("status")),
         ("Parameter deviation ‖W − W0‖₂", plain("deviation_l2", "{:.4g}")),
-        ("Phase 1", _duration(result.get("seconds_phase1"))),
-        ("Phase 2", _duration(result.get("seconds_phase2"))),
+        ("Duration of phase 1", _duration(result.get("seconds_phase1"))),
+        ("Duration of phase 2", _duration(result.get("seconds_phase2"))),
         ("Model digest", text("model_digest")),
         ("Owner kit (secret)", text("kit")),
     ]
     return [(name, value) for name, value in rows if value is not None]
+
+
+def _share(result: Mapping[str, Any], name: str) -> str | None:
+    """Return a rate as a percentage, task metrics with their 95 % interval."""
+    value, samples = number(result.get(name)), number(result.get("primary_samples"))
+    if value is None:
+        return None
+    if not 0 <= value <= 1:
+        return f"{value:.4g}"
+    if not name.startswith("primary") or samples is None or samples < 1:
+        return f"{value:.2%}"
+    low, high = formatting.wilson(value, int(samples))
+    return f"{value:.2%} (95 % interval {low:.2%} … {high:.2%}, {int(samples):,} samples)"
 
 
 def _duration(value: object) -> str | None:

@@ -1,51 +1,47 @@
-"""What an owner reads after a sweep: heat maps over λ1 × λ2, the front, the recommended cell, every row."""
+"""Report of a sweep: heat maps over λ1 × λ2, Pareto front, recommended combination, all rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
-import jinja2
-import matplotlib as mpl
 from markupsafe import Markup
-from matplotlib.axes import Axes
 
-from mtlsign.reports import figures
-from mtlsign.reports.figures import BLUE, GREY, ORANGE
 from mtlsign.reports.formatting import number, words
+from mtlsign.reports.pages import render_page
+from mtlsign.reports.plotting import BLUE, GREY, ORANGE, Axes, Rectangle, add_legend_above, render_svg
 
-#: What the heat maps show: field of a group, title, how a number is written, and whether more is better.
+Group = Mapping[str, Any]
+Places = Mapping[tuple[float, float], Group]
+
+#: Heat maps: field of a group, title, number format, and whether larger is better.
 _MAPS = (
     ("drop_points", "Points of validation accuracy lost", "{:.2f}", False),
-    ("wm_accuracy", "Share of the bits right", "{:.3f}", True),
-    ("evidence_bits_attacked", "Fewest bits left after an attack", "{:.0f}", True),
-    ("deviation_l2", "How far the weights moved (L2)", "{:.2f}", False),
+    ("wm_accuracy", "Share of watermark bits that match", "{:.3f}", True),
+    ("evidence_bits_attacked", "Smallest evidence after any attack, in bits", "{:.0f}", True),
+    ("deviation_l2", "L2 distance of the weights from W0", "{:.2f}", False),
 )
-_MOST_ROWS = 500
+_MAX_ROWS = 500
 
 
 def render_sweep_report(result: Mapping[str, Any]) -> str:
-    """Render the page from `result.json`'s content; one self-contained HTML text, everything escaped."""
-    groups, best = list(result["groups"]), result["recommended"]
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = resources.files("mtlsign.reports").joinpath("templates", "sweeps.html.j2").read_text("utf-8")
-    drawn = _figures(groups, list(result["front"]), best)
-    rows = list(result["rows"])
-    return environment.from_string(source).render(
+    """Render the page from the content of ``result.json``: one self-contained HTML text, all escaped."""
+    groups, best, rows = list(result["groups"]), result["recommended"], list(result["rows"])
+    figures = _figures(groups, list(result["front"]), best)
+    return render_page(
+        "sweeps.html.j2",
+        kind="MTLSign sweep report",
         subject=" · ".join(words(result[name]) for name in ("space", "run")),
         tone="good" if best is not None and best["drop_points"] <= result["max_drop"] else "bad",
         headline=_headline(result),
-        why=words(result["why"], 300),
+        reason=words(result["why"], 300),
         facts=_facts(result),
-        maps=[(name, title, Markup(drawn[name])) for name, title, *_ in _MAPS if name in drawn],
-        front=Markup(drawn["front"]) if "front" in drawn else None,
+        maps=[(name, title, Markup(figures[name])) for name, title, *_ in _MAPS if name in figures],
+        front=Markup(figures["front"]) if "front" in figures else None,
         front_rows=[_group_cells(group, result["vary"]) for group in result["front"]],
-        vary=[words(name, 40) for name in result["vary"]],
-        cells=[_cells(row) for row in rows[:_MOST_ROWS]],
-        left_out=max(0, len(rows) - _MOST_ROWS),
+        vary=[_symbol(name) for name in result["vary"]],
+        cells=[_cells(row) for row in rows[:_MAX_ROWS]],
+        left_out=max(0, len(rows) - _MAX_ROWS),
     )
 
 
@@ -54,11 +50,11 @@ def _headline(result: Mapping[str, Any]) -> str:
     if best is None:
         return f"None of the {result['cells']} cells finished with a result."
     chosen = ", ".join(f"{_symbol(name)} = {_plain(best[name])}" for name in result["vary"])
-    left = best["evidence_bits_attacked"]
-    short = "" if left >= result["bits_required"] else f" ({result['bits_required']:g} are asked for)"
+    evidence = best["evidence_bits_attacked"]
+    short = "" if evidence >= result["bits_required"] else f" ({result['bits_required']:g} bits are required)"
     return (
-        f"Recommended: {chosen}. {left:,.0f} bits are left after the attacks{short}, "
-        f"and the task {_change(best['drop_points'])} on validation data."
+        f"Recommended: {chosen}. After the attacks, {evidence:,.0f} bits of evidence are left{short}. "
+        f"The task {_change(best['drop_points'])} on validation data."
     )
 
 
@@ -73,23 +69,23 @@ def _symbol(name: str) -> str:
 
 
 def _plain(value: object) -> str:
-    found = number(value)
-    return words(value, 60) if found is None else f"{found:g}"
+    as_number = number(value)
+    return words(value, 60) if as_number is None else f"{as_number:g}"
 
 
 def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     states = ", ".join(
-        f"{result[name]} {told}"
-        for name, told in (("ok", "finished"), ("stopped", "stopped early"), ("diverged", "diverged"),
+        f"{result[name]} {text}"
+        for name, text in (("ok", "finished"), ("stopped", "stopped early"), ("diverged", "diverged"),
                            ("failed", "failed"))
         if result[name]
     )  # fmt: skip
     return [
         ("Space", words(result["space"], 200)),
         ("Cells", f"{result['cells']} ({states})"),
-        ("Attacks on each", words(result["attacks"], 500)),
-        ("Points a recommended cell may lose", f"{result['max_drop']:g}"),
-        ("Bits from which a claim is accepted", f"{result['bits_required']:g}"),
+        ("Attacks on each cell", words(result["attacks"], 500)),
+        ("Points that a recommended cell may lose", f"{result['max_drop']:g}"),
+        ("Evidence from which a claim is accepted", f"{result['bits_required']:g} bits"),
     ]
 
 
@@ -107,11 +103,11 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def _group_cells(group: Mapping[str, Any], vary: Sequence[str]) -> list[str]:
+def _group_cells(group: Group, vary: Sequence[str]) -> list[str]:
     def spread(name: str, pattern: str) -> str:
         mean, sd = number(group[name]), number(group.get(f"sd {name}"))
-        told = "–" if mean is None else pattern.format(mean)
-        return told if sd is None else f"{told} ± {pattern.format(sd)}"
+        text = "–" if mean is None else pattern.format(mean)
+        return text if sd is None else f"{text} ± {pattern.format(sd)}"
 
     count = str(group["n"]) if group["n"] == group["cells"] else f"{group['n']} of {group['cells']}"
     return [
@@ -121,82 +117,70 @@ def _group_cells(group: Mapping[str, Any], vary: Sequence[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def _figures(
-    groups: Sequence[Mapping[str, Any]], front: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None
-) -> dict[str, str]:
-    """Heat maps where each λ1, λ2 has one combination; the front wherever anything finished."""
-    drawn: dict[str, str] = {}
+def _figures(groups: Sequence[Group], front: Sequence[Group], best: Group | None) -> dict[str, str]:
+    """Draw heat maps if each pair λ1, λ2 has one combination, and the front if any cell finished."""
+    if not groups:
+        return {}
+    figures: dict[str, str] = {}
     places = {(group["lambda1"], group["lambda2"]): group for group in groups}
-    with mpl.rc_context(figures._STYLE):
-        if groups and len(places) == len(groups):
-            for name, title, pattern, more in _MAPS:
-                if all(number(group[name]) is not None for group in groups):
-                    drawn[name] = figures._svg(
-                        f"map-{name}", f"{title}, by λ1 and λ2.",
-                        lambda ax, n=name, p=pattern, m=more: _heat(ax, places, best, n, p, m),  # type: ignore[misc]
-                        size=(6.4, 5.2),
-                    )  # fmt: skip
-        if groups:
-            told = "; ".join(
-                f"{g['evidence_bits_attacked']:.0f} bits at {g['drop_points']:.2f} points" for g in front[:40]
-            )
-            drawn["front"] = figures._svg(
-                "front", f"Bits left after the attacks against points lost; on the front: {told}.",
-                lambda ax: _front(ax, groups, front, best), size=(7.6, 4.6),
+    for name, title, pattern, larger_is_better in _MAPS:
+        if len(places) == len(groups) and all(number(group[name]) is not None for group in groups):
+            figures[name] = render_svg(
+                f"map-{name}", f"{title}, by λ1 and λ2.",
+                lambda ax, n=name, p=pattern, m=larger_is_better: _draw_map(ax, places, best, n, p, m),  # type: ignore[misc]
+                size=(6.4, 5.2),
             )  # fmt: skip
-    return drawn
+    listed = "; ".join(
+        f"{group['evidence_bits_attacked']:.0f} bits at {group['drop_points']:.2f} points"
+        for group in front[:40]
+    )
+    figures["front"] = render_svg(
+        "front", f"Evidence left after the attacks against points lost; on the front: {listed}.",
+        lambda ax: _draw_front(ax, groups, front, best), size=(7.6, 4.6),
+    )  # fmt: skip
+    return figures
 
 
-def _heat(
-    ax: Axes,
-    places: Mapping[tuple[float, float], Mapping[str, Any]],
-    best: Mapping[str, Any] | None,
-    name: str,
-    pattern: str,
-    more: bool,
+def _draw_map(
+    ax: Axes, places: Places, best: Group | None, name: str, pattern: str, larger_is_better: bool
 ) -> None:
     xs, ys = sorted({b for _, b in places}), sorted({a for a, _ in places})
     missing = float("nan")
     grid = [[float(places[y, x][name]) if (y, x) in places else missing for x in xs] for y in ys]
-    # Squares drawn one by one: an image would be a data: URI, which the page's own policy forbids.
+    # Drawn as squares: an image would be a data: URI, which the page's Content-Security-Policy forbids.
     edges = [[i - 0.5 for i in range(len(axis) + 1)] for axis in (xs, ys)]
-    ax.pcolormesh(*edges, grid, cmap="viridis" if more else "viridis_r")
-    found = [value for line in grid for value in line if value == value]
-    low, high = min(found), max(found)
-    small = 10 if len(xs) <= 5 else 7
+    ax.pcolormesh(*edges, grid, cmap="viridis" if larger_is_better else "viridis_r")
+    values = [value for line in grid for value in line if value == value]
+    low, high = min(values), max(values)
+    font_size = 10 if len(xs) <= 5 else 7
     for row, line in enumerate(grid):
         for column, value in enumerate(line):
             if value == value:
-                bright = (value - low) / (high - low or 1) > 0.5
-                ink = "black" if bright == more else "white"
+                bright = ((value - low) / (high - low or 1) > 0.5) == larger_is_better
                 ax.text(
-                    column, row, pattern.format(value), ha="center", va="center", color=ink, fontsize=small
-                )
+                    column, row, pattern.format(value), ha="center", va="center",
+                    color="black" if bright else "white", fontsize=font_size,
+                )  # fmt: skip
     if best is not None and (best["lambda1"], best["lambda2"]) in places:
         column, row = xs.index(best["lambda2"]), ys.index(best["lambda1"])
-        ax.add_patch(
-            mpl.patches.Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=3)
-        )
+        frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=3)
+        ax.add_patch(frame)
     ax.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
     ax.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
-    ax.set_xlabel("λ₂ (survive changes)")
-    ax.set_ylabel("λ₁ (stay near W0)")
+    ax.set_xlabel("λ₂ (weight of R_DA)")
+    ax.set_ylabel("λ₁ (weight of R_func)")
     ax.grid(False)
 
 
-def _front(
-    ax: Axes,
-    groups: Sequence[Mapping[str, Any]],
-    front: Sequence[Mapping[str, Any]],
-    best: Mapping[str, Any] | None,
-) -> None:
-    def plot(some: Sequence[Mapping[str, Any]], **look: Any) -> None:
-        ax.scatter([g["drop_points"] for g in some], [g["evidence_bits_attacked"] for g in some], **look)
+def _draw_front(ax: Axes, groups: Sequence[Group], front: Sequence[Group], best: Group | None) -> None:
+    def plot(chosen: Sequence[Group], **style: Any) -> None:
+        xs, ys = [g["drop_points"] for g in chosen], [g["evidence_bits_attacked"] for g in chosen]
+        ax.scatter(xs, ys, **style)
 
-    plot(groups, color=GREY, alpha=0.5, settings=22, label="a combination")
-    plot(front, color=BLUE, settings=34, label="on the front")
+    plot(groups, color=GREY, alpha=0.5, s=22, label="other combination")
+    plot(front, color=BLUE, s=34, label="on the front")
     if best is not None:
-        plot([best], facecolors="none", edgecolors=ORANGE, linewidths=2.2, settings=150, label="recommended")
+        plot([best], facecolors="none", edgecolors=ORANGE, linewidths=2.2, s=150, label="recommended")
     ax.set_xlabel("points of validation accuracy lost")
-    ax.set_ylabel("fewest bits left after an attack")
-    figures._legend_above(ax, columns=3)
+    ax.set_ylabel("smallest evidence after any attack, bits")
+    add_legend_above(ax, columns=3)

@@ -1,4 +1,4 @@
-"""Rows as files that other tools read: CSV for people, Parquet with types."""
+"""Tables as files: CSV for people and spreadsheets, Parquet with typed columns."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+_NO_TYPES: Mapping[str, str] = {}
+
 
 def csv_of(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
-    """RFC 4180 but for plain line feeds: a header, empty for None, true and false in lower case."""
+    """Write rows as CSV (RFC 4180 with plain line feeds): a header, None as empty, booleans in lower case."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)
@@ -19,23 +21,40 @@ def csv_of(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
     return buffer.getvalue().encode()
 
 
-def parquet_of(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
-    """The same rows as one Parquet file; a column's type is that of its values, text where they differ."""
+def parquet_of(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], types: Mapping[str, str] = _NO_TYPES
+) -> bytes:
+    """Write rows as one Parquet file.
+
+    Args:
+        rows: the rows; a missing value is null.
+        columns: names of the columns, in order.
+        types: column -> Arrow type (``string``, ``int64``, ``double``, ``bool``). The type of any other
+            column follows from its values: text where they differ in type.
+
+    Returns:
+        The file's bytes.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    arrays = {column: _array(pa, [row.get(column) for row in rows]) for column in columns}
+    arrays = {}
+    for column in columns:
+        values = [row.get(column) for row in rows]
+        name = types.get(column) or _type_of(values)
+        if column not in types and name in ("double", "string"):
+            convert = float if name == "double" else str
+            values = [None if value is None else convert(value) for value in values]
+        arrays[column] = pa.array(values, pa.type_for_alias(name))
     buffer = io.BytesIO()
     pq.write_table(pa.table(arrays), buffer)
     return buffer.getvalue()
 
 
-def _array(pa: Any, values: list[Any]) -> Any:
+def _type_of(values: Sequence[Any]) -> str:
     kinds = {type(value) for value in values if value is not None}
     if kinds == {bool}:
-        return pa.array(values, pa.bool_())
+        return "bool"
     if kinds == {int}:
-        return pa.array(values, pa.int64())
-    if kinds and kinds <= {int, float}:
-        return pa.array([None if v is None else float(v) for v in values], pa.float64())
-    return pa.array([None if v is None else str(v) for v in values], pa.string())
+        return "int64"
+    return "double" if kinds and kinds <= {int, float} else "string"

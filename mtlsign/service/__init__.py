@@ -1,7 +1,7 @@
-"""The verification service, all of it but Ray: claims come in from strangers, verdicts go out signed.
+"""HTTP verification service without Ray: claims of untrusted clients in, signed verdicts out.
 
-`app` is the door (FastAPI), `desk` takes requests and keeps them in `store` until every claim is answered,
-`verifier` answers them, in this process or in a replica of `mtlsign.distributed.serve`. In reading order:
-`app`, `api`, `desk`, `asked`, `store`, `verifier`, `pointers`, `files`, `suspects`, `bundles`, `signing`,
-`pages`, `bulk`.
+`app` builds the ASGI application from the routes in `http` and `web`. `queue` stores requests in `database`
+and schedules them. `verifier` verifies claims, in this process or in a replica of
+`mtlsign.distributed.serve`, and `fetch` brings models to its machine. `auth` holds tokens and signing keys,
+`batch` verifies files of claims.
 """

@@ -1,4 +1,4 @@
-"""The operator's commands: `python -m mtlsign.service token NAME --scopes verify`."""
+"""Commands of the operator: `python -m mtlsign.service token NAME --scopes verify`."""
 
 from __future__ import annotations
 
@@ -19,38 +19,45 @@ MAX_HOURS = 24 * 3650
 
 
 def main(argv: Sequence[str]) -> None:
-    """`token NAME` makes one and prints it, `tokens` lists them, `revoke ID` ends one."""
+    """Run a command: `token NAME` creates a token, `tokens` lists all, `revoke ID` revokes one."""
+    arguments = _parser().parse_args(list(argv))
+    base = {"state_dir": arguments.state_dir} if arguments.state_dir else None
+    settings = ServiceSettings.load(base=base)
+    hours = settings.token_ttl_hours if arguments.hours is None else arguments.hours
+    if not 0 < hours <= MAX_HOURS:
+        message = f"{hours:g} is not a number of hours over 0 and at most {MAX_HOURS}. Choose another."
+        raise SettingsError(message, field="hours")
+    path = (arguments.state_dir or settings.state_dir) / "service.sqlite"
+    if not path.exists():
+        print(f"{path} is new: a service with another state folder does not know it", file=sys.stderr)
+    database = Database(path)
+    try:
+        if arguments.action == "token":
+            scopes = [scope.strip() for scope in arguments.scopes.split(",") if scope.strip()]
+            print(tokens.issue(database, arguments.name, scopes, hours))
+        elif arguments.action == "tokens":
+            console.print_json(tokens.list_tokens(database))
+        elif not tokens.revoke(database, arguments.name):
+            message = "No valid token has this id. Use an id that the command tokens lists."
+            raise SettingsError(message, field="revoke")
+    except Problem as problem:
+        raise SettingsError(problem.detail, field=arguments.action) from None
+    finally:
+        database.close()
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mtlsign.service", description=__doc__)
     parser.add_argument("action", choices=["token", "tokens", "revoke"])
     parser.add_argument("name", nargs="?", default="", help="token: its name; revoke: its id")
     parser.add_argument(
-        "--scopes", default="verify,ledger", help="some of verify, ledger, admin, with commas"
+        "--scopes", default="verify,ledger", help="some of verify, ledger, admin, separated by commas"
     )
-    parser.add_argument("--hours", type=float, help="life of the token")
+    parser.add_argument("--hours", type=float, help="hours until the token expires")
     parser.add_argument(
-        "--state", type=Path, help="the service's state folder [MTLSIGN_STATE, mtlsign-service]"
+        "--state-dir", type=Path, help="state folder of the service [MTLSIGN_STATE_DIR, mtlsign-service]"
     )
-    given = parser.parse_args(list(argv))
-    s = ServiceSettings.load(base={"state": given.state} if given.state else None)
-    hours = s.token_hours if given.hours is None else given.hours
-    if not 0 < hours <= MAX_HOURS:
-        raise SettingsError(f"must be over 0 and at most {MAX_HOURS} (got {hours:g})", field="hours")
-    file = (given.state or s.state) / "service.sqlite"
-    if not file.exists():
-        print(f"{file} is new: a service with another state folder does not know it", file=sys.stderr)
-    store = Database(file)
-    try:
-        if given.action == "token":
-            scopes = [scope.strip() for scope in given.scopes.split(",") if scope.strip()]
-            print(tokens.issue(store, given.name, scopes, hours))
-        elif given.action == "tokens":
-            console.print_json(tokens.known(store))
-        elif not tokens.revoke(store, given.name):
-            raise SettingsError("there is no such token, or it is revoked already", field="revoke")
-    except Problem as problem:
-        raise SettingsError(problem.detail, field=given.action) from None
-    finally:
-        store.close()
+    return parser
 
 
 if __name__ == "__main__":

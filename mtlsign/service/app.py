@@ -1,4 +1,4 @@
-"""The whole service as one ASGI app: routes, problems, limits, health. It knows nothing of Ray."""
+"""The service as one ASGI application: routes, problem documents, body limits and health checks."""
 
 from __future__ import annotations
 
@@ -20,104 +20,115 @@ from mtlsign.service.problems import Problem
 from mtlsign.service.state import AppState
 from mtlsign.service.web import pages
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-_OF_STATUS = {404: "not-found", 405: "wrong-method", 413: "too-large", 415: "wrong-media-type"}
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+_KIND_OF_STATUS = {404: "not-found", 405: "wrong-method", 413: "too-large", 415: "wrong-media-type"}
 
 
-def make_app(office: AppState) -> FastAPI:
-    """The app of one process. Its lifespan starts and stops the desk."""
+def make_app(state: AppState) -> FastAPI:
+    """Build the application of one process. Its lifespan starts and stops the queue."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await office.desk.start()
-        if office.ledger is not None and office.settings.announce:
+        await state.queue.start()
+        if state.ledger is not None and state.settings.publish_signing_key:
             try:
-                await office.ledger.ask(office.ledger.announce, office.keys.current)
+                await state.ledger.run(state.ledger.publish_key, state.keys.current)
             except Problem as problem:
-                metrics.log_event("not_announced", reason=problem.detail)
+                metrics.log_event("key_not_published", reason=problem.detail)
         yield
-        await office.desk.stop()
+        await state.queue.stop()
 
     app = FastAPI(
         title="MTLSign verification", version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
-        description="Claims in, signed verdicts out. Errors are RFC 9457 problem details.",
+        description="Verification of claims, with signed verdicts. Errors are RFC 9457 problem details.",
     )  # fmt: skip
-    app.state.office = office
+    app.state.service = state
     app.include_router(routes.router)
     app.include_router(pages.router)
     app.add_middleware(
         BodyLimitMiddleware,
-        settings=office.settings,
-        count=lambda kind: office.metrics.add("mtlsign_refusals", 1, kind),
+        settings=state.settings,
+        count=lambda kind: state.metrics.add("mtlsign_refusals", 1, kind),
     )
+    _add_health_checks(app, state)
+    _add_error_handlers(app, state)
+    _add_request_log(app)
+    _describe_security(app)
+    return app
 
+
+def _add_health_checks(app: FastAPI, state: AppState) -> None:
     @app.get("/healthz", responses=problems())
     async def healthz() -> JSONResponse:
-        """This process answers."""
+        """Liveness: the process answers."""
         return JSONResponse({"status": "ok"})
 
     @app.get("/readyz", responses=problems())
     async def readyz() -> JSONResponse:
-        """Claims would be answered: the file can be written to and a verifier is there. Else 503."""
-        await office.writable()
-        if not await office.backend.ready():
-            raise Problem("not-ready", "no verifier is there yet", retry_after=2)
+        """Readiness: the database can be written and a verifier is available. Otherwise 503."""
+        await state.check_writable()
+        if not await state.backend.ready():
+            raise Problem("not-ready", "No verifier is available yet. Try again later.", retry_after=2)
         return JSONResponse({"status": "ready"})
 
+
+def _add_error_handlers(app: FastAPI, state: AppState) -> None:
     @app.exception_handler(Problem)
     async def on_problem(request: Request, problem: Problem) -> Response:
-        office.metrics.add("mtlsign_refusals", 1, problem.kind)
-        if _for_people(request):
+        state.metrics.add("mtlsign_refusals", 1, problem.kind)
+        if _wants_html(request):
             return pages.render("error", status=problem.status, token=None, problem=problem.document())
-        return routes.answer_problem(problem)
+        return routes.problem_response(problem)
 
     @app.exception_handler(HTTPException)
-    async def on_http(request: Request, error: HTTPException) -> Response:
-        kind = _OF_STATUS.get(error.status_code, "malformed-request")
-        return await on_problem(request, Problem(kind, f"{request.method} is not served at this address"))
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        kind = _KIND_OF_STATUS.get(error.status_code, "malformed-request")
+        detail = f"{request.method} is not served at this address. See /docs."
+        return await on_problem(request, Problem(kind, detail))
 
     @app.exception_handler(sqlite3.OperationalError)
     @app.exception_handler(OSError)
-    async def on_disk(request: Request, error: Exception) -> Response:
-        if isinstance(error, OSError) and error.errno not in _DISK:
-            return await on_bug(request, error)
-        metrics.log_event("not_written", reason=str(error))
-        detail = "the service cannot write its file at the moment; try again later"
+    async def on_disk_error(request: Request, error: Exception) -> Response:
+        if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:
+            return await on_unexpected_error(request, error)
+        metrics.log_event("write_failed", reason=str(error))
+        detail = "The service cannot write its database at the moment. Try again later."
         return await on_problem(request, Problem("busy", detail, retry_after=10))
 
     @app.exception_handler(Exception)
-    async def on_bug(request: Request, error: Exception) -> Response:
-        metrics.log_exception("defect", error)
-        return await on_problem(request, Problem("internal", "this is a defect; it was logged"))
-
-    @app.middleware("http")
-    async def tell(request: Request, follow: Callable[[Request], Awaitable[Response]]) -> Response:
-        start = time.perf_counter()
-        answer = await follow(request)
-        route = getattr(request.scope.get("route"), "path", None)  # the pattern, never what stands in it
-        metrics.log_event(
-            "request", method=request.method, route=route, status=answer.status_code,
-            token=getattr(request.state, "token", None),
-            seconds=round(time.perf_counter() - start, 4),
-        )  # fmt: skip
-        return answer
-
-    _describe(app)
-    return app
+    async def on_unexpected_error(request: Request, error: Exception) -> Response:
+        metrics.log_exception("internal_error", error)
+        detail = "The service failed and logged the failure. Report it to the operator."
+        return await on_problem(request, Problem("internal", detail))
 
 
-def _for_people(request: Request) -> bool:
+def _wants_html(request: Request) -> bool:
     return not request.url.path.startswith("/v1/") and "text/html" in request.headers.get("accept", "")
 
 
-def _describe(app: FastAPI) -> None:
+def _add_request_log(app: FastAPI) -> None:
+    @app.middleware("http")
+    async def log_request(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        start = time.perf_counter()
+        response = await call_next(request)
+        # The pattern of the route, because the path itself may contain an id of a client.
+        route = getattr(request.scope.get("route"), "path", None)
+        metrics.log_event(
+            "request", method=request.method, route=route, status=response.status_code,
+            token=getattr(request.state, "token", None),
+            seconds=round(time.perf_counter() - start, 4),
+        )  # fmt: skip
+        return response
+
+
+def _describe_security(app: FastAPI) -> None:
     """Add the bearer scheme to the OpenAPI document."""
-    made = app.openapi
+    generate = app.openapi
 
     def openapi() -> dict[str, object]:
-        found = made()
-        components = found.setdefault("components", {})
+        document = generate()
+        components = document.setdefault("components", {})
         components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
-        return found
+        return document
 
-    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented extension point

@@ -1,8 +1,8 @@
-"""What the service must not forget, in its own SQLite file: requests until they are answered, results,
-tokens, uploads, signed verdicts (WAL, full synchronisation: an answer given is an answer kept).
+"""SQLite database of the service: requests and their claims, results, signed verdicts, tokens and uploads.
 
-A request is leased to the process that works on it. When that process dies the lease runs out and another
-takes the request up where it was left: every outcome is kept as it comes.
+It uses a write-ahead log with full synchronisation, so a committed answer survives a crash. A request is
+leased to the process that works on it. If that process crashes, the lease expires and another process
+continues the request with the outcomes stored so far.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CREATE TABLE incoming(id TEXT PRIMARY KEY, token TEXT NOT NULL, size INTEGER NOT
 
 @dataclass(frozen=True)
 class Job:
-    """One request. Its claims lie beside it, each encrypted by itself, until it is answered."""
+    """One request. Its claims are stored separately, each encrypted, until they are answered."""
 
     id: str
     token: str
@@ -55,7 +55,7 @@ class Job:
 
 @dataclass(frozen=True)
 class QueueLimits:
-    """How much may wait: claims and sealed bytes, of one token and of all together."""
+    """Limits of the unanswered claims: number and encrypted bytes, of one token and of all tokens."""
 
     token_claims: int
     token_bytes: int
@@ -64,7 +64,7 @@ class QueueLimits:
 
 
 class Database:
-    """One file, one connection behind a lock; other processes may have it open too."""
+    """Database file with one connection behind a lock. Other processes may open the same file."""
 
     def __init__(self, path: Path, *, clock: Any = time.time) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -84,10 +84,10 @@ class Database:
                 db.execute(f"PRAGMA application_id={APPLICATION_ID}")
                 db.execute(f"PRAGMA user_version={VERSION}")
             elif version != VERSION:
-                raise Problem("not-ready", f"the service's file has version {version}; update mtlsign")
+                raise Problem("not-ready", f"The database has version {version}. Update mtlsign.")
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the connection."""
         with self._lock:
             self._db.close()
 
@@ -99,152 +99,191 @@ class Database:
                 yield self._db
                 self._db.execute("COMMIT")
             except BaseException:
-                if self._db.in_transaction:  # a full disk ends it by itself
+                if self._db.in_transaction:  # a full disk ends the transaction
                     self._db.execute("ROLLBACK")
                 raise
 
-    def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        """What a query finds."""
+    def fetch_all(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Return all rows of a query."""
         with self._lock:
             return self._db.execute(query, values).fetchall()
 
-    def try_out(self) -> None:
-        """Write, though nothing new. Raises sqlite3.OperationalError on a full or read-only disk."""
-        self.change(f"PRAGMA user_version={VERSION}")
+    def check_writable(self) -> None:
+        """Write an unchanged value. Raises sqlite3.OperationalError on a full or read-only disk."""
+        self.execute(f"PRAGMA user_version={VERSION}")
 
-    def change(self, query: str, *values: Any) -> int:
-        """Run one statement; number of rows it changed."""
+    def execute(self, query: str, *values: Any) -> int:
+        """Run one statement and return the number of changed rows."""
         with self._write() as db:
             return db.execute(query, values).rowcount
 
     # requests
     def add(
-        self, job: Job, sealed: Sequence[bytes], idem: str | None, owner: str, lease: float, room: QueueLimits
-    ) -> Job:
-        """Keep a new request; the same idempotency key of the same token: the request that is there.
+        self, job: Job, encrypted: Sequence[bytes], idempotency_key: str | None, owner: str, lease: float,
+        limits: QueueLimits,
+    ) -> Job:  # fmt: skip
+        """Store a new request, or return the stored request of the same token and idempotency key.
 
-        Raises: Problem `conflicting-key` when that one had another body; `busy` or `too-many-claims`.
+        Args:
+            job: the new request.
+            encrypted: its claims, encrypted, in order.
+            idempotency_key: key chosen by the client, or None.
+            owner: name of the process that works on the request.
+            lease: time at which the lease expires, in seconds since the epoch.
+            limits: limits of the queue.
+
+        Raises:
+            Problem: `conflicting-key` if the stored request has other claims; `busy` or `too-many-claims`.
         """
-        size = sum(map(len, sealed))
+        size = sum(map(len, encrypted))
         with self._write() as db:
-            found = self.known(job.token, idem)
-            if found is not None:
-                if found.digest != job.digest:
-                    raise Problem("conflicting-key", "this Idempotency-Key came with another body before")
-                return found
-            self.check_room(job.token, job.count, size, room)
+            stored = self.find_by_idempotency_key(job.token, idempotency_key)
+            if stored is not None:
+                if stored.digest != job.digest:
+                    detail = "This Idempotency-Key was used with another body. Choose a new key."
+                    raise Problem("conflicting-key", detail)
+                return stored
+            self.check_limits(job.token, job.count, size, limits)
             db.execute(
                 "INSERT INTO jobs(id,token,created,count,bytes,idem,digest,owner,lease) "
                 "VALUES(?,?,?,?,?,?,?,?,?)",
-                (job.id, job.token, job.created, job.count, size, idem, job.digest, owner, lease),
+                (job.id, job.token, job.created, job.count, size, idempotency_key, job.digest, owner, lease),
             )
             db.executemany(
                 "INSERT INTO claims(job,at,sealed) VALUES(?,?,?)",
-                [(job.id, at, one) for at, one in enumerate(sealed)],
+                [(job.id, index, claim) for index, claim in enumerate(encrypted)],
             )
         return job
 
-    def known(self, token: str, idem: str | None) -> Job | None:
-        """The request of that token under that idempotency key."""
-        if idem is None:
+    def find_by_idempotency_key(self, token: str, key: str | None) -> Job | None:
+        """Return the request of that token and idempotency key, if one is stored."""
+        if key is None:
             return None
-        found = self.rows("SELECT id FROM jobs WHERE token=? AND idem=?", token, idem)
-        return self.job(found[0][0], token) if found else None
+        rows = self.fetch_all("SELECT id FROM jobs WHERE token=? AND idem=?", token, key)
+        return self.job(rows[0][0], token) if rows else None
 
-    def check_room(self, token: str, claims: int, size: int, room: QueueLimits) -> None:
-        """Raises Problem `busy` (all tokens) or `too-many-claims` (this one) when no more may wait."""
+    def check_limits(self, token: str, claims: int, size: int, limits: QueueLimits) -> None:
+        """Check that further claims fit into the queue.
+
+        Args:
+            token: id of the token.
+            claims: number of further claims.
+            size: their encrypted size in bytes.
+            limits: limits of the queue.
+
+        Raises:
+            Problem: `too-many-claims` (limits of the token) or `busy` (limits of all tokens).
+        """
         query = "SELECT coalesce(sum(count),0), coalesce(sum(bytes),0) FROM jobs WHERE finished IS NULL"
-        ((own_claims, own_bytes),) = self.rows(f"{query} AND token=?", token)
-        if own_claims + claims > room.token_claims or own_bytes + size > room.token_bytes:
-            detail = f"{own_claims} claims of this token are waiting; wait for answers first"
+        ((own_claims, own_bytes),) = self.fetch_all(f"{query} AND token=?", token)
+        if own_claims + claims > limits.token_claims or own_bytes + size > limits.token_bytes:
+            detail = f"{own_claims} claims of this token are waiting. Send more after they are answered."
             raise Problem("too-many-claims", detail, retry_after=5)
-        ((all_claims, all_bytes),) = self.rows(query)
-        if all_claims + claims > room.claims or all_bytes + size > room.bytes:
-            raise Problem("busy", "as much is waiting as may wait; try again later", retry_after=5)
+        ((all_claims, all_bytes),) = self.fetch_all(query)
+        if all_claims + claims > limits.claims or all_bytes + size > limits.bytes:
+            raise Problem("busy", "The queue is full. Try again later.", retry_after=5)
 
     def job(self, name: str, token: str | None) -> Job:
-        """A request of that token (None: of anybody). Raises Problem `not-found`, also for another's."""
-        found = self.rows("SELECT id,token,created,finished,count,digest FROM jobs WHERE id=?", name)
-        if not found or (token is not None and found[0][1] != token):
-            raise Problem("not-found", "this token has no such request")
-        return Job(*found[0])
+        """Return a request of `token` (None: of any token).
 
-    def sealed(self, job: str, at: int) -> bytes:
-        """One claim of a request that is not answered, encrypted."""
-        found = self.rows("SELECT sealed FROM claims WHERE job=? AND at=?", job, at)
-        return found[0][0] if found else b""
+        Raises:
+            Problem: `not-found`, also for a request of another token.
+        """
+        rows = self.fetch_all("SELECT id,token,created,finished,count,digest FROM jobs WHERE id=?", name)
+        if not rows or (token is not None and rows[0][1] != token):
+            raise Problem("not-found", "This token has no request of that id.")
+        return Job(*rows[0])
+
+    def encrypted_claim(self, job: str, index: int) -> bytes:
+        """Return one unanswered claim, encrypted; empty if it was answered."""
+        rows = self.fetch_all("SELECT sealed FROM claims WHERE job=? AND at=?", job, index)
+        return rows[0][0] if rows else b""
 
     def outcomes(self, job: str) -> dict[int, dict[str, Any]]:
-        """Outcomes so far, by the claims' places."""
-        return {
-            at: json.loads(text) for at, text in self.rows("SELECT at,outcome FROM results WHERE job=?", job)
-        }
+        """Return the stored outcomes of a request by claim index."""
+        rows = self.fetch_all("SELECT at,outcome FROM results WHERE job=?", job)
+        return {index: json.loads(text) for index, text in rows}
 
-    def keep(self, job: str, found: Iterable[tuple[int, dict[str, Any], bytes | None]]) -> None:
-        """Keep outcomes (place, outcome, signed envelope); the first one of a place stays. Their opened keys
-        are wiped.
-        """
-        rows = [(job, at, json.dumps(outcome, allow_nan=False), envelope) for at, outcome, envelope in found]
+    def save_results(self, job: str, results: Iterable[tuple[int, dict[str, Any], bytes | None]]) -> None:
+        """Store results (index, outcome, signed envelope), keep stored ones, and delete their claims."""
+        rows = [
+            (job, index, json.dumps(outcome, allow_nan=False), envelope)
+            for index, outcome, envelope in results
+        ]
         with self._write() as db:
             db.executemany("INSERT OR IGNORE INTO results(job,at,outcome,envelope) VALUES(?,?,?,?)", rows)
             db.executemany("DELETE FROM claims WHERE job=? AND at=?", [row[:2] for row in rows])
 
     def finish(self, job: str) -> None:
-        """All claims are answered."""
-        self.change("UPDATE jobs SET finished=?, owner=NULL WHERE id=?", self.clock(), job)
+        """Mark a request as answered."""
+        self.execute("UPDATE jobs SET finished=?, owner=NULL WHERE id=?", self.clock(), job)
 
-    def envelope(self, job: str, at: int) -> bytes | None:
-        """The signed verdict of one claim."""
-        found = self.rows("SELECT envelope FROM results WHERE job=? AND at=?", job, at)
-        return found[0][0] if found else None
+    def envelope(self, job: str, index: int) -> bytes | None:
+        """Return the signed verdict of one claim."""
+        rows = self.fetch_all("SELECT envelope FROM results WHERE job=? AND at=?", job, index)
+        return rows[0][0] if rows else None
 
-    def adopt(self, owner: str, lease: float, but: Sequence[str] = ()) -> list[Job]:
-        """Take over requests whose worker's lease has run out."""
+    def acquire_expired(self, owner: str, lease_s: float, running: Sequence[str] = ()) -> list[Job]:
+        """Lease all open requests whose lease has expired to `owner`, except those already `running`."""
         now = self.clock()
         with self._write() as db:
-            found = db.execute(
+            rows = db.execute(
                 "SELECT id FROM jobs WHERE finished IS NULL AND lease<? ORDER BY created", (now,)
             )
-            names = [name for (name,) in found.fetchall() if name not in but]
+            names = [name for (name,) in rows.fetchall() if name not in running]
             for name in names:
-                db.execute("UPDATE jobs SET owner=?, lease=? WHERE id=?", (owner, now + lease, name))
+                db.execute("UPDATE jobs SET owner=?, lease=? WHERE id=?", (owner, now + lease_s, name))
         return [self.job(name, None) for name in names]
 
-    def put_down(self, job: str, lease: float) -> None:
-        """Leave a request to whoever adopts it when the lease has run out."""
-        self.change("UPDATE jobs SET owner=NULL, lease=? WHERE id=? AND finished IS NULL", lease, job)
+    def release(self, job: str, lease: float) -> None:
+        """Give up a request; any process may acquire it after the time `lease`."""
+        self.execute("UPDATE jobs SET owner=NULL, lease=? WHERE id=? AND finished IS NULL", lease, job)
 
-    def renew(self, jobs: Sequence[str], lease: float) -> None:
-        """Say that this process still works on these."""
-        end = self.clock() + lease
+    def renew_leases(self, jobs: Sequence[str], lease_s: float) -> None:
+        """Extend the leases of these requests to `lease_s` seconds from now."""
+        end = self.clock() + lease_s
         with self._write() as db:
             query = "UPDATE jobs SET lease=? WHERE finished IS NULL AND id=?"
             db.executemany(query, [(end, job) for job in jobs])
 
-    def ended(self, job: str) -> bool:
-        """Whether nobody waits for it any more: answered, or its token was revoked."""
-        return not self.rows("SELECT 1 FROM jobs WHERE id=? AND finished IS NULL", job)
+    def is_closed(self, job: str) -> bool:
+        """Return whether a request needs no further work: it was answered, or its token was revoked."""
+        return not self.fetch_all("SELECT 1 FROM jobs WHERE id=? AND finished IS NULL", job)
 
-    def waiting(self) -> int:
-        """Claims of all requests not yet answered."""
-        found = self.rows("SELECT coalesce(sum(count),0) FROM jobs WHERE finished IS NULL")
-        return int(found[0][0])
+    def waiting_claims(self) -> int:
+        """Return the number of claims of all unanswered requests."""
+        rows = self.fetch_all("SELECT coalesce(sum(count),0) FROM jobs WHERE finished IS NULL")
+        return int(rows[0][0])
 
     def revoke(self, token: str) -> bool:
-        """End a token, its sessions and its open requests, whose claims are wiped; False: there is none."""
+        """Revoke a token, end its sessions, close its open requests and delete their claims.
+
+        Returns:
+            False if there is no valid token of that id.
+        """
         now = self.clock()
         with self._write() as db:
-            found = db.execute("UPDATE tokens SET revoked=? WHERE id=? AND revoked IS NULL", (now, token))
+            revoked = db.execute("UPDATE tokens SET revoked=? WHERE id=? AND revoked IS NULL", (now, token))
             db.execute("DELETE FROM sessions WHERE token=?", (token,))
             db.execute("DELETE FROM claims WHERE job IN (SELECT id FROM jobs WHERE token=?)", (token,))
             db.execute("UPDATE jobs SET finished=? WHERE token=? AND finished IS NULL", (now, token))
-        return bool(found.rowcount)
+        return bool(revoked.rowcount)
 
     # uploads
-    def reserve(self, token: str, size: int, seconds: float, quota: int) -> str:
-        """Count an upload that begins; it is nobody's before `add_upload`. Returns its ticket.
+    def reserve_upload(self, token: str, size: int, seconds: float, quota: int) -> str:
+        """Reserve space for an upload that begins; it cannot be used before `add_upload`.
 
-        Raises: Problem `quota` when the token would have more than `quota` bytes here.
+        Args:
+            token: id of the token.
+            size: announced size in bytes.
+            seconds: time after which the reservation expires.
+            quota: most bytes of all uploads of the token.
+
+        Returns:
+            A ticket for `add_upload` or `cancel_upload`.
+
+        Raises:
+            Problem: `quota`.
         """
         ticket, now = secrets.token_hex(16), self.clock()
         with self._write() as db:
@@ -253,37 +292,48 @@ class Database:
                 query = f"SELECT coalesce(sum(size),0) FROM {table} WHERE token=? AND expires>?"
                 used += db.execute(query, (token, now)).fetchone()[0]
             if used + size > quota:
-                raise Problem("quota", f"{used} of {quota} bytes are used; wait until earlier uploads expire")
+                detail = f"{used} of {quota} bytes are used. Wait until earlier uploads expire."
+                raise Problem("quota", detail)
             db.execute("INSERT INTO incoming VALUES(?,?,?,?)", (ticket, token, size, now + seconds))
         return ticket
 
-    def release(self, ticket: str) -> None:
-        """Give the room of an upload back that did not end well."""
-        self.change("DELETE FROM incoming WHERE id=?", ticket)
+    def cancel_upload(self, ticket: str) -> None:
+        """Delete the reservation of a failed upload."""
+        self.execute("DELETE FROM incoming WHERE id=?", ticket)
 
     def add_upload(self, ticket: str, sha256: str, size: int, expires: float) -> None:
-        """All bytes came, of this digest: the token may use them. Raises Problem when it took too long."""
+        """Store a complete upload; its token may use it until `expires`.
+
+        Args:
+            ticket: reservation of the upload.
+            sha256: digest of the received bytes, hex.
+            size: number of received bytes.
+            expires: seconds since the epoch.
+
+        Raises:
+            Problem: `too-slow` if the reservation has expired.
+        """
         with self._write() as db:
-            found = db.execute("DELETE FROM incoming WHERE id=? RETURNING token", (ticket,)).fetchall()
-            if not found:
-                raise Problem("too-slow", "the upload took too long; send it again")
-            values = (found[0][0], sha256, size, expires)
+            rows = db.execute("DELETE FROM incoming WHERE id=? RETURNING token", (ticket,)).fetchall()
+            if not rows:
+                raise Problem("too-slow", "The upload took too long. Send it again.")
+            values = (rows[0][0], sha256, size, expires)
             db.execute("INSERT OR REPLACE INTO uploads VALUES(?,?,?,?)", values)
 
     def upload(self, token: str, sha256: str) -> tuple[int, float] | None:
-        """(size, expiry) of an upload of that token."""
+        """Return (size, expiry) of an upload of that token."""
         query = "SELECT size, expires FROM uploads WHERE token=? AND sha256=? AND expires>?"
-        found = self.rows(query, token, sha256, self.clock())
-        return (found[0][0], found[0][1]) if found else None
+        rows = self.fetch_all(query, token, sha256, self.clock())
+        return (rows[0][0], rows[0][1]) if rows else None
 
-    def clean(self, keep_s: float) -> set[str]:
-        """Drop what has expired; returns the digests of the files that uploads still need."""
+    def delete_expired(self, retention_s: float) -> set[str]:
+        """Delete expired rows; return the digests of the files that uploads still reference."""
         now = self.clock()
         with self._write() as db:
             db.execute("DELETE FROM uploads WHERE expires<=?", (now,))
             db.execute("DELETE FROM incoming WHERE expires<=?", (now,))
             db.execute("DELETE FROM sessions WHERE expires<=?", (now,))
             old = "SELECT id FROM jobs WHERE finished IS NOT NULL AND finished<?"
-            db.execute(f"DELETE FROM results WHERE job IN ({old})", (now - keep_s,))
-            db.execute("DELETE FROM jobs WHERE finished IS NOT NULL AND finished<?", (now - keep_s,))
-            return {d for (d,) in db.execute("SELECT DISTINCT sha256 FROM uploads")}
+            db.execute(f"DELETE FROM results WHERE job IN ({old})", (now - retention_s,))
+            db.execute("DELETE FROM jobs WHERE finished IS NOT NULL AND finished<?", (now - retention_s,))
+            return {digest for (digest,) in db.execute("SELECT DISTINCT sha256 FROM uploads")}

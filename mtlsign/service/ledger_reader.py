@@ -1,4 +1,4 @@
-"""Reading the ledger for those who ask the service: head, entries, proofs, and what it says of a claim."""
+"""Reading of the ledger for clients: checkpoint, entries, inclusion proofs and the state of a claim."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from mtlsign.claims.commands.owner import checkpoint_json
+from mtlsign.claims.commands.settings import checkpoint_json
 from mtlsign.claims.judging import admissibility, council
 from mtlsign.claims.ledger.base import Ledger
 from mtlsign.claims.ledger.open import open_ledger
@@ -28,7 +28,7 @@ KEY_NAME = "service signing key"
 
 
 class LedgerReader:
-    """One ledger, read by one thread at a time. Methods block, and raise Problem."""
+    """Reader of one ledger, used by one thread at a time. Methods block and raise Problem."""
 
     def __init__(self, uri: str) -> None:
         self._uri, self._lock = uri, threading.Lock()
@@ -36,8 +36,8 @@ class LedgerReader:
         self._ledger: Ledger | None = None
         self._reader: IncrementalReader | None = None
 
-    async def ask(self, method: Callable[..., T], *args: Any) -> T:
-        """Call what reads the ledger in a thread of its own: where that hangs, nothing else does."""
+    async def run(self, method: Callable[..., T], *args: Any) -> T:
+        """Run a blocking method in the thread of the ledger, so that a hanging ledger blocks nothing else."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, method, *args)
 
     def _view(self) -> tuple[Ledger, LedgerView]:
@@ -51,75 +51,77 @@ class LedgerReader:
             raise problem_from_error(error, about="ledger") from None
 
     def head(self) -> dict[str, Any]:
-        """The newest head that counts, as `jobs/ledger.py head --json` gives it."""
+        """Return the newest confirmed checkpoint, in the form of `jobs/ledger.py head --json`."""
         with self._lock:
             ledger, view = self._view()
             return checkpoint_json(ledger, view)
 
     def entry(self, index: int) -> dict[str, Any]:
-        """One entry: its envelope (base64, the exact bytes), kind, signers, time."""
+        """Return one entry: its envelope (base64 of the exact bytes), kind, signers and time."""
         with self._lock:
             ledger, view = self._view()
-            found = view.entries.get(index)
-            if found is None:
-                raise Problem("not-found", f"the ledger has {len(view.entries)} entries")
+            entry = view.entries.get(index)
+            if entry is None:
+                raise Problem("not-found", f"The ledger has {len(view.entries)} entries. Use a lower index.")
             return {
                 "index": index,
-                "leaf": found.leaf.hex(),
-                "kind": found.statement.kind if found.statement else None,
-                "problem": found.problem,
-                "signers": [signer.hex() for signer in found.signers],
+                "leaf": entry.leaf.hex(),
+                "kind": entry.statement.kind if entry.statement else None,
+                "problem": entry.problem,
+                "signers": [signer.hex() for signer in entry.signers],
                 "time": view.time(index),
                 "envelope": base64.b64encode(ledger.get(index)).decode(),
             }
 
     def proof(self, index: int, size: int | None = None) -> dict[str, Any]:
-        """Inclusion proof of an entry in the tree of `size` (default: the newest head that counts)."""
+        """Return the inclusion proof of an entry in the tree of `size` (default: the newest confirmed)."""
         with self._lock:
             ledger, view = self._view()
-            newest = view.heads[-1].head.size if view.heads else len(view.entries)
-            within = newest if size is None else size
-            if not 0 <= index < within <= len(view.entries):
-                raise Problem("not-found", f"entry {index} is in no tree of {within} entries here")
+            newest = view.confirmed[-1].checkpoint.size if view.confirmed else len(view.entries)
+            tree_size = newest if size is None else size
+            if not 0 <= index < tree_size <= len(view.entries):
+                detail = f"The ledger has no entry {index} in a tree of {tree_size} entries."
+                raise Problem("not-found", f"{detail} Choose an existing entry and tree.")
             try:
-                path = ledger.prove(index, within)
-                root = ledger.head(within).root
+                path = ledger.prove(index, tree_size)
+                root = ledger.checkpoint(tree_size).root
             except MTLSignError as error:
                 raise problem_from_error(error, about="ledger") from None
             return {
-                "index": index, "size": within, "leaf": view.entries[index].leaf.hex(), "root": root.hex(),
-                "path": [step.hex() for step in path],
+                "index": index, "size": tree_size, "leaf": view.entries[index].leaf.hex(),
+                "root": root.hex(), "path": [step.hex() for step in path],
             }  # fmt: skip
 
     def recent(self, count: int = 50) -> list[dict[str, Any]]:
-        """The newest entries, newest first, without their envelopes."""
+        """Return the newest entries without their envelopes, the newest first."""
         with self._lock:
             _, view = self._view()
             newest = sorted(view.entries.values(), key=lambda entry: -entry.index)[:count]
             return [
                 {
-                    "index": e.index,
-                    "leaf": e.leaf.hex(),
-                    "kind": e.statement.kind if e.statement else "unreadable",
-                    "time": view.time(e.index),
+                    "index": entry.index,
+                    "leaf": entry.leaf.hex(),
+                    "kind": entry.statement.kind if entry.statement else "unreadable",
+                    "time": view.time(entry.index),
                 }
-                for e in newest
+                for entry in newest
             ]
 
     def claim(self, name: str) -> dict[str, Any]:
-        """What the ledger says of a claim: when its key was committed, when it was made, faults, votes."""
+        """Return the state of a claim in the ledger: times, reasons for inadmissibility, votes and rivals."""
         with self._lock:
             _, view = self._view()
             try:
                 entry, claim = admissibility.find_claim(view, name)
             except MTLSignError:
-                raise Problem("not-found", "the ledger has no such claim") from None
+                raise Problem("not-found", "The ledger has no claim of that id. Correct the id.") from None
             try:
                 key = key_id(claim.opening.key())
             except MTLSignError:
                 key = ""
             tally = council.tally_votes(view, entry, claim)
             published = view.at(claim.publish, Publish)
+            reasons = admissibility.inadmissibility_reasons(view, entry, claim)
             return {
                 "claim": name,
                 "key": key,
@@ -128,9 +130,7 @@ class LedgerReader:
                 "publication": claim.publish.index if published else None,
                 "committed": view.time(claim.publish.index) if published else None,
                 "suspect": claim.suspect.hex(),
-                "faults": [
-                    fault.sentence for fault in admissibility.inadmissibility_reasons(view, entry, claim)
-                ],
+                "reasons": [reason.sentence for reason in reasons],
                 "votes": tally.counts,
                 "outcome": tally.outcome,
                 "threshold": tally.threshold,
@@ -139,27 +139,27 @@ class LedgerReader:
             }
 
     def _rivals(self, view: LedgerView, claim: Claim) -> int:
-        """Claims of other publications on the same model: what `jobs/dispute.py` would compare."""
+        """Return the number of claims of other publications on the same model."""
         return sum(
             other.suspect == claim.suspect and other.publish != claim.publish for _, other in view.all(Claim)
         )
 
-    def first_of(self, public_keys: Sequence[bytes]) -> dict[bytes, int]:
-        """The first entry that each key signed or that names it as a member, where there is one."""
-        found: dict[bytes, int] = {}
+    def first_entry_of_key(self, public_keys: Sequence[bytes]) -> dict[bytes, int]:
+        """Return, for each key in the ledger, the first entry that it signed or that lists it as a member."""
+        first_entries: dict[bytes, int] = {}
         with self._lock:
             _, view = self._view()
             for entry in view.entries.values():
                 for key in (*entry.signers, *getattr(entry.statement, "members", ())):
                     if key in public_keys:
-                        found.setdefault(key, entry.index)
-        return found
+                        first_entries.setdefault(key, entry.index)
+        return first_entries
 
-    def announce(self, identity: Identity) -> int:
-        """Put the public half of a signing key into the ledger, once; returns the entry."""
-        known = self.first_of([identity.public_key]).get(identity.public_key)
-        if known is not None:
-            return known
+    def publish_key(self, identity: Identity) -> int:
+        """Append the public key of an identity unless the ledger has it; return the index of its entry."""
+        index = self.first_entry_of_key([identity.public_key]).get(identity.public_key)
+        if index is not None:
+            return index
         with self._lock:
             ledger, view = self._view()
             owner = Owner(identity, ledger)

@@ -1,10 +1,10 @@
-"""One door to where things are written: a local folder or `s3://bucket/prefix` (design decision 10).
+"""Storage interface with two implementations: a local folder and an S3 prefix.
 
-An S3 location may carry `?endpoint_override=HOST:PORT&scheme=http&region=…`. The endpoint comes from there,
-else from the `endpoint` setting, else from AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL; `Storage.uri` always
-spells it out, so that boto3 here and pyarrow inside Ray speak to the same server. Credentials come from the
-environment (the standard AWS chain) only: a location that carries some is refused; none are kept, printed
-or pickled.
+An S3 location may carry `?endpoint_override=HOST:PORT&scheme=http&region=…`. The endpoint is taken from
+there, otherwise from the `endpoint` setting, AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL. `Storage.uri` always
+states it, so that boto3 and the pyarrow of Ray use the same server. Credentials come from the environment
+only (the standard AWS chain): a location with credentials is refused, and none are stored, printed or
+pickled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from mtlsign.errors import StorageError, TooLargeError
 
 LIST_LIMIT = 100_000
-"""Most names that one `list` or `delete` looks at."""
+"""Most names that one `list` or `delete` handles."""
 
 TEMPORARY_PREFIX = ".tmp-"
 _NAME_BYTES = 900
@@ -24,90 +24,103 @@ Names = list[str]
 
 
 class Storage(ABC):
-    """A folder that holds named files; names are relative, `/`-separated, and never leave the folder."""
+    """Folder of named files. Names are relative, `/`-separated, and never leave the folder."""
 
     uri: str
-    """Where this is: an absolute local path, or a full S3 location with its endpoint (never credentials)."""
+    """Absolute local path, or full S3 location with its endpoint (never credentials)."""
 
     def ray_path(self) -> str:
-        """The `storage_path` of Ray's RunConfig for this very folder on this very server."""
+        """Return the `storage_path` of Ray's RunConfig for this folder on this server."""
         return self.uri
 
     @abstractmethod
     def child(self, name: str) -> Storage:
-        """The folder `name` below this one; nothing is touched."""
+        """Return the folder `name` below this one; nothing is created."""
 
     @abstractmethod
     def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
-        """Write one whole file atomically: a reader sees the old bytes or the new, never a part.
+        """Write a file atomically: a reader sees the old content or the new, never a part.
 
         Args:
-            name: where, below this folder.
-            data: the whole content.
-            only_if_new: leave an existing file alone. Among racing writers exactly one wins. (A winner whose
-                answer was lost on the way is told False: compare what is there.)
+            name: name below this folder.
+            data: the content.
+            if_absent: do not replace an existing file. Among racing writers exactly one succeeds. A writer
+                whose answer was lost on the network gets False although it succeeded: compare the content.
 
-        Returns: False if `only_if_new` and the file is already there, else True.
-        Raises: StorageError when the place is unreachable, refuses us or is full.
+        Returns:
+            False if `if_absent` and the file exists already, otherwise True.
+
+        Raises:
+            StorageError: the storage is unreachable, full, or refuses access.
         """
 
     @abstractmethod
     def read(self, name: str, limit: int) -> bytes:
-        """The file's bytes; its size is known and checked before anything is read.
+        """Return the content of a file; its size is checked before anything is read.
 
-        Raises: ArtifactError when it is missing, no plain file, or over `limit` bytes; StorageError when the
-            place is unreachable or refuses us.
+        Args:
+            name: name below this folder.
+            limit: most bytes.
+
+        Raises:
+            ArtifactError: the file is missing, not a regular file, or has more than `limit` bytes.
+            StorageError: the storage is unreachable or refuses access.
         """
 
     @abstractmethod
     def exists(self, name: str) -> bool:
-        """Whether there is a file (not a folder) of that name."""
+        """Return True if `name` is a file (not a folder)."""
 
     @abstractmethod
     def delete(self, name: str) -> None:
-        """Remove the file or the whole folder `name`, manifests first: no folder is ever half there."""
+        """Delete the file or folder `name`. Manifests go first, so no committed folder is ever incomplete."""
 
     def check_writable(self) -> None:
-        """Write, re-write and remove a probe: the place must honour "only if new", which manifests rely on.
+        """Write, rewrite and delete a test file.
 
-        Raises: StorageError naming `storage`, within about ten seconds when nothing answers.
+        The storage must honour `if_absent`, because manifests rely on it.
+
+        Raises:
+            StorageError: the storage is not writable, replaces an existing file, or does not answer within
+                about ten seconds.
         """
-        detector = f"mtlsign-probe-{secrets.token_hex(8)}"
-        first = self.write(detector, b"first", if_absent=True)
+        name = f"mtlsign-probe-{secrets.token_hex(8)}"
+        first = self.write(name, b"first", if_absent=True)
         try:
-            second = self.write(detector, b"second", if_absent=True)
-            if not first or second or self.read(detector, 16) != b"first":
+            second = self.write(name, b"second", if_absent=True)
+            if not first or second or self.read(name, 16) != b"first":
                 raise StorageError(
-                    f"{self.uri} overwrites a file that was to be written only if new; "
-                    "use a server that honours If-None-Match (AWS S3, SeaweedFS, Ceph) or a local folder",
+                    f"{self.uri} replaces a file that must be written only if it is absent. "
+                    "Use a server that honours If-None-Match (AWS S3, SeaweedFS, Ceph) or a local folder.",
                     field="storage",
                 )
         finally:
-            self.delete(detector)
+            self.delete(name)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.uri!r})"
 
     @abstractmethod
     def list(self, prefix: str = "") -> Names:
-        """Names of all files in the folder `prefix` (default: everything), at any depth, sorted."""
+        """Return the sorted names of all files in the folder `prefix` (default: all files), at any depth."""
 
 
 def validate_name(name: str) -> str:
-    """`name` itself, if it is safe below a folder: relative, no `.` or `..`, backslash, control character.
+    """Return `name` if it is safe below a folder: relative, without `.`, `..`, backslash, control characters.
 
-    Raises: StorageError otherwise.
+    Raises:
+        StorageError: the name is not safe.
     """
     parts = name.split("/")
-    bad = any(part in ("", ".", "..") or part.startswith(TEMPORARY_PREFIX) for part in parts)
-    if bad or "\\" in name or not name.isprintable() or len(name.encode("utf-8", "replace")) > _NAME_BYTES:
-        raise StorageError(f"{name[:80]!r} is no safe file name; use plain relative names without '..'")
+    unsafe = any(part in ("", ".", "..") or part.startswith(TEMPORARY_PREFIX) for part in parts)
+    if unsafe or "\\" in name or not name.isprintable() or len(name.encode("utf-8", "replace")) > _NAME_BYTES:
+        raise StorageError(f"{name[:80]!r} is not a safe file name. Use plain relative names without '..'.")
     return name
 
 
-def check_size(place: str, size: int, limit: int) -> None:
-    """Raises: ArtifactError when `size` bytes are more than `limit`."""
+def check_size(location: str, size: int, limit: int) -> None:
+    """Raise `TooLargeError` if `size` bytes at `location` are more than `limit`."""
     if size > limit:
         raise TooLargeError(
-            f"{place} has more than the {limit} bytes allowed here; give the right file or raise the limit"
+            f"{location} has more than the {limit} bytes allowed. Pass the right file or raise the limit."
         )

@@ -1,4 +1,4 @@
-"""mtlsign.storage.local."""
+"""Local storage, and the atomic file write that every writer of local files uses."""
 
 from __future__ import annotations
 
@@ -9,13 +9,83 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from mtlsign.errors import ArtifactError, StorageError
 from mtlsign.storage.base import LIST_LIMIT, TEMPORARY_PREFIX, Names, Storage, check_size, validate_name
 
 
+@contextmanager
+def open_atomic(
+    path: Path, *, mode: int = 0o600, exclusive: bool = False, without_hard_links: bool = False
+) -> Iterator[BinaryIO]:
+    """Open a temporary file that becomes `path` when the block ends without an exception.
+
+    A reader sees the old content or the new, never a part. File and folder are synced to the disk.
+
+    Args:
+        path: the final file; its folder must exist.
+        mode: permissions of the new file, reduced by the umask.
+        exclusive: raise `FileExistsError` instead of replacing an existing file; among racing writers exactly
+            one succeeds. Needs hard links.
+        without_hard_links: with `exclusive`, fall back to an empty file that is then replaced where the file
+            system lacks hard links. A reader may see the empty file.
+
+    Raises:
+        OSError: the file cannot be written, or it exists and `exclusive` is set.
+    """
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+    try:
+        with os.fdopen(os.open(temporary, _CREATE, mode), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if exclusive:
+            _link_exclusive(temporary, path, mode, without_hard_links)
+        else:
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def atomic_write(
+    path: Path, data: bytes, *, mode: int = 0o600, exclusive: bool = False, without_hard_links: bool = False
+) -> None:
+    """Write `data` as the file `path`; see `open_atomic` for the arguments.
+
+    Raises:
+        OSError: the file cannot be written, or it exists and `exclusive` is set.
+    """
+    with open_atomic(path, mode=mode, exclusive=exclusive, without_hard_links=without_hard_links) as file:
+        file.write(data)
+
+
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+
+
+def _link_exclusive(temporary: Path, path: Path, mode: int, without_hard_links: bool) -> None:
+    try:
+        os.link(temporary, path)  # unlike a rename, a link never replaces an existing file
+    except FileExistsError:
+        raise
+    except OSError:
+        if not without_hard_links:
+            raise
+        os.close(os.open(path, _CREATE, mode))
+        os.replace(temporary, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class LocalStorage(Storage):
-    """A folder of this machine (or a mount that every node shares); it is made by the first write."""
+    """Folder of this machine, or of a mount that every node shares. The first write creates it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -29,37 +99,27 @@ class LocalStorage(Storage):
 
     def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:  # noqa: D102
         target = self._path(name)
-        temporary = target.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
         with _local_errors("write", target):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                with open(temporary, "xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                if if_absent:
-                    try:
-                        os.link(temporary, target)
-                    except FileExistsError:
-                        return False
-                else:
-                    os.replace(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
-            _sync_folder(target.parent)
+                atomic_write(target, data, mode=0o666, exclusive=if_absent)
+            except FileExistsError:
+                if not if_absent:
+                    raise
+                return False
         return True
 
     def read(self, name: str, limit: int) -> bytes:  # noqa: D102
         path = self._path(name)
         with _local_errors("read", path):
-            # O_NONBLOCK: opening a named pipe would otherwise wait for ever
+            # O_NONBLOCK: opening a named pipe would otherwise block for ever
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             with open(descriptor, "rb") as file:
-                found = os.fstat(descriptor)
-                if not stat.S_ISREG(found.st_mode):
-                    raise ArtifactError(f"{path} is no plain file; give one")
-                check_size(str(path), found.st_size, limit)
-                data = file.read(min(limit, found.st_size) + 1)  # read allocates what it is asked for
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode):
+                    raise ArtifactError(f"{path} is not a regular file. Pass a regular file.")
+                check_size(str(path), status.st_size, limit)
+                data = file.read(min(limit, status.st_size) + 1)  # read() allocates its whole argument
         check_size(str(path), len(data), limit)
         return data
 
@@ -71,9 +131,9 @@ class LocalStorage(Storage):
         path = self._path(name)
         with _local_errors("delete", path):
             if path.is_dir() and not path.is_symlink():
-                for found in self.list(name):
-                    if found.rsplit("/", 1)[-1] == "manifest.json":
-                        (self.root / found).unlink(missing_ok=True)
+                for file in self.list(name):
+                    if file.rsplit("/", 1)[-1] == "manifest.json":
+                        (self.root / file).unlink(missing_ok=True)
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
@@ -95,16 +155,8 @@ class LocalStorage(Storage):
                 relative = Path(folder).relative_to(self.root)
                 names += [(relative / f).as_posix() for f in files if not f.startswith(TEMPORARY_PREFIX)]
                 if len(names) > LIST_LIMIT:
-                    raise StorageError(f"{top} holds more than {LIST_LIMIT} files; choose another folder")
+                    raise StorageError(f"{top} has more than {LIST_LIMIT} files. Choose another folder.")
         return sorted(names)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -113,6 +165,6 @@ def _local_errors(action: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if action == "read" and isinstance(error, (FileNotFoundError, NotADirectoryError)):
-            raise ArtifactError(f"{path} does not exist; give the right path") from None
-        fix = "choose a folder on a disk with room where you may read and write"
-        raise StorageError(f"cannot {action} {path}: {error.strerror}; {fix}", field="storage") from error
+            raise ArtifactError(f"{path} does not exist. Pass the right path.") from None
+        fix = "Choose a folder that you may read and write, on a disk with free space."
+        raise StorageError(f"Cannot {action} {path}: {error.strerror}. {fix}", field="storage") from error

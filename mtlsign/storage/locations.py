@@ -1,4 +1,4 @@
-"""mtlsign.storage.locations."""
+"""Locations: local paths and `s3://bucket/prefix?options`, opened without contacting a server."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from mtlsign.storage.local import LocalStorage
 
 
 def open_storage(uri: str, *, endpoint: str | None = None) -> Storage:
-    """The folder at `uri`: a local path (`~` works) or `s3://bucket[/prefix][?options]`. Contacts nothing.
+    """Return the storage at `uri`. No server is contacted.
 
     Args:
-        uri: where.
-        endpoint: an S3 server other than AWS, `http://HOST:PORT`; no effect on a local path.
+        uri: a local path (`~` works) or `s3://bucket[/prefix][?options]`.
+        endpoint: an S3 server other than AWS, `http://HOST:PORT`; without effect on a local path.
 
-    Raises: StorageError for another scheme, credentials, unknown options, or two endpoints that disagree.
+    Raises:
+        StorageError: the scheme or an option is unknown, `uri` holds credentials, or two endpoints disagree.
     """
     if not uri or "\0" in uri:
-        raise StorageError("is empty; give a folder or s3://bucket/prefix", field="storage")
+        raise StorageError("The location is empty. Pass a folder or s3://bucket/prefix.", field="storage")
     if not uri.startswith("s3:"):
         if "://" in uri:
             raise StorageError(
-                "knows no such scheme; give a local folder or s3://bucket/prefix", field="storage"
+                "The scheme of the location is unknown. Pass a local folder or s3://bucket/prefix.",
+                field="storage",
             )
         return LocalStorage(Path(os.path.abspath(os.path.expanduser(uri))))
     from mtlsign.storage.s3 import open_s3
@@ -33,13 +35,26 @@ def open_storage(uri: str, *, endpoint: str | None = None) -> Storage:
 
 
 def open_file(location: str, *, endpoint: str | None = None) -> tuple[Storage, str]:
-    """The folder and the name of one file, from its local path or its `s3://…` location.
+    """Return the folder and the name of one file from its local path or its `s3://…` location.
 
-    Raises: StorageError as `open_storage`, or when `location` names no file.
+    Raises:
+        StorageError: as for `open_storage`, or `location` names no file.
     """
     path, mark, query = location.partition("?") if location.startswith("s3:") else (location, "", "")
     parent, _, name = path.rpartition("/")
     if not name or parent in ("s3:", "s3:/"):
-        raise StorageError(f"{path or 'an empty location'} names no file; give the file's full location")
+        raise StorageError(
+            f"{path or 'An empty location'} does not name a file. Pass the full location of the file."
+        )
     folder = parent or ("/" if path.startswith("/") else ".")
     return open_storage(folder + mark + query, endpoint=endpoint), name
+
+
+def path_of(location: str) -> str:
+    """Return `location` without the options of an S3 location."""
+    return location.partition("?")[0] if location.startswith("s3:") else location
+
+
+def has_suffix(location: str, suffix: str) -> bool:
+    """Return True if the path of `location` ends with `suffix`, as that of a single file does."""
+    return path_of(location).endswith(suffix)

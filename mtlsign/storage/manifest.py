@@ -1,10 +1,10 @@
-"""The folder rule: a folder exists if and only if its `manifest.json` does (design, "How data flows").
+"""Manifest folders: a folder is committed if and only if its `manifest.json` exists (docs/decisions/0005).
 
-The manifest is written last and only if new; it lists every file's name, size and SHA-256:
+The manifest is written last and never replaced. It lists the name, size and SHA-256 of every file:
 
     {"files":[{"name":"config.json","sha256":64 hex,"size":123},…by name…],"format":"mtlsign/folder/v0"}
 
-So a crash at any point leaves the whole folder or none, and running again completes it.
+A crash at any point therefore leaves a committed folder or an uncommitted one, which a second run completes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
-from mtlsign.errors import ArtifactError
+from mtlsign.errors import ArtifactError, KeyMaterialError
 from mtlsign.storage.base import Storage
+from mtlsign.storage.strict_json import parse_strict_json, raise_invalid, require_fields
 
 FORMAT = "mtlsign/folder/v0"
 MANIFEST = "manifest.json"
@@ -31,7 +31,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Entry:
-    """One file of a folder: its name, its bytes' count and their SHA-256 (64 hex)."""
+    """File of a folder: its name, its size in bytes and its SHA-256 (64 hex)."""
 
     name: str
     size: int
@@ -39,53 +39,70 @@ class Entry:
 
 
 def manifest_bytes(files: Mapping[str, bytes]) -> bytes:
-    """The one manifest of these files (names flat: letters, digits, `.`, `_`, `-`)."""
+    """Return the manifest of `files`, whose names are flat: letters, digits, `.`, `_` and `-`.
+
+    Raises:
+        ArtifactError: a name is not allowed, or there are too few or too many files.
+    """
     entries = []
     for name in sorted(files):
         if not _NAME.fullmatch(name) or name == MANIFEST:
             raise ArtifactError(
-                f"{name[:80]!r} cannot name a folder's file; use letters, digits, '.', '_', '-'"
+                f"{name[:80]!r} cannot name a file of a folder. Use letters, digits, '.', '_' and '-'."
             )
         data = files[name]
         entries.append({"name": name, "sha256": hashlib.sha256(data).hexdigest(), "size": len(data)})
     if not 1 <= len(entries) <= FILES_LIMIT:
-        raise ArtifactError(f"a folder holds 1 to {FILES_LIMIT} files, not {len(entries)}; regroup them")
+        raise ArtifactError(
+            f"A folder has 1 to {FILES_LIMIT} files, not {len(entries)}. Use another number of files."
+        )
     text = json.dumps({"files": entries, "format": FORMAT}, sort_keys=True, separators=(",", ":"))
     return text.encode() + b"\n"
 
 
 def parse_manifest(data: bytes) -> dict[str, Entry]:
-    """The entries, by name, of a manifest from anywhere.
+    """Parse an untrusted manifest; return its entries by name.
 
-    Raises: ArtifactError for anything but exactly the format above.
+    Raises:
+        ArtifactError: `data` does not have exactly the format above.
     """
     try:
-        found = _strict_json(data)
-        if not isinstance(found, dict) or found.keys() != {"files", "format"} or found["format"] != FORMAT:
-            raise ValueError
-        if not isinstance(found["files"], list) or not 1 <= len(found["files"]) <= FILES_LIMIT:
-            raise ValueError
-        entries = {}
-        for item in found["files"]:
-            if not isinstance(item, dict) or item.keys() != {"name", "sha256", "size"}:
-                raise ValueError
-            name, size, digest = item["name"], item["size"], item["sha256"]
-            if not isinstance(name, str) or not _NAME.fullmatch(name) or name == MANIFEST or name in entries:
-                raise ValueError
-            if type(size) is not int or not 0 <= size < 2**63:
-                raise ValueError
-            if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-                raise ValueError
-            entries[name] = Entry(name, size, digest)
-    except ValueError:
-        raise ArtifactError(f"{MANIFEST} is no manifest of {FORMAT}; fetch the folder again") from None
+        value = parse_strict_json(data, limit=MANIFEST_LIMIT, where=MANIFEST, max_brackets=FILES_LIMIT + 2)
+        fields = require_fields(value, MANIFEST, "files", "format")
+        files = fields["files"]
+        if fields["format"] != FORMAT or not isinstance(files, list) or not 1 <= len(files) <= FILES_LIMIT:
+            raise_invalid(MANIFEST, "The format or the list of files is wrong")
+        entries: dict[str, Entry] = {}
+        for file in files:
+            entry = _parse_entry(file)
+            if entry.name in entries:
+                raise_invalid(MANIFEST, "A file is listed twice")
+            entries[entry.name] = entry
+    except KeyMaterialError:
+        raise ArtifactError(
+            f"{MANIFEST} does not have the format {FORMAT}. Fetch the folder again."
+        ) from None
     return entries
 
 
-def write_manifest_folder(storage: Storage, files: Mapping[str, bytes]) -> None:
-    """Write `files` as the folder `storage`, all or nothing. Again with the same files: no change.
+def _parse_entry(value: object) -> Entry:
+    fields = require_fields(value, MANIFEST, "name", "sha256", "size")
+    name, size, digest = fields["name"], fields["size"], fields["sha256"]
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == MANIFEST:
+        raise_invalid(MANIFEST, "A file has a name that is not allowed")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        raise_invalid(MANIFEST, "A file has a size that is not a whole number")
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise_invalid(MANIFEST, "A file has a digest that is not 64 hexadecimal digits")
+    return Entry(name, size, digest)
 
-    Raises: ArtifactError when another folder is already there; StorageError when the place fails.
+
+def write_manifest_folder(storage: Storage, files: Mapping[str, bytes]) -> None:
+    """Write `files` as the folder `storage`, all or none. Nothing changes if the same files exist already.
+
+    Raises:
+        ArtifactError: the folder is committed with other files.
+        StorageError: the storage cannot be written.
     """
     manifest = manifest_bytes(files)
     if not _already_written(storage, manifest):
@@ -99,18 +116,20 @@ def _already_written(storage: Storage, manifest: bytes) -> bool:
     if not storage.exists(MANIFEST):
         return False
     if storage.read(MANIFEST, MANIFEST_LIMIT) != manifest:
-        raise ArtifactError(f"{storage.uri} already holds something else; choose another place or name")
+        raise ArtifactError(f"{storage.uri} already holds other files. Choose another location or name.")
     return True
 
 
 def read_manifest(storage: Storage) -> dict[str, Entry]:
-    """The entries of the folder `storage`.
+    """Return the entries of the folder `storage` by name.
 
-    Raises: ArtifactError when there is no such folder, or a half-written or damaged one.
+    Raises:
+        ArtifactError: the folder does not exist, is not committed, or has a damaged manifest.
     """
     if not storage.exists(MANIFEST):
         raise ArtifactError(
-            f"{storage.uri} is no complete folder (no {MANIFEST}); give the right one, or the file itself"
+            f"{storage.uri} is not a committed folder: it has no {MANIFEST}. "
+            "Pass the right folder, or the file itself."
         )
     return parse_manifest(storage.read(MANIFEST, MANIFEST_LIMIT))
 
@@ -122,55 +141,36 @@ def read_manifest_folder(
     total_limit: int = 4 * GIB,
     names: Collection[str] | None = None,
 ) -> dict[str, bytes]:
-    """The files of the folder `storage` by name, each checked against size and digest in the manifest.
+    """Read the files of the folder `storage`, each checked against its size and digest in the manifest.
 
     Args:
         storage: the folder.
         file_limit: most bytes of one file.
-        total_limit: most bytes of all files read.
-        names: read (and demand) only these; default: all that the manifest lists.
+        total_limit: most bytes of all files that are read.
+        names: the only files to read, all of them required; None reads every listed file.
 
-    Raises: ArtifactError for a missing, damaged or too large folder; StorageError when the place fails.
+    Returns:
+        The content of each file by name.
+
+    Raises:
+        ArtifactError: the folder is missing, damaged or over a limit.
+        StorageError: the storage cannot be read.
     """
     entries = read_manifest(storage)
     missing = sorted(set(names or ()) - entries.keys())
     if missing:
-        raise ArtifactError(f"{storage.uri} lacks {missing[0]}; give a folder of the right kind")
-    wanted = [entry for name, entry in sorted(entries.items()) if names is None or name in names]
-    if sum(entry.size for entry in wanted) > total_limit or any(entry.size > file_limit for entry in wanted):
+        raise ArtifactError(f"{storage.uri} lacks {missing[0]}. Pass a folder of the right kind.")
+    selected = [entry for name, entry in sorted(entries.items()) if names is None or name in names]
+    if sum(e.size for e in selected) > total_limit or any(e.size > file_limit for e in selected):
         raise ArtifactError(
-            f"{storage.uri} is over its limit of {file_limit} bytes a file; give the right folder"
+            f"{storage.uri} is over its limit of {file_limit} bytes per file. Pass the right folder."
         )
     files = {}
-    for entry in wanted:
+    for entry in selected:
         data = storage.read(entry.name, entry.size)
         if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
             raise ArtifactError(
-                f"{storage.uri}: {entry.name} is not what {MANIFEST} says; fetch the folder again"
+                f"{storage.uri}: {entry.name} does not match {MANIFEST}. Fetch the folder again."
             )
         files[entry.name] = data
     return files
-
-
-def _strict_json(data: bytes) -> Any:
-    """JSON without floats, NaN or repeated fields.
-
-    Raises: ValueError for anything else, however deep or long.
-    """
-    try:
-        return json.loads(
-            data.decode("utf-8"), parse_float=_refuse, parse_constant=_refuse, object_pairs_hook=_no_repeats
-        )
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _refuse(text: str) -> NoReturn:
-    raise ValueError("a number that is no integer")
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a repeated field")
-    return found

@@ -1,6 +1,6 @@
-"""Primary tasks: data, loss and metric behind one protocol; splits fixed by seed, test data choose nothing.
+"""Primary tasks: data, loss and metric behind one class, with splits fixed by a seed.
 
-`load_task("digits" | "mnist" | "fashion-mnist" | "cifar10" | "cifar100" | "package.module:factory", ...)`;
+Names are "digits", "mnist", "fashion-mnist", "cifar10", "cifar100" and `package.module:factory`.
 `"fashion-mnist@0.2"` is a fifth of both official parts, for studies on small machines.
 """
 
@@ -13,8 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mtlsign.errors import DataError
-from mtlsign.tasks.base import SPLITS, Batch, Split, Task
+from mtlsign.tasks.base import Split, Task
+from mtlsign.tasks.batch import Batch
 from mtlsign.tasks.digits import load_digits
+from mtlsign.tasks.metrics import MeanMetric, Metric
+from mtlsign.tasks.splitting import SPLITS
 from mtlsign.tasks.tensor_split import InputTransform
 from mtlsign.tasks.torchvision_datasets import SOURCES, load_images
 from mtlsign.tasks.user_task import from_loaders, from_tensors, load_user_task
@@ -26,6 +29,8 @@ __all__ = [
     "SPLITS",
     "Batch",
     "InputTransform",
+    "MeanMetric",
+    "Metric",
     "Split",
     "Task",
     "data_root",
@@ -36,7 +41,7 @@ __all__ = [
 
 
 def data_root(data: str | Path | None = None) -> Path:
-    """The folder of data sets: `data`, or mtlsign/data in the user's cache folder."""
+    """Return the folder of data sets: `data`, or mtlsign/data in the user's cache folder."""
     if data is not None:
         return Path(data).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME")
@@ -51,10 +56,18 @@ def load_task(
     seed: int = 0,
     options: Mapping[str, object] | None = None,
 ) -> Task:
-    """The task `name` with its splits fixed by `seed`; `options` go to an own factory that names them.
+    """Load a task by name.
 
-    Raises DataError for an unknown name and for data that are missing or damaged, ModelError for a factory
-    that cannot be imported.
+    Args:
+        name: see the module's docstring.
+        data: folder of data sets.
+        download: whether to download missing files.
+        seed: division of the training part.
+        options: further keyword arguments of a user's factory.
+
+    Raises:
+        DataError: unknown name, or missing or damaged data.
+        ModelError: the factory cannot be imported.
     """
     if name == "digits":
         return load_digits(seed=seed)
@@ -68,8 +81,8 @@ def load_task(
             name, seed=seed, options={"data": data, "download": download, **(options or {})}
         )
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(NAMES)} or package.module:factory"
-    raise DataError(f"unknown task {name[:80]!r}: {hint}", field="task")
+    hint = f"Did you mean {near[0]!r}?" if near else f"Use {', '.join(NAMES)} or package.module:factory."
+    raise DataError(f"Unknown task {name[:80]!r}. {hint}", field="task")
 
 
 def _share(name: str, text: str) -> float:
@@ -79,7 +92,7 @@ def _share(name: str, text: str) -> float:
         share = math.nan
     if not 0.001 <= share <= 1:
         raise DataError(
-            f"{name[:80]!r} asks for the share {text[:20]!r} of the data: write NAME@SHARE, .001 to 1",
+            f"{name[:80]!r} has no valid share of the data. Write NAME@SHARE with a share from 0.001 to 1.",
             field="task",
         )
     return share

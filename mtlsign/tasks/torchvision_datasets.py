@@ -1,4 +1,4 @@
-"""MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 through torchvision.datasets, held in memory as uint8."""
+"""MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 from torchvision.datasets, in memory as uint8."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from torchvision import datasets
 
 from mtlsign.errors import DataError
-from mtlsign.tasks.base import Task, seeded_generator, split_training_rows, stratified_permutation
+from mtlsign.tasks.base import Task
+from mtlsign.tasks.splitting import seeded_generator, split_training_rows, stratified_permutation
 from mtlsign.tasks.tensor_split import InputTransform, tensor_splits
 
 _IDX = (
@@ -26,9 +27,23 @@ _IDX = (
 )
 
 
+#: Errors of torchvision's readers for missing, truncated and altered files.
+_DAMAGED = (RuntimeError, ValueError, OSError, EOFError, LookupError, AssertionError, pickle.PickleError)
+
+
 @dataclass(frozen=True)
 class Source:
-    """A torchvision dataset: its class, its folder and files under the data root, its images' recipe."""
+    """Data set of torchvision.
+
+    Attributes:
+        dataset: torchvision's class.
+        folder: folder below the data root.
+        files: files in that folder.
+        channels: image channels.
+        side: image height and width in pixels.
+        classes: number of classes.
+        transform: normalisation and augmentation.
+    """
 
     dataset: Any
     folder: str
@@ -36,7 +51,7 @@ class Source:
     channels: int
     side: int
     classes: int
-    recipe: InputTransform
+    transform: InputTransform
 
 
 SOURCES: dict[str, Source] = {
@@ -74,21 +89,27 @@ SOURCES: dict[str, Source] = {
 
 
 def load_images(name: str, root: Path, *, download: bool, seed: int, share: float = 1.0) -> Task:
-    """The task `name` of `SOURCES` from torchvision's layout under `root`; test is the official test part.
+    """Load a task of `SOURCES`; its test split is the official test part.
 
-    `share` below 1 keeps so much of both official parts, the same for every seed, classes in proportion.
+    Args:
+        name: key of `SOURCES`.
+        root: data root with torchvision's folders.
+        download: whether to download missing files.
+        seed: division of the training part.
+        share: part of the data to keep, 0 to 1: the same samples for every seed, classes in proportion.
 
-    Raises DataError when files are missing or damaged, or a download fails.
+    Raises:
+        DataError: files are missing or damaged, or a download failed.
     """
     source = SOURCES[name]
     missing = [file for file in source.files if not (root / source.folder / file).is_file()]
     if missing and not download:
-        raise DataError(_how_to_get(name, source, root, missing), field="data")
+        raise DataError(_missing_files_message(name, source, root, missing), field="data")
     x, y = _read(name, source, root, train=True, download=bool(missing))
     test = _read(name, source, root, train=False, download=False)
     if share < 1:
         name, (x, y), test = f"{name}@{share:g}", _part(name, x, y, share), _part(name, *test, share)
-    splits = tensor_splits(x, y, split_training_rows(y, seed), source.recipe, test)
+    splits = tensor_splits(x, y, split_training_rows(y, seed), source.transform, test)
     return Task(name, source.channels, source.side, source.side, source.classes, splits)
 
 
@@ -99,10 +120,10 @@ def _part(name: str, x: Tensor, y: Tensor, share: float) -> tuple[Tensor, Tensor
     return x[rows].contiguous(), y[rows]
 
 
-def _how_to_get(name: str, source: Source, root: Path, missing: list[str]) -> str:
+def _missing_files_message(name: str, source: Source, root: Path, missing: list[str]) -> str:
     return (
-        f"{name} is not there: {', '.join(missing)} missing in {root / source.folder} (unpacked): "
-        "add --download to fetch it, or put the files there, or give another folder with --data"
+        f"{name} is incomplete: {', '.join(missing)} missing in {root / source.folder} (unpacked). "
+        "Add --download to fetch it, put the files there, or give another folder with --data."
     )
 
 
@@ -110,45 +131,41 @@ def _read(name: str, source: Source, root: Path, *, train: bool, download: bool)
     try:
         data = source.dataset(str(root), train=train, download=download)
         x, y = torch.as_tensor(np.asarray(data.data)), torch.as_tensor(np.asarray(data.targets))
-    except (
-        RuntimeError,
-        ValueError,
-        OSError,
-        EOFError,
-        LookupError,
-        AssertionError,
-        pickle.PickleError,
-    ) as error:
+    except _DAMAGED as error:
         if name == "cifar100" and not download:
             x, y = _read_unofficial(root / source.folder / ("train" if train else "test"))
         elif download:
             raise DataError(
-                f"{name} could not be downloaded to {root} ({type(error).__name__}): check the network, or "
-                f"put {', '.join(source.files)} into {root / source.folder}",
+                f"{name} could not be downloaded to {root} ({type(error).__name__}). Check the network, or "
+                f"put {', '.join(source.files)} into {root / source.folder}.",
                 field="data",
             ) from None
         else:
             raise DataError(
-                f"the files of {name} in {root / source.folder} are damaged ({str(error)[:120]}): remove "
-                "them and add --download, or put whole ones there",
+                f"The files of {name} in {root / source.folder} are damaged ({str(error)[:120]}). Remove "
+                "them and add --download, or put complete files there.",
                 field="data",
             ) from None
     x = x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2)
-    shape = (source.channels, source.side, source.side)
     y = y.long()
-    if x.dtype != torch.uint8 or tuple(x.shape[1:]) != shape or len(x) != len(y) or not len(y):
-        raise DataError(
-            f"the images of {name} in {root} are not {shape}: put whole files there", field="data"
-        )
-    if int(y.min()) < 0 or int(y.max()) >= source.classes:
-        raise DataError(
-            f"the labels of {name} in {root} are out of range: put whole files there", field="data"
-        )
+    _check_samples(name, source, root, x, y)
     return x.contiguous(), y
 
 
+def _check_samples(name: str, source: Source, root: Path, x: Tensor, y: Tensor) -> None:
+    shape = (source.channels, source.side, source.side)
+    if x.dtype != torch.uint8 or tuple(x.shape[1:]) != shape or len(x) != len(y) or not len(y):
+        raise DataError(
+            f"The images of {name} in {root} are not {shape}. Put complete files there.", field="data"
+        )
+    if int(y.min()) < 0 or int(y.max()) >= source.classes:
+        raise DataError(
+            f"The labels of {name} in {root} are out of range. Put complete files there.", field="data"
+        )
+
+
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles numpy arrays and plain containers only, so that a file of unknown origin runs no code."""
+    """Unpickler of numpy arrays and plain containers only, so that a data file cannot run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {"_reconstruct", "ndarray", "dtype", "_frombuffer"}
@@ -160,15 +177,19 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def _read_unofficial(path: Path) -> tuple[Tensor, Tensor]:
-    """CIFAR-100 in its layout but without the official md5 (such as an offline copy in another order)."""
+    """Read CIFAR-100 in its layout without the official MD5 sum, such as a copy in another order."""
     try:
         entry = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
         x = np.asarray(entry["data"], dtype=np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         y = np.asarray(entry["fine_labels"], dtype=np.int64)
     except Exception as error:
         raise DataError(
-            f"{path} is damaged ({str(error)[:120]}): remove it and add --download, or put a whole one there",
+            f"{path} is damaged ({str(error)[:120]}). Remove it and add --download, or put a complete file "
+            "there.",
             field="data",
         ) from None
-    warnings.warn(f"{path} is not the official CIFAR-100 file (md5): say so beside any figure", stacklevel=2)
+    warnings.warn(
+        f"{path} is not the official CIFAR-100 file (its MD5 differs). Mention this with every result.",
+        stacklevel=2,
+    )
     return torch.from_numpy(x.copy()), torch.from_numpy(y)

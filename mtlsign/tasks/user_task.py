@@ -1,108 +1,130 @@
-"""The user's own task: loaders, datasets or tensors behind the protocol of the built-in ones (decision 7)."""
+"""Tasks of the user: tensors, datasets or loaders with the same splits as the built-in tasks."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Generator, Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch import Tensor
 
 from mtlsign.errors import DataError
 from mtlsign.models.factories import call_factory, load_factory
-from mtlsign.tasks.base import (
+from mtlsign.tasks.base import Split, Task
+from mtlsign.tasks.loader_splits import as_split, class_labels, subset
+from mtlsign.tasks.metrics import MeanMetric, MetricFactory, cross_entropy
+from mtlsign.tasks.splitting import (
     SPLITS,
-    Batch,
-    Split,
-    Task,
-    accuracy_per_sample,
-    cross_entropy,
     seeded_generator,
     split_training_rows,
     stratified_permutation,
 )
-from mtlsign.tasks.tensor_split import InputTransform, TensorSplit, tensor_splits
+from mtlsign.tasks.tensor_split import InputTransform, tensor_splits
 
-MAX_BYTES = 2 * 1024**3
 FIELDS = {"loaders", "loss", "metric", "classes", "name"}
 
-Loss = Callable[[Tensor, Tensor], Any]
+#: (outputs, targets) -> a number, or one number per sample.
+OutputFunction = Callable[[Tensor, Tensor], Any]
 
 
 def load_user_task(path: str, *, seed: int, options: Mapping[str, object] | None = None) -> Task:
-    """Call the factory `package.module:function` with those of `options` it names; it gives a Task or a dict.
+    """Load the task of a factory.
 
-    The dict has `loaders` ({"train", "test", optionally "validation", "attacker", "inner"}), and optionally
-    `loss` (out, y) -> mean, `metric` (out, y) -> one number or one per sample, `classes` and `name`. Raises
-    ModelError when the factory cannot be imported and DataError when what it returns cannot be used.
+    Args:
+        path: `package.module:function`. The function returns a `Task`, or a dict with `loaders` (see
+            `from_loaders`) and optionally `loss`, `metric`, `classes` and `name`.
+        seed: division of the training part; passed to a function that accepts it.
+        options: further keyword arguments; the function receives those that it accepts.
+
+    Raises:
+        ModelError: the factory cannot be imported.
+        DataError: its result is unusable.
     """
     factory = load_factory(path, field="task")
-    made = call_factory(path, factory, {"seed": seed, **(options or {})}, field="task")
-    if isinstance(made, Task):
-        return made
-    if not isinstance(made, Mapping):
-        raise DataError(f"{path} returned {type(made).__name__}: return a Task or a dict", field="task")
-    if "loaders" not in made or set(made) - FIELDS:
+    result = call_factory(path, factory, {"seed": seed, **(options or {})}, field="task")
+    if isinstance(result, Task):
+        return result
+    if not isinstance(result, Mapping):
         raise DataError(
-            f"{path} returned the keys {sorted(map(str, made))[:10]}: return 'loaders' and at most "
-            f"{', '.join(sorted(FIELDS - {'loaders'}))}",
+            f"{path!r} returned {type(result).__name__}. It must return a Task or a dict.", field="task"
+        )
+    if "loaders" not in result or set(result) - FIELDS:
+        raise DataError(
+            f"{path!r} returned the keys {sorted(map(str, result))[:10]}. It must return 'loaders' and at "
+            f"most {', '.join(sorted(FIELDS - {'loaders'}))}.",
             field="task",
         )
-    rest = {key: value for key, value in made.items() if key != "loaders"}
-    return from_loaders(made["loaders"], seed=seed, **{"name": path.replace(":", "."), **rest})
+    rest = {key: value for key, value in result.items() if key != "loaders"}
+    return from_loaders(result["loaders"], seed=seed, **{"name": path.replace(":", "."), **rest})
 
 
 def from_loaders(
     loaders: Mapping[str, Any],
     *,
-    loss: Loss | None = None,
-    metric: Loss | None = None,
+    loss: OutputFunction | None = None,
+    metric: OutputFunction | None = None,
     classes: int | None = None,
     name: str = "own",
     seed: int = 0,
 ) -> Task:
-    """A task of DataLoaders, datasets or iterables of (x, y) batches; `train` and `test` are required.
+    """Build a task of DataLoaders, datasets or iterables of (x, y) batches.
 
-    A loader's batch size, order, sampler and processes are not used: its dataset is read by index, through
-    its collate function, and torch's, numpy's and Python's generators are seeded for each sample, so that the
-    dataset's own random transforms are the same on any number of workers. An iterable without a dataset is
-    copied into memory (at most 2 GiB). Missing parts are carved out of train by `seed` and keep train's
-    transforms. `loss` defaults to cross-entropy, `metric` to accuracy. Raises DataError for anything else.
+    The batch size, order, sampler and processes of a DataLoader are not used. Its dataset is read by index
+    through its collate function. The generators of torch, numpy and Python are seeded for each sample, so
+    that the dataset's random transforms are the same for any number of workers. An iterable without a
+    dataset is copied into memory (at most 2 GiB).
+
+    Args:
+        loaders: `train` and `test`, optionally `validation`, `attacker` and `inner`. Missing splits are
+            taken from train by `seed`, with train's transforms.
+        loss: (outputs, y) -> mean loss; cross-entropy by default.
+        metric: (outputs, y) -> one number, or one per sample; accuracy by default.
+        classes: outputs of the network; by default as many as there are labels.
+        name: name of the task.
+        seed: division of the training part.
+
+    Raises:
+        DataError: loaders that do not fit this description.
     """
     if (
         not isinstance(loaders, Mapping)
         or not {"train", "test"} <= set(loaders)
         or set(loaders) - set(SPLITS)
     ):
-        raise DataError(f"loaders must name train and test, and at most {', '.join(SPLITS)}", field="task")
-    splits: dict[str, Split] = {part: _as_split(part, loader) for part, loader in loaders.items()}
-    for part, split in splits.items():
-        if not len(split):
-            raise DataError(f"{part} is empty: give more data", field="task")
+        raise DataError(
+            f"The loaders must name train and test, and at most {', '.join(SPLITS)}. Correct the names.",
+            field="task",
+        )
+    splits = {split: as_split(split, loader) for split, loader in loaders.items()}
+    for split, data in splits.items():
+        if not len(data):
+            raise DataError(f"{split!r} is empty. Give more data.", field="task")
     train = splits["train"]
-    labels = _labels(train)
+    labels = class_labels(train)
     rows = split_training_rows(len(train) if labels is None else labels, seed, frozenset(splits) - {"train"})
-    splits |= {part: _subset(train, chosen) for part, chosen in rows.items()}
-    x, _ = splits["train"].batch(torch.arange(1))
-    if x.ndim != 4:
-        raise DataError(f"a batch of x has shape {list(x.shape)}: return images [n, C, H, W]", field="task")
-    for part, split in splits.items():
-        if (shape := split.batch(torch.arange(1))[0].shape[1:]) != x.shape[1:]:
-            raise DataError(
-                f"x is {list(x.shape[1:])} in train and {list(shape)} in {part}: make them equal",
-                field="task",
-            )
+    splits |= {split: subset(train, chosen) for split, chosen in rows.items()}
+    channels, height, width = _image_shape(splits)
     if classes is None:
         if labels is None:
-            raise DataError("the number of classes is not known: return it as 'classes'", field="task")
+            raise DataError("The number of classes is unknown. Return it as 'classes'.", field="task")
         classes = int(labels.max()) + 1
-    channels, height, width = (int(n) for n in x.shape[1:])
-    return Task(name, channels, height, width, int(classes), splits, _mean_loss(loss), _per_sample(metric))
+    return Task(name, channels, height, width, int(classes), splits, _mean_loss(loss), _metric(metric))
+
+
+def _image_shape(splits: Mapping[str, Split]) -> tuple[int, int, int]:
+    """Return (channels, height, width). Raises `DataError` unless all splits have images of one shape."""
+    shapes = {name: list(split.batch(torch.arange(1)).inputs.shape) for name, split in splits.items()}
+    first = shapes["train"]
+    if len(first) != 4:
+        raise DataError(f"A batch of x has shape {first}. Return images [n, C, H, W].", field="task")
+    for name, shape in shapes.items():
+        if shape[1:] != first[1:]:
+            raise DataError(
+                f"x is {first[1:]} in 'train' and {shape[1:]} in {name!r}. Make them equal.", field="task"
+            )
+    channels, height, width = (int(n) for n in first[1:])
+    return channels, height, width
 
 
 def from_tensors(
@@ -110,17 +132,29 @@ def from_tensors(
     y: Tensor,
     *,
     test: tuple[Tensor, Tensor] | None = None,
-    loss: Loss | None = None,
-    metric: Loss | None = None,
+    loss: OutputFunction | None = None,
+    metric: OutputFunction | None = None,
     classes: int | None = None,
-    recipe: InputTransform | None = None,
+    transform: InputTransform | None = None,
     name: str = "own",
     seed: int = 0,
 ) -> Task:
-    """A task of images x [N, C, H, W] (uint8 or float32) and labels y (int64 [N], or others with their loss).
+    """Build a task of images and targets in memory.
 
-    Without `test`, a fifth is held out, by class where y has classes. uint8 is divided by 255; both are then
-    normalised by `recipe`. Raises DataError for other shapes.
+    Args:
+        x: uint8 or float32 [N, C, H, W]; uint8 is divided by 255.
+        y: int64 [N], or other targets with their loss.
+        test: images and targets of the test split; by default a fifth of (x, y), by class if there are
+            classes.
+        loss: (outputs, y) -> mean loss; cross-entropy by default.
+        metric: (outputs, y) -> one number, or one per sample; accuracy by default.
+        classes: outputs of the network; by default as many as there are labels.
+        transform: normalisation and augmentation.
+        name: name of the task.
+        seed: division of the training part, and the default test split.
+
+    Raises:
+        DataError: other shapes, or an unknown number of classes.
     """
     x, y = _check_tensors(x, y)
     has_classes = y.ndim == 1 and not y.is_floating_point()
@@ -128,169 +162,59 @@ def from_tensors(
         order = stratified_permutation(
             y if has_classes else len(y), seeded_generator("mtlsign/own/test", seed)
         )
-        held = max(1, round(0.2 * len(y)))
-        test, x, y = (x[order[:held]], y[order[:held]]), x[order[held:]], y[order[held:]]
+        count = max(1, round(0.2 * len(y)))
+        test, x, y = (x[order[:count]], y[order[:count]]), x[order[count:]], y[order[count:]]
     else:
         test = _check_tensors(*test)
     if classes is None:
         if not has_classes:
-            raise DataError("the number of classes is not known: give classes=", field="task")
+            raise DataError("The number of classes is unknown. Give classes=.", field="task")
         classes = int(max(y.max(), test[1].max())) + 1
-    splits = tensor_splits(
-        x, y, split_training_rows(y if has_classes else len(y), seed), recipe or InputTransform(), test
-    )
+    rows = split_training_rows(y if has_classes else len(y), seed)
+    splits = tensor_splits(x, y, rows, transform or InputTransform(), test)
     channels, height, width = (int(n) for n in x.shape[1:])
-    return Task(name, channels, height, width, int(classes), splits, _mean_loss(loss), _per_sample(metric))
+    return Task(name, channels, height, width, int(classes), splits, _mean_loss(loss), _metric(metric))
 
 
 def _check_tensors(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if x.ndim != 4 or len(x) != len(y):
         raise DataError(
-            f"x is {list(x.shape)} and y {list(y.shape)}: give images [N, C, H, W] and N labels", field="task"
+            f"x is {list(x.shape)} and y {list(y.shape)}. Give images [N, C, H, W] and N labels.",
+            field="task",
         )
     integral = not y.is_floating_point()
     return (x if x.dtype == torch.uint8 else x.float()), (y.long() if integral else y)
 
 
-@dataclass(frozen=True)
-class DatasetSplit:
-    """Rows of a map-style dataset, read sample by sample with seeded generators."""
-
-    dataset: Any
-    rows: Tensor
-    collate: Callable[[list[Any]], Any] = default_collate
-    device: torch.device | str = "cpu"
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.rows)
-
-    def to(self, device: torch.device | str) -> DatasetSplit:
-        """The same split whose batches lie on `device`."""
-        return replace(self, device=device)
-
-    def batch(self, indices: Tensor, augment: Generator | None = None, share: slice | None = None) -> Batch:
-        """See `Split.batch`; the dataset's transforms always run, with fixed seeds if `augment` is None."""
-        share = share or slice(0, len(indices))
-        if augment is None:
-            seeds = self.rows[indices]
-        else:
-            seeds = torch.randint(2**31, (len(indices),), generator=augment)
-        samples = []
-        with _preserve_rng_state():
-            for row, seed in zip(self.rows[indices[share]].tolist(), seeds[share].tolist(), strict=True):
-                torch.manual_seed(seed)
-                np.random.seed(seed % 2**32)
-                random.seed(seed)
-                samples.append(self.dataset[row])
-        x, y = _validate_batch(self.collate(samples))
-        return x.to(self.device), y.to(self.device)
-
-
-@contextmanager
-def _preserve_rng_state() -> Any:
-    python, legacy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)
-
-
-def _validate_batch(batch: Any) -> Batch:
-    if (
-        not isinstance(batch, tuple | list)
-        or len(batch) != 2
-        or not all(isinstance(t, Tensor) for t in batch)
-    ):
-        raise DataError(
-            "a batch must be a pair of tensors (x, y): change the dataset or collate_fn", field="task"
-        )
-    x, y = batch
-    return (x.float() / 255 if x.dtype == torch.uint8 else x.float()), (
-        y if y.is_floating_point() else y.long()
-    )
-
-
-def _as_split(part: str, loader: Any) -> Split:
-    if isinstance(loader, DataLoader):
-        if not isinstance(loader.dataset, IterableDataset):
-            rows = torch.arange(len(loader.dataset))  # type: ignore[arg-type]
-            collate = loader.collate_fn if loader.batch_size is not None else default_collate
-            return DatasetSplit(loader.dataset, rows, collate or default_collate)
-    elif (
-        hasattr(loader, "__getitem__") and hasattr(loader, "__len__") and not isinstance(loader, list | tuple)
-    ):
-        return DatasetSplit(loader, torch.arange(len(loader)))
-    if not isinstance(loader, Iterable):
-        raise DataError(f"{part} is a {type(loader).__name__}: give a DataLoader or a dataset", field="task")
-    xs, ys, size = [], [], 0
-    for batch in loader:
-        x, y = _validate_batch(batch)
-        xs.append(x)
-        ys.append(y)
-        size += x.nbytes + y.nbytes
-        if size > MAX_BYTES:
-            raise DataError(
-                f"{part} gives more than {MAX_BYTES / 2**30:.3g} GiB of batches without a dataset to read by "
-                "index: give a map-style dataset (with __getitem__ and __len__)",
-                field="task",
-            )
-    if not xs:
-        raise DataError(f"{part} gives no batch: give a loader that can be read more than once", field="task")
-    return TensorSplit(torch.cat(xs), torch.cat(ys), torch.arange(sum(map(len, ys))), InputTransform())
-
-
-def _subset(split: Split, rows: Tensor) -> Split:
-    assert isinstance(split, DatasetSplit | TensorSplit)
-    return replace(split, rows=split.rows[rows])
-
-
-def _labels(split: Split) -> Tensor | None:
-    """Class labels int64 [n] where they can be had without reading the samples, else None."""
-    found: Any = None
-    if isinstance(split, TensorSplit):
-        found = split.y
-    elif isinstance(split, DatasetSplit):
-        found = getattr(split.dataset, "targets", None)
-        if (
-            found is None
-            and isinstance(tensors := getattr(split.dataset, "tensors", None), tuple)
-            and len(tensors) == 2
-        ):
-            found = tensors[1]
-    try:
-        labels = torch.as_tensor(found)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    plain = labels.ndim == 1 and not labels.is_floating_point() and labels.dtype != torch.bool
-    return labels.long() if plain and len(labels) == len(split) else None
-
-
-def _mean_loss(loss: Loss | None) -> Callable[[Tensor, Tensor], Tensor]:
+def _mean_loss(loss: OutputFunction | None) -> Callable[[Any, Any], Tensor]:
     if loss is None:
         return cross_entropy
-    given = loss
+    function = loss
 
     def mean(out: Tensor, y: Tensor) -> Tensor:
-        value = given(out, y)
+        value = function(out, y)
         if not isinstance(value, Tensor):
-            raise DataError("the loss must return a tensor: change it", field="task")
+            raise DataError(
+                f"The loss returned {type(value).__name__}. It must return a tensor.", field="task"
+            )
         return value.mean()
 
     return mean
 
 
-def _per_sample(metric: Loss | None) -> Callable[[Tensor, Tensor], Tensor]:
+def _metric(metric: OutputFunction | None) -> MetricFactory:
     if metric is None:
-        return accuracy_per_sample
-    given = metric
+        return MeanMetric
+    function = metric
 
-    def correct(out: Tensor, y: Tensor) -> Tensor:
-        value = torch.as_tensor(given(out, y), dtype=torch.float32, device=out.device)
+    def per_sample(out: Tensor, y: Tensor) -> Tensor:
+        value = torch.as_tensor(function(out, y), dtype=torch.float32, device=out.device)
         if value.ndim > 1 or (value.ndim == 1 and len(value) != len(out)):
-            raise DataError("the metric must return one number, or one per sample: change it", field="task")
+            raise DataError(
+                f"The metric returned the shape {list(value.shape)}. It must return one number, or one per "
+                "sample.",
+                field="task",
+            )
         return value if value.ndim else value.expand(len(out))
 
-    return correct
+    return partial(MeanMetric, per_sample=per_sample)

@@ -1,4 +1,4 @@
-"""What an owner does with a kit: check models against it."""
+"""Owner kit: the encrypted file with which an owner verifies or claims one watermark."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from mtlsign.config.attack import AttackSettings
 from mtlsign.config.verify import VerifySettings
 from mtlsign.errors import ArtifactError, KeyMaterialError, ModelError
 from mtlsign.models.factories import load_factory
+from mtlsign.models.families import custom
 from mtlsign.storage.base import Storage
-from mtlsign.storage.locations import open_file, open_storage
+from mtlsign.storage.json_io import JSON_LIMIT, read_json_object, serialize_json_object
+from mtlsign.storage.locations import has_suffix, open_file, open_storage
 from mtlsign.storage.manifest import read_manifest_folder, write_manifest_folder
-from mtlsign.storage.model_folder import JSON_LIMIT, KITS, is_single_file, json_bytes, json_object, read_model
+from mtlsign.storage.model_folder import KITS, read_model
 from mtlsign.storage.safetensors_io import parse_safetensors
 from mtlsign.watermark.keys.identity import load_or_create_identity, read_passphrase
 from mtlsign.watermark.keys.opening import KeyOpening
@@ -25,88 +27,29 @@ from mtlsign.watermark.keys.sealing import (
     decrypt_envelope,
     encrypt_envelope,
 )
-from mtlsign.watermark.verification.detector import Verdict, WatermarkDetector, verify
+from mtlsign.watermark.verification.detector import WatermarkDetector, verify
 from mtlsign.watermark.verification.reference import Reference
-
-
-def open_kit(settings: VerifySettings | AttackSettings, place: str) -> OwnerKit:
-    """Open a kit with the passphrase or owner identity that the settings name.
-
-    Raises:
-        KeyMaterialError: the kit does not open. ArtifactError, StorageError: it cannot be fetched.
-    """
-    if settings.kit_passphrase_file is not None:
-        secret = EncryptionSecret.from_passphrase(read_passphrase(settings.kit_passphrase_file))
-    else:
-        secret = EncryptionSecret.from_kit_key(
-            load_or_create_identity(settings.owner, settings.passphrase_file)[0].kit_key
-        )
-    return read_kit(place, secret, endpoint=settings.endpoint)
-
-
-def detector_for_kit(
-    kit: OwnerKit, factory: str | None = None, *, device: torch.device | str = "cpu"
-) -> WatermarkDetector:
-    """The kit's test. An own architecture is imported only if the caller names it: a kit may come from
-    anybody.
-
-    Raises:
-        ModelError: the spec wants an architecture beyond the allow-list, and `factory` is not it.
-    """
-    factories = {factory: load_factory(factory)} if factory else {}
-    arch = str(kit.opening.parse().graph["arch"])
-    if arch.startswith("own/") and arch[4:] not in factories:
-        raise ModelError(
-            f"the kit is for an own architecture; if you trust that code: --factory {arch[4:]}",
-            field="factory",
-        )
-    reference = Reference.from_bytes(kit.reference)
-    return WatermarkDetector(kit.opening, reference, head=kit.head, device=device, factories=factories)
-
-
-def verify_with_kit(settings: VerifySettings) -> list[Verdict]:
-    """A verdict for each model, in order.
-
-    Raises:
-        KeyMaterialError: the kit does not open. ArtifactError, ModelError, StorageError: a model cannot be
-        fetched.
-    """
-    kit = open_kit(settings, settings.kit)
-    detector, base_weights = detector_for_kit(kit, settings.factory), parse_safetensors(kit.base_weights)
-    verdicts = []
-    for place in settings.models:
-        model = read_model(place, endpoint=settings.endpoint)
-        verdicts.append(
-            verify(
-                model.tensors,
-                detector,
-                bits=settings.bits,
-                gamma=settings.gamma,
-                controls=settings.controls,
-                base_weights=base_weights,
-                model_digest=model.digest,
-            )
-        )
-    return verdicts
-
+from mtlsign.watermark.verification.verdict import Verdict
 
 KIT_FILE = "kit.sealed"
 KIT_PURPOSE = "mtlsign/v0/kit"
-
-
 _KIT_MAGIC = b"mtlsign/kit/v0\n"
+_LENGTH_BYTES = 8
+#: Opening, info, reference and base weights, and the head if it is free.
+_PART_COUNTS = (4, 5)
+_ENVELOPE_OVERHEAD = 2048
 
 
 @dataclass(frozen=True)
 class OwnerKit:
-    """Everything the owner needs to verify or claim one mark. SECRET; never shown by `repr`.
+    """Everything the owner needs to verify or claim one watermark. SECRET; `repr` hides it.
 
     Attributes:
         opening: the key as (spec, public key, signature).
-        reference: `reference`'s bytes, what is kept of W0's frame.
-        w0: safetensors bytes of the tapped part of W0.
+        reference: bytes of W0's reference.
+        base_weights: safetensors bytes of the tapped part of W0.
         head: safetensors bytes of a free head, None for the keyed head.
-        info: JSON object with what the owner wants to find again: model_digest, task, created, versions, …
+        info: JSON object of the owner's notes: model_digest, task, created, versions, …
     """
 
     opening: KeyOpening = field(repr=False)
@@ -116,20 +59,31 @@ class OwnerKit:
     info: dict[str, Any] = field(repr=False)
 
     def __repr__(self) -> str:
-        return "Kit(hidden)"
+        return "OwnerKit(hidden)"
 
 
 def write_kit(storage: Storage, kit: OwnerKit, secret: EncryptionSecret) -> str:
-    """Seal the kit and write `kits/<id>/` below `storage`; returns the id.
+    """Encrypt the kit and write `kits/<id>/` below `storage`.
 
-    The id is the first 16 hex of SHA-256 over the sealed bytes. Their salt and nonce are random, so it says
-    nothing about the key, and writing a kit again makes another folder.
+    The id is the first 16 hex digits of SHA-256 over the sealed bytes. Their salt and nonce are random, so
+    the id reveals nothing about the key, and writing a kit a second time gives a second folder.
 
-    Raises: KeyMaterialError when it is over 2 GiB; ArtifactError when `info` is no JSON; StorageError.
+    Args:
+        storage: where to write.
+        kit: the kit.
+        secret: the owner's encryption secret.
+
+    Returns:
+        The id.
+
+    Raises:
+        KeyMaterialError: the kit has over 2 GiB.
+        ArtifactError: `info` cannot be written as JSON.
+        StorageError: the storage cannot be written.
     """
-    parts = [kit.opening.to_json().encode(), json_bytes(kit.info), kit.reference, kit.base_weights]
+    parts = [kit.opening.to_json().encode(), serialize_json_object(kit.info), kit.reference, kit.base_weights]
     parts += [] if kit.head is None else [kit.head]
-    plaintext = _KIT_MAGIC + b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+    plaintext = _KIT_MAGIC + b"".join(len(part).to_bytes(_LENGTH_BYTES, "big") + part for part in parts)
     sealed = encrypt_envelope(plaintext, secret, purpose=KIT_PURPOSE)
     kit_id = hashlib.sha256(sealed).hexdigest()[:16]
     write_manifest_folder(storage.child(f"{KITS}/{kit_id}"), {KIT_FILE: sealed})
@@ -137,14 +91,21 @@ def write_kit(storage: Storage, kit: OwnerKit, secret: EncryptionSecret) -> str:
 
 
 def read_kit(location: str, secret: EncryptionSecret, *, endpoint: str | None = None) -> OwnerKit:
-    """Open a kit folder, or one `.sealed` file, from anywhere (at most 2 GiB).
+    """Decrypt an untrusted kit folder or `.sealed` file of at most 2 GiB.
 
-    The opening's signature is checked when its `key()` is asked for, not here.
+    The opening's signature is not checked here, but by `KeyOpening.key`.
 
-    Raises: KeyMaterialError for the wrong secret or a damaged kit; ArtifactError, StorageError otherwise.
+    Args:
+        location: folder or file, local or on S3.
+        secret: the owner's encryption secret.
+        endpoint: S3 endpoint.
+
+    Raises:
+        KeyMaterialError: the secret is wrong, or the kit is damaged.
+        ArtifactError, StorageError: the kit cannot be fetched.
     """
-    limit = PLAINTEXT_LIMIT + 2048
-    if is_single_file(location, ".sealed"):
+    limit = PLAINTEXT_LIMIT + _ENVELOPE_OVERHEAD
+    if has_suffix(location, ".sealed"):
         storage, name = open_file(location, endpoint=endpoint)
         sealed = storage.read(name, limit)
     else:
@@ -153,26 +114,102 @@ def read_kit(location: str, secret: EncryptionSecret, *, endpoint: str | None = 
     return _parse_kit(decrypt_envelope(sealed, secret, purpose=KIT_PURPOSE))
 
 
+def open_kit(settings: VerifySettings | AttackSettings, location: str) -> OwnerKit:
+    """Decrypt a kit with the passphrase or the owner identity that the settings name.
+
+    Raises:
+        KeyMaterialError: the secret is wrong, or the kit is damaged.
+        ArtifactError, StorageError: the kit cannot be fetched.
+    """
+    if settings.kit_passphrase_file is not None:
+        secret = EncryptionSecret.from_passphrase(read_passphrase(settings.kit_passphrase_file))
+    else:
+        identity, _, _ = load_or_create_identity(settings.owner, settings.passphrase_file)
+        secret = EncryptionSecret.from_kit_key(identity.kit_key)
+    return read_kit(location, secret, endpoint=settings.endpoint)
+
+
+def detector_for_kit(
+    kit: OwnerKit, factory: str | None = None, *, device: torch.device | str = "cpu"
+) -> WatermarkDetector:
+    """Build the detector of a kit.
+
+    A custom architecture is imported only if the caller names it, because a kit may be untrusted.
+
+    Args:
+        kit: the kit.
+        factory: `package.module:function` of a custom architecture that the caller trusts.
+        device: where scores are computed.
+
+    Raises:
+        ModelError: the spec needs a custom architecture other than `factory`.
+    """
+    factories = {factory: load_factory(factory)} if factory else {}
+    path = custom.factory_path(str(kit.opening.parse().graph["arch"]))
+    if path is not None and path not in factories:
+        raise ModelError(
+            f"The kit is for the custom architecture {path!r}. "
+            f"If you trust its code, pass --trusted-factory {path}.",
+            field="factory",
+        )
+    reference = Reference.from_bytes(kit.reference)
+    return WatermarkDetector(kit.opening, reference, head=kit.head, device=device, factories=factories)
+
+
+def verify_with_kit(settings: VerifySettings) -> list[Verdict]:
+    """Verify models with a kit; return a verdict for each model, in order.
+
+    Raises:
+        KeyMaterialError: the kit does not open.
+        ArtifactError, ModelError, StorageError: a model cannot be fetched.
+    """
+    kit = open_kit(settings, settings.kit)
+    detector = detector_for_kit(kit, settings.trusted_factory)
+    base_weights = parse_safetensors(kit.base_weights)
+    verdicts = []
+    for location in settings.models:
+        model = read_model(location, endpoint=settings.endpoint)
+        verdicts.append(
+            verify(
+                model.tensors,
+                detector,
+                bits=settings.min_evidence_bits,
+                gamma=settings.gamma,
+                controls=settings.control_keys,
+                base_weights=base_weights,
+                model_digest=model.digest,
+            )
+        )
+    return verdicts
+
+
 def _parse_kit(data: bytes) -> OwnerKit:
     damaged = KeyMaterialError(
-        "the kit's content is damaged or from another version; take another copy", field="kit"
+        "The kit's content is damaged or from another version. Use another copy.", field="kit"
     )
     if not data.startswith(_KIT_MAGIC):
         raise damaged
     parts: list[bytes] = []
     start = len(_KIT_MAGIC)
-    while start < len(data) and len(parts) <= 5:
-        size = int.from_bytes(data[start : start + 8], "big")
-        part = data[start + 8 : start + 8 + size]
-        if len(data) < start + 8 or len(part) != size:
+    while start < len(data) and len(parts) <= max(_PART_COUNTS):
+        content = start + _LENGTH_BYTES
+        size = int.from_bytes(data[start:content], "big")
+        part = data[content : content + size]
+        if len(data) < content or len(part) != size:
             raise damaged
         parts.append(part)
-        start += 8 + size
-    if len(parts) not in (4, 5) or len(parts[0]) > JSON_LIMIT:
+        start = content + size
+    if len(parts) not in _PART_COUNTS or len(parts[0]) > JSON_LIMIT:
         raise damaged
     try:
         opening = KeyOpening.from_json(parts[0])
-        info = json_object(parts[1], "kit info")
+        info = read_json_object(parts[1], "kit info")
     except ArtifactError:
         raise damaged from None
-    return OwnerKit(opening, parts[2], parts[3], parts[4] if len(parts) == 5 else None, info)
+    return OwnerKit(
+        opening=opening,
+        reference=parts[2],
+        base_weights=parts[3],
+        head=parts[4] if len(parts) == max(_PART_COUNTS) else None,
+        info=info,
+    )

@@ -1,7 +1,6 @@
-"""A second reader of `docs/claims.md`, written from that text: standard library and `cryptography` only.
+"""Second implementation of `docs/claims.md`, written from that text with `cryptography` as only dependency.
 
-It shares no code with the package. From entries and co-signatures it finds the kinds, the councils, which
-heads count, the entries' times, what a claim opens, and the votes.
+It shares no code with the package. From entries and co-signatures it derives kinds, times and votes.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def verify(key: bytes, signature: bytes, message: bytes) -> bool:
         return False
 
 
-# --- RFC 6962, as the RFC writes it ---
+# --- RFC 6962 ---
 
 
 def leaf(data: bytes) -> bytes:
@@ -64,12 +63,12 @@ def from_path(hashed: bytes, index: int, size: int, path: list[bytes]) -> bytes:
     return sha256(b"\1", path[-1], from_path(hashed, index - k, size - k, path[:-1]))
 
 
-def consistency(old: int, leaves: list[bytes], whole: bool = True) -> list[bytes]:
+def consistency(old: int, leaves: list[bytes], is_complete: bool = True) -> list[bytes]:
     if old == len(leaves):
-        return [] if whole else [root(leaves)]
+        return [] if is_complete else [root(leaves)]
     k = 1 << (len(leaves) - 1).bit_length() - 1
     if old <= k:
-        return [*consistency(old, leaves[:k], whole), root(leaves[k:])]
+        return [*consistency(old, leaves[:k], is_complete), root(leaves[k:])]
     return [*consistency(old - k, leaves[k:], False), root(leaves[:k])]
 
 
@@ -77,17 +76,17 @@ def consistency(old: int, leaves: list[bytes], whole: bool = True) -> list[bytes
 
 
 def open_envelope(data: bytes) -> tuple[dict[str, Any], set[str]] | None:
-    """The statement and its signers, or None where the entry means nothing."""
+    """Return the statement and its signers, or None if the entry has no effect."""
     try:
         envelope = json.loads(data)
         payload = base64.b64decode(envelope["payload"], validate=True)
         kind = envelope["payloadType"].encode()
         pae = b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
         signers = set()
-        for one in envelope["signatures"]:
-            if not verify(bytes.fromhex(one["keyid"]), base64.b64decode(one["sig"]), pae):
+        for item in envelope["signatures"]:
+            if not verify(bytes.fromhex(item["keyid"]), base64.b64decode(item["sig"]), pae):
                 return None
-            signers.add(one["keyid"])
+            signers.add(item["keyid"])
         if json.dumps(envelope, separators=(",", ":")).encode() != data or len(data) > 65536:
             return None
         statement = json.loads(payload)
@@ -101,58 +100,58 @@ def open_envelope(data: bytes) -> tuple[dict[str, Any], set[str]] | None:
 
 
 def read(rows: list[bytes], cosignatures: list[dict[str, Any]]) -> dict[str, Any]:
-    """Everything that a ledger says."""
+    """Return origin, kinds, times, statements and councils of a ledger."""
     leaves = [leaf(row) for row in rows]
-    origin, councils, kinds, said = leaves[0].hex(), [], [], []
+    origin, councils, kinds, statements = leaves[0].hex(), [], [], []
     for index, row in enumerate(rows):
-        found = open_envelope(row)
-        statement = found[0] if found else None
+        opened = open_envelope(row)
+        statement = opened[0] if opened else None
         if statement and statement["predicate"]["ledger"] != (None if index == 0 else origin):
             statement = None
-        if statement and found and statement["kind"] == "membership" and index:
+        if statement and opened and statement["kind"] == "membership" and index:
             at, now = councils[-1]
-            enough = len(found[1] & set(now["members"])) >= now["threshold"]
+            enough = len(opened[1] & set(now["members"])) >= now["threshold"]
             follows = statement["predicate"]["previous"] == {"index": at, "leaf": leaves[at].hex()}
             statement = statement if enough and follows else None
         if statement and statement["kind"] == "membership":
             councils.append((index, statement["predicate"]))
         kinds.append(statement["kind"] if statement else None)
-        said.append(statement)
-    counted = heads(origin, leaves, councils, cosignatures)
+        statements.append(statement)
+    confirmed = confirmed_checkpoints(origin, leaves, councils, cosignatures)
     times = []
     for index in range(len(rows)):
-        later = [time for size, time in counted if size > index]
+        later = [time for size, time in confirmed if size > index]
         times.append(later[0] if later else None)
-    return {"origin": origin, "kinds": kinds, "times": times, "said": said, "councils": councils,
-            "leaves": [one.hex() for one in leaves]}  # fmt: skip
+    return {"origin": origin, "kinds": kinds, "times": times, "statements": statements, "councils": councils,
+            "leaves": [digest.hex() for digest in leaves]}  # fmt: skip
 
 
-def heads(
+def confirmed_checkpoints(
     origin: str, leaves: list[bytes], councils: list[Any], cosignatures: list[dict[str, Any]]
 ) -> list[tuple[int, int]]:
-    """(size, time) of each head that counts."""
+    """Return (size, time) of each confirmed checkpoint."""
     signed: dict[int, dict[str, int]] = {}
-    for one in cosignatures:
-        size = one["size"]
+    for item in cosignatures:
+        size = item["size"]
         body = f"mtlsign/ledger/v0/{origin}\n{size}\n{base64.b64encode(root(leaves[:size])).decode()}\n"
-        _, name, blob = one["line"].split(" ")
+        _, name, blob = item["line"].split(" ")
         raw, key = base64.b64decode(blob), bytes.fromhex(name.removeprefix("mtlsign/member/"))
         time, right_id = int.from_bytes(raw[4:12], "big"), sha256(name.encode(), b"\n\x04", key)[:4]
         if raw[:4] == right_id and verify(key, raw[12:], f"cosignature/v1\ntime {time}\n{body}".encode()):
             times = signed.setdefault(size, {})
             times[key.hex()] = min(time, times.get(key.hex(), time))  # a member's earliest line
-    counted, now = [], 0
+    confirmed, now = [], 0
     for size in sorted(signed):
         council = [c for index, c in councils if index < size][-1]
         times = sorted(t for member, t in signed[size].items() if member in council["members"])
         if len(times) >= council["threshold"]:
             now = max(now, times[len(times) // 2])
-            counted.append((size, now))
-    return counted
+            confirmed.append((size, now))
+    return confirmed
 
 
 def key_of(claim: dict[str, Any]) -> bytes:
-    """The opened key (`docs/format.md`)."""
+    """Return the opened key (`docs/format.md`)."""
     opening = claim["predicate"]["opening"]
     spec, public = base64.b64decode(opening["spec"]), bytes.fromhex(opening["public_key"])
     signature = bytes.fromhex(opening["signature"])
@@ -160,39 +159,41 @@ def key_of(claim: dict[str, Any]) -> bytes:
     return sha256(b"mtlsign/v0/key", lp(spec), lp(public), lp(signature))
 
 
-def hide(kind: str, salt: str, *parts: bytes) -> bytes:
+def commit(kind: str, salt: str, *parts: bytes) -> bytes:
     return sha256(lp(b"mtlsign/v0/hiding/" + kind.encode()), lp(bytes.fromhex(salt)), *map(lp, parts))
 
 
-def opens(claim: dict[str, Any], publication: dict[str, Any]) -> bool:
-    """Whether a claim opens what its publication committed: key, heads and marked model."""
+def is_committed(claim: dict[str, Any], publication: dict[str, Any]) -> bool:
+    """Return whether key, heads and marked model of a claim match the commitments of its publication."""
     p, c = publication["predicate"], claim["predicate"]
     path = [bytes.fromhex(step) for step in c["key"]["path"]]
-    hidden = leaf(hide("key", c["key"]["salt"], key_of(claim)))
+    hidden = leaf(commit("key", c["key"]["salt"], key_of(claim)))
     author = bytes.fromhex(c["signer"])
-    named = [b"keyed" if head is None else bytes.fromhex(head) for head in c["head"]["sha256"]]
+    heads = [b"keyed" if head is None else bytes.fromhex(head) for head in c["head"]["sha256"]]
     model = publication["subject"][0]["digest"]["mtlsignHidingV0"]
     return (
         from_path(hidden, c["key"]["index"], p["keys"]["count"], path).hex() == p["keys"]["root"]
-        and hide("head", c["head"]["salt"], author, *named).hex() == p["head"]
-        and hide("model", c["model"]["salt"], author, bytes.fromhex(c["model"]["sha256"])).hex() == model
+        and commit("head", c["head"]["salt"], author, *heads).hex() == p["head"]
+        and commit("model", c["model"]["salt"], author, bytes.fromhex(c["model"]["sha256"])).hex() == model
         and p["signer"] == c["signer"] == c["opening"]["public_key"]
     )
 
 
 def votes(ledger: dict[str, Any], index: int) -> dict[str, int]:
-    """Counted votes on the claim at `index`, by status."""
+    """Return the counted votes on the claim at `index`, by status."""
     council = [c for at, c in ledger["councils"] if at < index][-1]
-    claim, came, counts, done = ledger["said"][index], ledger["times"][index], dict[str, int](), set()
-    for at, vote in enumerate(ledger["said"]):
+    claim, claim_time = ledger["statements"][index], ledger["times"][index]
+    counts, voters = dict[str, int](), set()
+    for at, vote in enumerate(ledger["statements"]):
         if not vote or vote["kind"] != "vote":
             continue
-        v, when = vote["predicate"], ledger["times"][at]
+        v, vote_time = vote["predicate"], ledger["times"][at]
         right = v["claim"] == {"index": index, "leaf": ledger["leaves"][index]} and at > index
         right = right and v["key"] == key_of(claim).hex() and vote["subject"] == claim["subject"]
-        in_time = when is not None and came is not None and when <= came + council["window"]
-        ours = v["bits"] == council["bits"] and v["signer"] in council["members"]
-        if right and in_time and ours and v["signer"] not in done:
-            done.add(v["signer"])
+        is_timed = vote_time is not None and claim_time is not None
+        in_time = is_timed and vote_time <= claim_time + council["window"]
+        by_policy = v["bits"] == council["bits"] and v["signer"] in council["members"]
+        if right and in_time and by_policy and v["signer"] not in voters:
+            voters.add(v["signer"])
             counts[v["status"]] = counts.get(v["status"], 0) + 1
     return counts

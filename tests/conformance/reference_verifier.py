@@ -1,7 +1,7 @@
-"""A second reader of `docs/format.md`, written from that text alone, in slow plain Python.
+"""Second implementation of `docs/format.md`, written from that text alone, in slow plain Python.
 
-It shares no code with the package and needs no library but `cryptography`: no numpy, torch or qrcode. The QR
-symbol (version 1, level H, numeric, mask 0) is built here from ISO/IEC 18004.
+It shares no code with the package and needs only the library `cryptography`: no numpy, torch or qrcode.
+The QR symbol (version 1, level H, numeric, mask 0) is built from ISO/IEC 18004.
 """
 
 from __future__ import annotations
@@ -21,20 +21,25 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 SIDE = 21
 
 
-def lp(part: bytes) -> bytes:
+def length_prefixed(part: bytes) -> bytes:
+    """Return the 8-byte big-endian length, then the bytes."""
     return struct.pack(">Q", len(part)) + part
 
 
-def key_of(opening: dict[str, str]) -> bytes:
+def derive_key(opening: dict[str, str]) -> bytes:
+    """Check the signature of an opening and return its key."""
     spec = base64.b64decode(opening["spec"])
     public_key = bytes.fromhex(opening["public_key"])
     signature = bytes.fromhex(opening["signature"])
-    message = b"mtlsign/v0/spec" + lp(spec) + lp(public_key)
+    message = b"mtlsign/v0/spec" + length_prefixed(spec) + length_prefixed(public_key)
     Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
-    return hashlib.sha256(b"mtlsign/v0/key" + lp(spec) + lp(public_key) + lp(signature)).digest()
+    return hashlib.sha256(
+        b"mtlsign/v0/key" + length_prefixed(spec) + length_prefixed(public_key) + length_prefixed(signature)
+    ).digest()
 
 
 def stream_bits(key: bytes, label: str, count: int) -> str:
+    """Return the first bits of a keystream as text of 0 and 1."""
     extracted = hmac.digest(bytes(32), key, "sha256")
     subkey = hmac.digest(extracted, label.encode() + b"\x01", "sha256")
     size = (count + 7) // 8
@@ -42,7 +47,8 @@ def stream_bits(key: bytes, label: str, count: int) -> str:
     return "".join(f"{byte:08b}" for byte in stream)[:count]
 
 
-def width_m(n: int) -> int:
+def integer_width(n: int) -> int:
+    """Return m = 3·⌈log2 n⌉."""
     exponent = 0
     while 2**exponent < n:
         exponent += 1
@@ -50,21 +56,22 @@ def width_m(n: int) -> int:
 
 
 def integers(key: bytes, n: int) -> list[int]:
-    m = width_m(n)
+    """Return the first n distinct integers of the key."""
+    m = integer_width(n)
     bits = stream_bits(key, "mtlsign/v0/integers", 2 * n * m)
-    found: dict[int, None] = {}
+    values: dict[int, None] = {}
     for start in range(0, len(bits), m):
-        found.setdefault(int(bits[start : start + m], 2))
-        if len(found) == n:
-            return list(found)
+        values.setdefault(int(bits[start : start + m], 2))
+        if len(values) == n:
+            return list(values)
     raise AssertionError("2·n draws held fewer than n distinct integers")
 
 
 # --- the QR symbol --------------------
 
 
-def times(a: int, b: int) -> int:
-    """Product in GF(256) modulo x⁸ + x⁴ + x³ + x² + 1."""
+def multiply(a: int, b: int) -> int:
+    """Multiply in GF(256) modulo x⁸ + x⁴ + x³ + x² + 1."""
     out = 0
     while b:
         if b & 1:
@@ -75,7 +82,7 @@ def times(a: int, b: int) -> int:
 
 
 def codewords(digits: str) -> list[int]:
-    """9 data codewords and 17 error correction codewords."""
+    """Return 9 data codewords and 17 error correction codewords."""
     bits = "0001" + f"{len(digits):010b}"
     for start in range(0, len(digits), 3):
         group = digits[start : start + 3]
@@ -88,19 +95,19 @@ def codewords(digits: str) -> list[int]:
     data = data[:9]
     generator, root = [1], 1
     for _ in range(17):
-        shifted = [times(root, c) for c in generator]
+        shifted = [multiply(root, c) for c in generator]
         generator = [a ^ b for a, b in zip([*generator, 0], [0, *shifted], strict=True)]
-        root = times(root, 2)
+        root = multiply(root, 2)
     rest = data + [0] * 17
     for i in range(9):
         factor = rest[i]
         for j, c in enumerate(generator):
-            rest[i + j] ^= times(factor, c)
+            rest[i + j] ^= multiply(factor, c)
     return data + rest[9:]
 
 
 def format_bits() -> list[int]:
-    """15 bits for level H (10) and mask 000, least significant first."""
+    """Return 15 bits for level H (10) and mask 000, least significant first."""
     data = 0b10000
     rest = data << 10
     for shift in range(4, -1, -1):
@@ -111,6 +118,7 @@ def format_bits() -> list[int]:
 
 
 def symbol(digits: str) -> list[list[int]]:
+    """Draw the QR symbol, dark = 1."""
     grid: list[list[int]] = [[-1] * SIDE for _ in range(SIDE)]
     for top, left in ((0, 0), (0, 14), (14, 0)):
         for r in range(top - 1, top + 8):
@@ -140,7 +148,7 @@ def symbol(digits: str) -> list[list[int]]:
 
 
 def image(grid: list[list[int]], carrier: dict[str, Any]) -> bytes:
-    """float32, little-endian, [channels, height, width]."""
+    """Return little-endian float32 [channels, height, width]."""
     size = carrier["module"]
     top, left = (carrier["height"] - SIDE * size) // 2, (carrier["width"] - SIDE * size) // 2
     plane = b""
@@ -156,21 +164,22 @@ def image(grid: list[list[int]], carrier: dict[str, Any]) -> bytes:
 
 
 def sha256(data: bytes) -> str:
+    """Return SHA-256 in lower-case hex."""
     return hashlib.sha256(data).hexdigest()
 
 
-def expand(opening: dict[str, str], *, d: int) -> dict[str, Any]:
-    """Everything a key fixes, in the form of `vectors.json`."""
-    key = key_of(opening)
+def expand_key(opening: dict[str, str], *, d: int) -> dict[str, Any]:
+    """Return everything that a key determines, in the form of `vectors.json`."""
+    key = derive_key(opening)
     spec = json.loads(base64.b64decode(opening["spec"]))
     n, carrier = spec["n"], spec["carrier"]
     pi = integers(key, n)
     label_bits = stream_bits(key, "mtlsign/v0/labels", n)
     sign_bits = stream_bits(key, "mtlsign/v0/signs/0", d)
-    drawn = []
+    images = []
     for integer in pi[:2]:
         grid = symbol(f"{integer:0{carrier['digits']}d}")
-        drawn.append({
+        images.append({
             "integer": integer,
             "rows": ["".join(map(str, row)) for row in grid],
             "modules_sha256": sha256(bytes(cell for row in grid for cell in row)),
@@ -178,7 +187,7 @@ def expand(opening: dict[str, str], *, d: int) -> dict[str, Any]:
         })  # fmt: skip
     return {
         "key": key.hex(),
-        "m": width_m(n),
+        "m": integer_width(n),
         "integers_first": pi[:8],
         "integers_sha256": sha256(b"".join(struct.pack(">Q", i) for i in pi)),
         "labels_first": label_bits[:64],
@@ -186,17 +195,17 @@ def expand(opening: dict[str, str], *, d: int) -> dict[str, Any]:
         "d": d,
         "signs_first": "".join("+" if bit == "1" else "-" for bit in sign_bits[:64]),
         "signs_sha256": sha256(bytes(map(int, sign_bits))),
-        "images": drawn,
+        "images": images,
     }
 
 
 def tail_bits(k: int, n: int) -> float:
-    """-log2 P(X >= k), X ~ Binomial(n, 1/2)."""
+    """Return -log2 P(X >= k), X ~ Binomial(n, 1/2)."""
     return n - math.log2(sum(math.comb(n, i) for i in range(k, n + 1)))
 
 
 def weighted_tail_bits(weights: list[int], correct: list[int]) -> float:
-    """The weighted statistic's tail, by the plain dynamic programme."""
+    """Return the tail of the weighted statistic, by dynamic programming."""
     counts = {0: 1}
     for weight in weights:
         grown = dict(counts)
@@ -207,24 +216,24 @@ def weighted_tail_bits(weights: list[int], correct: list[int]) -> float:
     return len(weights) - math.log2(sum(count for total, count in counts.items() if total >= observed))
 
 
-def open_identity(text: str, passphrase: bytes) -> bytes:
-    """Seed ‖ kit key from a protected identity file."""
+def decrypt_identity(text: str, passphrase: bytes) -> bytes:
+    """Return seed ‖ kit key of a protected identity file."""
     fields = json.loads(text)
     salt = bytes.fromhex(fields["salt"])
     wrapping = hashlib.scrypt(passphrase, salt=salt, n=32768, r=8, p=1, maxmem=2**26, dklen=32)
-    associated = b"mtlsign/identity/v0" + lp(bytes.fromhex(fields["public_key"]))
+    associated = b"mtlsign/identity/v0" + length_prefixed(bytes.fromhex(fields["public_key"]))
     sealed = bytes.fromhex(fields["ciphertext"])
     return ChaCha20Poly1305(wrapping).decrypt(bytes.fromhex(fields["nonce"]), sealed, associated)
 
 
-# --- reference, frame and scores --------------------
+# --- reference, canonical form and scores --------------------
 
 Matrix = list[list[float]]
 DTYPES = {"F64": "d", "F32": "f", "F16": "e"}
 
 
-def safetensors(data: bytes) -> dict[str, list[float]]:
-    """Flat numbers of each tensor."""
+def parse_safetensors(data: bytes) -> dict[str, list[float]]:
+    """Return the flat numbers of each tensor."""
     (size,) = struct.unpack("<Q", data[:8])
     out = {}
     for name, entry in json.loads(data[8 : 8 + size]).items():
@@ -236,16 +245,17 @@ def safetensors(data: bytes) -> dict[str, list[float]]:
 
 
 def float32(x: float) -> float:
+    """Round to float32."""
     return float(struct.unpack("<f", struct.pack("<f", x))[0])
 
 
 def with_signs(kernel: Matrix, gamma: list[float]) -> Matrix:
-    """Rows times sign(gamma), where 0 counts as positive."""
+    """Multiply rows by sign(gamma), where 0 counts as positive."""
     return [[-x for x in row] if g < 0 else row for row, g in zip(kernel, gamma, strict=True)]
 
 
-def masses(kernel: Matrix, groups: int, per_group: int) -> list[Matrix]:
-    """Squared norms of blocks: [group][row of the group][column]."""
+def squared_block_norms(kernel: Matrix, groups: int, per_group: int) -> list[Matrix]:
+    """Return squared norms of blocks: [group][row of the group][column]."""
     area, height = len(kernel[0]) // per_group, len(kernel) // groups
     blocks = [
         [sum(x * x for x in row[j * area : (j + 1) * area]) for j in range(per_group)] for row in kernel
@@ -254,16 +264,18 @@ def masses(kernel: Matrix, groups: int, per_group: int) -> list[Matrix]:
 
 
 def column_norms(kernel: Matrix, groups: int, per_group: int) -> Matrix:
+    """Return the column norms of unit rows: [group][column]."""
     out = []
-    for block in masses(kernel, groups, per_group):
+    for block in squared_block_norms(kernel, groups, per_group):
         unit = [[p / (sum(row) or 1) for p in row] for row in block]
         out.append([math.sqrt(sum(column)) for column in zip(*unit, strict=True)])
     return out
 
 
-def into_frame(kernel: Matrix, columns: Matrix, groups: int, per_group: int) -> Matrix:
+def canonicalize(kernel: Matrix, columns: Matrix, groups: int, per_group: int) -> Matrix:
+    """Bring a kernel into canonical form: 50 alternating iterations, then the rows."""
     area, out = len(kernel[0]) // per_group, []
-    for g, block in enumerate(masses(kernel, groups, per_group)):
+    for g, block in enumerate(squared_block_norms(kernel, groups, per_group)):
         c = [1.0] * per_group
         for _ in range(50):
             r = [1 / (sum(p * q for p, q in zip(row, c, strict=True)) or 1) for row in block]
@@ -277,6 +289,7 @@ def into_frame(kernel: Matrix, columns: Matrix, groups: int, per_group: int) -> 
 
 
 def sketch(kernel: Matrix) -> list[float]:
+    """Project unit rows by the public ±1 matrix, rounded to float16."""
     fan_in = len(kernel[0])
     size = max(1, min(32, fan_in // 4))
     key = hashlib.sha256(b"mtlsign/v0/sketch").digest()
@@ -291,10 +304,10 @@ def sketch(kernel: Matrix) -> list[float]:
     return out
 
 
-def layer(
+def conv_layer(
     images: list[list[Matrix]], kernel: Matrix, conv: list[Any], gamma: Any, beta: Any, eps: float
 ) -> Any:
-    """Convolution, batch norm with the whole set's statistics, ReLU: [image][channel][y][x]."""
+    """Apply convolution, batch norm with statistics of the whole set, and ReLU: [image][channel][y][x]."""
     _, out, per_group, side, stride, groups = conv
     planes = []
     for o in range(out):
@@ -319,12 +332,13 @@ def layer(
 
 
 def rows_of(numbers: list[int], rows: int) -> Matrix:
+    """Arrange integers over 64 in rows."""
     width = len(numbers) // rows
     return [[x / 64 for x in numbers[i * width : (i + 1) * width]] for i in range(rows)]
 
 
-def reference_of(vector: dict[str, Any]) -> dict[str, list[float]]:
-    """The reference that W0's integers give, as `safetensors` shows it."""
+def make_reference(vector: dict[str, Any]) -> dict[str, list[float]]:
+    """Return the reference of W0's integers, in the form of `parse_safetensors`."""
     out: dict[str, list[float]] = {}
     for name, rows, per_group, _, _, groups in vector["convolutions"]:
         norm = str(int(name) + 1)
@@ -337,13 +351,13 @@ def reference_of(vector: dict[str, Any]) -> dict[str, list[float]]:
     return out
 
 
-def judge(vector: dict[str, Any]) -> dict[str, Any]:
-    """Frame the suspect, run the graph on every key image, score: Algorithm 1 in plain Python."""
+def evaluate_suspect(vector: dict[str, Any]) -> dict[str, Any]:
+    """Run Algorithm 1: canonical form of the suspect, features of every key image, scores."""
     opening = vector["opening"]
-    key, spec = key_of(opening), json.loads(base64.b64decode(opening["spec"]))
+    key, spec = derive_key(opening), json.loads(base64.b64decode(opening["spec"]))
     data = base64.b64decode(vector["reference"])
     assert sha256(data) == spec["reference"]
-    kept, carrier, framed = safetensors(data), spec["carrier"], {}
+    reference, carrier, canonical = parse_safetensors(data), spec["carrier"], {}
     side = carrier["width"]
     features: Any = []
     for integer in integers(key, spec["n"]):
@@ -353,11 +367,16 @@ def judge(vector: dict[str, Any]) -> dict[str, Any]:
         name, rows, per_group, _, _, groups = conv
         gamma = vector["suspect"][f"{int(name) + 1}.weight"]
         kernel = with_signs(rows_of(vector["suspect"][f"{name}.weight"], rows), gamma)
-        columns = [kept[f"{name}/columns"][g * per_group : (g + 1) * per_group] for g in range(groups)]
-        kernel = into_frame(kernel, columns, groups, per_group)
-        framed[f"{name}.weight"] = [x for row in kernel for x in row]
-        features = layer(
-            features, kernel, conv, kept[f"{name}/gamma"], kept[f"{name}/beta"], kept[f"{name}/eps"][0]
+        columns = [reference[f"{name}/columns"][g * per_group : (g + 1) * per_group] for g in range(groups)]
+        kernel = canonicalize(kernel, columns, groups, per_group)
+        canonical[f"{name}.weight"] = [x for row in kernel for x in row]
+        features = conv_layer(
+            features,
+            kernel,
+            conv,
+            reference[f"{name}/gamma"],
+            reference[f"{name}/beta"],
+            reference[f"{name}/eps"][0],
         )
     taps = [[x for plane in image for row in plane for x in row] for image in features]
     d, n = len(taps[0]), len(taps)
@@ -375,7 +394,7 @@ def judge(vector: dict[str, Any]) -> dict[str, Any]:
     ]
     near = sum(abs(s) < 1e-4 for s in scores)
     return {
-        "framed": framed,
+        "framed": canonical,
         "scores": scores,
         "matches": matches,
         "near_zero": near,

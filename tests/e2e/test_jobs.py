@@ -1,4 +1,4 @@
-"""The jobs as typed: what they print, how they end; bad input costs one line and leaves nothing behind."""
+"""Jobs on the command line: output, exit codes, one line for invalid input and no files from it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from safetensors.torch import save_file
 from mtlsign.config import cli
 from mtlsign.models import architectures
 from mtlsign.watermark.keys.identity import Identity
-from tests.helpers.job_harness import ROOT, Jobs
+from tests.helpers.job_harness import ROOT, JobLauncher
 
 Ran = tuple[int, str, str]
 Run = Callable[..., Ran]
 
 #: Seconds, not minutes: one process, few steps.
 QUICK = shlex.split(
-    "--task digits --width 8 --key-size 128 --epochs 1 --steps 10 --batch 64 --primary-batch 16 "
-    "--lambda2 0 --workers 0 --insecure-test-key"
+    "--task digits --width 8 --key-size 128 --phase1.epochs 1 --phase2.steps 10 --phase1.batch 64 "
+    "--phase2.batch 16 --lambda2 0 --workers 0 --insecure-test-key"
 )
 
 
@@ -48,9 +48,9 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Files that a user might hand in, good and bad."""
-    folder = tmp_path_factory.mktemp("given")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Valid and invalid input files."""
+    folder = tmp_path_factory.mktemp("inputs")
     narrow = architectures.build(
         architectures.architecture_for("resnet18", channels=1, classes=10, width=8, stem="stock")
     ).state_dict()
@@ -78,12 +78,12 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 BAD = {
-    "unknown setting": ("--lamda1 0.1", "--lamda1: unknown setting; did you mean 'lambda1'?"),
-    "unknown setting in a file": ("--config {typo_yaml}", "lamda1: unknown setting; did you mean 'lambda1'?"),
-    "no mapping": ("--config {list_yaml}", "config: is not a mapping"),
-    "no YAML": ("--config {bad_yaml}", "config: is not YAML"),
-    "no config": ("--config {dir}/none.yaml", "config: cannot be read"),
-    "no value": ("--lambda1", "argument --lambda1: expected one argument; see --help"),
+    "unknown setting": ("--lamda1 0.1", "--lamda1: Unknown setting. Did you mean 'lambda1'?"),
+    "unknown setting in a file": ("--config {typo_yaml}", "lamda1: Unknown setting. Did you mean 'lambda1'?"),
+    "no mapping": ("--config {list_yaml}", "config: The file is not a mapping"),
+    "no YAML": ("--config {bad_yaml}", "config: The file is not YAML"),
+    "no config": ("--config {dir}/none.yaml", "config: The file '"),
+    "no value": ("--lambda1", "Argument --lambda1: expected one argument. See --help."),
     "negative lambda1": ("--lambda1 -1", "lambda1: Input should be greater than or equal to 0 (got '-1')"),
     "negative lambda2": (
         "--lambda2 -0.5",
@@ -93,53 +93,56 @@ BAD = {
     "key too small": ("--key-size 64", "key-size: Input should be greater than or equal to 128"),
     "key too large": ("--key-size 5000", "key-size: Input should be less than or equal to 4096"),
     "image too small": ("--carrier-size 20", "carrier-size: Input should be greater than or equal to 21"),
-    "unknown snapshot": ("--snapshots noise,rotated", "snapshots: "),
+    "unknown perturbation": ("--perturbation.kinds noise,rotated", "perturbation.kinds: "),
     "unknown task": ("--task dogs", "task: "),
     "unknown model": ("--model resnet19", "model: "),
-    "model that nobody wrote": ("--model no_such_package.models:make", "model: "),
+    "model without a module": ("--model no_such_package.models:make", "model: "),
     "tap that does not exist": ("--taps layer9", "taps: "),
     "one tap that does not exist": ("--taps layer1,layer1.0.conv7", "taps: "),
     "control characters in the name": ("--name a\x07b", "spec.name: "),
     "missing data": ("--task mnist --data {dir}/none", "data: "),
     "data root not given": ("--task mnist", "data: "),
-    "no checkpoint": ("--init {dir}/none.pt", "init: "),
-    "wrong shapes": ("--init {wide}", "init: "),
-    "a pickle": ("--init {pickle}", "init: "),
-    "a pickle of functions": ("--init {objects}", "init: "),
-    "no safetensors": ("--init {text}", "init: "),
-    "pretrained for a plain network": ("--init pretrained", "init: "),
+    "no checkpoint": ("--weights {dir}/none.pt", "weights: "),
+    "wrong shapes": ("--weights {wide}", "weights: "),
+    "a pickle": ("--weights {pickle}", "weights: "),
+    "a pickle of functions": ("--weights {objects}", "weights: "),
+    "no safetensors": ("--weights {text}", "weights: "),
+    "pretrained for a plain network": ("--weights pretrained", "weights: "),
     "storage behind a file": ("--storage {file}/below", "storage: "),
     "storage is a file": ("--storage {file}", "storage: "),
     "storage of another kind": ("--storage ftp://host/x", "storage: "),
     "credentials in the storage": ("--storage s3://id:secret@bucket/x", "storage: "),
-    "wrong passphrase": ("--owner {owner} --passphrase-file {bad-pass}", "passphrase: is wrong"),
-    "no passphrase": ("--owner {owner}", "passphrase: this identity needs one"),
+    "wrong passphrase": (
+        "--owner {owner} --passphrase-file {bad-pass}",
+        "passphrase: The passphrase is wrong",
+    ),
+    "no passphrase": ("--owner {owner}", "passphrase: This identity needs a passphrase"),
     "empty passphrase": ("--owner {owner} --passphrase-file {empty}", "passphrase_file: "),
-    "no owner": ("--owner {dir}/nobody", "owner: "),
+    "no owner": ("--owner {dir}/absent", "owner: "),
     "not an owner": ("--owner {file}", "owner: "),
-    "unknown run": ("--resume nothing", "resume: no run 'nothing'"),
+    "unknown run": ("--resume nothing", "resume: There is no run 'nothing'"),
     "run name that leaves the folder": ("--run ../x", "run: "),
 }
 
 
-@pytest.mark.parametrize("flags, said", BAD.values(), ids=BAD.keys())
-def test_bad_input_is_one_line_with_code_2_and_nothing_written(
-    run: Run, given: dict[str, str], tmp_path: Path, flags: str, said: str
+@pytest.mark.parametrize("flags, message", BAD.values(), ids=BAD.keys())
+def test_embed_invalid_input_is_one_line_with_code_2_and_no_files(
+    run: Run, inputs: dict[str, str], tmp_path: Path, flags: str, message: str
 ) -> None:
     storage = tmp_path / "store"
-    argv = [part.format_map(given) for part in flags.split()]
-    before = {p: p.read_bytes() for p in Path(given["dir"]).iterdir()}
+    argv = [part.format_map(inputs) for part in flags.split()]
+    before = {p: p.read_bytes() for p in Path(inputs["dir"]).iterdir()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a warning would be a second line
         code, out, err = run("embed", *QUICK, "--storage", str(storage), *argv)
     assert (code, out) == (2, ""), err
-    assert err.startswith(f"error: {said}") and err.count("\n") == 1 and len(err) < 600
+    assert err.startswith(f"error: {message}") and err.count("\n") == 1 and len(err) < 600
     assert not storage.exists()
-    assert {p: p.read_bytes() for p in Path(given["dir"]).iterdir()} == before
+    assert {p: p.read_bytes() for p in Path(inputs["dir"]).iterdir()} == before
     assert "secret" not in err
 
 
-def test_unreachable_s3_is_said_soon(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embed_unreachable_s3_is_reported_soon(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id-to-hide")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-to-hide")
     with socket.socket() as closed:
@@ -155,7 +158,7 @@ def test_unreachable_s3_is_said_soon(run: Run, monkeypatch: pytest.MonkeyPatch) 
     assert time.monotonic() - began < 15
 
 
-def test_an_owner_inside_the_storage_is_refused(
+def test_embed_owner_inside_the_storage_is_refused(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MTLSIGN_HOME", str(tmp_path / "store/home"))
@@ -175,25 +178,23 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def _result(finished: tuple[Path, Path]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((finished[0] / "runs/q/result.json").read_text())
-    return found
+    result: dict[str, Any] = json.loads((finished[0] / "runs/q/result.json").read_text())
+    return result
 
 
-def test_a_name_is_taken_once_and_a_finished_run_is_not_resumed(
-    run: Run, finished: tuple[Path, Path]
-) -> None:
+def test_embed_used_name_and_finished_run_are_refused(run: Run, finished: tuple[Path, Path]) -> None:
     store = finished[0]
     before = sorted(store.rglob("*"))
-    for flags, said in (
-        (("--run", "q"), "error: run: 'q' exists"),
-        (("--resume", "q"), "error: resume: run 'q' is finished"),
+    for flags, message in (
+        (("--run", "q"), "error: run: Run 'q' exists"),
+        (("--resume", "q"), "error: resume: Run 'q' is finished"),
     ):
         code, out, err = run("embed", *QUICK, "--storage", str(store), *flags)
-        assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(said)
+        assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(message)
     assert sorted(store.rglob("*")) == before
 
 
-def test_json_is_one_document_and_quiet_is_the_result(
+def test_embed_json_is_one_document_and_quiet_prints_the_result(
     run: Run, tmp_path: Path, finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MTLSIGN_HOME", str(finished[1]))
@@ -206,23 +207,23 @@ def test_json_is_one_document_and_quiet_is_the_result(
 
 
 @pytest.mark.parametrize("name", ["good", "prefixed"])
-def test_a_trained_checkpoint_skips_phase_1(
-    run: Run, given: dict[str, str], tmp_path: Path, name: str
+def test_embed_trained_checkpoint_skips_phase_1(
+    run: Run, inputs: dict[str, str], tmp_path: Path, name: str
 ) -> None:
-    code, out, err = run("embed", *QUICK, "--storage", str(tmp_path), "--init", given[name], "--json")
+    code, out, err = run("embed", *QUICK, "--storage", str(tmp_path), "--weights", inputs[name], "--json")
     result = json.loads(out)
     assert (code, err) == (0, "") and result["seconds_phase1"] == 0 and result["seconds_phase2"] > 0
 
 
-def test_verify_answers_for_one_model_and_for_a_list(
-    run: Run, finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, given: dict[str, str]
+def test_verify_one_model_and_several_models_print_verdicts(
+    run: Run, finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, inputs: dict[str, str]
 ) -> None:
     monkeypatch.setenv("MTLSIGN_HOME", str(finished[1]))
     result = _result(finished)
     code, out, err = run("verify", "--model", result["model_path"], "--kit", result["kit"], "--json")
     assert (code, err) == (0, "") and json.loads(out)["matches"] == result["matches"]
-    models = ["--model", result["model_path"], "--model", given["good"]]
-    code, out, err = run("verify", *models, "--kit", result["kit"], "--json", "--bits", "0")
+    models = ["--model", result["model_path"], "--model", inputs["good"]]
+    code, out, err = run("verify", *models, "--kit", result["kit"], "--json", "--min-evidence-bits", "0")
     assert (code, err) == (0, "") and [v["accepted"] for v in json.loads(out)] == [True, True]
     code, out, err = run("verify", *models, "--kit", result["kit"])
     assert (code, err) == (0, "") and out.startswith(result["model_path"]) and "control" in out
@@ -242,12 +243,12 @@ def test_verify_answers_for_one_model_and_for_a_list(
         "--model {model} --kit {kit} --gamma 0.5",
     ],
 )
-def test_bad_input_of_verify_is_one_line_with_code_2(
-    run: Run, finished: tuple[Path, Path], given: dict[str, str], monkeypatch: pytest.MonkeyPatch, flags: str
+def test_verify_invalid_input_is_one_line_with_code_2(
+    run: Run, finished: tuple[Path, Path], inputs: dict[str, str], monkeypatch: pytest.MonkeyPatch, flags: str
 ) -> None:
     monkeypatch.setenv("MTLSIGN_HOME", str(finished[1]))
     result = _result(finished)
-    places = {**given, "model": result["model_path"], "kit": result["kit"]}
+    places = {**inputs, "model": result["model_path"], "kit": result["kit"]}
     code, out, err = run("verify", *flags.format_map(places).split())
     assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: "), err
 
@@ -255,24 +256,24 @@ def test_bad_input_of_verify_is_one_line_with_code_2(
 # -- as processes ------------------------------------------------------------------
 
 
-def test_workers_beyond_this_machine_are_refused_before_ray_starts(jobs: Jobs, tmp_path: Path) -> None:
+def test_embed_too_many_workers_are_refused_before_ray_starts(jobs: JobLauncher, tmp_path: Path) -> None:
     job = jobs.embed(workers=4096, storage=tmp_path / "s")
     assert job.wait(2) == "" and job.err.startswith("error: workers: 4096 workers need 4096 CPUs")
     assert job.err.count("\n") == 1 and not (tmp_path / "s").exists()
 
 
-def test_a_cluster_wants_a_named_owner(jobs: Jobs, tmp_path: Path) -> None:
+def test_embed_on_a_cluster_requires_an_owner(jobs: JobLauncher, tmp_path: Path) -> None:
     job = jobs.python("jobs/embed.py", "--storage", str(tmp_path / "s"), RAY_ADDRESS="127.0.0.1:1")
-    assert job.wait(2) == "" and job.err.startswith("error: owner: is required on a cluster")
+    assert job.wait(2) == "" and job.err.startswith("error: owner: An identity is required on a cluster")
     assert job.err.count("\n") == 1 and not (tmp_path / "s").exists()
 
 
-def test_an_interrupted_run_says_one_line_and_goes_on_from_there(jobs: Jobs, tmp_path: Path) -> None:
-    job = jobs.embed(*QUICK, "--steps", "2000", "--quiet", "--run", "i", storage=tmp_path)
-    job.until((tmp_path / "runs/i/plain/mark.pt").exists)
+def test_embed_interrupted_run_prints_one_line_and_continues(jobs: JobLauncher, tmp_path: Path) -> None:
+    job = jobs.embed(*QUICK, "--phase2.steps", "2000", "--quiet", "--run", "i", storage=tmp_path)
+    job.until((tmp_path / "runs/i/checkpoints/mark.pt").exists)
     job.process.send_signal(signal.SIGINT)
-    assert job.wait(130) == "" and job.err == "interrupted; a run goes on with --resume NAME\n"
+    assert job.wait(130) == "" and job.err == "interrupted; continue with --resume NAME\n"
     files = {p.name for p in (tmp_path / "runs/i").iterdir()}
-    assert files == {"settings.json", "plain", "clean.safetensors", "clean.json", "commitment.sealed"}
+    assert files == {"settings.json", "checkpoints", "phase1.safetensors", "phase1.json", "commitment.sealed"}
     changed = jobs.resume("i", "--lambda1", "0.5", storage=tmp_path)
-    assert changed.wait(2) == "" and changed.err.startswith("error: lambda1: is 0.02 in run 'i'")
+    assert changed.wait(2) == "" and changed.err.startswith("error: lambda1: Run 'i' has the value 0.02.")

@@ -1,6 +1,6 @@
-"""Write `tests/golden/v0/claims.json`: statements, a ledger, heads, proofs. Run only to change the format.
+"""Generator of `tests/golden/v0/claims.json`: statements, a ledger, checkpoints and proofs.
 
-All identities are PUBLISHED TEST KEYS.
+Run it only to change the format. All identities are PUBLISHED TEST KEYS.
 """
 
 from __future__ import annotations
@@ -14,46 +14,48 @@ from typing import Any
 from unittest import mock
 
 from mtlsign.claims import owner
-from mtlsign.claims.commands.owner import signed_note
+from mtlsign.claims.commands.settings import signed_note
 from mtlsign.claims.judging.admissibility import find_claim
 from mtlsign.claims.judging.council import tally_votes
-from tests.unit.claims.scenario import ALICE, Town, kit_of, person
+from tests.unit.claims.scenario import ALICE, ClaimScenario, kit_and_model, make_identity
 
 OUT = Path(__file__).parent / "v0" / "claims.json"
-WARNING = "PUBLISHED TEST KEYS: anybody can sign as these people. Never use any of them."
 
 
 def vectors() -> dict[str, Any]:
-    """Every kind of statement once, on a ledger of three members, with what a reader must find."""
+    """Return every kind of statement on a ledger of three members, with the results of a reader."""
     counter = iter(range(1000))
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch("mtlsign.claims.owner.secrets.token_bytes", lambda n: bytes([next(counter)]) * n),
     ):
-        town = Town(Path(folder), ["1", "2", "3"])
-        accused = town.owner(person("accused"))
-        (kit, model), (free, junk) = kit_of(ALICE), kit_of(person("bob"), head=b"a head")
-        owner.register(accused, town.archive, [("base · 試験", b"clean")])
-        owner.publish(town.owner(ALICE), [kit], licence="CC-BY-4.0", recipient="everybody")
-        owner.publish(town.owner("bob"), [free])
-        town.attest()
-        entry, _ = owner.claim(town.owner(ALICE), [kit], town.archive, model + b"!", marked=model)
-        owner.claim(town.owner("bob"), [free], town.archive, model + b"?", marked=junk)
-        owner.exhibit(accused, town.archive, str(entry.index), b"clean")
-        view = town.vote()
-        rows = list(town.ledger.scan())
-        size, view = len(rows), town.view()
+        scenario = ClaimScenario(Path(folder), ["1", "2", "3"])
+        ledger, archive = scenario.ledger, scenario.archive
+        accused, bob = scenario.owner(make_identity("accused")), scenario.owner("bob")
+        (kit, model), (trained_kit, junk) = kit_and_model(ALICE), kit_and_model(bob.identity, head=b"a head")
+        owner.register(accused, archive, [("base · 試験", b"clean")])
+        owner.publish(scenario.owner(ALICE), [kit], licence="CC-BY-4.0", recipient="everybody")
+        owner.publish(bob, [trained_kit])
+        scenario.cosign_all()
+        entry, _ = owner.claim(scenario.owner(ALICE), [kit], archive, model + b"!", own_model=model)
+        owner.claim(scenario.owner("bob"), [trained_kit], archive, model + b"?", own_model=junk)
+        owner.exhibit(accused, archive, str(entry.index), b"clean")
+        scenario.run_council()
+        rows = list(ledger.scan())
+        size, view = len(rows), scenario.view()
+        claims = [find_claim(view, str(index)) for index in (entry.index, entry.index + 2)]
         return {
-            "WARNING": WARNING,
+            # The warning stands in the published file and must not change.
+            "WARNING": json.loads(OUT.read_text("utf-8"))["WARNING"],
             "entries": [base64.b64encode(row).decode() for row in rows],
             "cosignatures": [
-                {"size": head.size, "root": head.root.hex(), "line": line.line()}
-                for head, line in town.ledger.cosignatures(view.origin)
+                {"size": checkpoint.size, "root": checkpoint.root.hex(), "line": line.to_line()}
+                for checkpoint, line in ledger.cosignatures(view.origin)
             ],
-            "head": signed_note(town.ledger, view).decode(),
-            "inclusion": [[step.hex() for step in town.ledger.prove(i, size)] for i in range(size)],
+            "head": signed_note(ledger, view).decode(),
+            "inclusion": [[step.hex() for step in ledger.prove(i, size)] for i in range(size)],
             "consistency": {
-                str(old): [step.hex() for step in town.ledger.prove_consistency(old, size)]
+                str(old): [step.hex() for step in ledger.prove_consistency(old, size)]
                 for old in range(1, size)
             },
             "expected": {
@@ -61,15 +63,20 @@ def vectors() -> dict[str, Any]:
                 "kinds": [e.statement.kind if e.statement else None for e in view.entries.values()],
                 "leaves": [e.leaf.hex() for e in view.entries.values()],
                 "times": [view.time(i) for i in range(size)],
-                "roots": {str(n): town.ledger.head(n).root.hex() for n in range(1, size + 1)},
+                "roots": {str(n): ledger.checkpoint(n).root.hex() for n in range(1, size + 1)},
                 "key": kit.opening.key().hex(),
                 "tallies": {
-                    str(e.index): tally_votes(view, e, c).counts
-                    for e, c in (find_claim(view, str(i)) for i in (entry.index, entry.index + 2))
+                    str(claim_entry.index): tally_votes(view, claim_entry, claim).counts
+                    for claim_entry, claim in claims
                 },
                 "statements": [hashlib.sha256(_payload(row)).hexdigest() for row in rows],
             },
         }
+
+
+def serialize(content: dict[str, Any]) -> str:
+    """Return the text of the golden file."""
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def _payload(row: bytes) -> bytes:
@@ -77,5 +84,5 @@ def _payload(row: bytes) -> bytes:
 
 
 if __name__ == "__main__":
-    OUT.write_text(json.dumps(vectors(), indent=1, ensure_ascii=False) + "\n", "utf-8")
+    OUT.write_text(serialize(vectors()), "utf-8")
     print(f"wrote {OUT}")

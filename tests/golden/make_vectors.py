@@ -1,6 +1,6 @@
-"""Write `tests/golden/v0/vectors.json`. Run `python tests/golden/make_vectors.py` only to change the format.
+"""Writer of the golden vectors of format v0. Run it only to change the format.
 
-The owner below is a PUBLISHED TEST KEY. Anybody can sign as this owner: never mark a model with it.
+The owner below is a PUBLISHED TEST KEY. Any reader can sign as this owner: never mark a model with it.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ from mtlsign.watermark.verification.reference import Reference, make_reference
 TEST_SEED = b"MTLSIGN TEST OWNER, NEVER USE IT"
 TEST_KIT_KEY = b"MTLSIGN TEST KIT KEY, PUBLISHED!"
 TEST_PASSPHRASE = b"a published test passphrase"
-WARNING = "PUBLISHED TEST KEY: anybody can sign as this owner. Never mark a model with it."
-OUT = Path(__file__).parent / "v0" / "vectors.json"
-FRAME = Path(__file__).parent / "v0" / "frame.json"
+VECTORS_FILE = Path(__file__).parent / "v0" / "vectors.json"
+CANONICAL_FILE = Path(__file__).parent / "v0" / "frame.json"
+#: The published warning. Its wording is part of the golden files and does not change.
+WARNING = json.loads(VECTORS_FILE.read_text("utf-8"))["warning"]
 D = 1000
 #: The network of `frame.json`: (name, out, in/groups, side, stride, groups); batch norm and ReLU after each.
 CONVS = (("0", 4, 1, 5, 4, 1), ("3", 4, 2, 3, 1, 2), ("6", 4, 1, 1, 1, 4))
-FRAME_TAP = "8"
+TAP = "8"
 
 
 def sha256(data: bytes) -> str:
-    """Lower-case hex."""
+    """Return SHA-256 in lower-case hex."""
     return hashlib.sha256(data).hexdigest()
 
 
 def specs() -> dict[str, bytes]:
-    """Four specs that together use every digit-group length, both heads, odd rests, and both paddings."""
+    """Return four specs with every digit-group length, both heads, odd remainders, and both paddings."""
     common: dict[str, Any] = {
         "reference": sha256(b"mtlsign test reference"),
         "graph": {"arch": "torchvision/resnet18", "channels": 3, "classes": 10, "width": 16, "stem": "cifar"},
@@ -64,18 +65,18 @@ def specs() -> dict[str, bytes]:
     }
 
 
-def expand(opening: key.KeyOpening) -> dict[str, Any]:
-    """Everything a key fixes, by the package."""
-    secret, spec = opening.key(), opening.parse()
+def expand_key(opening: key.KeyOpening) -> dict[str, Any]:
+    """Return everything that a key determines, by the package."""
+    secret, parsed = opening.key(), opening.parse()
     pi, bits, signs = (
-        key.watermark_integers(secret, spec.n),
-        key.watermark_labels(secret, spec.n),
+        key.watermark_integers(secret, parsed.n),
+        key.watermark_labels(secret, parsed.n),
         key.head_signs(secret, D),
     )
-    codes, images = qr.encode_modules(pi[:2], spec.carrier.digits), qr.images(pi[:2], spec.carrier)
+    codes, images = qr.encode_modules(pi[:2], parsed.carrier.digits), qr.images(pi[:2], parsed.carrier)
     return {
         "key": secret.hex(),
-        "m": spec.m_bits(spec.n),
+        "m": spec.m_bits(parsed.n),
         "integers_first": pi[:8].tolist(),
         "integers_sha256": sha256(pi.astype(">u8").tobytes()),
         "labels_first": "".join(map(str, bits[:64])),
@@ -96,7 +97,7 @@ def expand(opening: key.KeyOpening) -> dict[str, Any]:
 
 
 def tails() -> list[dict[str, Any]]:
-    """Exact tails in bits; doubles, to be matched to 1e-9."""
+    """Return exact tails in bits: doubles, to be matched to 1e-9."""
     counts = (
         (600, 300),
         (600, 420),
@@ -118,7 +119,7 @@ def tails() -> list[dict[str, Any]]:
 
 
 def identity_file(owner: identity.Identity) -> str:
-    """A protected identity file with fixed salt and nonce (in earnest both are random)."""
+    """Return a protected identity file with fixed salt and nonce, which are random in real files."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "identity.json"
         with mock.patch(
@@ -129,7 +130,7 @@ def identity_file(owner: identity.Identity) -> str:
 
 
 def refused() -> dict[str, str]:
-    """Spec bytes (base64) that every reader must refuse, by reason."""
+    """Return spec bytes (base64) that every reader must refuse, by reason."""
     good = specs()["keyed-1024"].decode()
     bad: dict[str, bytes] = {
         "duplicate field": good.replace('"n":1024', '"n":1024,"n":1024').encode(),
@@ -155,16 +156,16 @@ def refused() -> dict[str, str]:
 
 
 def build() -> dict[str, Any]:
-    """The whole document."""
+    """Return the content of `vectors.json`."""
     owner = identity.Identity(TEST_SEED, TEST_KIT_KEY)
-    openings = {name: key.sign_spec(owner, spec) for name, spec in specs().items()}
+    openings = {name: key.sign_spec(owner, data) for name, data in specs().items()}
     return {
         "warning": WARNING,
         "seed": TEST_SEED.hex(),
         "kit_key": TEST_KIT_KEY.hex(),
         "public_key": owner.public_key.hex(),
         "vectors": {
-            name: {"opening": json.loads(opening.to_json()), "expected": expand(opening)}
+            name: {"opening": json.loads(opening.to_json()), "expected": expand_key(opening)}
             for name, opening in openings.items()
         },
         "tails": tails(),
@@ -174,7 +175,7 @@ def build() -> dict[str, Any]:
 
 
 def tiny() -> nn.Module:
-    """Three convolutions, plain, grouped and depthwise; the first has a bias, which nobody reads."""
+    """Build three convolutions, plain, grouped and depthwise; the first has a bias, which is not read."""
     layers: list[nn.Module] = []
     for name, out, per_group, side, stride, groups in CONVS:
         layers.append(nn.Conv2d(per_group * groups, out, side, stride, groups=groups, bias=name == "0"))
@@ -183,47 +184,48 @@ def tiny() -> nn.Module:
 
 
 def stretch(label: str, count: int) -> list[int]:
-    """Fixed integers from -128 to 127."""
+    """Return fixed integers from -128 to 127."""
     out = b"".join(hashlib.sha256(f"{label}/{i}".encode()).digest() for i in range(count // 32 + 1))
     return [byte - 128 for byte in out[:count]]
 
 
 def network(label: str) -> dict[str, list[int]]:
-    """Integers of every kernel and batch norm, in units of 1/64; a zero row and column, γ of both signs and
-    0.
+    """Return integers of every kernel and batch norm, in units of 1/64.
+
+    They include a zero block, and γ of both signs and 0.
     """
-    found: dict[str, list[int]] = {}
+    values: dict[str, list[int]] = {}
     for name, out, per_group, side, _, _ in CONVS:
         area = side * side
         kernel = stretch(f"{label}/{name}/kernel", out * per_group * area)
         if name == "3":
             kernel[:area] = [0] * area  # a zero block: row 0, column 0 of group 0
-        found[f"{name}.weight"] = kernel
+        values[f"{name}.weight"] = kernel
         norm = str(int(name) + 1)
-        found[f"{norm}.weight"] = stretch(f"{label}/{name}/gamma", out)
-        found[f"{norm}.bias"] = stretch(f"{label}/{name}/beta", out)
-    found["1.weight"][1], found["1.weight"][2] = 0, -64
-    return found
+        values[f"{norm}.weight"] = stretch(f"{label}/{name}/gamma", out)
+        values[f"{norm}.bias"] = stretch(f"{label}/{name}/beta", out)
+    values["1.weight"][1], values["1.weight"][2] = 0, -64
+    return values
 
 
 def tensors_of(integers: dict[str, list[int]]) -> dict[str, Tensor]:
-    """The state dict of `network`'s integers over 64."""
+    """Return the state dict of `network`'s integers over 64."""
     shapes = {n: t.shape for n, t in tiny().state_dict().items()}
     return {n: (torch.tensor(v, dtype=torch.float32) / 64).reshape(shapes[n]) for n, v in integers.items()}
 
 
-def frame() -> dict[str, Any]:
-    """Reference, frame and scores of a small network, from kernels to verdict."""
+def canonical_vector() -> dict[str, Any]:
+    """Return the content of `frame.json`: reference, canonical form and scores of a small network."""
     owner = identity.Identity(TEST_SEED, TEST_KIT_KEY)
     base_weights, suspect = network("w0"), network("suspect")
     model = tiny()
     model.load_state_dict(tensors_of(base_weights), strict=False)
     carrier = qr.make_carrier(128, 1, 21, 21)
-    reference = make_reference(model, [FRAME_TAP], torch.zeros(2, 1, 21, 21))
+    reference = make_reference(model, [TAP], torch.zeros(2, 1, 21, 21))
     opening = key.sign_spec(
         owner,
         spec.make_spec(
-            name="test frame", nonce=sha256(b"frame"), n=128, carrier=carrier, taps=[FRAME_TAP],
+            name="test frame", nonce=sha256(b"frame"), n=128, carrier=carrier, taps=[TAP],
             head={"kind": "keyed"},
             statistic="count", graph={"arch": "own/golden:tiny"}, reference=reference.digest,
         ),
@@ -235,21 +237,23 @@ def frame() -> dict[str, Any]:
         "w0": base_weights,
         "suspect": suspect,
         "opening": json.loads(opening.to_json()),
-        "reference": base64.b64encode(reference.data).decode("ascii"),
-        "expected": judged(opening, reference, tensors_of(suspect)),
+        "reference": base64.b64encode(reference.raw_bytes).decode("ascii"),
+        "expected": evaluate_suspect(opening, reference, tensors_of(suspect)),
     }
 
 
-def judged(opening: key.KeyOpening, reference: Reference, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """What the package makes of a suspect: framed kernels, scores, k, control keys."""
+def evaluate_suspect(
+    opening: key.KeyOpening, reference: Reference, tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Return the canonical kernels, scores, k and control keys of a suspect, by the package."""
     detector = WatermarkDetector(opening, reference, factories={"golden:tiny": tiny})
-    framed = detector.graph.into_frame(detector.graph.read(tensors))
+    canonical = detector.model.canonicalize(detector.model.select_weights(tensors))
     scores, _ = detector.score_state_dict(tensors)
     assert scores is not None
     verdict = verify(tensors, detector)
     controls = [key.keystream(detector.key, f"mtlsign/v0/control/{i}".encode(), 32).hex() for i in range(2)]
     return {
-        "framed": {name: kernel.flatten().tolist() for name, kernel in framed.items()},
+        "framed": {name: kernel.flatten().tolist() for name, kernel in canonical.items()},
         "scores": scores.tolist(),
         "matches": verdict.matches,
         "near_zero": verdict.near_zero,
@@ -258,7 +262,7 @@ def judged(opening: key.KeyOpening, reference: Reference, tensors: dict[str, Ten
 
 
 if __name__ == "__main__":
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps(build(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    FRAME.write_text(json.dumps(frame(), indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {OUT} and {FRAME}")
+    VECTORS_FILE.parent.mkdir(exist_ok=True)
+    VECTORS_FILE.write_text(json.dumps(build(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    CANONICAL_FILE.write_text(json.dumps(canonical_vector(), indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {VECTORS_FILE} and {CANONICAL_FILE}")

@@ -1,4 +1,4 @@
-"""Real headless Chromium over its own debugging protocol: navigate, press keys, look, take pictures."""
+"""Driver of headless Chromium over its debugging protocol: navigate, press keys, read, take screenshots."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEYS = {"Tab": 9, "Enter": 13}
 
 
 class Browser:
-    """One tab. It talks to loopback only, and its profile is thrown away."""
+    """One tab with a temporary profile. It reaches the loopback address only."""
 
     def __init__(self, folder: Path) -> None:
         assert BINARY is not None
@@ -59,6 +59,7 @@ class Browser:
         self._process.wait(20)
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
+        """Call a method of the protocol and return its result."""
         self._id += 1
         message = {"id": self._id, "method": method, "params": params}
         if self._session:
@@ -72,11 +73,11 @@ class Browser:
             self.events.append(answer)
 
     def evaluate(self, expression: str) -> Any:
-        """The value of an expression on the page."""
+        """Return the value of an expression on the page."""
         return self.send("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
     def until(self, expression: str, seconds: float = 30) -> Any:
-        """Wait until an expression is true; pages may come and go meanwhile."""
+        """Wait until an expression is true, also while other pages load."""
         end = time.monotonic() + seconds
         while not (value := self.evaluate(expression)):
             assert time.monotonic() < end, (expression, self.evaluate("document.body.innerText"))
@@ -84,18 +85,22 @@ class Browser:
         return value
 
     def go(self, url: str) -> None:
-        """Open an address; back when its page, and not the one before it, is complete and takes keys."""
+        """Open an address; wait until its page has replaced the previous one and accepts keys."""
         self.evaluate("window.before = true")
         self.send("Page.navigate", url=url)
         self.until("!window.before && document.readyState == 'complete'")
         self.settle()
 
     def settle(self) -> None:
-        """Wait for the field that asks for the focus: a browser gives it when it first draws the page,
-        which is after the page is complete, and keys pressed before go nowhere."""
+        """Wait until the field with `autofocus` has the focus.
+
+        The browser sets the focus when it first draws the page, after the page is complete. Keys that are
+        pressed before are lost.
+        """
         self.until("(f => !f || f === document.activeElement)(document.querySelector('[autofocus]'))")
 
     def key(self, name: str) -> None:
+        """Press one of `KEYS`."""
         text = {"text": "\r"} if name == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
             self.send(
@@ -108,10 +113,11 @@ class Browser:
             )
 
     def type(self, text: str) -> None:
+        """Insert text into the field that has the focus."""
         self.send("Input.insertText", text=text)
 
     def picture(self, file: Path, width: int) -> None:
-        """The whole page as PNG at a window of that width."""
+        """Write a PNG of the whole page, in a window of that width."""
         self.send(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -123,8 +129,8 @@ class Browser:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(base64.b64decode(data))
 
-    def complaints(self) -> list[str]:
-        """What the browser logged as an error (a violated content security policy is one)."""
+    def console_errors(self) -> list[str]:
+        """Return the errors that the browser logged, violations of the content security policy included."""
         self.evaluate("1")
         entries = [e["params"]["entry"] for e in self.events if e.get("method") == "Log.entryAdded"]
         return [e["text"] for e in entries if e["level"] == "error"]

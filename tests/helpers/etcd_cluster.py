@@ -1,4 +1,4 @@
-"""Starts a real etcd of three nodes over mutual TLS on loopback, and ends exactly those processes.
+"""Start and end of a real etcd cluster: three nodes over mutual TLS on the loopback address.
 
 The program is Debian's `etcd` (3.4.23 or later of 3.4): from $MTLSIGN_ETCD, from PATH, or unpacked from the
 package `etcd-server`, which `apt-get download` fetches without installing anything.
@@ -35,16 +35,16 @@ START_LIMIT_S = 30.0
 
 
 def program() -> tuple[str | None, str]:
-    """The etcd program, or None and the true reason why there is none."""
-    for found in (os.environ.get("MTLSIGN_ETCD"), shutil.which("etcd")):
-        if found and os.access(found, os.X_OK):
-            return found, ""
+    """Return the etcd program and an empty text, or None and the reason."""
+    for path in (os.environ.get("MTLSIGN_ETCD"), shutil.which("etcd")):
+        if path and os.access(path, os.X_OK):
+            return path, ""
     cache = Path(tempfile.gettempdir()) / f"mtlsign-etcd-{os.getuid()}"
     unpacked = cache / "root" / "usr" / "bin" / "etcd"
     if unpacked.is_file():
         return str(unpacked), ""
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
-        return None, "etcd is not installed and this is no Debian to fetch it from"
+        return None, "etcd is not installed, and this system has no apt-get to fetch it"
     cache.mkdir(mode=0o700, exist_ok=True)
     try:
         fetch = ["apt-get", "download", "etcd-server"]
@@ -52,16 +52,16 @@ def program() -> tuple[str | None, str]:
         (package,) = cache.glob("etcd-server_*.deb")
         subprocess.run(["dpkg-deb", "-x", str(package), str(cache / "root")], check=True, timeout=60)
     except (subprocess.SubprocessError, OSError, ValueError) as error:
-        told = getattr(error, "stderr", b"") or str(error).encode()
+        output = getattr(error, "stderr", b"") or str(error).encode()
         return (
             None,
-            f"etcd is not installed and cannot be fetched: {told.decode(errors='replace').strip()[-200:]}",
+            f"etcd is not installed and cannot be fetched: {output.decode(errors='replace').strip()[-200:]}",
         )
     return str(unpacked), ""
 
 
 class Authority:
-    """A certificate authority that lives for a test."""
+    """A certificate authority for one test."""
 
     def __init__(self, folder: Path, name: str = "ca") -> None:
         self.folder = folder
@@ -97,7 +97,7 @@ class Authority:
         return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
     def issue(self, name: str) -> Tls:
-        """Files of a new certificate for 127.0.0.1."""
+        """Write a new certificate for 127.0.0.1 and return its files."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         cert, private = self.folder / f"{name}.pem", self.folder / f"{name}.key"
@@ -114,7 +114,10 @@ class Authority:
 
 
 class Cluster:
-    """Three nodes. `uri` and `tls` open a ledger; nodes can be killed and started again on their data."""
+    """A cluster of three nodes, which can be killed and restarted with their data.
+
+    `uri` and `tls` open a ledger.
+    """
 
     def __init__(self, etcd: str, folder: Path) -> None:
         self.etcd, self.folder = etcd, folder
@@ -127,10 +130,11 @@ class Cluster:
         self._files = [self.authority.issue(f"n{i}") for i in range(3)]
 
     def uri(self, prefix: str = "") -> str:
+        """Return the ledger URI with all hosts."""
         return f"etcd://{','.join(self.hosts)}{prefix}"
 
     def start(self, *numbers: int) -> None:
-        """Start these nodes (all three if none is named) and wait until a majority answers."""
+        """Start these nodes (all three by default) and wait for a leader."""
         for i in numbers or range(3):
             self._start(i)
         end = time.monotonic() + START_LIMIT_S
@@ -160,7 +164,7 @@ class Cluster:
             )
 
     def kill(self, i: int) -> None:
-        """SIGKILL: the node has no time to say goodbye."""
+        """Send SIGKILL to a node, which then cannot close anything."""
         node = self._nodes[i]
         if node is not None:
             node.kill()
@@ -168,28 +172,29 @@ class Cluster:
             self._nodes[i] = None
 
     def leader(self) -> int | None:
-        """Number of the node that says it leads, if it answers."""
+        """Return the number of the node that claims to be the leader, if one answers."""
         context = ssl.create_default_context(cafile=str(self.tls.ca))
         context.load_cert_chain(str(self.tls.cert), str(self.tls.key))
         for i, host in enumerate(self.hosts):
             if self._nodes[i] is None:
                 continue
-            asked = urllib.request.Request(f"https://{host}/v3/maintenance/status", data=b"{}")
+            request = urllib.request.Request(f"https://{host}/v3/maintenance/status", data=b"{}")
             with contextlib.suppress(urllib.error.URLError, OSError, ValueError):
-                with urllib.request.urlopen(asked, timeout=1, context=context) as answer:
-                    found = json.load(answer)
-                if found.get("leader") and found["leader"] == found["header"]["member_id"]:
+                with urllib.request.urlopen(request, timeout=1, context=context) as answer:
+                    status = json.load(answer)
+                if status.get("leader") and status["leader"] == status["header"]["member_id"]:
                     return i
         return None
 
     def stop(self) -> None:
+        """Kill all nodes."""
         for i in range(3):
             self.kill(i)
 
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[Cluster]:
-    """A running cluster with its data in `folder`; ended on leaving."""
+    """Run a cluster with its data in `folder` until the context ends."""
     etcd, reason = program()
     if etcd is None:
         raise RuntimeError(reason)
@@ -202,11 +207,11 @@ def running(folder: Path) -> Iterator[Cluster]:
 
 
 def _free_ports(count: int) -> list[int]:
-    found: list[int] = []
+    ports: list[int] = []
     for port in random.SystemRandom().sample(range(23_000, 29_000), 6_000):
-        with contextlib.suppress(OSError), socket.socket() as one:
-            one.bind(("127.0.0.1", port))
-            found.append(port)
-        if len(found) == count:
-            return found
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            ports.append(port)
+        if len(ports) == count:
+            return ports
     raise RuntimeError("no free ports for etcd")

@@ -1,4 +1,7 @@
-"""Starts the jobs as a user would, with a Ray, an owner and a home of their own; leaves nothing running."""
+"""Launcher of jobs as separate processes, as a user starts them, with separate Ray, owner and home folder.
+
+Every process is ended with the test session.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +27,17 @@ from mtlsign.watermark.keys.identity import Identity
 ROOT = Path(__file__).resolve().parents[2]
 T = TypeVar("T")
 
-#: A small run that still uses every snapshot kind; two workers unless the test says otherwise.
+#: Flags of a small run that uses several kinds of perturbation.
 SMALL = shlex.split(
-    "--task digits --width 16 --key-size 256 --epochs 6 --batch 64 --primary-batch 64 --steps 150 "
-    "--wm-lr 0.01 --noise 0.1 --lambda1 0.02 --lambda2 0.5 --distillation 2 --snapshots noise,pruned,tuned "
-    "--deep-lr 0.3 --seed 0 --cpus-per-worker 1 --insecure-test-key"
+    "--task digits --width 16 --key-size 256 --phase1.epochs 6 --phase1.batch 64 --phase2.batch 64 "
+    "--phase2.steps 150 --phase2.lr 0.01 --perturbation.noise-sigma 0.1 --lambda1 0.02 --lambda2 0.5 "
+    "--phase2.distillation 2 --perturbation.kinds noise,pruned,fine_tuned "
+    "--phase2.other-layers-lr-scale 0.3 --seed 0 --cpus-per-worker 1 --insecure-test-key"
 )
 
 
 def environment(home: Path, ray: Path, **more: str) -> dict[str, str]:
-    """A process environment that knows no Ray, no account and no identity but its own."""
+    """Return environment variables without the user's Ray, accounts and identity."""
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_", "MTLSIGN_", "COV"))}
     return plain | {
         "HOME": str(home),
@@ -47,13 +51,13 @@ def environment(home: Path, ray: Path, **more: str) -> dict[str, str]:
     }
 
 
-def _heed_ctrl_c() -> None:
-    """A shell's background job ignores SIGINT and hands that down, to a test run and what it starts."""
+def _enable_sigint() -> None:
+    """Restore the default handler, because children of a shell's background job ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Job:
-    """One started process; `out` and `err` are its files so far."""
+    """One started process; `out` and `err` are its output until now."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,9 +65,9 @@ class Job:
         with self.stdout.open("wb") as out, self.stderr.open("wb") as err:
             self.process = subprocess.Popen(
                 [sys.executable, *command], cwd=ROOT, env=dict(env), stdin=subprocess.DEVNULL, stdout=out,
-                stderr=err, start_new_session=True, preexec_fn=_heed_ctrl_c,
+                stderr=err, start_new_session=True, preexec_fn=_enable_sigint,
             )  # fmt: skip
-        self._family: dict[int, str] = {}
+        self._known: dict[int, str] = {}
 
     @property
     def out(self) -> str:
@@ -74,64 +78,68 @@ class Job:
         return self.stderr.read_text(errors="replace")
 
     def wait(self, code: int | None = 0, timeout: float = 800) -> str:
-        """Wait for its end, check the exit code, return standard output."""
+        """Wait for the end, check the exit code, and return standard output."""
         try:
-            found = self.process.wait(timeout)
+            exit_code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise AssertionError(
                 f"still running after {timeout:.0f} s\n{self.out[-2000:]}\n{self.err[-4000:]}"
             ) from None
-        assert code is None or found == code, f"exit code {found}\n{self.out[-2000:]}\n{self.err[-4000:]}"
+        assert code is None or exit_code == code, (
+            f"exit code {exit_code}\n{self.out[-2000:]}\n{self.err[-4000:]}"
+        )
         return self.out
 
-    def until(self, found: Callable[[], T], timeout: float = 800) -> T:
-        """Poll until `found()` is true while the process lives; its value."""
+    def until(self, condition: Callable[[], T], timeout: float = 800) -> T:
+        """Poll until `condition()` is true while the process runs; return its value."""
         end = time.monotonic() + timeout
-        while not (value := found()):
+        while not (value := condition()):
             assert self.process.poll() is None, f"ended early\n{self.out[-2000:]}\n{self.err[-4000:]}"
             assert time.monotonic() < end, f"waited {timeout:.0f} s\n{self.err[-4000:]}"
             time.sleep(0.05)
         return value
 
     def workers(self) -> list[int]:
-        """Process ids of its Ray Train workers."""
-        return sorted(pid for pid, name in self.family().items() if "RayTrainWorker" in name)
+        """Return the process ids of its Ray Train workers."""
+        return sorted(pid for pid, name in self.process_tree().items() if "RayTrainWorker" in name)
 
-    def family(self) -> dict[int, str]:
-        """It and its descendants: process id → command line; those seen earlier too, if they live."""
+    def process_tree(self) -> dict[int, str]:
+        """Return process id -> command line of it and its descendants, orphaned ones included."""
         parents: dict[int, list[int]] = {}
         for entry in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
                 fields = entry.read_text().rpartition(")")[2].split()
                 if fields[0] != "Z":
                     parents.setdefault(int(fields[1]), []).append(int(entry.parent.name))
-        todo, found = [self.process.pid, *self._family], dict.fromkeys(self._family, "")
-        while todo:
-            pid = todo.pop()
-            found[pid] = ""
-            todo += [child for child in parents.get(pid, ()) if child not in found]
+        pending, tree = [self.process.pid, *self._known], dict.fromkeys(self._known, "")
+        while pending:
+            pid = pending.pop()
+            tree[pid] = ""
+            pending += [child for child in parents.get(pid, ()) if child not in tree]
         alive = {pid for children in parents.values() for pid in children}
-        self._family = {pid: _command(pid) for pid in found if pid in alive}
-        return self._family
+        self._known = {pid: _command(pid) for pid in tree if pid in alive}
+        return self._known
 
     def kill(self) -> None:
-        """SIGKILL to the driver alone; returns when nothing that could still train or write is left."""
-        self.family()
+        """Send SIGKILL to the driver alone; wait for the end of all processes that could train or write."""
+        self.process_tree()
         self.process.kill()
         self.process.wait()
         end = time.monotonic() + 120
-        while (left := [c for c in self.family().values() if not _idle(c)]) and time.monotonic() < end:
+        while (
+            survivors := [c for c in self.process_tree().values() if not _idle(c)]
+        ) and time.monotonic() < end:
             time.sleep(0.2)
-        assert not left, "outlived the driver: " + ", ".join(left)
+        assert not survivors, "still running: " + ", ".join(survivors)
 
     def end(self) -> None:
-        """End whatever of it still runs, by process id."""
-        self.family()
+        """End it and its descendants by process id."""
+        self.process_tree()
         if self.process.poll() is None:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(15)
-        for pid in self.family():
+        for pid in self.process_tree():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait(15)
@@ -144,14 +152,14 @@ def _command(pid: int) -> str:
 
 
 def _idle(command: str) -> bool:
-    """Ray's helpers without a task, which may notice late that their raylet is gone."""
+    """Return True for helpers of Ray without a task, which may end some time after their raylet."""
     return not command or "Agent" in command or "dashboard" in command or command.startswith("ray-dashboard")
 
 
-class Jobs:
-    """Makes jobs that share one owner (a file with a passphrase) and ends them all.
+class JobLauncher:
+    """Starts jobs that share one owner (a file with a passphrase) and ends them all.
 
-    Ray's files go to `ray`, a short path: its sockets' names are limited to about 107 bytes.
+    Ray writes to `ray`, a short path, because names of its sockets are limited to about 107 bytes.
     """
 
     def __init__(self, folder: Path, ray: Path) -> None:
@@ -165,7 +173,7 @@ class Jobs:
         self.passphrase_file.write_bytes(self.passphrase + b"\n")
         self.identity = Identity.generate()
         self.identity.save(self.owner, self.passphrase)
-        self._made: list[Job] = []
+        self._jobs: list[Job] = []
 
     @property
     def as_owner(self) -> tuple[str, ...]:
@@ -173,12 +181,12 @@ class Jobs:
 
     def python(self, *command: str, **env: str) -> Job:
         """Start a Python program."""
-        job = Job(command, environment(self.home, self.ray, **env), self.folder / f"job{len(self._made)}")
-        self._made.append(job)
+        job = Job(command, environment(self.home, self.ray, **env), self.folder / f"job{len(self._jobs)}")
+        self._jobs.append(job)
         return job
 
     def embed(self, *flags: str, storage: str | Path, workers: int = 2, **env: str) -> Job:
-        """Start jobs/embed.py on the small task; flags given later win."""
+        """Start jobs/embed.py on the small task; later flags override earlier ones."""
         always = *SMALL, *self.as_owner, "--workers", str(workers), "--storage", str(storage)
         return self.python("jobs/embed.py", *always, *flags, **env)
 
@@ -192,14 +200,14 @@ class Jobs:
         return self.python("-m", "ray.scripts.scripts", *arguments, **env)
 
     def node(self, *arguments: str, **env: str) -> Job:
-        """A node in the foreground; ending the process ends exactly that node."""
+        """Start a node in the foreground; ending the process ends exactly that node."""
         always = "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000"
         node = self.cli(*always, *arguments, **env)
-        node.until(lambda: "--block" in node.out and any("raylet" in c for c in node.family().values()))
+        node.until(lambda: "--block" in node.out and any("raylet" in c for c in node.process_tree().values()))
         return node
 
     def head(self, **env: str) -> tuple[Job, str, str]:
-        """A head node with two CPUs: (process, GCS address, dashboard URL)."""
+        """Start a head node with two CPUs: (process, GCS address, dashboard URL)."""
         gcs, dashboard = free_port(), free_port() + 1
         node = self.node(
             "--head", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=2",
@@ -208,13 +216,13 @@ class Jobs:
         return node, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
 
     def end(self) -> None:
-        for job in reversed(self._made):
+        for job in reversed(self._jobs):
             job.end()
 
 
 @dataclass(frozen=True)
-class Finished:
-    """An uninterrupted run over two workers: what every other run is compared with."""
+class FinishedRun:
+    """An uninterrupted run on two workers, with which other runs are compared."""
 
     job: Job
     storage: Path
@@ -222,29 +230,29 @@ class Finished:
 
 
 @pytest.fixture(scope="session")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobLauncher]:
     with tempfile.TemporaryDirectory(prefix="mtlsign-", ignore_cleanup_errors=True) as ray:
-        made = Jobs(tmp_path_factory.mktemp("jobs"), Path(ray))
+        launcher = JobLauncher(tmp_path_factory.mktemp("jobs"), Path(ray))
         try:
-            yield made
+            yield launcher
         finally:
-            made.end()
+            launcher.end()
 
 
 @pytest.fixture(scope="session")
-def baseline(jobs: Jobs) -> Finished:
+def baseline_run(jobs: JobLauncher) -> FinishedRun:
     storage = jobs.folder / "baseline"
     job = jobs.embed("--run", "base", storage=storage)
     job.wait()
-    return Finished(job, storage, result_of(storage, "base"))
+    return FinishedRun(job, storage, result_of(storage, "base"))
 
 
 def free_port() -> int:
-    """Away from 10002-19999, which Ray gives to its workers."""
+    """Return a free port outside 10002-19999, which Ray gives to its workers."""
     for port in range(20_000 + os.getpid() % 5_000, 32_000):
-        with socket.socket() as tried:
+        with socket.socket() as probe:
             try:
-                tried.bind(("127.0.0.1", port))
+                probe.bind(("127.0.0.1", port))
                 return port
             except OSError:
                 continue
@@ -252,11 +260,11 @@ def free_port() -> int:
 
 
 def result_of(storage: Path, run: str) -> dict[str, Any]:
-    """A finished run's result.json."""
-    found: dict[str, Any] = json.loads((storage / "runs" / run / "result.json").read_text())
-    return found
+    """Return the result.json of a finished run."""
+    result: dict[str, Any] = json.loads((storage / "runs" / run / "result.json").read_text())
+    return result
 
 
 def checkpoints(storage: Path, run: str, phase: str) -> list[Path]:
-    """What Ray Train stored of a phase that is under way."""
+    """Return the checkpoints that Ray Train stored of a running phase."""
     return sorted((storage / "runs" / run / "ray" / phase).glob("checkpoint_*"))

@@ -1,4 +1,4 @@
-"""Starts one real S3 server (SeaweedFS `mini`, from a wheel) on loopback, and ends exactly that process."""
+"""Start and end of one real S3 server (SeaweedFS `mini`, from a wheel) on the loopback address."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ START_LIMIT_S = 30.0
 
 @dataclass(frozen=True)
 class S3Server:
-    """A running server: `endpoint` is http://127.0.0.1:PORT, `env` what a process needs to use it."""
+    """A running server: its address http://127.0.0.1:PORT, bucket, and variables with the credentials."""
 
     endpoint: str
     bucket: str
@@ -29,27 +29,27 @@ class S3Server:
 
 
 def binary() -> str | None:
-    """The `weed` program beside this Python, or on PATH; None when it is not installed."""
-    beside = Path(sys.prefix, "bin", "weed")
-    return str(beside) if os.access(beside, os.X_OK) else shutil.which("weed")
+    """Return the `weed` program of this Python environment or of PATH; None if it is not installed."""
+    installed = Path(sys.prefix, "bin", "weed")
+    return str(installed) if os.access(installed, os.X_OK) else shutil.which("weed")
 
 
 def free_ports(count: int) -> list[int]:
-    """Loopback ports, each with port + 10000 free too (SeaweedFS takes both), away from Ray's."""
-    found: list[int] = []
+    """Return free loopback ports outside Ray's range whose port + 10000 is free, as SeaweedFS uses both."""
+    ports: list[int] = []
     for port in random.SystemRandom().sample(range(20_000, 22_700), 2_700):
         with contextlib.suppress(OSError), socket.socket() as low, socket.socket() as high:
             low.bind(("127.0.0.1", port))
             high.bind(("127.0.0.1", port + 10_000))
-            found.append(port)
-        if len(found) == count:
-            return found
+            ports.append(port)
+        if len(ports) == count:
+            return ports
     raise RuntimeError("no free ports for the S3 server")
 
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[S3Server]:
-    """A server with its data in `folder`, a fresh account and the bucket made; ended on leaving."""
+    """Run a server with its data in `folder`, a new account and an empty bucket, until the context ends."""
     weed = binary()
     assert weed is not None
     master, volume, filer, s3, admin = free_ports(5)

@@ -1,4 +1,4 @@
-"""Two Ray Train workers mark `digits`: what comes out, what is said on the way, and what stays secret."""
+"""Tests of the embedding backend on Ray with two workers: results, files, terminal output, secrets."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from mtlsign.config import cli
 from mtlsign.storage.model_folder import read_model
 from mtlsign.watermark.keys.sealing import EncryptionSecret
 from mtlsign.watermark.kit import read_kit
-from tests.helpers.job_harness import ROOT, Finished, Jobs
+from tests.helpers.job_harness import ROOT, FinishedRun, JobLauncher
 
 # The limit is for crowded machines; on two quiet cores the whole file takes about a minute.
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-RELIED_ON = shlex.split(
+RESULT_FIELDS = shlex.split(
     "task model seed lambda1 lambda2 n primary_clean primary_marked wm_accuracy wm_accuracy_on_clean "
     "p_value evidence_bits deviation_l2 seconds_phase1 seconds_phase2 model_digest kit"
 )
-VERDICT = shlex.split(
+VERDICT_FIELDS = shlex.split(
     "matches n accuracy gamma p_value evidence_bits chernoff_bound accepted status model_digest"
 )
 
 
-def test_the_mark_is_there_and_the_task_is_kept(baseline: Finished) -> None:
-    result = baseline.result
-    assert not set(RELIED_ON) - result.keys()
+def test_embedding_on_ray_is_accepted_and_keeps_task_accuracy(baseline_run: FinishedRun) -> None:
+    result = baseline_run.result
+    assert not set(RESULT_FIELDS) - result.keys()
     assert result["wm_accuracy"] >= 0.95 and result["accepted"] and result["p_value"] < 1e-30
     assert 0.35 < result["wm_accuracy_on_clean"] < 0.65
     assert all(0.35 < a < 0.65 for a in result["wm_accuracy_wrong_keys"])
@@ -41,10 +41,12 @@ def test_the_mark_is_there_and_the_task_is_kept(baseline: Finished) -> None:
     assert math.isclose(math.log2(result["p_value"]), -result["evidence_bits"], rel_tol=1e-6)
 
 
-def test_the_folders_hold_what_the_layout_says_and_nothing_else(baseline: Finished) -> None:
-    names = {p.relative_to(baseline.storage).as_posix() for p in baseline.storage.rglob("*") if p.is_file()}
-    model = f"models/{baseline.result['model_digest']}"
-    kit = Path(baseline.result["kit"]).relative_to(baseline.storage).as_posix()
+def test_embedding_on_ray_writes_exactly_the_documented_files(baseline_run: FinishedRun) -> None:
+    names = {
+        p.relative_to(baseline_run.storage).as_posix() for p in baseline_run.storage.rglob("*") if p.is_file()
+    }
+    model = f"models/{baseline_run.result['model_digest']}"
+    kit = Path(baseline_run.result["kit"]).relative_to(baseline_run.storage).as_posix()
     assert names == {
         *(f"{model}/{f}" for f in ("model.safetensors", "config.json", "README.md", "manifest.json")),
         *(f"{kit}/{f}" for f in ("kit.sealed", "manifest.json")),
@@ -53,9 +55,10 @@ def test_the_folders_hold_what_the_layout_says_and_nothing_else(baseline: Finish
             for f in ("settings.json", "result.json", "metrics.json", "report.html", "manifest.json")
         ),
     }
-    found = read_model(str(baseline.storage / model))
-    assert found.digest == baseline.result["model_digest"] and found.config["graph"]["width"] == 16
-    history = json.loads((baseline.storage / "runs/base/metrics.json").read_text())
+    model_folder = read_model(str(baseline_run.storage / model))
+    assert model_folder.digest == baseline_run.result["model_digest"]
+    assert model_folder.config["graph"]["width"] == 16
+    history = json.loads((baseline_run.storage / "runs/base/metrics.json").read_text())
     assert [row["epoch"] for row in history["phase1"]] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in history["phase2"]] == [50, 100, 150]
 
@@ -68,37 +71,45 @@ def _verify(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, s
     return int(str(ended.value.code)), out, err
 
 
-def test_the_verifier_accepts_for_this_owner_alone(
-    baseline: Finished, jobs: Jobs, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_verify_accepts_for_this_owner_only(
+    baseline_run: FinishedRun, jobs: JobLauncher, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    ask = ["--model", baseline.result["model_path"], "--kit", baseline.result["kit"]]
+    ask = ["--model", baseline_run.result["model_path"], "--kit", baseline_run.result["kit"]]
     code, out, err = _verify([*ask, *jobs.as_owner, "--json"], capsys)
     verdict = json.loads(out)
-    assert code == 0 and err == "" and not set(VERDICT) - verdict.keys()
+    assert code == 0 and err == "" and not set(VERDICT_FIELDS) - verdict.keys()
     assert verdict["accepted"] and verdict["status"] == "accepted"
-    assert verdict["model_digest"] == baseline.result["model_digest"]
-    assert verdict["matches"] == baseline.result["matches"]
+    assert verdict["model_digest"] == baseline_run.result["model_digest"]
+    assert verdict["matches"] == baseline_run.result["matches"]
     wrong = tmp_path / "wrong"
     wrong.write_text("another phrase\n")
     code, out, err = _verify([*ask, "--owner", str(jobs.owner), "--passphrase-file", str(wrong)], capsys)
     assert (code, out) == (2, "") and err.startswith("error: passphrase") and err.count("\n") == 1
-    code, out, err = _verify(ask, capsys)  # a stranger: the identity is made anew, its kit key opens nothing
+    code, out, err = _verify(ask, capsys)  # another owner: the new identity's kit key does not open the kit
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
 
 
-def test_no_ray_noise_reaches_the_terminal(baseline: Finished) -> None:
-    ours = r"owner identity .*|run base; if it is interrupted: --resume base|phase [12], the (task|mark) .*"
-    lines = baseline.job.err.splitlines()
-    assert lines and all(re.fullmatch(ours, line) for line in lines), baseline.job.err
-    assert any(line.startswith("phase 2, the mark 100%") for line in lines)
+def test_embedding_on_ray_prints_only_lines_of_the_job(baseline_run: FinishedRun) -> None:
+    job_lines = "|".join(
+        (r"owner identity .*", r"run base; .*: --resume base", r"phase (1, task training|2, watermark) .*")
+    )
+    lines = baseline_run.job.err.splitlines()
+    assert lines and all(re.fullmatch(job_lines, line) for line in lines), baseline_run.job.err
+    assert any(line.startswith("phase 2, watermark 100%") for line in lines)
     assert not [p for line in lines for p in re.findall(r"(\d+)%", line) if int(p) > 100]
-    out = baseline.job.out.splitlines()
-    assert out[0].startswith("Accepted: ") and out[-1] == f"result: {baseline.storage}/runs/base/result.json"
+    out = baseline_run.job.out.splitlines()
+    assert (
+        out[0].startswith("Accepted: ") and out[-1] == f"result: {baseline_run.storage}/runs/base/result.json"
+    )
     assert all(line.startswith("  ") for line in out[1:-1])
 
 
-def test_no_secret_is_in_rays_logs_in_the_storage_or_in_the_output(baseline: Finished, jobs: Jobs) -> None:
-    opening = read_kit(baseline.result["kit"], EncryptionSecret.from_kit_key(jobs.identity.kit_key)).opening
+def test_embedding_on_ray_leaks_no_secret_to_logs_storage_or_output(
+    baseline_run: FinishedRun, jobs: JobLauncher
+) -> None:
+    opening = read_kit(
+        baseline_run.result["kit"], EncryptionSecret.from_kit_key(jobs.identity.kit_key)
+    ).opening
     secrets = {"key": opening.key(), "signature": opening.signature, "kit key": jobs.identity.kit_key}
     secrets["nonce"] = bytes.fromhex(json.loads(opening.spec)["nonce"])
     secrets["seed"] = jobs.identity._seed
@@ -109,11 +120,11 @@ def test_no_secret_is_in_rays_logs_in_the_storage_or_in_the_output(baseline: Fin
     }
     forms |= {("spec", opening.spec), ("passphrase", jobs.passphrase)}
     forms |= {("array", ", ".join(str(b) for b in raw[:8]).encode()) for raw in secrets.values()}
-    places = [p for p in baseline.storage.rglob("*") if p.is_file() and p.suffix != ".sealed"]
+    places = [p for p in baseline_run.storage.rglob("*") if p.is_file() and p.suffix != ".sealed"]
     logs = [p for p in jobs.ray.rglob("*") if p.is_file() and "logs" in p.parts]
     assert any("RayTrainWorker" in p.read_text(errors="replace") for p in logs), (
-        "Ray's logs are not where we look"
+        "Ray's logs are not in the expected folder"
     )
-    for place in [*places, *logs, baseline.job.stdout, baseline.job.stderr]:
+    for place in [*places, *logs, baseline_run.job.stdout, baseline_run.job.stderr]:
         data = place.read_bytes()
         assert not [name for name, form in forms if form in data], place

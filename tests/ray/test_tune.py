@@ -1,4 +1,4 @@
-"""A sweep over Ray Tune: rows as in one process; killed drivers and Ctrl-C lose no finished cell."""
+"""Tests of the sweep backend on Ray Tune: equal rows, killed drivers, Ctrl-C, early stopping."""
 
 from __future__ import annotations
 
@@ -13,19 +13,30 @@ from typing import Any
 import pytest
 
 from mtlsign.config.sweep import SweepSettings
+from mtlsign.experiments.sweeps.cell import SharedCellData
 from mtlsign.experiments.sweeps.run import SweepRun
 from mtlsign.experiments.sweeps.space import count_of
-from mtlsign.experiments.sweeps.trial import SharedTrialData
 from mtlsign.storage.locations import open_storage
-from tests.helpers.job_harness import ROOT, Job, Jobs
+from tests.helpers.job_harness import ROOT, Job, JobLauncher
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 #: Two cells, λ2 = 0 and 1, of a network that trains in seconds.
-TWO = ("--space", "smoke", "--width", "8", "--fixed", "lambda1=0.02,epochs=1", "--attacks", "int8")
+TWO = (
+    "--space",
+    "smoke",
+    "--width",
+    "8",
+    "--set",
+    "lambda1=0.02",
+    "--set",
+    "phase1.epochs=1",
+    "--attacks",
+    "int8",
+)
 
 
-def start(jobs: Jobs, storage: Path, *flags: str) -> Job:
+def start(jobs: JobLauncher, storage: Path, *flags: str) -> Job:
     return jobs.python("jobs/sweep.py", "--storage", str(storage), *flags)
 
 
@@ -37,7 +48,7 @@ def done(storage: Path, run: str) -> list[Path]:
     return sorted((storage / "runs" / run / "cells").glob("*/result.json"))
 
 
-def test_trials_give_the_rows_of_one_process(jobs: Jobs, tmp_path: Path) -> None:
+def test_ray_sweep_backend_gives_rows_of_one_process(jobs: JobLauncher, tmp_path: Path) -> None:
     job = start(jobs, tmp_path, *TWO, "--run", "ray", "--workers", "2", "--json")
     result: dict[str, Any] = json.loads(job.wait())
     assert job.err == "" and result["ok"] == result["cells"] == 2
@@ -47,26 +58,26 @@ def test_trials_give_the_rows_of_one_process(jobs: Jobs, tmp_path: Path) -> None
             assert ray_row[column] == plain_row[column], (ray_row["lambda2"], column)
     names = {p.name for p in (tmp_path / "runs/ray").iterdir()}
     files = "settings.json result.json cells.csv cells.parquet report.html manifest.json cells"
-    assert names == set(files.split()), "Tune's own files and W0 have to go"
+    assert names == set(files.split()), "files of Tune and W0 must be deleted"
 
 
-def test_rows_of_what_was_stopped_or_lost_hold_their_settings(tmp_path: Path) -> None:
+def test_rows_of_stopped_and_lost_trials_contain_their_settings(tmp_path: Path) -> None:
     from mtlsign.distributed import tune
 
-    space = {"task": "digits", "width": 8, "steps": 30, "lambda1": 0.1, "seed": 4}
+    space = {"task": "digits", "width": 8, "phase2.steps": 30, "lambda1": 0.1, "seed": 4}
     results = [
         SimpleNamespace(metrics={"step": 7}, config=space, error=None),
-        SimpleNamespace(metrics=None, config={**space, "seed": 5}, error=RuntimeError("a node\ndied")),
+        SimpleNamespace(metrics=None, config={**space, "seed": 5}, error=RuntimeError("a node\nwas lost")),
     ]
-    shared = SharedTrialData(open_storage(str(tmp_path)), {}, "int8", 120.0, None, False)
+    shared = SharedCellData(open_storage(str(tmp_path)), {}, "int8", 120.0, None, False)
     stopped, lost = tune._rows(results, shared)  # type: ignore[arg-type]
     assert (stopped["status"], stopped["reason"]) == ("stopped", "stopped at step 7")
-    assert (lost["status"], lost["reason"]) == ("failed", "died")
-    assert all((r["width"], r["steps"], r["lambda1"]) == (8, 30, 0.1) for r in (stopped, lost))
+    assert (lost["status"], lost["reason"]) == ("failed", "was lost")
+    assert all((r["width"], r["phase2.steps"], r["lambda1"]) == (8, 30, 0.1) for r in (stopped, lost))
     assert [r["seed"] for r in (stopped, lost)] == [4, 5] and stopped["cell"] != lost["cell"]
 
 
-def test_a_resumed_sweep_draws_the_same_cells_and_keeps_what_else_was_finished(
+def test_resumed_random_sweep_draws_the_same_cells_and_keeps_finished_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ray.tune import uniform
@@ -75,7 +86,7 @@ def test_a_resumed_sweep_draws_the_same_cells_and_keeps_what_else_was_finished(
     from mtlsign.distributed import tune
 
     class Tuner:
-        """Draws the cells as Ray Tune does, and runs none of them."""
+        """Stand-in for Ray Tune: draws the cells alike and runs none."""
 
         def __init__(self, _: Any, *, param_space: Any, tune_config: Any, run_config: Any) -> None:
             self._samples, self._search = tune_config.num_samples, tune_config.search_alg
@@ -91,9 +102,9 @@ def test_a_resumed_sweep_draws_the_same_cells_and_keeps_what_else_was_finished(
             return [SimpleNamespace(metrics={"step": 7}, config=c, error=None) for c in configs]
 
     monkeypatch.setattr(tune, "Tuner", Tuner)
-    monkeypatch.setattr(tune.RaySweepBackend, "_clean", lambda *_: {})
+    monkeypatch.setattr(tune.RaySweepBackend, "_train_clean_models", lambda *_: {})
 
-    def drawn(seed: int) -> dict[str, str]:
+    def draw_cells(seed: int) -> dict[str, str]:
         settings = SweepSettings.of({"num_samples": 3, "seed": seed})
         space = {
             "task": "digits",
@@ -102,22 +113,22 @@ def test_a_resumed_sweep_draws_the_same_cells_and_keeps_what_else_was_finished(
             "seed": 0,
         }
         assert count_of(space, settings) == 6
-        fleet = tune.RaySweepBackend()
-        fleet._each = {"CPU": 1.0}
-        rows = fleet.run_trials(settings, space, run)
-        assert fleet.grid is not None and len(fleet.grid) == 6, "what a notebook looks at afterwards"
+        backend = tune.RaySweepBackend()
+        backend._resources = {"CPU": 1.0}
+        rows = backend.run_cells(settings, space, run)
+        assert backend.grid is not None and len(backend.grid) == 6, "notebooks read the grid"
         return {row["cell"]: row["status"] for row in rows}
 
     run = SweepRun(open_storage(str(tmp_path)), "r")
-    first = drawn(0)
-    assert len(first) == 6 and drawn(0) == first and not set(drawn(1)) & set(first)
+    first = draw_cells(0)
+    assert len(first) == 6 and draw_cells(0) == first and not set(draw_cells(1)) & set(first)
     kept = {"cell": "abc", "status": "ok", "lambda1": 0.5, "lambda2": 1.0, "seed": 0}
     run.folder.write("cells/abc/result.json", json.dumps(kept).encode())
-    assert drawn(0) == first | {"abc": "ok"}
+    assert draw_cells(0) == first | {"abc": "ok"}
 
 
 @pytest.mark.slow
-def test_killed_twice_and_interrupted_once_it_loses_no_finished_cell(jobs: Jobs, tmp_path: Path) -> None:
+def test_ray_sweep_killed_and_interrupted_loses_no_finished_cell(jobs: JobLauncher, tmp_path: Path) -> None:
     flags = ("--space", "smoke", "--width", "8", "--num-samples", "2", "--attacks", "int8", "--workers", "2")
     job = start(jobs, tmp_path, *flags, "--run", "s")
     kept: dict[Path, bytes] = {}
@@ -135,12 +146,23 @@ def test_killed_twice_and_interrupted_once_it_loses_no_finished_cell(jobs: Jobs,
     job.wait()
     assert len(table(tmp_path, "s")) == 8 and len(kept) >= 6
     assert all(path.read_bytes() == data for path, data in kept.items()), "a finished cell ran again"
-    assert "cells are done already" in job.err
+    assert "cells are finished already" in job.err
 
 
 @pytest.mark.slow
-def test_asha_stops_cells_and_their_rows_say_so(jobs: Jobs, tmp_path: Path) -> None:
-    flags = ("--width", "8", "--fixed", "steps=200,epochs=1", "--num-samples", "2", "--attacks", "int8")
+def test_asha_stopped_cells_have_rows_with_that_status(jobs: JobLauncher, tmp_path: Path) -> None:
+    flags = (
+        "--width",
+        "8",
+        "--set",
+        "phase2.steps=200",
+        "--set",
+        "phase1.epochs=1",
+        "--num-samples",
+        "2",
+        "--attacks",
+        "int8",
+    )
     job = start(jobs, tmp_path, "--space", "smoke", *flags, "--scheduler", "asha", "--json", "--workers", "2")
     result: dict[str, Any] = json.loads(job.wait())
     assert result["ok"] + result["stopped"] == 8 and result["ok"] and result["stopped"]
@@ -150,11 +172,11 @@ def test_asha_stops_cells_and_their_rows_say_so(jobs: Jobs, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_what_still_runs_after_ctrl_c_starts_no_second_ray(jobs: Jobs, tmp_path: Path) -> None:
-    """Tune's thread may call Ray while the interrupted process ends it: by default that starts another."""
+def test_thread_calling_ray_after_ctrl_c_starts_no_second_ray(jobs: JobLauncher, tmp_path: Path) -> None:
+    """A thread of Tune may call Ray while the interrupted process ends; by default that starts a new Ray."""
     script = tmp_path / "busy.py"
     script.write_text(
-        "from mtlsign import cli\n"
+        "from mtlsign.config import cli\n"
         "def main(argv):\n"
         "    from mtlsign.distributed import cluster\n"
         "    import ray\n"
@@ -166,7 +188,7 @@ def test_what_still_runs_after_ctrl_c_starts_no_second_ray(jobs: Jobs, tmp_path:
         "            except Exception:\n"
         "                pass\n"
         "    cluster.connect()\n"
-        "    cluster.beside(ask)\n"
+        "    cluster.run_in_thread(ask)\n"
         "cli.run(main)\n"
     )
     job = jobs.python(str(script), PYTHONPATH=str(ROOT))

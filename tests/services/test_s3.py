@@ -1,4 +1,4 @@
-"""`storage` and `artifact` against a real S3 server: whole objects, one winner, clear and quick refusals."""
+"""Tests of storage on a real S3 server: complete objects, conditional creation, quick and clear errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def store(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Storage:
     return open_storage(f"s3://{s3.bucket}/{secrets.token_hex(4)}", endpoint=s3.endpoint)
 
 
-def test_what_is_written_is_read_listed_and_deleted(store: Storage) -> None:
+def test_s3_storage_written_file_is_read_listed_and_deleted(store: Storage) -> None:
     assert store.list() == [] and not store.exists("two.txt")
     assert store.write("runs/x/one é.txt", b"1") and store.write("two.txt", b"2")
     assert store.write("two.txt", b"22") and store.read("two.txt", 2) == b"22"
@@ -44,34 +44,34 @@ def test_what_is_written_is_read_listed_and_deleted(store: Storage) -> None:
     large = secrets.token_bytes(20 * 2**20)
     store.write("large", large)
     assert pickle.loads(pickle.dumps(store)).read("large", len(large)) == large
-    for name in ("runs", "two.txt", "never-there", "large"):
+    for name in ("runs", "two.txt", "missing", "large"):
         store.delete(name)
     assert store.list() == []
 
 
-def test_what_is_too_large_or_missing_is_not_read(store: Storage) -> None:
+def test_read_of_large_or_missing_file_raises_artifact_error(store: Storage) -> None:
     store.write("big", b"x" * 10)
     for name in ("big", "absent"):
         with pytest.raises(ArtifactError):
             store.read(name, 9)
 
 
-def test_of_eight_racing_writers_one_wins(store: Storage) -> None:
+def test_write_if_absent_with_racing_writers_succeeds_once(store: Storage) -> None:
     with ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(lambda i: store.write("once", b"%d" % i, if_absent=True), range(8)))
-    assert sum(won) == 1 and store.read("once", 9) == b"%d" % won.index(True)
+        successes = list(pool.map(lambda i: store.write("once", b"%d" % i, if_absent=True), range(8)))
+    assert sum(successes) == 1 and store.read("once", 9) == b"%d" % successes.index(True)
     assert not store.write("once", b"late", if_absent=True)
 
 
-def test_check_writable_passes_and_leaves_nothing(store: Storage) -> None:
+def test_check_writable_leaves_no_files(store: Storage) -> None:
     store.check_writable()
     assert store.list() == []
 
 
-def test_the_folder_rule_holds(store: Storage) -> None:
+def test_manifest_folder_is_committed_by_its_manifest(store: Storage) -> None:
     folder, files = store.child("runs/one"), {"a": b"alpha", "b": b""}
-    folder.write("a", b"left by a crash")
-    with pytest.raises(ArtifactError, match="no complete folder"):
+    folder.write("a", b"from a crashed run")
+    with pytest.raises(ArtifactError, match="not a committed folder"):
         read_manifest_folder(folder)
     write_manifest_folder(folder, files)
     write_manifest_folder(folder, files)
@@ -79,23 +79,23 @@ def test_the_folder_rule_holds(store: Storage) -> None:
     with pytest.raises(ArtifactError, match="already holds"):
         write_manifest_folder(folder, {"a": b"other"})
     folder.write("a", b"ALPHA")
-    with pytest.raises(ArtifactError, match="is not what"):
+    with pytest.raises(ArtifactError, match="does not match"):
         read_manifest_folder(folder)
     store.delete("runs/one")
     assert folder.list() == []
 
 
-def test_models_and_kits_go_there_and_back(store: Storage, s3: S3Server) -> None:
+def test_read_model_and_read_kit_return_written_artifacts(store: Storage, s3: S3Server) -> None:
     tensors, secret = {"w": torch.arange(5.0)}, EncryptionSecret.from_kit_key(bytes(32))
     digest = write_model(store, tensors, {"a": 1}, "card")
-    bare = store.uri.partition("?")[0] + f"/models/{digest}"
-    for place in (
+    without_options = store.uri.partition("?")[0] + f"/models/{digest}"
+    for location in (
         store.child(f"models/{digest}").uri,
         store.uri.replace("?", f"/models/{digest}/model.safetensors?"),
     ):
-        found = read_model(place)
-        assert found.digest == digest and torch.equal(found.tensors["w"], tensors["w"])
-    assert read_model(bare, endpoint=s3.endpoint).config == {"a": 1}
+        model = read_model(location)
+        assert model.digest == digest and torch.equal(model.tensors["w"], tensors["w"])
+    assert read_model(without_options, endpoint=s3.endpoint).config == {"a": 1}
     kit = OwnerKit(
         KeyOpening(b"{}", b"\1" * 32, b"\2" * 64), b"reference", b"w0", None, {"model_digest": digest}
     )
@@ -103,22 +103,22 @@ def test_models_and_kits_go_there_and_back(store: Storage, s3: S3Server) -> None
     assert read_kit(store.child(f"kits/{kit_id}").uri, secret) == kit
 
 
-def test_pyarrow_sees_the_same_files_through_ray_path(store: Storage) -> None:
+def test_ray_path_names_same_files_for_pyarrow(store: Storage) -> None:
     fs = pytest.importorskip("pyarrow.fs")
     store.write("from-boto3", b"1")
-    there, path = fs.FileSystem.from_uri(store.ray_path())
-    with there.open_input_stream(f"{path}/from-boto3") as stream:
+    filesystem, path = fs.FileSystem.from_uri(store.ray_path())
+    with filesystem.open_input_stream(f"{path}/from-boto3") as stream:
         assert stream.read() == b"1"
-    with there.open_output_stream(f"{path}/from-pyarrow") as stream:
+    with filesystem.open_output_stream(f"{path}/from-pyarrow") as stream:
         stream.write(b"2")
     assert store.read("from-pyarrow", 1) == b"2"
 
 
-def test_the_wrong_key_is_a_storage_error_without_secrets(
+def test_wrong_credentials_raise_storage_error_without_secrets(
     store: Storage, s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-and-hush")
-    with pytest.raises(StorageError, match=r"^storage: .*; check AWS_ACCESS_KEY_ID") as caught:
+    with pytest.raises(StorageError, match=r"^storage: .*\. Check AWS_ACCESS_KEY_ID") as caught:
         open_storage(store.uri).check_writable()
     assert "hush" not in str(caught.value) and s3.env["AWS_ACCESS_KEY_ID"] not in str(caught.value)
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
@@ -126,22 +126,22 @@ def test_the_wrong_key_is_a_storage_error_without_secrets(
         open_storage(store.uri).check_writable()
 
 
-def test_a_missing_bucket_is_a_storage_error(store: Storage, s3: S3Server) -> None:
-    elsewhere = open_storage("s3://no-such-bucket/x", endpoint=s3.endpoint)
+def test_missing_bucket_raises_storage_error(store: Storage, s3: S3Server) -> None:
+    missing_bucket = open_storage("s3://no-such-bucket/x", endpoint=s3.endpoint)
     with pytest.raises(StorageError, match=r"^storage: "):
-        elsewhere.check_writable()
+        missing_bucket.check_writable()
     with pytest.raises((StorageError, ArtifactError)):
-        elsewhere.read("a", 1)
+        missing_bucket.read("a", 1)
 
 
 @pytest.mark.parametrize("silent", [False, True])
-def test_an_unreachable_or_silent_server_fails_within_about_ten_seconds(store: Storage, silent: bool) -> None:
+def test_unreachable_or_silent_server_fails_within_about_ten_seconds(store: Storage, silent: bool) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         if silent:
             listener.listen()
-        nowhere = open_storage("s3://bucket/x", endpoint=f"http://127.0.0.1:{listener.getsockname()[1]}")
-        begin = time.monotonic()
-        with pytest.raises(StorageError, match=r"cannot be reached .*; start it, or correct the endpoint"):
-            nowhere.check_writable()
-        assert time.monotonic() - begin < 12
+        unreachable = open_storage("s3://bucket/x", endpoint=f"http://127.0.0.1:{listener.getsockname()[1]}")
+        start = time.monotonic()
+        with pytest.raises(StorageError, match=r"cannot be reached .*\. Start it or correct the endpoint"):
+            unreachable.check_writable()
+        assert time.monotonic() - start < 12

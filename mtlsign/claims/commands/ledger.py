@@ -1,6 +1,4 @@
-"""What `jobs/ledger.py` does: found a ledger, show and check it, change its council, exhibit, pack a
-bundle.
-"""
+"""Functions behind `jobs/ledger.py`: create, show and check a ledger, change its council, exhibit, bundle."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from typing import Any
 from mtlsign.claims import merkle, owner
 from mtlsign.claims.blob_store import read_model_bytes
 from mtlsign.claims.bundle import write_bundle
-from mtlsign.claims.commands.owner import (
+from mtlsign.claims.commands.settings import (
     blob_store_from,
     checkpoint_json,
     open_ledger_from_settings,
@@ -28,49 +26,52 @@ from mtlsign.claims.statements.parsing import open_statement, parse, sign_statem
 from mtlsign.claims.statements.types import Membership, Ref
 from mtlsign.config.claims import LedgerJobSettings
 from mtlsign.errors import ClaimError, LedgerError, SettingsError
+from mtlsign.storage.strict_json import parse_strict_json
 
 
-def found(settings: LedgerJobSettings) -> dict[str, Any]:
-    """Make an empty ledger: its first entry names the council."""
+def create(settings: LedgerJobSettings) -> dict[str, Any]:
+    """Create a ledger: its first entry names the council."""
     with open_ledger_from_settings(settings, create=True) as ledger:
-        us = owner_from(settings, ledger)
+        author = owner_from(settings, ledger)
         ref = owner.create_ledger(
-            us,
-            _members(settings) or [us.identity.public_key],
+            author,
+            _members(settings) or [author.public_key],
             threshold=settings.threshold,
-            bits=settings.bits,
-            window=settings.window,
+            bits=settings.min_evidence_bits,
+            window=settings.voting_window,
         )
         return {"origin": ref.leaf.hex(), "head": checkpoint_json(ledger, read_ledger(ledger))}
 
 
 def head(settings: LedgerJobSettings) -> dict[str, Any]:
-    """The newest head that counts; `out` gets it as a signed note, to be pinned."""
+    """Return the newest confirmed checkpoint; `output` receives it as a signed note for pinning."""
     with open_ledger_from_settings(settings) as ledger:
         view = read_ledger(ledger)
-        if settings.out is not None:
-            _write(settings.out, signed_note(ledger, view))
+        if settings.output is not None:
+            _write(settings.output, signed_note(ledger, view))
         return checkpoint_json(ledger, view)
 
 
 def prove(settings: LedgerJobSettings) -> dict[str, Any]:
-    """One entry with its inclusion path in a tree (default: the newest head that counts)."""
+    """Return one entry with its inclusion path (default: in the tree of the newest confirmed checkpoint)."""
     if settings.index is None:
-        raise SettingsError("is required: the entry to prove", field="index")
+        raise SettingsError("The entry is not given. Pass --index.", field="index")
     with open_ledger_from_settings(settings) as ledger:
         view = read_ledger(ledger)
-        newest = view.heads[-1].head.size if view.heads else ledger.size()
-        size = settings.size or max(newest, settings.index + 1)
-        tree, data = ledger.head(size), ledger.get(settings.index)
-        path = ledger.prove(settings.index, size)
-        if not merkle.verify_inclusion(merkle.leaf_hash(data), settings.index, size, path, tree.root):
-            raise LedgerError("has a stored tree that does not fit its entries; check it", field="ledger")
+        newest_size = view.confirmed[-1].checkpoint.size if view.confirmed else ledger.size()
+        size = settings.size or max(newest_size, settings.index + 1)
+        checkpoint, data = ledger.checkpoint(size), ledger.get(settings.index)
+        leaf, path = merkle.leaf_hash(data), ledger.prove(settings.index, size)
+        if not merkle.verify_inclusion(leaf, settings.index, size, path, checkpoint.root):
+            raise LedgerError(
+                "The stored tree does not match the entries. Run jobs/ledger.py check.", field="ledger"
+            )
         return {
             "index": settings.index,
-            "leaf": merkle.leaf_hash(data).hex(),
+            "leaf": leaf.hex(),
             "envelope": data.decode("utf-8", "replace"),
             "size": size,
-            "root": tree.root.hex(),
+            "root": checkpoint.root.hex(),
             "path": [step.hex() for step in path],
             "time": view.time(settings.index),
             "counted": view.time(settings.index) is not None,
@@ -78,46 +79,47 @@ def prove(settings: LedgerJobSettings) -> dict[str, Any]:
 
 
 def check_all(settings: LedgerJobSettings) -> dict[str, Any]:
-    """Recompute everything; with `head` also that the ledger still contains a head that one kept.
+    """Recompute the ledger; with `head` also check that it contains the tree of that checkpoint.
 
     Raises:
-        LedgerError: truncated, forked, rewritten or damaged.
+        LedgerError: the ledger is truncated, forked, rewritten or damaged.
     """
     with open_ledger_from_settings(settings) as ledger:
-        tree, view = verify_stored_tree(ledger), read_ledger(ledger)
+        checkpoint, view = verify_stored_tree(ledger), read_ledger(ledger)
         if settings.head is not None:
-            _contains(ledger, view, settings.head)
+            _require_contained(ledger, view, settings.head)
         return {
-            "size": tree.size,
-            "root": tree.root.hex(),
-            "heads": len(view.heads),
+            "size": checkpoint.size,
+            "root": checkpoint.root.hex(),
+            "heads": len(view.confirmed),
             "meaningless": [
-                {"index": e.index, "problem": e.problem} for e in view.entries.values() if e.statement is None
+                {"index": entry.index, "problem": entry.problem}
+                for entry in view.entries.values()
+                if entry.statement is None
             ],
-            "remarks": list(view.remarks),
+            "remarks": list(view.warnings),
             "kept_head": settings.head is not None,
-            "freshness": ledger.freshness().note,
+            "freshness": ledger.staleness().note,
         }
 
 
-def _contains(ledger: Ledger, view: LedgerView, path: Path) -> None:
-    kept, lines = parse_signed_note(_read(path))
-    if kept.origin != view.origin:
-        raise LedgerError("is another one than that of the head you kept", field="ledger")
-    if kept.size > ledger.size() or ledger.head(kept.size).root != kept.root:
-        who = (
-            ", ".join(m.hex()[:16] for m in cosigner_times(kept, lines, view.council(kept.size).members))
-            or "nobody"
-        )
+def _require_contained(ledger: Ledger, view: LedgerView, path: Path) -> None:
+    checkpoint, lines = parse_signed_note(_read(path))
+    size = checkpoint.size
+    if checkpoint.origin != view.origin:
+        raise LedgerError("The checkpoint belongs to another ledger. Pass the right ledger.", field="ledger")
+    if size > ledger.size() or ledger.checkpoint(size).root != checkpoint.root:
+        members = cosigner_times(checkpoint, lines, view.council(size).members)
+        names = ", ".join(member.hex()[:16] for member in members) or "no member"
         raise LedgerError(
-            f"does not contain the tree of {kept.size} entries that you kept, co-signed by {who}: it was "
-            "truncated, forked or rewritten",
+            f"The ledger does not contain the checkpoint's tree of {size} entries, co-signed by {names}: "
+            "it was truncated, forked or rewritten. Ask the members.",
             field="ledger",
         )
 
 
 def list_all(settings: LedgerJobSettings) -> dict[str, Any]:
-    """All entries: number, hash, kind, author, time."""
+    """Return all entries with number, hash, kind, author and time."""
     with open_ledger_from_settings(settings) as ledger:
         view = read_ledger(ledger)
         return {
@@ -128,83 +130,86 @@ def list_all(settings: LedgerJobSettings) -> dict[str, Any]:
                     "kind": entry.statement.kind if entry.statement else None,
                     "signer": entry.statement.signer.hex() if entry.statement else None,
                     "time": view.time(entry.index),
-                    "says": entry.statement.time if entry.statement else None,
+                    "stated_time": entry.statement.time if entry.statement else None,
                     "problem": entry.problem,
                 }
                 for entry in view.entries.values()
             ],
-            "freshness": ledger.freshness().note,
+            "freshness": ledger.staleness().note,
         }
 
 
 def members(settings: LedgerJobSettings) -> dict[str, Any]:
-    """Propose a new council (`members`), or sign a proposal (`statement`); append it once enough have
-    signed.
-    """
+    """Propose a new council or sign a proposal (`statement`), and append it once it has enough signatures."""
     with open_ledger_from_settings(settings) as ledger:
-        us, view = owner_from(settings, ledger), read_ledger(ledger)
-        index, council = view.councils[-1]
-        if settings.statement is not None:
-            data = _read(settings.statement)
-            said = parse(envelope.open_envelope(data).payload)
-            if not isinstance(said, Membership):
-                raise ClaimError("is no membership; give a proposed one", field="statement")
-            data = envelope.merge(data, envelope.sign(said.payload(), us.identity))
-        else:
-            named = _members(settings)
-            if not named:
-                raise SettingsError("is required: who shall be on the council", field="members")
-            previous = Ref(index, view.entries[index].leaf)
-            data = sign_statement(
-                Membership(
-                    signer=us.identity.public_key, ledger=view.origin, time=us.now(), members=tuple(named),
-                    threshold=settings.threshold or len(named) // 2 + 1, bits=settings.bits, window=settings.window,
-                    previous=previous,
-                ),
-                us.identity,
-            )  # fmt: skip
-        signed = set(open_statement(data)[1]) & set(council.members)
-        enough = len(signed) >= council.threshold
-        result: dict[str, Any] = {"signed": len(signed), "threshold": council.threshold, "appended": enough}
-        if enough:
+        author, view = owner_from(settings, ledger), read_ledger(ledger)
+        data = _proposal(settings, author, view)
+        current = view.councils[-1][1]
+        signers = set(open_statement(data)[1]) & set(current.members)
+        is_complete = len(signers) >= current.threshold
+        result: dict[str, Any] = {
+            "signed": len(signers), "threshold": current.threshold, "appended": is_complete,
+        }  # fmt: skip
+        if is_complete:
             result["index"] = ledger.append(data)
         else:
-            if settings.out is None:
+            if settings.output is None:
                 raise SettingsError(
-                    "is required: where the proposal goes, to be signed by others", field="out"
+                    "The proposal needs further signatures. Pass --output for its file.", field="output"
                 )
-            _write(settings.out, data)
+            _write(settings.output, data)
         return result
 
 
+def _proposal(settings: LedgerJobSettings, author: owner.Owner, view: LedgerView) -> bytes:
+    """Return the proposal of the settings with the author's signature."""
+    if settings.statement is not None:
+        data = _read(settings.statement)
+        statement = parse(envelope.open_envelope(data).payload)
+        if not isinstance(statement, Membership):
+            raise ClaimError("The statement is not a membership. Pass a proposed one.", field="statement")
+        return envelope.merge(data, envelope.sign(statement.payload(), author.identity))
+    public_keys = _members(settings)
+    if not public_keys:
+        raise SettingsError("The new council is not given. Pass --members.", field="members")
+    index, _ = view.councils[-1]
+    proposed = Membership(
+        signer=author.public_key,
+        ledger=view.origin,
+        time=author.now(),
+        members=tuple(public_keys),
+        threshold=settings.threshold or len(public_keys) // 2 + 1,
+        bits=settings.min_evidence_bits,
+        window=settings.voting_window,
+        previous=Ref(index, view.entries[index].leaf),
+    )
+    return sign_statement(proposed, author.identity)
+
+
 def exhibit(settings: LedgerJobSettings) -> dict[str, Any]:
-    """Answer a claim with an earlier-stamped model of ours."""
+    """Answer a claim with an own model that has an earlier timestamp."""
     if settings.claim is None or settings.model is None:
-        raise SettingsError("is required, and --model", field="claim")
+        raise SettingsError("Claim or model is not given. Pass --claim and --model.", field="claim")
     with open_ledger_from_settings(settings) as ledger:
-        us = owner_from(settings, ledger)
-        ref = owner.exhibit(
-            us,
-            blob_store_from(settings),
-            settings.claim,
-            read_model_bytes(settings.model, endpoint=settings.endpoint),
-        )
+        model = read_model_bytes(settings.model, endpoint=settings.endpoint)
+        author, archive = owner_from(settings, ledger), blob_store_from(settings)
+        ref = owner.exhibit(author, archive, settings.claim, model)
         return {"index": ref.index, "id": ref.leaf.hex()}
 
 
 def bundle(settings: LedgerJobSettings) -> dict[str, Any]:
-    """Pack a claim with all its proofs into one file."""
-    if settings.claim is None or settings.out is None:
-        raise SettingsError("is required, and --out", field="claim")
+    """Write a claim with all its proofs into one file."""
+    if settings.claim is None or settings.output is None:
+        raise SettingsError("Claim or file is not given. Pass --claim and --output.", field="claim")
     with open_ledger_from_settings(settings) as ledger:
         view = read_ledger(ledger)
         entry, _ = find_claim(view, settings.claim)
-        against = write_bundle(settings.out, ledger, view, entry, blob_store_from(settings))
-        return {"bundle": str(settings.out), "size": against.size, "root": against.root.hex()}
+        checkpoint = write_bundle(settings.output, ledger, view, entry, blob_store_from(settings))
+        return {"bundle": str(settings.output), "size": checkpoint.size, "root": checkpoint.root.hex()}
 
 
 ACTIONS: dict[str, Callable[[LedgerJobSettings], dict[str, Any]]] = {
-    "found": found,
+    "create": create,
     "head": head,
     "prove": prove,
     "check": check_all,
@@ -216,26 +221,22 @@ ACTIONS: dict[str, Callable[[LedgerJobSettings], dict[str, Any]]] = {
 
 
 def _members(settings: LedgerJobSettings) -> list[bytes]:
-    """Public keys from hexadecimal digits or from identity files (only their public half is read)."""
-    named = []
-    for one in (part.strip() for part in (settings.members or "").split(",")):
-        if not one:
-            continue
-        text = one if len(one) == 64 and not Path(one).exists() else _public_key(Path(one))
+    """Return the public keys of the settings, in hexadecimal or from the public part of identity files."""
+    public_keys = []
+    for item in settings.members:
+        text = item if len(item) == 64 and not Path(item).exists() else _public_key(Path(item))
         try:
-            named.append(bytes.fromhex(text))
+            public_keys.append(bytes.fromhex(text))
         except ValueError:
             raise SettingsError(
-                f"{one[:80]!r} is no public key; give 64 hex digits", field="members"
+                f"{item[:80]!r} is not a public key. Pass 64 hexadecimal digits.", field="members"
             ) from None
-    return sorted(set(named))
+    return sorted(set(public_keys))
 
 
 def _public_key(path: Path) -> str:
-    from mtlsign.storage.strict_json import parse_strict_json
-
-    found = parse_strict_json(_read(path), limit=64 * 1024, where="members")
-    return str(found.get("public_key", "")) if isinstance(found, dict) else ""
+    fields = parse_strict_json(_read(path), limit=64 * 1024, where="members")
+    return str(fields.get("public_key", "")) if isinstance(fields, dict) else ""
 
 
 def _read(path: Path) -> bytes:
@@ -243,11 +244,11 @@ def _read(path: Path) -> bytes:
         with open(path, "rb") as file:
             return file.read(256 * 1024)
     except OSError as error:
-        raise SettingsError(f"{path}: {error.strerror}; give a file you can read", field="file") from None
+        raise SettingsError(f"{path}: {error.strerror}. Pass a readable file.", field="file") from None
 
 
 def _write(path: Path, data: bytes) -> None:
     try:
         path.write_bytes(data)
     except OSError as error:
-        raise SettingsError(f"{path}: {error.strerror}; name another file", field="out") from None
+        raise SettingsError(f"{path}: {error.strerror}. Pass another file.", field="output") from None

@@ -1,7 +1,7 @@
-"""The council: one member's round, and the tally, which is a pure function of the ledger.
+"""Council: one member's round, and the tally of votes, which is a pure function of the ledger.
 
-Each member fetches, verifies and votes for itself. A vote compares `status` and the digests, never k: sums
-differ in their last places from one machine to another.
+Each member fetches, verifies and votes independently. Votes are compared by `status` and digests and never by
+the count k, because sums differ in their last digits between machines.
 """
 
 from __future__ import annotations
@@ -26,89 +26,97 @@ from mtlsign.watermark.keys.identity import Identity
 
 @dataclass(frozen=True, slots=True)
 class CountedVote:
-    """One vote on a claim and whether it counts; `why` says what is wrong with one that does not."""
+    """Vote on a claim. `problem` is the reason why it does not count, or None."""
 
     index: int
     member: bytes
     vote: Vote
-    why: str | None
+    problem: str | None
 
     @property
     def counts(self) -> bool:
-        """Whether it is in the tally."""
-        return self.why is None
+        """Return whether the vote is in the tally."""
+        return self.problem is None
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What the council said: `outcome` is a vote's status that reached the threshold, `open` or
-    `undecided`.
+    """Outcome of the votes on a claim.
+
+    Attributes:
+        outcome: the status that reached the threshold, `open`, or `undecided`.
+        threshold: number of equal votes required.
+        members: number of council members.
+        counts: status → number of counted votes.
+        votes: all votes, also those that do not count.
     """
 
     outcome: str
     threshold: int
     members: int
     counts: dict[str, int]
-    ballots: tuple[CountedVote, ...]
+    votes: tuple[CountedVote, ...]
 
 
 def tally_votes(view: LedgerView, entry: Entry, claim: Claim) -> Tally:
-    """Count the votes on a claim, from the ledger alone.
+    """Count the votes on a claim from the ledger alone.
 
-    A vote counts when it lies under a head that counts, comes from a member in force when the claim was
-    made, is that member's first, came within the membership's window, was made by its policy, and names the
-    claim's bytes, suspect and key.
+    A vote counts if it is under a confirmed checkpoint, comes from a member in force when the claim was made,
+    is that member's first, was made within the membership's window and with its policy, and refers to the
+    claim's exact bytes, suspect and key.
+
+    Args:
+        view: the ledger.
+        entry: entry of the claim.
+        claim: its statement.
     """
-    council, came = view.council(entry.index), view.time(entry.index)
-    ballots: list[CountedVote] = []
-    done: set[bytes] = set()
-    for at, vote in view.all(Vote):
+    council, claim_time = view.council(entry.index), view.time(entry.index)
+    votes: list[CountedVote] = []
+    voters: set[bytes] = set()
+    for vote_entry, vote in view.all(Vote):
         if vote.claim.index != entry.index and vote.claim.leaf != entry.leaf:
             continue
-        why = _problem(view, at, vote, entry, claim, council, came, done)
-        if why is None:
-            done.add(vote.signer)
-        ballots.append(CountedVote(at.index, vote.signer, vote, why))
-    counts = Counter(ballot.vote.status for ballot in ballots if ballot.counts)
+        problem = _content_problem(vote_entry, vote, entry, claim, council)
+        problem = problem or _time_problem(view.time(vote_entry.index), claim_time, council)
+        if problem is None and vote.signer in voters:
+            problem = "The member voted before."
+        if problem is None:
+            voters.add(vote.signer)
+        votes.append(CountedVote(vote_entry.index, vote.signer, vote, problem))
+    counts = Counter(vote.vote.status for vote in votes if vote.counts)
     winner = next((status for status, n in counts.items() if n >= council.threshold), None)
-    newest = view.heads[-1].time if view.heads else 0
-    closed = came is not None and newest > came + council.window
-    left = len(council.members) - sum(counts.values())
-    stuck = closed or max(counts.values(), default=0) + left < council.threshold
-    outcome = winner or ("undecided" if stuck else "open")
-    return Tally(outcome, council.threshold, len(council.members), dict(counts), tuple(ballots))
+    newest_time = view.confirmed[-1].time if view.confirmed else 0
+    is_over = claim_time is not None and newest_time > claim_time + council.window
+    outstanding = len(council.members) - sum(counts.values())
+    is_undecided = is_over or max(counts.values(), default=0) + outstanding < council.threshold
+    outcome = winner or ("undecided" if is_undecided else "open")
+    return Tally(outcome, council.threshold, len(council.members), dict(counts), tuple(votes))
 
 
-def _problem(
-    view: LedgerView,
-    at: Entry,
-    vote: Vote,
-    entry: Entry,
-    claim: Claim,
-    council: Membership,
-    came: int | None,
-    done: set[bytes],
+def _content_problem(
+    vote_entry: Entry, vote: Vote, entry: Entry, claim: Claim, council: Membership
 ) -> str | None:
-    when = view.time(at.index)
-    if vote.claim != entry.ref or at.index <= entry.index:
-        return "is about a changed claim"
+    if vote.claim != entry.ref or vote_entry.index <= entry.index:
+        return "The vote refers to another version of the claim."
     if vote.signer not in council.members:
-        return "comes from no member of the council"
-    if vote.suspect != claim.suspect or vote.key != _key(claim):
-        return "is about another model or key"
+        return "The voter is not a member of the council."
+    if vote.suspect != claim.suspect or vote.key != _opened_key(claim):
+        return "The vote refers to another model or key."
     if vote.bits != council.bits:
-        return f"was made at {vote.bits} bits, the council decides at {council.bits}"
-    if when is None or came is None:
-        return "is not yet under a head that counts"
-    if when > came + council.window:
-        return "came too late"
-    if vote.signer in done:
-        return "is this member's second"
+        return f"The vote was made at {vote.bits} bits; the council decides at {council.bits}."
     return None
 
 
-def _key(claim: Claim) -> bytes:
-    """The opened key, or zeros where the opening is worth nothing."""
+def _time_problem(vote_time: int | None, claim_time: int | None, council: Membership) -> str | None:
+    if vote_time is None or claim_time is None:
+        return "The vote is not under a confirmed checkpoint yet."
+    if vote_time > claim_time + council.window:
+        return "The vote was made after the end of the voting window."
+    return None
+
+
+def _opened_key(claim: Claim) -> bytes:
+    """Return the opened key, or zeros if the opening is invalid."""
     try:
         return claim.opening.key()
     except KeyMaterialError:
@@ -117,7 +125,13 @@ def _key(claim: Claim) -> bytes:
 
 @dataclass(frozen=True)
 class MemberRound:
-    """What one member's round did: (claim's entry, finding, vote's entry), and its witness's two steps."""
+    """Result of one member's round: its votes, and the witness rounds before and after them.
+
+    Attributes:
+        votes: (index of the claim, finding, index of the vote) triples.
+        before: witness round at the start.
+        after: witness round at the end; the same as `before` if there were no votes.
+    """
 
     votes: tuple[tuple[int, Finding, int], ...]
     before: WitnessRound
@@ -130,22 +144,32 @@ def run_member_round(
     archive: BlobStore,
     judge: ClaimVerifier,
     *,
-    memory: Path | None = None,
+    witness_state: Path | None = None,
     clock: Callable[[], float] = time.time,
 ) -> MemberRound:
-    """One round of one member: witness, judge every claim that still wants this member's vote, witness again.
+    """Run one round of a member: co-sign, vote on every claim without this member's vote, co-sign once more.
+
+    Args:
+        identity: the member.
+        ledger: the ledger.
+        archive: contains models and references by digest.
+        judge: verifies keys on models.
+        witness_state: file of the witness; default: next to the default identity.
+        clock: returns POSIX seconds.
 
     Raises:
-        LedgerError: the ledger is not what this witness saw before; then nothing was signed.
+        LedgerError: the ledger does not extend the tree that this witness co-signed; nothing was signed.
     """
-    witness = Witness(identity, ledger, memory, clock=clock)
-    before = witness.step()
+    witness = Witness(identity, ledger, witness_state, clock=clock)
+    before = witness.run_once()
     view = read_ledger(ledger)
     votes = []
     for entry, claim in view.all(Claim):
         council = view.council(entry.index)
-        mine = [v for _, v in view.all(Vote) if v.signer == identity.public_key and v.claim == entry.ref]
-        if mine or identity.public_key not in council.members:
+        has_voted = any(
+            vote.signer == identity.public_key and vote.claim == entry.ref for _, vote in view.all(Vote)
+        )
+        if has_voted or identity.public_key not in council.members:
             continue
         finding = member_finding(view, entry, claim, archive, judge)
         vote = Vote(
@@ -154,7 +178,7 @@ def run_member_round(
             time=int(clock()),
             claim=entry.ref,
             suspect=claim.suspect,
-            key=_key(claim),
+            key=_opened_key(claim),
             status=finding.status,
             matches=finding.matches,
             n=finding.n,
@@ -163,14 +187,22 @@ def run_member_round(
             reason=finding.reason,
         )
         votes.append((entry.index, finding, ledger.append(sign_statement(vote, identity))))
-    return MemberRound(tuple(votes), before, witness.step() if votes else before)
+    return MemberRound(tuple(votes), before, witness.run_once() if votes else before)
 
 
 def member_finding(
     view: LedgerView, entry: Entry, claim: Claim, archive: BlobStore, judge: ClaimVerifier
 ) -> Finding:
-    """One member's finding: the ledger's rules first, then Algorithm 1 at the council's policy."""
-    wrong = inadmissibility_reasons(view, entry, claim)
-    if wrong:
-        return Finding("inadmissible", reason=wrong[0].code)
+    """Return one member's finding: admissibility first, then Algorithm 1 with the council's policy.
+
+    Args:
+        view: the ledger.
+        entry: entry of the claim.
+        claim: its statement.
+        archive: contains models and references by digest.
+        judge: verifies keys on models.
+    """
+    reasons = inadmissibility_reasons(view, entry, claim)
+    if reasons:
+        return Finding("inadmissible", reason=reasons[0].code)
     return fetch_and_verify(judge, archive, claim, claim.suspect, view.council(entry.index).bits)

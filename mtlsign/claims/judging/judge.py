@@ -1,4 +1,4 @@
-"""What a judge of claims does with bytes: the interface, and Algorithm 1 behind it."""
+"""Verification of a claim's key on a model: interface, and implementation by Algorithm 1 of the paper."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mtlsign.claims.statements.types import Claim
 from mtlsign.errors import ArtifactError, CarrierError, KeyMaterialError, MTLSignError
 
 if TYPE_CHECKING:
-    from mtlsign.watermark.verification.detector import Verdict
+    from mtlsign.watermark.verification.verdict import Verdict
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one key says about one model. `status` is one of the votes (`statements.VOTES`)."""
+    """Result of one key on one model. `status` is one of `statements.types.VOTES`."""
 
     status: str
     matches: int = 0
@@ -27,37 +27,52 @@ class Finding:
 
     @property
     def accepted(self) -> bool:
-        """The key is in the weights, by the verifier's policy."""
+        """Return whether the key is in the weights by the verifier's policy."""
         return self.status == "accepted"
 
     @property
     def passes(self) -> bool:
-        """The key is there by the numbers: accepted, or a trained head that fits (which fits anything)."""
+        """Return whether the key is accepted, or a trained head matches (which it can on any model)."""
         return self.status in ("accepted", "needs_commitment")
 
 
 class ClaimVerifier(Protocol):
-    """Decides whether a claim's key passes on a model. Never raises for what a stranger supplied."""
+    """Verifier of a claim's key on a model. It never raises because of untrusted input."""
 
     def judge(self, claim: Claim, reference: bytes, head: bytes | None, model: bytes, bits: int) -> Finding:
-        """One finding; `reference`, `head` and `model` have been checked against the claim's digests."""
+        """Return the finding of a claim's key on a model.
+
+        Args:
+            claim: the claim.
+            reference: bytes of the reference, whose digest was checked.
+            head: bytes of the trained head, whose digest was checked; None for a keyed head.
+            model: safetensors bytes of the model, whose digest was checked.
+            bits: required evidence in bits.
+        """
 
 
 class DetectorClaimVerifier:
-    """`verification.verify` on bytes from strangers: safetensors and allow-listed architectures only.
+    """Algorithm 1 on untrusted bytes: safetensors and allow-listed architectures only.
 
     Args:
-        factories: architectures beyond the allow-list, from this operator's settings.
+        factories: architectures beyond the allow-list, from the operator's settings.
     """
 
     def __init__(self, factories: Mapping[str, object] | None = None) -> None:
         self.factories = factories
 
     def verdict(self, claim: Claim, reference: bytes, head: bytes | None, model: bytes, bits: int) -> Verdict:
-        """The whole verdict, with its numbers.
+        """Return the complete verdict; see `ClaimVerifier.judge` for the arguments.
+
+        Args:
+            claim: the claim.
+            reference: bytes of the reference.
+            head: bytes of the trained head, or None.
+            model: safetensors bytes of the model.
+            bits: required evidence in bits.
 
         Raises:
-            ArtifactError, KeyMaterialError: what the claimant opened does not fit together.
+            ArtifactError, KeyMaterialError: the parts that the claim opens do not belong together.
             ModelError: the model or its architecture cannot be read.
         """
         from mtlsign.storage.safetensors_io import parse_safetensors
@@ -68,7 +83,7 @@ class DetectorClaimVerifier:
             claim.opening,
             Reference.from_bytes(reference),
             head=head,
-            factories=self.factories,  # type: ignore[arg-type]  # load_factory gave them
+            factories=self.factories,  # type: ignore[arg-type]  # from load_factory
         )
         tensors = parse_safetensors(model, max_bytes=MAX_MODEL)
         return verify(tensors, detector, bits=float(bits), model_digest=hashlib.sha256(model).hexdigest())
@@ -77,28 +92,37 @@ class DetectorClaimVerifier:
         self, claim: Claim, reference: bytes, head: bytes | None, model: bytes, bits: int
     ) -> Finding:
         try:
-            found = self.verdict(claim, reference, head, model, bits)
+            verdict = self.verdict(claim, reference, head, model, bits)
         except (ArtifactError, KeyMaterialError, CarrierError) as error:
             return Finding("inadmissible", reason=_short(error))
         except (
             MTLSignError, RuntimeError, ValueError, ArithmeticError, MemoryError, LookupError, TypeError,
         ) as error:  # fmt: skip
-            return Finding("not_verifiable", reason=_short(error))  # a hostile file never stops a council
-        return Finding(found.status, found.matches, found.n, found.evidence_bits, _short(found.reason or ""))
+            # A malicious file must not stop the council.
+            return Finding("not_verifiable", reason=_short(error))
+        reason = _short(verdict.reason or "")
+        return Finding(verdict.status, verdict.matches, verdict.n, verdict.evidence_bits, reason)
 
 
 def fetch_and_verify(
     judge: ClaimVerifier, archive: BlobStore, claim: Claim, model: bytes, bits: int
 ) -> Finding:
-    """Fetch what a claim names and judge its key on the model of digest `model`.
+    """Fetch the parts that a claim names and verify its key on a model.
 
-    What the claimant had to archive and did not, makes the claim inadmissible; a suspect that is gone or too
-    large makes it not verifiable.
+    If the claimant did not archive reference or head, the claim is inadmissible. If the model is missing or
+    too large, the result is not verifiable.
+
+    Args:
+        judge: verifies the key.
+        archive: contains models and references by digest.
+        claim: the claim.
+        model: SHA-256 of the model.
+        bits: required evidence in bits.
     """
     try:
         reference = archive.get(bytes.fromhex(claim.opening.parse().reference), MAX_REFERENCE)
-        named = claim.heads[claim.key_index] if claim.key_index < len(claim.heads) else None
-        head = None if named is None else archive.get(named, MAX_HEAD)
+        head_digest = claim.heads[claim.key_index] if claim.key_index < len(claim.heads) else None
+        head = None if head_digest is None else archive.get(head_digest, MAX_HEAD)
     except (ArtifactError, ValueError) as error:
         return Finding("inadmissible", reason=_short(error))
     try:
@@ -109,6 +133,6 @@ def fetch_and_verify(
 
 
 def _short(error: object) -> str:
-    """A reason that fits a vote: printable, at most 128 characters."""
+    """Return a reason that fits into a vote: printable ASCII, at most 128 characters."""
     text = " ".join(str(error).split())
     return "".join(c if c.isascii() and c.isprintable() else "?" for c in text)[:128]

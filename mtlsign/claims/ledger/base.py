@@ -1,10 +1,9 @@
-"""What a ledger is: an append-only list of envelopes, the Merkle tree over them, and co-signatures of its
-heads.
+"""Ledger interface: an append-only list of envelopes, the Merkle tree over them, and co-signed checkpoints.
 
-Both backends store entries, the hashes of complete subtrees, and co-signatures. None of them is trusted:
-whoever can write to the store can also rewrite it, so no proof is handed out unchecked, readers recompute the
-tree from the entries (`recompute`), and witnesses (`witness`) refuse to co-sign what does not extend what
-they saw.
+Both backends store entries, the hashes of complete subtrees, and co-signatures. Neither is trusted, because
+write access to the store allows rewriting it. Therefore every proof is checked before it is returned, readers
+recompute the tree from the entries (`rebuild`), and a `witness` co-signs only extensions of the tree it
+co-signed before.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ReadConsistency:
-    """How far a reader may trust that it saw the newest entries.
+    """Consistency of the answers that a reader received.
 
     Attributes:
-        current: the answer came through a majority (or from the one local file), so nothing acknowledged is
-            missing.
-        note: one sentence for a person; what is known when it is not current.
+        current: the answer comes from a majority (or from the local file), so it contains every acknowledged
+            entry.
+        note: one sentence for display; it describes the lag when `current` is False.
     """
 
     current: bool
@@ -37,122 +36,137 @@ class ReadConsistency:
 
 
 class Ledger(abc.ABC):
-    """One ledger. Methods raise LedgerError when the store cannot be reached, is damaged or refuses."""
+    """One ledger. Every method raises LedgerError if the store is unreachable, damaged or refuses."""
 
     uri: str
 
     @property
-    def place(self) -> str:
-        """The store, however its URI was spelled: what a witness pins an origin to."""
+    def store_id(self) -> str:
+        """Identifier of the store, independent of the spelling of its URI. A witness pins an origin to it."""
         return self.uri
 
     @abc.abstractmethod
     def append(self, envelope: bytes) -> int:
-        """Add an entry and return its index. The same bytes again: the index they already have.
+        """Add an entry and return its index. Bytes that exist already keep their index.
 
-        When it returns, the entry is durable. After a LedgerError it may or may not be there: call it again.
+        When the method returns, the entry is durable. After a LedgerError the outcome is unknown; call the
+        method once more with the same bytes.
         """
 
     @abc.abstractmethod
     def get(self, index: int) -> bytes:
-        """The entry's bytes."""
+        """Return the bytes of an entry."""
 
     @abc.abstractmethod
     def scan(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-        """Entries start … stop-1 (default: all there are now), in order, none missing."""
+        """Yield the entries start … stop-1 in order and without gaps. Default: up to the newest entry."""
 
     @abc.abstractmethod
     def find(self, leaf: bytes) -> int | None:
-        """Index of the entry whose leaf hash this is."""
+        """Return the index of the entry with this leaf hash, or None."""
 
     @abc.abstractmethod
     def size(self) -> int:
-        """Number of entries."""
+        """Return the number of entries."""
 
     @abc.abstractmethod
-    def state(self) -> merkle.CompactRange:
-        """The tree that the next append goes on from. As stored: compare it (`recompute`)."""
+    def tree_state(self) -> merkle.CompactRange:
+        """Return the stored tree that the next append extends. It is unverified (see `rebuild`)."""
 
     @abc.abstractmethod
     def node(self, level: int, index: int) -> bytes:
-        """Stored hash of a complete subtree, 32 bytes, as `merkle.Node`."""
+        """Return the stored hash of a complete subtree, 32 bytes (a `merkle.NodeReader`)."""
 
     @abc.abstractmethod
     def nodes(self, level: int, start: int, stop: int) -> list[bytes]:
-        """Stored hashes start … stop-1 of one level. Raises LedgerError when one is missing."""
+        """Return the stored hashes start … stop-1 of one level.
+
+        Raises:
+            LedgerError: a hash is missing.
+        """
 
     @abc.abstractmethod
-    def cosign(self, head: Checkpoint, line: Cosignature) -> None:
-        """Store a co-signature. Anybody's line is kept, so nobody can keep another's place."""
+    def store_cosignature(self, checkpoint: Checkpoint, line: Cosignature) -> None:
+        """Store a co-signature. Lines from any sender are stored, so no line can block a member's line."""
 
     @abc.abstractmethod
     def cosignatures(self, origin: bytes) -> list[tuple[Checkpoint, Cosignature]]:
-        """All stored co-signatures by size, as heads of the ledger `origin`. Nothing is verified."""
+        """Return all stored co-signatures by size, as checkpoints of the ledger `origin`, unverified."""
 
     @abc.abstractmethod
-    def freshness(self) -> ReadConsistency:
-        """How far the answers of this object may be behind."""
+    def staleness(self) -> ReadConsistency:
+        """Return how far the answers of this object may lag behind."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Let go of files and connections."""
+        """Release files and connections."""
 
     def origin(self) -> bytes:
-        """Hash of entry 0, which names this ledger."""
+        """Return the leaf hash of entry 0, which identifies this ledger."""
         if self.size() == 0:
-            raise LedgerError("is empty: found it first (jobs/ledger.py found)", field="ledger")
+            raise LedgerError(
+                "The ledger is empty. Create it first with jobs/ledger.py create.", field="ledger"
+            )
         return merkle.leaf_hash(self.get(0))
 
-    def head(self, size: int | None = None) -> Checkpoint:
-        """The tree over the first `size` entries (default: all), from the stored hashes."""
-        there = self.size()
-        count = there if size is None else size
-        if not 0 <= count <= there:
-            raise LedgerError(f"has {there} entries, not {count}; ask for a smaller tree", field="size")
-        return Checkpoint(self.origin(), count, self._computed(lambda node: merkle.tree_root(node, count)))
+    def checkpoint(self, size: int | None = None) -> Checkpoint:
+        """Return the checkpoint over the first `size` entries (default: all) from the stored hashes."""
+        entry_count = self.size()
+        count = entry_count if size is None else size
+        if not 0 <= count <= entry_count:
+            raise LedgerError(
+                f"The ledger has {entry_count} entries, not {count}. Pass a smaller size.", field="size"
+            )
+        root = self._with_stored_nodes(lambda node: merkle.tree_root(node, count))
+        return Checkpoint(self.origin(), count, root)
 
-    def fetch(self, wanted: Sequence[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
-        """Several stored nodes by (level, index); a backend that is far away gets them at once."""
-        return {(level, index): self.node(level, index) for level, index in wanted}
+    def read_nodes(self, positions: Sequence[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
+        """Return stored nodes by (level, index). A remote backend reads them in one request."""
+        return {(level, index): self.node(level, index) for level, index in positions}
 
-    def _computed(self, compute: Callable[[merkle.NodeReader], T]) -> T:
-        """`compute` with the nodes that it asks for, which it may not choose by what they hold."""
-        wanted: dict[tuple[int, int], bytes] = {}
-        compute(lambda level, index: wanted.setdefault((level, index), bytes(32)))
-        found = self.fetch(list(wanted))
-        return compute(lambda level, index: found[level, index])
+    def _with_stored_nodes(self, compute: Callable[[merkle.NodeReader], T]) -> T:
+        """Return `compute(node)`; the nodes it requests must not depend on their values."""
+        positions: dict[tuple[int, int], bytes] = {}
+        compute(lambda level, index: positions.setdefault((level, index), bytes(32)))
+        stored = self.read_nodes(list(positions))
+        return compute(lambda level, index: stored[level, index])
 
     def prove(self, index: int, size: int) -> list[bytes]:
-        """Inclusion path of entry `index` in the tree of `size`, checked against the entry and `head(size)`.
+        """Return the inclusion path of entry `index`, checked against the entry and `checkpoint(size)`.
 
         Raises:
-            LedgerError: the entry is not in it, or the stored nodes do not prove it.
+            LedgerError: the tree of `size` lacks the entry, or the stored nodes do not prove it.
         """
         if not 0 <= index < size <= self.size():
-            raise LedgerError(f"entry {index} is not in a tree of {size}; ask for another", field="index")
-        path, root = self._computed(
+            raise LedgerError(
+                f"Entry {index} is not in a tree of {size} entries. Pass another index or size.",
+                field="index",
+            )
+        path, root = self._with_stored_nodes(
             lambda node: (merkle.inclusion_path(node, index, size), merkle.tree_root(node, size))
         )
         if not merkle.verify_inclusion(merkle.leaf_hash(self.get(index)), index, size, path, root):
-            raise _bad_tree(f"prove entry {index}")
+            raise _inconsistent_tree_error(f"prove entry {index}")
         return path
 
     def prove_consistency(self, old: int, new: int) -> list[bytes]:
-        """Proof that the tree of `new` extends that of `old`, checked against `head(old)` and `head(new)`.
+        """Return the proof that the tree of `new` entries extends that of `old`, checked against both roots.
 
         Raises:
             LedgerError: there are no such trees, or the stored nodes do not prove it.
         """
         if not 0 <= old <= new <= self.size():
-            raise LedgerError(f"a tree of {new} does not extend one of {old}; ask for others", field="size")
-        path, roots = self._computed(
+            raise LedgerError(
+                f"A tree of {new} entries does not extend one of {old} here. Pass other sizes.", field="size"
+            )
+        path, roots = self._with_stored_nodes(
             lambda node: (
                 merkle.consistency_path(node, old, new),
                 (merkle.tree_root(node, old), merkle.tree_root(node, new)),
             )
         )
         if not merkle.verify_consistency(old, roots[0], new, roots[1], path):
-            raise _bad_tree(f"prove that {new} entries extend {old}")
+            raise _inconsistent_tree_error(f"prove that {new} entries extend {old}")
         return path
 
     def __enter__(self) -> Ledger:
@@ -162,15 +176,17 @@ class Ledger(abc.ABC):
         self.close()
 
 
-def _bad_tree(what: str) -> LedgerError:
+def _inconsistent_tree_error(claim: str) -> LedgerError:
     return LedgerError(
-        f"its stored tree does not {what}: a node was damaged or changed; run jobs/ledger.py check, then "
-        "restore a copy",
+        f"The stored tree does not {claim}: a node was damaged or changed. Run jobs/ledger.py check, then "
+        "restore the ledger from a copy.",
         field="ledger",
     )
 
 
 def check_size(envelope: bytes) -> None:
-    """Raises LedgerError for an entry that is empty or over 64 KiB."""
+    """Raise LedgerError for an entry that is empty or over 64 KiB."""
     if not 1 <= len(envelope) <= MAX_ENVELOPE:
-        raise LedgerError(f"an entry has 1 to {MAX_ENVELOPE} bytes, not {len(envelope)}", field="entry")
+        raise LedgerError(
+            f"The entry has {len(envelope)} bytes. Use 1 to {MAX_ENVELOPE} bytes.", field="entry"
+        )

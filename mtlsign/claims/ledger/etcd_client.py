@@ -1,7 +1,7 @@
-"""etcd's v3 API through its own JSON gateway, over HTTPS with mutual TLS, on several servers.
+"""Client of etcd's v3 JSON gateway over HTTPS with mutual TLS, for a cluster of several servers.
 
-A call goes to the server that answered last, then to the others. Writes need a majority. Reads ask for a
-majority too; while none answers they fall back to one server's own copy, and `lagging` says so.
+A call goes to the server that answered last, then to the other ones. Writes need a majority. Reads ask for a
+majority too; without one they fall back to the copy of a single server, and `lagging` describes the lag.
 """
 
 from __future__ import annotations
@@ -21,43 +21,50 @@ import urllib3
 from mtlsign.claims.ledger.tls import Tls
 from mtlsign.errors import LedgerError
 
-#: OpenSSL's names of the alerts with which a server refuses a client certificate.
+#: OpenSSL's names of the alerts with which a server rejects a client certificate.
 _CERTIFICATE_ALERTS = frozenset(
     ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "SSLV3_ALERT_BAD_CERTIFICATE", "TLSV1_ALERT_UNKNOWN_CA",
      "SSLV3_ALERT_CERTIFICATE_UNKNOWN", "SSLV3_ALERT_CERTIFICATE_EXPIRED", "SSLV3_ALERT_CERTIFICATE_REVOKED")
 )  # fmt: skip
 
 CALL_S = 2.0
-"""Longest wait for one server's answer."""
+"""Timeout for the response of one server."""
 TOTAL_S = 12.0
-"""Longest wait for any server's answer."""
+"""Timeout for the response of any server."""
 LAG_S = 5.0
-"""After a majority was missed, reads go to one server straight away for so long."""
-MAX_ANSWER = 64 * 2**20
+"""Time after a missing majority in which reads go to a single server at once."""
+MAX_RESPONSE = 64 * 2**20
 
 _HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252})|\[[0-9A-Fa-f:.]{2,45}\]):[0-9]{1,5}")
-Answer = dict[str, Any]
+Response = dict[str, Any]
 
 
 def encode(data: bytes | str) -> str:
-    """Bytes as the gateway wants them."""
+    """Return bytes in the base64 form of the gateway."""
     return base64.b64encode(data.encode() if isinstance(data, str) else data).decode("ascii")
 
 
 def decode(value: object) -> bytes:
-    """Bytes as the gateway gives them; LedgerError for anything else."""
+    """Return the bytes of a value in the base64 form of the gateway. Raises LedgerError if it is damaged."""
     try:
         return base64.b64decode(str(value), validate=True)
     except ValueError:
-        raise LedgerError("a server's answer is damaged; check the cluster", field="ledger") from None
+        raise damaged_response_error() from None
+
+
+def damaged_response_error() -> LedgerError:
+    """Return the error for a response that does not have the form of etcd's API."""
+    return LedgerError("The response of a server is damaged. Check the etcd cluster.", field="ledger")
 
 
 class EtcdClient:
-    """A few calls on a cluster. Threads may share one object."""
+    """Client of one etcd cluster. Threads can share one object."""
 
     def __init__(self, hosts: Sequence[str], tls: Tls) -> None:
         if not hosts or not all(_HOST.fullmatch(host) for host in hosts):
-            raise LedgerError("is malformed; give etcd://HOST:PORT[,HOST:PORT…][/PREFIX]", field="ledger")
+            raise LedgerError(
+                "The URI is malformed. Use etcd://HOST:PORT[,HOST:PORT…][/PREFIX].", field="ledger"
+            )
         self.hosts = list(hosts)
         self._pool = urllib3.PoolManager(
             maxsize=16,
@@ -74,36 +81,47 @@ class EtcdClient:
         """Close the connections."""
         self._pool.clear()
 
-    def call(self, path: str, body: Answer, *, limit: float = TOTAL_S) -> Answer:
-        """One answer from a majority.
+    def call(self, path: str, body: Response, *, limit: float = TOTAL_S) -> Response:
+        """Return a response from a majority.
+
+        Args:
+            path: path of the gateway's method.
+            body: the request as JSON values.
+            limit: timeout in seconds over all servers.
 
         Raises:
-            LedgerError: no server answered in time. A write may then have happened or not.
+            LedgerError: no server answered in time. The outcome of a write is then unknown.
         """
-        end, told = time.monotonic() + limit, "none answers"
+        end, problem = time.monotonic() + limit, "no response"
         while True:
             for step in range(len(self.hosts)):
-                at = (self._first + step) % len(self.hosts)
-                answer, told_now = self._ask(self.hosts[at], path, body, end)
-                if answer is not None:
-                    self._first, self.confirmed, self.lagging = at, time.monotonic(), None
-                    return answer
-                told = told_now or told
+                position = (self._first + step) % len(self.hosts)
+                response, host_problem = self._send(self.hosts[position], path, body, end)
+                if response is not None:
+                    self._first, self.confirmed, self.lagging = position, time.monotonic(), None
+                    return response
+                problem = host_problem or problem
                 if time.monotonic() >= end:
                     break
             if time.monotonic() >= end - 0.2:
                 raise LedgerError(
-                    f"no majority of {', '.join(self.hosts)} answers ({told}); nothing was acknowledged: "
-                    "start the servers, or try again later",
+                    f"No majority of {', '.join(self.hosts)} answers ({problem}); nothing was acknowledged. "
+                    "Start the servers, or try once more later.",
                     field="ledger",
                 )
             time.sleep(0.2)
 
-    def read(self, path: str, body: Answer) -> Answer:
-        """Like `call` for a range; while no majority answers, one server's copy, and `lagging` is set.
+    def read(self, path: str, body: Response) -> Response:
+        """Return a response as `call` does, or one server's copy while no majority answers.
+
+        `lagging` is then set to a sentence that describes the lag.
+
+        Args:
+            path: path of the gateway's method.
+            body: a range request, or a transaction of range requests, as JSON values.
 
         Raises:
-            LedgerError: no server answers at all.
+            LedgerError: no server answers.
         """
         if time.monotonic() >= self._lag_until:
             try:
@@ -112,62 +130,66 @@ class EtcdClient:
                 self._lag_until = time.monotonic() + LAG_S
         end = time.monotonic() + TOTAL_S / 2
         for host in self.hosts:
-            answer, _ = self._ask(host, path, _serializable(body), end)
-            if answer is not None:
+            response, _ = self._send(host, path, _serializable(body), end)
+            if response is not None:
                 ago = "never" if self.confirmed is None else f"{time.monotonic() - self.confirmed:.0f} s ago"
                 self.lagging = (
-                    f"no majority answers: this is {host}'s copy at revision {revision(answer)}, last "
-                    f"confirmed by a majority {ago}; newer entries may exist"
+                    f"No majority answers: this is {host}'s copy at revision {revision(response)}, last "
+                    f"confirmed by a majority {ago}; newer entries may exist."
                 )
-                return answer
-        raise LedgerError(f"none of {', '.join(self.hosts)} answers; start them", field="ledger")
+                return response
+        raise LedgerError(f"None of {', '.join(self.hosts)} answers. Start the servers.", field="ledger")
 
-    def _ask(self, host: str, path: str, body: Answer, end: float) -> tuple[Answer | None, str | None]:
+    def _send(self, host: str, path: str, body: Response, end: float) -> tuple[Response | None, str | None]:
+        """Return the response of one server, or None and the problem."""
         wait = max(0.2, min(CALL_S, end - time.monotonic()))
         try:
-            answer = self._pool.request(
+            http_response = self._pool.request(
                 "POST", f"https://{host}{path}", body=json.dumps(body), preload_content=False,
                 headers={"Content-Type": "application/json"}, redirect=False,
                 timeout=urllib3.Timeout(connect=min(1.0, wait), read=wait),
             )  # fmt: skip
-            data = answer.read(MAX_ANSWER + 1)
-            answer.release_conn()
+            data = http_response.read(MAX_RESPONSE + 1)
+            http_response.release_conn()
         except urllib3.exceptions.SSLError as error:
             raise LedgerError(
-                f"{host} and we do not trust each other ({_short(error)}); check --etcd-ca, --etcd-cert and "
-                "--etcd-key",
+                f"{host} and this client do not trust each other ({_short(error)}). Check --etcd-ca, "
+                "--etcd-cert and --etcd-key.",
                 field="ledger",
             ) from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
             if _certificate_refused(error):
                 raise LedgerError(
-                    f"{host} refuses our certificate; check --etcd-cert", field="ledger"
+                    f"{host} rejects the client certificate. Check --etcd-cert.", field="ledger"
                 ) from None
             return None, type(error).__name__
         try:
-            found = json.loads(data) if len(data) <= MAX_ANSWER else None
+            fields = json.loads(data) if len(data) <= MAX_RESPONSE else None
         except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
-            return None, f"{host} does not speak etcd v3"
-        if answer.status != 200:
-            told = str(found.get("message", found.get("error", answer.status)))[:120]
-            if answer.status in (400, 401, 403, 404):
-                raise LedgerError(f"{host} refuses: {told}; check the URI and the rights", field="ledger")
-            return None, told
-        return found, None
+            fields = None
+        if not isinstance(fields, dict):
+            return None, f"{host} is not an etcd v3 server"
+        if http_response.status != 200:
+            problem = str(fields.get("message", fields.get("error", http_response.status)))[:120]
+            if http_response.status in (400, 401, 403, 404):
+                raise LedgerError(
+                    f"{host} rejects the request: {problem}. Check the URI and the permissions.",
+                    field="ledger",
+                )
+            return None, problem
+        return fields, None
 
 
-def revision(answer: Answer) -> int:
-    """The store's revision at which an answer was made."""
+def revision(response: Response) -> int:
+    """Return the revision of the store at which a response was made."""
     try:
-        return int(answer["header"]["revision"])
+        return int(response["header"]["revision"])
     except (KeyError, TypeError, ValueError):
-        raise LedgerError("a server's answer is damaged; check the cluster", field="ledger") from None
+        raise damaged_response_error() from None
 
 
-def _serializable(body: Answer) -> Answer:
-    """The same read from one server's copy; a transaction's reads one by one."""
+def _serializable(body: Response) -> Response:
+    """Return the same read from a single server's copy; in a transaction every read is marked."""
     if "success" not in body:
         return {**body, "serializable": True}
     return {
@@ -177,13 +199,13 @@ def _serializable(body: Answer) -> Answer:
 
 def _context(tls: Tls) -> ssl.SSLContext:
     files = [
-        given or (Path(os.environ[name]) if os.environ.get(name) else None)
-        for given, name in ((tls.ca, "ETCDCTL_CACERT"), (tls.cert, "ETCDCTL_CERT"), (tls.key, "ETCDCTL_KEY"))
+        path or (Path(os.environ[name]) if os.environ.get(name) else None)
+        for path, name in ((tls.ca, "ETCDCTL_CACERT"), (tls.cert, "ETCDCTL_CERT"), (tls.key, "ETCDCTL_KEY"))
     ]
     ca, cert, key = files
     if ca is None or cert is None or key is None:
         raise LedgerError(
-            "etcd is spoken to with mutual TLS only; give --etcd-ca, --etcd-cert and --etcd-key",
+            "etcd requires mutual TLS. Pass --etcd-ca, --etcd-cert and --etcd-key.",
             field="ledger",
         )
     try:
@@ -192,7 +214,7 @@ def _context(tls: Tls) -> ssl.SSLContext:
         context.load_cert_chain(str(cert), str(key))
     except (OSError, ssl.SSLError) as error:
         raise LedgerError(
-            f"the TLS files cannot be used ({_short(error)}); give PEM files that fit together",
+            f"The TLS files cannot be used ({_short(error)}). Pass PEM files that belong together.",
             field="ledger",
         ) from None
     return context

@@ -1,4 +1,4 @@
-"""mtlsign.claims.ledger.open."""
+"""Factory of ledgers: selects the backend by the scheme of the URI."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from mtlsign.errors import LedgerError
 
 
 def open_ledger(uri: str, *, tls: Tls | None = None, create: bool = False) -> Ledger:
-    """The ledger at `sqlite:///PATH` or `etcd://HOST:PORT[,HOST:PORT…][/PREFIX]`.
+    """Open the ledger at `sqlite:///PATH` or `etcd://HOST:PORT[,HOST:PORT…][/PREFIX]`.
 
     Args:
-        uri: where; PATH is taken as it is, so an absolute one makes four slashes.
-        tls: etcd's files; else ETCDCTL_CACERT, ETCDCTL_CERT, ETCDCTL_KEY, etcd's own names.
-        create: make an SQLite file that is not there; an etcd ledger is made by its first entry.
+        uri: location. PATH is used unchanged, so an absolute path makes four slashes.
+        tls: etcd's files. Default: ETCDCTL_CACERT, ETCDCTL_CERT and ETCDCTL_KEY, the names that etcd uses.
+        create: create a missing SQLite file. An etcd ledger is created by its first entry.
 
     Raises:
-        LedgerError: another scheme, no such file, TLS files missing, or the servers cannot be reached.
+        LedgerError: unknown scheme, missing file, missing TLS files, or unreachable servers.
     """
     if uri.startswith("sqlite:///") and len(uri) > len("sqlite:///") and "\0" not in uri:
         from mtlsign.claims.ledger.sqlite import SqliteLedger
@@ -29,4 +29,7 @@ def open_ledger(uri: str, *, tls: Tls | None = None, create: bool = False) -> Le
         from mtlsign.claims.ledger.etcd import open_etcd
 
         return open_etcd(uri, tls or Tls())
-    raise LedgerError("knows no such place; give sqlite:///PATH or etcd://HOST:PORT[,…]", field="ledger")
+    raise LedgerError(
+        "The URI has an unknown scheme or no path. Use sqlite:///PATH or etcd://HOST:PORT[,…].",
+        field="ledger",
+    )

@@ -1,7 +1,8 @@
-"""A ledger's tree made anew from its entries, and everything that is stored of it compared on the way.
+"""Recomputation of a ledger's tree from its entries, with a comparison of every stored node.
 
-Stored nodes are a convenience: whoever can write to the store can change one, and proofs made from it would
-be wrong. So whoever reads entries (`view.Reader`, `witness`, `check`) compares the nodes that they make.
+Stored nodes are a cache. With write access to the store a node can be changed, and proofs made from it would
+be wrong. All readers of entries (`view.IncrementalReader`, `witness`, `verify_stored_tree`) therefore compare
+the nodes that they recompute with the stored ones.
 """
 
 from __future__ import annotations
@@ -12,65 +13,71 @@ from mtlsign.claims.ledger.checkpoints import Checkpoint
 from mtlsign.errors import LedgerError
 
 CHUNK = 1024
-"""Entries after which the nodes that they complete are compared; bounds the memory."""
+"""Number of entries after which completed nodes are compared; it bounds the memory."""
 
 
 class TreeRebuilder:
-    """Grows a tree entry by entry, from `tree` on, and compares the ledger's stored nodes with its own."""
+    """Tree that grows entry by entry and is compared with the nodes that the ledger stores.
+
+    Args:
+        ledger: the ledger whose nodes are compared.
+        tree: state to continue from; default: the empty tree.
+    """
 
     def __init__(self, ledger: Ledger, tree: merkle.CompactRange | None = None) -> None:
         self.ledger = ledger
         self.tree = merkle.CompactRange(tree.size, tree.hashes) if tree else merkle.CompactRange()
-        self._made: dict[int, tuple[int, list[bytes]]] = {}
+        self._completed: dict[int, tuple[int, list[bytes]]] = {}
 
     def add(self, envelope: bytes) -> bytes:
-        """The next entry; returns its leaf hash. Raises LedgerError as `compare`, every CHUNK entries."""
+        """Add the next entry and return its leaf hash. Raises LedgerError as `compare_nodes` does."""
         leaf = merkle.leaf_hash(envelope)
-        for level, index, found in self.tree.append(leaf):
-            self._made.setdefault(level, (index, []))[1].append(found)
+        for level, index, digest in self.tree.append(leaf):
+            self._completed.setdefault(level, (index, []))[1].append(digest)
         if self.tree.size % CHUNK == 0:
-            self.compare()
+            self.compare_nodes()
         return leaf
 
-    def compare(self) -> None:
-        """Compare the nodes completed since the last call.
+    def compare_nodes(self) -> None:
+        """Compare the nodes completed since the last call with the stored nodes.
 
         Raises:
-            LedgerError: a stored node is missing or not what the entries make.
+            LedgerError: a stored node is missing or differs from the recomputed one.
         """
-        for level, (start, made) in self._made.items():
-            stored = self.ledger.nodes(level, start, start + len(made))
-            for at, (found, right) in enumerate(zip(stored, made, strict=True), start):
-                if found != right:
+        for level, (start, computed) in self._completed.items():
+            stored = self.ledger.nodes(level, start, start + len(computed))
+            for index, (actual, expected) in enumerate(zip(stored, computed, strict=True), start):
+                if actual != expected:
                     raise LedgerError(
-                        f"has a node ({level}/{at}) that its entries do not make: the stored tree was "
-                        "damaged or changed; restore a copy",
+                        f"The stored node {level}/{index} does not match the entries: it was damaged or "
+                        "changed. Restore the ledger from a copy.",
                         field="ledger",
                     )
-        self._made.clear()
+        self._completed.clear()
 
     def finish(self, state: merkle.CompactRange) -> None:
-        """After the last entry: compare the rest, and the stored state that the next append goes on from.
+        """Compare the remaining nodes, and the stored state that the next append would extend.
 
         Raises:
-            LedgerError: as `compare`; or the state is that of other entries.
+            LedgerError: as `compare_nodes`, or the state does not match the entries.
         """
-        self.compare()
+        self.compare_nodes()
         if (state.size, state.hashes) != (self.tree.size, self.tree.hashes):
             raise LedgerError(
-                "has a stored tree that is not the tree of its entries; trust none of it, check it",
+                "The stored tree is not the tree of the entries. Do not use this ledger; run jobs/ledger.py "
+                "check.",
                 field="ledger",
             )
 
 
 def verify_stored_tree(ledger: Ledger) -> Checkpoint:
-    """Recompute the whole tree from the entries and compare every stored node with it; returns the head.
+    """Recompute the tree from all entries, compare every stored node, and return the checkpoint.
 
     Raises:
-        LedgerError: a node is missing or not what the entries make, or the state is not.
+        LedgerError: a stored node or the stored state is missing or does not match the entries.
     """
-    state, again = ledger.state(), TreeRebuilder(ledger)
+    state, rebuilder = ledger.tree_state(), TreeRebuilder(ledger)
     for envelope in ledger.scan(0, state.size):
-        again.add(envelope)
-    again.finish(state)
-    return Checkpoint(ledger.origin(), state.size, again.tree.root())
+        rebuilder.add(envelope)
+    rebuilder.finish(state)
+    return Checkpoint(ledger.origin(), state.size, rebuilder.tree.root())

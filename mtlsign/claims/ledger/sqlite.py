@@ -1,7 +1,7 @@
-"""The embedded ledger: one SQLite file in WAL mode with full synchronisation, append-only by triggers.
+"""Embedded ledger: one SQLite file in WAL mode with full synchronisation, append-only by triggers.
 
-Triggers stop mistakes, not the owner of the file: who holds it can rewrite it all, so a ledger that nobody
-else co-signs is `self-attested`.
+Triggers prevent mistakes only. The owner of the file can rewrite it; therefore a claim on a ledger without
+other co-signers has the standing `self_attested`.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ _SCHEMA += "".join(
 
 
 class SqliteLedger(Ledger):
-    """A ledger in one file; many processes of one machine may use it at once, threads share one object."""
+    """Ledger in one file. Processes of one machine can use it concurrently; threads share one object."""
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
-        """Open, or with `create` make, the file. Raises LedgerError for what is no ledger of ours."""
+        """Open the file, or create it if `create` is set. Raises LedgerError if it is not a ledger."""
         self.path = Path(os.path.abspath(path))
         self.uri = f"sqlite:///{self.path}"
         if not create and not self.path.is_file():
             raise LedgerError(
-                f"{self.path} is not there; found one with jobs/ledger.py found, or mend the path",
+                f"{self.path} does not exist. Create it with jobs/ledger.py create, or correct the path.",
                 field="ledger",
             )
         self._lock = threading.RLock()
@@ -81,9 +81,11 @@ class SqliteLedger(Ledger):
                         db.execute(statement)
                     db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                     db.execute(f"PRAGMA user_version = {USER_VERSION}")
-        found = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
-        if found != [APPLICATION_ID, USER_VERSION]:
-            raise LedgerError(f"{self.path} is no ledger of this version; mend the path", field="ledger")
+        versions = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
+        if versions != [APPLICATION_ID, USER_VERSION]:
+            raise LedgerError(
+                f"{self.path} is not a ledger of this version. Correct the path.", field="ledger"
+            )
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -92,17 +94,17 @@ class SqliteLedger(Ledger):
                 yield
         except sqlite3.OperationalError as error:
             raise LedgerError(
-                f"{self.path}: {error}; check that the file is yours to write, its disk has room, and nobody "
-                "holds it",
+                f"{self.path}: {error}. Check that the file is writable, that its disk has free space, and "
+                "that no other process locks it.",
                 field="ledger",
             ) from None
         except OSError as error:
             raise LedgerError(
-                f"{self.path}: {error.strerror}; name a place that you can write", field="ledger"
+                f"{self.path}: {error.strerror}. Use a writable location.", field="ledger"
             ) from None
         except (sqlite3.Error, UnicodeDecodeError) as error:
             raise LedgerError(
-                f"{self.path}: {error}; mend the path, or restore it from a copy", field="ledger"
+                f"{self.path}: {error}. Correct the path, or restore the file from a copy.", field="ledger"
             ) from None
 
     @contextmanager
@@ -119,23 +121,23 @@ class SqliteLedger(Ledger):
         return self.append_many([envelope])[0]
 
     def append_many(self, envelopes: Iterable[bytes]) -> list[int]:
-        """Add many entries in one transaction: all of them or none."""
+        """Add several entries in one transaction and return their indices."""
         with self._guard(), self._writing():
-            tree, found = self.state(), []
+            tree, indices = self.tree_state(), []
             for envelope in envelopes:
                 check_size(envelope)
                 leaf = merkle.leaf_hash(envelope)
                 row = self._db.execute("SELECT idx FROM entries WHERE leaf = ?", (leaf,)).fetchone()
                 if row is not None:
-                    found.append(int(row[0]))
+                    indices.append(int(row[0]))
                     continue
                 index = tree.size
                 self._db.execute("INSERT INTO entries VALUES (?, ?, ?)", (index, leaf, envelope))
                 self._db.executemany("INSERT INTO nodes VALUES (?, ?, ?)", tree.append(leaf))
-                found.append(index)
-        return found
+                indices.append(index)
+        return indices
 
-    def state(self) -> merkle.CompactRange:  # noqa: D102
+    def tree_state(self) -> merkle.CompactRange:  # noqa: D102
         size = self.size()
         levels = [level for level in range(size.bit_length() - 1, -1, -1) if size >> level & 1]
         return merkle.CompactRange(size, [self.node(level, (size >> level) - 1) for level in levels])
@@ -144,7 +146,9 @@ class SqliteLedger(Ledger):
         with self._guard():
             row = self._db.execute("SELECT leaf, envelope FROM entries WHERE idx = ?", (index,)).fetchone()
         if row is None:
-            raise LedgerError(f"has no entry {index}; it ends at {self.size() - 1}", field="ledger")
+            raise LedgerError(
+                f"The ledger has no entry {index}. Pass an index up to {self.size() - 1}.", field="ledger"
+            )
         return _checked(index, *row)
 
     def find(self, leaf: bytes) -> int | None:  # noqa: D102
@@ -159,10 +163,10 @@ class SqliteLedger(Ledger):
             with self._guard():
                 rows = self._db.execute(query, (start, min(start + _PAGE, end))).fetchall()
             if not rows:
-                raise LedgerError(f"entry {start} is missing: it was cut or damaged", field="ledger")
+                raise _missing_entry_error(start)
             for index, leaf, envelope in rows:
                 if index != start:
-                    raise LedgerError(f"entry {start} is missing: it was cut or damaged", field="ledger")
+                    raise _missing_entry_error(start)
                 start += 1
                 yield _checked(index, leaf, envelope)
 
@@ -176,7 +180,9 @@ class SqliteLedger(Ledger):
                 "SELECT hash FROM nodes WHERE level = ? AND idx = ?", (level, index)
             ).fetchone()
         if row is None or len(_blob(row[0])) != 32:
-            raise LedgerError(f"the stored tree lacks node {level}/{index}; restore a copy", field="ledger")
+            raise LedgerError(
+                f"The stored tree lacks node {level}/{index}. Restore the ledger from a copy.", field="ledger"
+            )
         return _blob(row[0])
 
     def nodes(self, level: int, start: int, stop: int) -> list[bytes]:  # noqa: D102
@@ -184,11 +190,14 @@ class SqliteLedger(Ledger):
         with self._guard():
             rows = self._db.execute(query, (level, start, stop)).fetchall()
         if [index for index, _ in rows] != list(range(start, stop)):
-            raise LedgerError(f"the stored tree lacks nodes of level {level}; restore a copy", field="ledger")
-        return [_blob(found) for _, found in rows]
+            raise LedgerError(
+                f"The stored tree lacks nodes of level {level}. Restore the ledger from a copy.",
+                field="ledger",
+            )
+        return [_blob(digest) for _, digest in rows]
 
-    def cosign(self, head: Checkpoint, line: Cosignature) -> None:  # noqa: D102
-        row = (head.size, head.root, line.line())
+    def store_cosignature(self, checkpoint: Checkpoint, line: Cosignature) -> None:  # noqa: D102
+        row = (checkpoint.size, checkpoint.root, line.to_line())
         with self._guard(), self._writing():
             self._db.execute("INSERT OR IGNORE INTO cosignatures VALUES (?, ?, ?)", row)
 
@@ -197,16 +206,16 @@ class SqliteLedger(Ledger):
             rows = self._db.execute(
                 "SELECT size, root, line FROM cosignatures ORDER BY size, root, line"
             ).fetchall()
-        found = []
+        cosignatures = []
         for size, root, line in rows:
-            try:  # what does not parse is nobody's co-signature
-                found.append((Checkpoint(origin, int(size), _blob(root)), parse_line(str(line))))
+            try:  # a malformed row cannot be a member's co-signature, so it is skipped
+                cosignatures.append((Checkpoint(origin, int(size), _blob(root)), parse_line(str(line))))
             except (ClaimError, ValueError, OverflowError):
                 continue
-        return found
+        return cosignatures
 
-    def freshness(self) -> ReadConsistency:  # noqa: D102
-        return ReadConsistency(True, "read from the one local file")
+    def staleness(self) -> ReadConsistency:  # noqa: D102
+        return ReadConsistency(True, "The answer was read from the local file.")
 
     def close(self) -> None:  # noqa: D102
         with self._lock:
@@ -214,7 +223,7 @@ class SqliteLedger(Ledger):
 
 
 def _statements(schema: str) -> Iterator[str]:
-    """The schema's statements one by one (`executescript` would commit our transaction)."""
+    """Yield the statements of the schema (`executescript` would commit the open transaction)."""
     pending = ""
     for line in schema.splitlines(keepends=True):
         pending += line
@@ -224,10 +233,19 @@ def _statements(schema: str) -> Iterator[str]:
 
 
 def _checked(index: int, leaf: object, envelope: object) -> bytes:
-    found = _blob(envelope)
-    if merkle.leaf_hash(found) != leaf:
-        raise LedgerError(f"entry {index} does not have the hash it is stored under", field="ledger")
-    return found
+    data = _blob(envelope)
+    if merkle.leaf_hash(data) != leaf:
+        raise LedgerError(
+            f"Entry {index} does not match its stored hash. Restore the ledger from a copy.", field="ledger"
+        )
+    return data
+
+
+def _missing_entry_error(index: int) -> LedgerError:
+    return LedgerError(
+        f"Entry {index} is missing: it was deleted or damaged. Restore the ledger from a copy.",
+        field="ledger",
+    )
 
 
 def _blob(value: object) -> bytes:

@@ -1,4 +1,4 @@
-"""mtlsign.claims.ledger.tls."""
+"""TLS files of an etcd client."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Tls:
-    """Client's files for etcd's mutual TLS: the authority's certificate, our certificate, our key."""
+    """PEM files for mutual TLS: certificate of the authority, client certificate, client key."""
 
     ca: Path | None = None
     cert: Path | None = None

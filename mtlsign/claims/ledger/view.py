@@ -1,8 +1,8 @@
-"""A reader's checked picture of a ledger: which entries say what, which heads count, when each entry came.
+"""Verified view of a ledger: valid statements, councils, confirmed checkpoints and the time of each entry.
 
-`View.of` is a pure function of bytes: entries and co-signatures in, the same picture for everybody out. Junk,
-statements carried over from another ledger and repeated entries stay visible with their problem, and mean
-nothing.
+`LedgerView.from_entries` is a pure function of bytes: the same entries and co-signatures give the same view
+to every reader. Malformed entries, statements of another ledger and repeated entries remain visible with
+their problem; they have no effect.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from functools import lru_cache
 from typing import TypeVar
 
 from mtlsign.claims import merkle
-from mtlsign.claims.ledger import checkpoints as heads
 from mtlsign.claims.ledger.base import Ledger
-from mtlsign.claims.ledger.checkpoints import Checkpoint, Cosignature
+from mtlsign.claims.ledger.checkpoints import Checkpoint, Cosignature, earliest_valid_line, median
 from mtlsign.claims.ledger.rebuild import TreeRebuilder
 from mtlsign.claims.statements.parsing import open_statement
 from mtlsign.claims.statements.types import Membership, Ref, Statement
@@ -27,7 +26,7 @@ S = TypeVar("S", bound=Statement)
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry. `statement` is None where `problem` says why it means nothing."""
+    """Ledger entry. `statement` is None if the entry has no effect; `problem` then gives the reason."""
 
     index: int
     leaf: bytes
@@ -37,182 +36,217 @@ class Entry:
 
     @property
     def ref(self) -> Ref:
-        """How other statements name this entry."""
+        """Reference by which other statements name this entry."""
         return Ref(self.index, self.leaf)
 
 
 @dataclass(frozen=True, slots=True)
 class ConfirmedCheckpoint:
-    """A head with enough members' co-signatures: who signed it and when; `time` never runs backwards."""
+    """Checkpoint with the co-signatures of at least the council's threshold of members.
 
-    head: Checkpoint
+    Attributes:
+        checkpoint: the co-signed tree.
+        times: public key of each co-signing member → time by that member's clock.
+        time: median of `times`, but never earlier than the time of an earlier confirmed checkpoint.
+    """
+
+    checkpoint: Checkpoint
     times: Mapping[bytes, int]
     time: int
 
 
 @dataclass(frozen=True)
 class LedgerView:
-    """The picture. `councils` are (index, membership), each in force for what comes after it."""
+    """Verified view of a ledger.
+
+    Attributes:
+        origin: leaf hash of entry 0.
+        entries: entries by index; a bundle's view has only some of them.
+        councils: (index, membership) pairs; each is in force for the entries after it.
+        confirmed: confirmed checkpoints by ascending size.
+        warnings: sentences for display.
+    """
 
     origin: bytes
     entries: Mapping[int, Entry]
     councils: tuple[tuple[int, Membership], ...]
-    heads: tuple[ConfirmedCheckpoint, ...]
-    remarks: tuple[str, ...] = ()
+    confirmed: tuple[ConfirmedCheckpoint, ...]
+    warnings: tuple[str, ...] = ()
     _sizes: list[int] = field(default_factory=list, repr=False)
 
     @classmethod
-    def of(cls, envelopes: Iterable[bytes], signed: Sequence[tuple[Checkpoint, Cosignature]]) -> LedgerView:
-        """From all of a ledger's entries in order, and the co-signatures stored beside them.
+    def from_entries(
+        cls, envelopes: Iterable[bytes], cosignatures: Sequence[tuple[Checkpoint, Cosignature]]
+    ) -> LedgerView:
+        """Build the view from all entries of a ledger in order, and the co-signatures stored with them.
 
         Raises:
-            LedgerError: entry 0 founds no ledger; or a tree that enough members co-signed is not the one that
-                these entries make: the ledger was truncated, forked or rewritten.
+            LedgerError: entry 0 does not create a ledger; or enough members co-signed a tree that these
+                entries do not form: the ledger was truncated, forked or rewritten.
         """
-        wanted = {head.size for head, _ in signed}
-        tree, roots, raw = merkle.CompactRange(), {0: merkle.EMPTY_ROOT}, {}
+        sizes = {checkpoint.size for checkpoint, _ in cosignatures}
+        tree, roots, rows = merkle.CompactRange(), {0: merkle.EMPTY_ROOT}, {}
         for index, envelope in enumerate(envelopes):
-            raw[index] = envelope
+            rows[index] = envelope
             tree.append(merkle.leaf_hash(envelope))
-            if tree.size in wanted:
+            if tree.size in sizes:
                 roots[tree.size] = tree.root()
-        return cls.assemble(raw, signed, roots)
+        return cls.assemble(rows, cosignatures, roots)
 
     @classmethod
     def assemble(
         cls,
-        raw: Mapping[int, bytes],
-        signed: Sequence[tuple[Checkpoint, Cosignature]],
+        rows: Mapping[int, bytes],
+        cosignatures: Sequence[tuple[Checkpoint, Cosignature]],
         roots: Mapping[int, bytes],
     ) -> LedgerView:
-        """From some entries (0 among them), co-signatures, and the true root of each co-signed size."""
-        entries, councils = _read_entries(raw)
-        origin, remarks = entries[0].leaf, []
-        found: dict[tuple[int, bytes], list[Cosignature]] = {}
-        for head, line in signed:
-            if head.origin == origin:
-                found.setdefault((head.size, head.root), []).append(line)
-        counted: list[ConfirmedCheckpoint] = []
-        now = 0
-        for (size, root), lines in sorted(found.items()):
-            council = _in_force(councils, size)
-            head = Checkpoint(origin, size, root)
-            times = _times(head, lines, council)
+        """Build the view from some entries, entry 0 among them.
+
+        Args:
+            rows: envelopes by index.
+            cosignatures: stored co-signatures, unverified.
+            roots: verified root of each co-signed size.
+
+        Raises:
+            LedgerError: as `from_entries`.
+        """
+        entries, councils = _read_entries(rows)
+        origin = entries[0].leaf
+        lines_by_tree: dict[tuple[int, bytes], list[Cosignature]] = {}
+        for checkpoint, line in cosignatures:
+            if checkpoint.origin == origin:
+                lines_by_tree.setdefault((checkpoint.size, checkpoint.root), []).append(line)
+        confirmed: list[ConfirmedCheckpoint] = []
+        warnings: list[str] = []
+        latest_time = 0
+        for (size, root), lines in sorted(lines_by_tree.items()):
+            council, checkpoint = _in_force(councils, size), Checkpoint(origin, size, root)
+            times = _valid_times(checkpoint, lines, council)
             if not times:
                 continue
-            enough = len(times) >= council.threshold
+            has_threshold = len(times) >= council.threshold
             if roots.get(size) != root:
-                who = ", ".join(member.hex()[:16] for member in sorted(times))
-                what = "is cut short" if size not in roots else "is not the one that was co-signed"
-                sentence = f"the ledger {what}: {who} co-signed another tree of {size} entries"
-                if enough:
-                    raise LedgerError(f"{sentence}; trust none of it, ask the members", field="ledger")
-                remarks.append(sentence)
-            elif enough:
-                now = max(now, heads.median(times.values()))
-                counted.append(ConfirmedCheckpoint(head, times, now))
-        return cls(
-            origin, entries, tuple(councils), tuple(counted), tuple(remarks), [c.head.size for c in counted]
-        )
+                sentence = _other_tree_sentence(size, times, is_truncated=size not in roots)
+                if has_threshold:
+                    raise LedgerError(f"{sentence} Do not use this ledger; ask its members.", field="ledger")
+                warnings.append(sentence)
+            elif has_threshold:
+                latest_time = max(latest_time, median(times.values()))
+                confirmed.append(ConfirmedCheckpoint(checkpoint, times, latest_time))
+        sizes = [item.checkpoint.size for item in confirmed]
+        return cls(origin, entries, tuple(councils), tuple(confirmed), tuple(warnings), sizes)
 
-    def first_head(self, index: int) -> ConfirmedCheckpoint | None:
-        """The first head that counts and holds entry `index`."""
-        at = bisect.bisect_right(self._sizes, index)
-        return self.heads[at] if at < len(self.heads) else None
+    def first_confirmed(self, index: int) -> ConfirmedCheckpoint | None:
+        """Return the first confirmed checkpoint that contains entry `index`, or None."""
+        position = bisect.bisect_right(self._sizes, index)
+        return self.confirmed[position] if position < len(self.confirmed) else None
 
     def time(self, index: int) -> int | None:
-        """When entry `index` came (POSIX seconds, median of its first head's co-signers); None: not yet."""
-        head = self.first_head(index)
-        return None if head is None else head.time
+        """Return the time of entry `index` in POSIX seconds, or None while no checkpoint confirms it.
+
+        It is the median of the co-signers' times of the first confirmed checkpoint that contains the entry.
+        """
+        first = self.first_confirmed(index)
+        return None if first is None else first.time
 
     def council(self, index: int) -> Membership:
-        """The membership in force for entry `index`."""
+        """Return the membership in force for entry `index`."""
         return _in_force(self.councils, index)
 
     def all(self, kind: type[S]) -> Iterator[tuple[Entry, S]]:
-        """Entries of one kind, in order."""
+        """Yield all statements of one kind with their entries, in order."""
         for entry in self.entries.values():
             if isinstance(entry.statement, kind):
                 yield entry, entry.statement
 
     def at(self, ref: Ref, kind: type[S]) -> S | None:
-        """The statement at `ref`, if number and hash agree and it is of that kind."""
+        """Return the statement at `ref` if index and leaf hash match and it has this kind, else None."""
         entry = self.entries.get(ref.index)
         if entry is None or entry.leaf != ref.leaf or not isinstance(entry.statement, kind):
             return None
         return entry.statement
 
     def self_attested(self, index: int, owner: bytes) -> bool:
-        """Whether nobody but `owner` co-signed the first head that holds the entry."""
-        head = self.first_head(index)
-        return head is None or set(head.times) <= {owner}
+        """Return whether `owner` alone co-signed the first confirmed checkpoint of entry `index`."""
+        first = self.first_confirmed(index)
+        return first is None or set(first.times) <= {owner}
 
 
 def read_ledger(ledger: Ledger) -> LedgerView:
-    """The picture of a whole ledger as it is now. Raises LedgerError as `View.of` and the ledger do."""
+    """Return the current view of a whole ledger. Raises LedgerError as `IncrementalReader.view` does."""
     return IncrementalReader(ledger).view()
 
 
 class IncrementalReader:
-    """Looks at one ledger again and again, and fetches only what is new. For owners; a witness reads it
-    all.
-    """
+    """Reader that fetches only new entries on each call. Owners use it; a witness reads all entries."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        self._raw: list[bytes] = []
+        self._rows: list[bytes] = []
         self._tree = merkle.CompactRange()
 
     def view(self) -> LedgerView:
-        """The picture now, its tree made anew from the entries.
+        """Return the current view, its tree recomputed from the entries.
 
         Raises:
-            LedgerError: what was there before is not there any more, or a stored node is not what the entries
-                make.
+            LedgerError: entries read before are missing, a stored node does not match the entries, or the
+                view cannot be built (`LedgerView.from_entries`).
         """
-        signed = self.ledger.cosignatures(self.ledger.origin())  # first, so that none is younger than entries
-        state, fresh = self.ledger.state(), self.ledger.freshness()
+        # Co-signatures are read first; otherwise one could be newer than the entries.
+        cosignatures = self.ledger.cosignatures(self.ledger.origin())
+        state, consistency = self.ledger.tree_state(), self.ledger.staleness()
         if state.size < self._tree.size:
-            what = "is shorter than it was; trust it no more" if fresh.current else fresh.note
-            raise LedgerError(what, field="ledger")
-        rows, again = list(self._raw), TreeRebuilder(self.ledger, self._tree)
+            message = "The ledger has fewer entries than before. Do not use it; ask its members."
+            raise LedgerError(message if consistency.current else consistency.note, field="ledger")
+        rows, rebuilder = list(self._rows), TreeRebuilder(self.ledger, self._tree)
         for envelope in self.ledger.scan(self._tree.size, state.size):
             rows.append(envelope)
-            again.add(envelope)
-        again.finish(state)
-        view = LedgerView.of(rows, signed)
-        self._raw, self._tree = rows, again.tree  # only now: what failed is looked at again
+            rebuilder.add(envelope)
+        rebuilder.finish(state)
+        view = LedgerView.from_entries(rows, cosignatures)
+        self._rows, self._tree = rows, rebuilder.tree  # last, so that a failed read is repeated in full
         return view
 
 
 @lru_cache(maxsize=16_384)
-def _unsealed(data: bytes) -> tuple[Statement, tuple[bytes, ...]]:
-    """As `unseal`, remembered: entries never change, and each costs a signature check."""
+def _open_cached(data: bytes) -> tuple[Statement, tuple[bytes, ...]]:
+    """Return `open_statement(data)`. Entries never change, and each one costs a signature check."""
     return open_statement(data)
 
 
-def _times(head: Checkpoint, lines: Sequence[Cosignature], council: Membership) -> dict[bytes, int]:
-    """As `heads.times`, but one bad line beside good ones (anybody can write some) only drops itself."""
-    found = {member: heads.earliest_valid_line(head, lines, member) for member in council.members}
-    return {member: line.time for member, line in found.items() if line is not None}
+def _valid_times(
+    checkpoint: Checkpoint, lines: Sequence[Cosignature], council: Membership
+) -> dict[bytes, int]:
+    """Return each member's earliest valid time; unlike `cosigner_times`, an invalid line is only ignored.
+
+    Any sender can store lines, so an invalid line must not invalidate the members' valid ones.
+    """
+    earliest = {member: earliest_valid_line(checkpoint, lines, member) for member in council.members}
+    return {member: line.time for member, line in earliest.items() if line is not None}
+
+
+def _other_tree_sentence(size: int, times: Mapping[bytes, int], *, is_truncated: bool) -> str:
+    cosigners = ", ".join(member.hex()[:16] for member in sorted(times))
+    state = "is truncated" if is_truncated else "differs from the co-signed tree"
+    return f"The ledger {state}: {cosigners} co-signed another tree of {size} entries."
 
 
 def _in_force(councils: Sequence[tuple[int, Membership]], index: int) -> Membership:
-    at = bisect.bisect_left([i for i, _ in councils], index)
-    return councils[max(at - 1, 0)][1]
+    position = bisect.bisect_left([i for i, _ in councils], index)
+    return councils[max(position - 1, 0)][1]
 
 
-def _read_entries(raw: Mapping[int, bytes]) -> tuple[dict[int, Entry], list[tuple[int, Membership]]]:
+def _read_entries(rows: Mapping[int, bytes]) -> tuple[dict[int, Entry], list[tuple[int, Membership]]]:
     entries: dict[int, Entry] = {}
     councils: list[tuple[int, Membership]] = []
-    seen: dict[bytes, int] = {}
+    first_index: dict[bytes, int] = {}
     current: tuple[Ref, Membership] | None = None
-    for index in sorted(raw):
-        leaf = merkle.leaf_hash(raw[index])
-        entry = _entry(index, leaf, raw[index], entries[0].leaf if entries else None)
-        if leaf in seen:
-            entry = Entry(index, leaf, None, problem=f"repeats entry {seen[leaf]}")
-        seen.setdefault(leaf, index)
+    for index in sorted(rows):
+        leaf = merkle.leaf_hash(rows[index])
+        entry = _entry(index, leaf, rows[index], entries[0].leaf if entries else None)
+        if leaf in first_index:
+            entry = Entry(index, leaf, None, problem=f"The entry repeats entry {first_index[leaf]}.")
+        first_index.setdefault(leaf, index)
         statement = entry.statement
         if isinstance(statement, Membership):
             problem = _membership_problem(statement, entry.signers, current)
@@ -223,21 +257,21 @@ def _read_entries(raw: Mapping[int, bytes]) -> tuple[dict[int, Entry], list[tupl
                 entry = Entry(index, leaf, None, problem=problem)
         if not entries and (index != 0 or not councils):
             raise LedgerError(
-                "does not begin with the membership that founds it; give the right ledger", field="ledger"
+                "Entry 0 is not the membership that creates a ledger. Open another ledger.", field="ledger"
             )
         entries[index] = entry
     if not entries:
-        raise LedgerError("is empty: found it first (jobs/ledger.py found)", field="ledger")
+        raise LedgerError("The ledger is empty. Create it first with jobs/ledger.py create.", field="ledger")
     return entries, councils
 
 
 def _entry(index: int, leaf: bytes, data: bytes, origin: bytes | None) -> Entry:
     try:
-        statement, signers = _unsealed(data)
+        statement, signers = _open_cached(data)
     except ClaimError as error:
         return Entry(index, leaf, None, problem=str(error))
     if statement.ledger != origin:
-        return Entry(index, leaf, None, problem="was made for another ledger")
+        return Entry(index, leaf, None, problem="The statement was made for another ledger.")
     return Entry(index, leaf, statement, signers)
 
 
@@ -245,10 +279,10 @@ def _membership_problem(
     new: Membership, signers: Sequence[bytes], current: tuple[Ref, Membership] | None
 ) -> str | None:
     if current is None:
-        return None if new.previous is None else "changes a council that is not there"
+        return None if new.previous is None else "The membership refers to a missing predecessor."
     ref, council = current
     if new.previous != ref:
-        return "does not follow the membership in force"
+        return "The membership does not follow the membership in force."
     if len(set(signers) & set(council.members)) < council.threshold:
-        return f"is signed by fewer than {council.threshold} of the members in force"
+        return f"The membership has signatures of fewer than {council.threshold} members in force."
     return None

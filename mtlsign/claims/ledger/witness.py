@@ -1,10 +1,10 @@
-"""A witness: co-signs a ledger's heads, and only those that extend everything it has seen.
+"""Witness: co-signs only those checkpoints of a ledger that extend the tree it co-signed before.
 
-It recomputes the tree from the entries themselves, compares it with its own memory, with the ledger's stored
-tree and with the other members' co-signatures, and remembers the new head *before* it publishes its
-signature, so it never signs two trees of one size, whatever dies. Another ledger in the place of the one it
-watched, truncation, reordering, rewriting and forks raise LedgerError, also when they were made with the
-store's own credentials. Its own co-signatures it keeps, and puts them back where somebody deleted them.
+It recomputes the tree from the entries and compares it with its persistent state, with the stored tree and
+with the other members' co-signatures. It persists the new checkpoint *before* publishing its signature. A
+crash therefore cannot make it sign two different trees of the same size. Truncation, reordering, rewriting,
+forks and a replaced ledger raise LedgerError, even if they were made with valid credentials of the store. The
+witness also stores its co-signatures locally and restores lines that were deleted from the store.
 """
 
 from __future__ import annotations
@@ -28,29 +28,35 @@ from mtlsign.watermark.keys.identity import Identity
 
 CLOCK_TOLERANCE_S = 900
 MAX_CATCH_UP = 256
-"""Most heads co-signed in one step."""
+"""Most checkpoints co-signed in one round."""
 
-Signed = Sequence[tuple[Checkpoint, Cosignature]]
+CosignedTrees = Sequence[tuple[Checkpoint, Cosignature]]
 
 
 @dataclass(frozen=True)
 class WitnessRound:
-    """What one step did: the newest head, which sizes got our co-signature, what a person should know."""
+    """Result of one round.
 
-    head: Checkpoint
+    Attributes:
+        checkpoint: the newest checkpoint.
+        cosigned: sizes of the trees that this round co-signed or restored the co-signature of.
+        warnings: sentences for display.
+    """
+
+    checkpoint: Checkpoint
     cosigned: tuple[int, ...]
-    remarks: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 class Witness:
-    """One member's witness of one ledger; its memory is a small file that must outlive the process.
+    """Witness of one member for one ledger. Its state is a small file that must survive the process.
 
     Args:
-        identity: who co-signs.
-        ledger: what it watches.
-        path: its memory. Without one it lies beside the default identity, and the origin of the ledger at
-            this place is pinned there at first use.
-        clock: POSIX seconds.
+        identity: the co-signer.
+        ledger: the observed ledger.
+        path: the state file. Default: next to the default identity; the origin of the ledger in this store
+            is then pinned there at first use.
+        clock: returns POSIX seconds.
     """
 
     def __init__(
@@ -62,145 +68,170 @@ class Witness:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.identity, self.ledger, self.clock = identity, ledger, clock
-        self._place = ledger.place if path is None else None
+        self._pinned_store = ledger.store_id if path is None else None
         if ledger.size() == 0:
-            witness_state.refuse_known_store(identity, ledger.place, path)
+            witness_state.refuse_known_store(identity, ledger.store_id, path)
         self.origin = ledger.origin()
         self.path = path or witness_state.default_path(identity, self.origin)
 
-    def step(self) -> WitnessRound:
-        """Look at the ledger once; co-sign its new heads, smallest first.
+    def run_once(self) -> WitnessRound:
+        """Check the ledger once and co-sign its new checkpoints, smallest first.
 
         Raises:
-            LedgerError: the ledger is not an extension of what this witness saw, or contradicts itself.
-            KeyMaterialError: the memory file is damaged.
+            LedgerError: the ledger does not extend the tree that this witness co-signed, or is inconsistent.
+            KeyMaterialError: the state file is damaged.
         """
         with self._locked():
-            old = witness_state.load(self.identity, self.path)
-            self._know(old)
-            others = self.ledger.cosignatures(self.origin)
-            state = self.ledger.state()
-            size = state.size
-            if old is not None and size < old.tree.size:
-                raise self._alarm(f"is cut short: {size} entries, {old.tree.size} were co-signed")
-            ours = witness_state.remembered_lines(self.path)
-            proposed = {head.size for head, _ in others if head.size <= size} | {size}
-            proposed |= {at for at, _ in ours}
-            trees, remarks = self._recompute(old, state, proposed)
-            roots = {at: tree.root() for at, tree in trees.items()}
-            if old is not None and old.tree.size and roots[old.tree.size] != old.tree.root():
-                raise self._alarm(f"is rewritten: its first {old.tree.size} entries are others")
-            remarks += self._compare(others, roots, size)
-            if not self.ledger.freshness().current:
-                raise self._alarm("is not read from a majority of its servers")
-            have, back = self._put_back(others, ours, roots)
-            if back:
-                named = ", ".join(map(str, back[:8]))
-                remarks.append(f"our co-signatures of {named} entries were gone; they are back")
-            done = self._sign(old, have, trees, size, remarks)
-            return replace(done, cosigned=(*back, *done.cosigned))
+            state = witness_state.load(self.identity, self.path)
+            self._check_origin(state)
+            cosignatures = self.ledger.cosignatures(self.origin)
+            stored_tree = self.ledger.tree_state()
+            size = stored_tree.size
+            if state is not None and size < state.tree.size:
+                raise self._inconsistency_error(
+                    f"The ledger is truncated: it has {size} entries, {state.tree.size} were co-signed"
+                )
+            own_lines = witness_state.load_own_lines(self.path)
+            sizes = {checkpoint.size for checkpoint, _ in cosignatures if checkpoint.size <= size} | {size}
+            sizes |= {own_size for own_size, _ in own_lines}
+            trees, warnings = self._recompute(state, stored_tree, sizes)
+            roots = {tree_size: tree.root() for tree_size, tree in trees.items()}
+            if state is not None and state.tree.size and roots[state.tree.size] != state.tree.root():
+                raise self._inconsistency_error(
+                    f"The ledger is rewritten: its first {state.tree.size} entries differ from the co-signed "
+                    "ones"
+                )
+            warnings += self._check_cosignatures(cosignatures, roots, size)
+            if not self.ledger.staleness().current:
+                raise self._inconsistency_error("The ledger is not read from a majority of its servers")
+            own_sizes, restored = self._restore_missing_lines(cosignatures, own_lines, roots)
+            if restored:
+                names = ", ".join(map(str, restored[:8]))
+                warnings.append(f"Own co-signatures of {names} entries were missing and are restored.")
+            result = self._sign(state, own_sizes, trees, size, warnings)
+            return replace(result, cosigned=(*restored, *result.cosigned))
 
-    def _know(self, old: WitnessState | None) -> None:
-        """Refuse another ledger than the one that the memory, or the pin of this place, is about."""
-        known = old.origin if old is not None else None
-        if self._place is not None:
-            known = witness_state.pinned_origin(self.identity, self._place) or known
-        if known is not None and known != self.origin:
-            where = witness_state.pin_path(self.identity, self._place) if self._place else self.path
-            raise self._alarm(
-                f"is another ledger (origin {self.origin.hex()[:16]}…) than the one this witness watches "
-                f"here ({known.hex()[:16]}…, {where})"
+    def _check_origin(self, state: WitnessState | None) -> None:
+        """Raise LedgerError for another ledger than that of the state, or of the pin of this store."""
+        expected = state.origin if state is not None else None
+        if self._pinned_store is not None:
+            expected = witness_state.pinned_origin(self.identity, self._pinned_store) or expected
+        if expected is not None and expected != self.origin:
+            file = self.path
+            if self._pinned_store is not None:
+                file = witness_state.pin_path(self.identity, self._pinned_store)
+            raise self._inconsistency_error(
+                f"This is another ledger (origin {self.origin.hex()[:16]}…) than the one that this witness "
+                f"observes here ({expected.hex()[:16]}…, {file})"
             )
-        if self._place is not None and known is None:
-            witness_state.pin_origin(self.identity, self._place, self.origin)
+        if self._pinned_store is not None and expected is None:
+            witness_state.pin_origin(self.identity, self._pinned_store, self.origin)
 
     def _recompute(
-        self, old: WitnessState | None, state: merkle.CompactRange, wanted: set[int]
+        self, state: WitnessState | None, stored_tree: merkle.CompactRange, sizes: set[int]
     ) -> tuple[dict[int, merkle.CompactRange], list[str]]:
-        """The trees of the wanted sizes, from the entries alone; every stored node is compared on the way."""
-        again, trees = TreeRebuilder(self.ledger), {0: merkle.CompactRange()}
-        seen: set[bytes] = set()
-        remarks: list[str] = []
-        start = 0 if old is None else old.tree.size
+        """Return the trees of the given sizes, recomputed from the entries, and warnings about entries.
+
+        Every stored node is compared with the recomputed one.
+        """
+        rebuilder, trees = TreeRebuilder(self.ledger), {0: merkle.CompactRange()}
+        leaves: set[bytes] = set()
+        warnings: list[str] = []
+        start = 0 if state is None else state.tree.size
         now = int(self.clock())
         try:
-            for index, envelope in enumerate(self.ledger.scan(0, state.size)):
-                leaf = again.add(envelope)
-                if leaf in seen:
-                    remarks.append(f"entry {index} repeats an earlier one")
-                seen.add(leaf)
-                tree = again.tree
-                if tree.size in wanted or tree.size == start:
+            for index, envelope in enumerate(self.ledger.scan(0, stored_tree.size)):
+                leaf = rebuilder.add(envelope)
+                if leaf in leaves:
+                    warnings.append(f"Entry {index} repeats an earlier one.")
+                leaves.add(leaf)
+                tree = rebuilder.tree
+                if tree.size in sizes or tree.size == start:
                     trees[tree.size] = merkle.CompactRange(tree.size, tree.hashes)
                 if index >= start:
-                    remarks += _clock_remark(index, envelope, old, now)
-            again.finish(state)
+                    warnings += _entry_warnings(index, envelope, state, now)
+            rebuilder.finish(stored_tree)
         except LedgerError as error:
-            raise self._alarm(error.detail) from None
-        return trees, remarks
+            raise self._inconsistency_error(error.detail.rstrip(".")) from None
+        return trees, warnings
 
-    def _compare(self, others: Signed, roots: dict[int, bytes], size: int) -> list[str]:
-        """Remarks for each valid co-signature of another tree. Our own on another tree is an alarm."""
-        remarks = []
-        for head, line in others:
-            if head.size <= size and roots.get(head.size) == head.root:
+    def _check_cosignatures(
+        self, cosignatures: CosignedTrees, roots: dict[int, bytes], size: int
+    ) -> list[str]:
+        """Return a warning for each valid co-signature of another tree; raise if it is the witness's own."""
+        warnings = []
+        for checkpoint, line in cosignatures:
+            if checkpoint.size <= size and roots.get(checkpoint.size) == checkpoint.root:
                 continue
             member = _member(line)
-            if member is None or not line.holds(head.body(), member):
+            if member is None or not line.is_valid_for(checkpoint.body(), member):
                 continue
             if member == self.identity.public_key:
-                raise self._alarm(f"shows our own co-signature of another tree of {head.size} entries")
-            what = "more entries than there are" if head.size > size else "another tree"
-            remarks.append(f"FORK: {member.hex()[:16]} co-signed {what} at size {head.size}")
-        return remarks
+                raise self._inconsistency_error(
+                    f"The ledger has an own co-signature of another tree of {checkpoint.size} entries"
+                )
+            tree = "more entries than the ledger has" if checkpoint.size > size else "another tree"
+            warnings.append(f"FORK: {member.hex()[:16]} co-signed {tree} at size {checkpoint.size}.")
+        return warnings
 
-    def _put_back(
-        self, others: Signed, ours: list[tuple[int, str]], roots: dict[int, bytes]
+    def _restore_missing_lines(
+        self, cosignatures: CosignedTrees, own_lines: list[tuple[int, str]], roots: dict[int, bytes]
     ) -> tuple[set[int], list[int]]:
-        """The sizes that we co-signed; and those whose lines were gone from the store (or never got there)
-        and are stored again: without them entries would lose their time.
+        """Store own lines again that the ledger lacks; otherwise entries would lose their time.
+
+        Returns:
+            The sizes that this witness co-signed, and those whose lines were restored.
         """
-        me, back = self.identity.public_key, []
-        stored = {(head.size, head.root, line.line()) for head, line in others}
-        have = {head.size for head, line in others if line.holds(head.body(), me)}
-        for size, text in ours:
+        public_key, restored = self.identity.public_key, []
+        stored = {(checkpoint.size, checkpoint.root, line.to_line()) for checkpoint, line in cosignatures}
+        own_sizes = {
+            checkpoint.size
+            for checkpoint, line in cosignatures
+            if line.is_valid_for(checkpoint.body(), public_key)
+        }
+        for size, text in own_lines:
             if size not in roots or (size, roots[size], text) in stored:
                 continue
-            head = Checkpoint(self.origin, size, roots[size])
+            checkpoint = Checkpoint(self.origin, size, roots[size])
             try:
                 line = checkpoints.parse_line(text)
             except ClaimError:
                 continue
-            if line.holds(head.body(), me):
-                self.ledger.cosign(head, line)
-                have.add(size)
-                back.append(size)
-        return have, back
+            if line.is_valid_for(checkpoint.body(), public_key):
+                self.ledger.store_cosignature(checkpoint, line)
+                own_sizes.add(size)
+                restored.append(size)
+        return own_sizes, restored
 
     def _sign(
-        self, old: WitnessState | None, have: set[int], trees: dict[int, merkle.CompactRange], size: int,
-        remarks: list[str],
+        self, state: WitnessState | None, own_sizes: set[int], trees: dict[int, merkle.CompactRange],
+        size: int, warnings: list[str],
     ) -> WitnessRound:  # fmt: skip
-        seen = 0 if old is None else old.tree.size
-        sizes = sorted(s for s in trees if s >= max(seen, 1) and s not in have)[-MAX_CATCH_UP:]
+        last_size = 0 if state is None else state.tree.size
+        sizes = sorted(s for s in trees if s >= max(last_size, 1) and s not in own_sizes)[-MAX_CATCH_UP:]
         now = int(self.clock())
-        if old is not None and now < old.time:
-            remarks.append(f"our own clock went back by {old.time - now} s; {old.time} is signed instead")
-            now = old.time
-        for each in sizes:
-            witness_state.save(self.identity, self.path, WitnessState(self.origin, trees[each], now))
-            head = Checkpoint(self.origin, each, trees[each].root())
-            line = checkpoints.cosign(self.identity, head, now)
-            witness_state.append_own_line(self.path, each, line.line())
-            self.ledger.cosign(head, line)
-        return WitnessRound(Checkpoint(self.origin, size, trees[size].root()), tuple(sizes), tuple(remarks))
+        if state is not None and now < state.time:
+            warnings.append(f"Own clock went back by {state.time - now} s; {state.time} is signed instead.")
+            now = state.time
+        for tree_size in sizes:
+            tree = trees[tree_size]
+            witness_state.save(self.identity, self.path, WitnessState(self.origin, tree, now))
+            checkpoint = Checkpoint(self.origin, tree_size, tree.root())
+            line = checkpoints.cosign(self.identity, checkpoint, now)
+            witness_state.append_own_line(self.path, tree_size, line.to_line())
+            self.ledger.store_cosignature(checkpoint, line)
+        newest = Checkpoint(self.origin, size, trees[size].root())
+        return WitnessRound(newest, tuple(sizes), tuple(warnings))
 
-    def _alarm(self, what: str) -> LedgerError:
-        fresh = self.ledger.freshness()
-        if not fresh.current:  # an old copy looks like a truncated ledger and is none
-            return LedgerError(f"{fresh.note}; nothing was signed: try again later", field="ledger")
-        fix = f"nothing was signed: keep {self.path} and ask the other members"
-        return LedgerError(f"{what}; {fix}", field="ledger")
+    def _inconsistency_error(self, problem: str) -> LedgerError:
+        """Return the error for a problem, which is a sentence without its full stop."""
+        consistency = self.ledger.staleness()
+        if not consistency.current:  # an old copy looks truncated although the ledger is intact
+            note = consistency.note.rstrip(".")
+            return LedgerError(f"{note}; nothing was signed. Try once more later.", field="ledger")
+        return LedgerError(
+            f"{problem}; nothing was signed. Keep {self.path} and ask the other members.", field="ledger"
+        )
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -211,25 +242,26 @@ class Witness:
                 yield
         except OSError as error:
             raise KeyMaterialError(
-                f"{self.path}: {error.strerror}; name another file", field="memory"
+                f"{self.path}: {error.strerror}. Pass another file.", field=witness_state.FIELD
             ) from None
 
 
 def _member(line: Cosignature) -> bytes | None:
     try:
-        found = bytes.fromhex(line.name.removeprefix(checkpoints.MEMBER))
+        public_key = bytes.fromhex(line.name.removeprefix(checkpoints.MEMBER))
     except ValueError:
         return None
-    return found if len(found) == 32 and line.name == checkpoints.MEMBER + found.hex() else None
+    is_member = len(public_key) == 32 and line.name == checkpoints.MEMBER + public_key.hex()
+    return public_key if is_member else None
 
 
-def _clock_remark(index: int, envelope: bytes, old: WitnessState | None, now: int) -> list[str]:
+def _entry_warnings(index: int, envelope: bytes, state: WitnessState | None, now: int) -> list[str]:
     try:
-        said = open_statement(envelope)[0].time
+        stated_time = open_statement(envelope)[0].time
     except ClaimError:
-        return [f"entry {index} is no statement"]
-    if said > now + CLOCK_TOLERANCE_S:
-        return [f"entry {index} says that it comes from {said - now} s ahead"]
-    if old is not None and said < old.time - CLOCK_TOLERANCE_S:
-        return [f"entry {index} is back-dated: it says {said}, but was not there at {old.time}"]
+        return [f"Entry {index} is not a statement."]
+    if stated_time > now + CLOCK_TOLERANCE_S:
+        return [f"Entry {index} is dated {stated_time - now} s in the future."]
+    if state is not None and stated_time < state.time - CLOCK_TOLERANCE_S:
+        return [f"Entry {index} is back-dated: it is dated {stated_time}, but was missing at {state.time}."]
     return []

@@ -1,10 +1,10 @@
-"""What a witness keeps on disk: the tree it co-signed last, its own lines, and which ledger lies where.
+"""Persistent state of a witness: the last co-signed tree, the witness's own lines, and pinned origins.
 
-    <memory>                 origin, frontier, time: what the next head must extend
-    <memory>.lines           its co-signatures, one a line, so that deleting them from a store does not last
-    …/witness/…-at-….json    without a named memory: origin of the ledger at this place, pinned at first use
+    <state>                  origin, tree and time that the next checkpoint must extend
+    <state>.lines            the witness's co-signatures, one per line, to restore lines deleted from a store
+    …/witness/…-at-….json    without a named state: origin of the ledger in this store, pinned at first use
 
-The first and the last carry a keyed checksum, so a flipped bit or a stranger's edit is seen.
+The first and the last file are protected by an HMAC, which detects corruption and modification.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import hashlib
 import hmac
 import json
 import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mtlsign.claims import merkle
 from mtlsign.errors import KeyMaterialError, LedgerError
+from mtlsign.storage.local import atomic_write
 from mtlsign.storage.strict_json import parse_strict_json, require_fields, require_hex
 from mtlsign.watermark.keys.identity import Identity, default_identity_path
 
 VERSION = "mtlsign/witness/v0"
 PIN_VERSION = "mtlsign/place/v0"
+FIELD = "witness-state"
 MAX_STATE = 64 * 1024
 MAX_LINES = 64 * 2**20
 _FIELDS = ("version", "public_key", "origin", "size", "frontier", "time", "check")
@@ -32,7 +33,7 @@ _FIELDS = ("version", "public_key", "origin", "size", "frontier", "time", "check
 
 @dataclass(frozen=True)
 class WitnessState:
-    """What a witness last co-signed: ledger, tree (as its frontier), and the time it gave."""
+    """Last co-signature of a witness: origin of the ledger, tree, and time by the witness's clock."""
 
     origin: bytes
     tree: merkle.CompactRange
@@ -40,115 +41,145 @@ class WitnessState:
 
 
 def default_path(identity: Identity, origin: bytes) -> Path:
-    """Where a witness keeps its memory: beside the default identity, one file for each ledger."""
+    """Return the default path of a witness's state: one file per ledger, next to the default identity."""
     return _folder() / f"{identity.public_key.hex()[:16]}-{origin.hex()[:16]}.json"
 
 
 def load(identity: Identity, path: Path) -> WitnessState | None:
-    """The memory in that file; None where there is none.
+    """Return the state stored at `path`, or None if the file does not exist.
 
     Raises:
-        KeyMaterialError: it is damaged, or another witness's.
+        KeyMaterialError: the file is damaged or belongs to another witness.
     """
-    got = _read(path, *_FIELDS)
-    if got is None:
+    fields = _read(path, *_FIELDS)
+    if fields is None:
         return None
-    if _hex(got["public_key"]) != identity.public_key or got["version"] != VERSION:
-        raise KeyMaterialError("is another witness's; name your own file", field="memory")
-    listed, size, stamp = got["frontier"], got["size"], got["time"]
-    if not isinstance(listed, list) or type(size) is not int or type(stamp) is not int:
-        raise _damaged(path)
+    if _hex(fields["public_key"]) != identity.public_key or fields["version"] != VERSION:
+        raise KeyMaterialError(
+            "The file belongs to another witness. Pass the file of this identity.", field=FIELD
+        )
+    hashes, size, time = fields["frontier"], fields["size"], fields["time"]
+    if not isinstance(hashes, list) or type(size) is not int or type(time) is not int:
+        raise _damaged_error(path)
     try:
-        tree = merkle.CompactRange(size, [_hex(one) for one in listed])
+        tree = merkle.CompactRange(size, [_hex(digest) for digest in hashes])
     except ValueError:
-        raise _damaged(path) from None
-    found = WitnessState(_hex(got["origin"]), tree, stamp)
-    if _hex(got["check"]) != _check(identity, found):
-        raise _damaged(path)
-    return found
+        raise _damaged_error(path) from None
+    state = WitnessState(_hex(fields["origin"]), tree, time)
+    if _hex(fields["check"]) != _state_mac(identity, state):
+        raise _damaged_error(path)
+    return state
 
 
-def save(identity: Identity, path: Path, memory: WitnessState) -> None:
-    """Replace the memory, whole or not at all; when this returns it is on the disk."""
+def save(identity: Identity, path: Path, state: WitnessState) -> None:
+    """Replace the state atomically; when the function returns, the file is on the disk.
+
+    Args:
+        identity: the witness; its kit key authenticates the file.
+        path: file to write.
+        state: the new state.
+    """
     _write(
         path,
         {
             "version": VERSION,
             "public_key": identity.public_key.hex(),
-            "origin": memory.origin.hex(),
-            "size": memory.tree.size,
-            "frontier": [one.hex() for one in memory.tree.hashes],
-            "time": memory.time,
-            "check": _check(identity, memory).hex(),
+            "origin": state.origin.hex(),
+            "size": state.tree.size,
+            "frontier": [digest.hex() for digest in state.tree.hashes],
+            "time": state.time,
+            "check": _state_mac(identity, state).hex(),
         },
     )
 
 
 def append_own_line(path: Path, size: int, line: str) -> None:
-    """Add one of our co-signatures, `size` entries of the ledger, before it is published."""
-    with open(_lines(path), "a", encoding="utf-8") as file:
-        file.write(f"\n{size} {line}")  # the break first: a torn line damages only itself
+    """Append one co-signature to the state's lines, before it is published.
+
+    Args:
+        path: file of the state.
+        size: number of entries of the co-signed tree.
+        line: line of the signed note.
+    """
+    with open(_lines_path(path), "a", encoding="utf-8") as file:
+        file.write(f"\n{size} {line}")  # line break first, so that a torn line damages only itself
         file.flush()
         os.fsync(file.fileno())
 
 
-def remembered_lines(path: Path) -> list[tuple[int, str]]:
-    """Our co-signatures as (size, note line), at most 64 MiB of the newest. Nothing is verified here."""
-    found: list[tuple[int, str]] = []
+def load_own_lines(path: Path) -> list[tuple[int, str]]:
+    """Return the witness's co-signatures as (size, line of the note), unverified; at most the last 64 MiB."""
+    lines: list[tuple[int, str]] = []
     try:
-        with open(_lines(path), "rb") as file:
+        with open(_lines_path(path), "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_LINES))
             data = file.read(MAX_LINES)
     except FileNotFoundError:
-        return found
+        return lines
     for row in data.decode("utf-8", "replace").splitlines():
         size, _, line = row.partition(" ")
         if size.isascii() and size.isdigit() and len(size) < 15:
-            found.append((int(size), line))
-    return found
+            lines.append((int(size), line))
+    return lines
 
 
-def pin_path(identity: Identity, place: str) -> Path:
-    """Where the origin of the ledger at `place` is pinned."""
-    name = hashlib.sha256(place.encode()).hexdigest()[:16]
+def pin_path(identity: Identity, store_id: str) -> Path:
+    """Return the file that pins the origin of the ledger in the store `store_id`."""
+    name = hashlib.sha256(store_id.encode()).hexdigest()[:16]
     return _folder() / f"{identity.public_key.hex()[:16]}-at-{name}.json"
 
 
-def pinned_origin(identity: Identity, place: str) -> bytes | None:
-    """Origin of the ledger that this identity knew at `place`; None: it was never there.
+def pinned_origin(identity: Identity, store_id: str) -> bytes | None:
+    """Return the origin pinned for this identity and store, or None if there is none.
 
     Raises:
         KeyMaterialError: the pin is damaged.
     """
-    path = pin_path(identity, place)
-    got = _read(path, "version", "place", "origin", "check")
-    if got is None:
+    path = pin_path(identity, store_id)
+    fields = _read(path, "version", "place", "origin", "check")
+    if fields is None:
         return None
-    origin = _hex(got["origin"])
-    right = got["version"] == PIN_VERSION and got["place"] == place
-    if not right or _hex(got["check"]) != _pin_check(identity, place, origin):
-        raise _damaged(path)
+    origin = _hex(fields["origin"])
+    matches = fields["version"] == PIN_VERSION and fields["place"] == store_id
+    if not matches or _hex(fields["check"]) != _pin_mac(identity, store_id, origin):
+        raise _damaged_error(path)
     return origin
 
 
-def pin_origin(identity: Identity, place: str, origin: bytes) -> None:
-    """Remember that the ledger at `place` is `origin`."""
-    check = _pin_check(identity, place, origin).hex()
+def pin_origin(identity: Identity, store_id: str, origin: bytes) -> None:
+    """Pin the origin of the ledger in a store.
+
+    Args:
+        identity: the witness.
+        store_id: `Ledger.store_id`.
+        origin: leaf hash of entry 0, 32 bytes.
+    """
+    mac = _pin_mac(identity, store_id, origin).hex()
     _write(
-        pin_path(identity, place),
-        {"version": PIN_VERSION, "place": place, "origin": origin.hex(), "check": check},
+        pin_path(identity, store_id),
+        {"version": PIN_VERSION, "place": store_id, "origin": origin.hex(), "check": mac},
     )
 
 
-def refuse_known_store(identity: Identity, place: str, path: Path | None) -> None:
-    """Raises LedgerError when a ledger is about to be founded where this witness already knew one."""
-    old = load(identity, path) if path is not None else None
-    origin = old.origin if old is not None else (None if path is not None else pinned_origin(identity, place))
+def refuse_known_store(identity: Identity, store_id: str, path: Path | None) -> None:
+    """Check that this witness does not know an earlier ledger in a store where one is about to be created.
+
+    Args:
+        identity: the witness.
+        store_id: `Ledger.store_id`.
+        path: the witness's state file; without one the pin is checked.
+
+    Raises:
+        LedgerError: the witness knows an earlier ledger there.
+    """
+    state = load(identity, path) if path is not None else None
+    pinned = pinned_origin(identity, store_id) if path is None else None
+    origin = state.origin if state is not None else pinned
     if origin is not None:
-        where = path or pin_path(identity, place)
+        file = path or pin_path(identity, store_id)
         raise LedgerError(
-            f"was there before, with origin {origin.hex()[:16]}…, and is gone: restore it; if you mean to "
-            f"begin anew, delete {where}",
+            f"This store held the ledger with origin {origin.hex()[:16]}…, which is missing now. Restore it. "
+            f"To create a new ledger instead, delete {file}.",
             field="ledger",
         )
 
@@ -157,25 +188,25 @@ def _folder() -> Path:
     return default_identity_path().parent / "witness"
 
 
-def _lines(path: Path) -> Path:
+def _lines_path(path: Path) -> Path:
     return path.with_name(path.name + ".lines")
 
 
-def _check(identity: Identity, memory: WitnessState) -> bytes:
-    text = f"{memory.origin.hex()} {memory.tree.size} {memory.time} {memory.tree.root().hex()}"
+def _state_mac(identity: Identity, state: WitnessState) -> bytes:
+    text = f"{state.origin.hex()} {state.tree.size} {state.time} {state.tree.root().hex()}"
     return hmac.digest(identity.kit_key, b"mtlsign/v0/witness\n" + text.encode(), "sha256")
 
 
-def _pin_check(identity: Identity, place: str, origin: bytes) -> bytes:
-    return hmac.digest(identity.kit_key, b"mtlsign/v0/place\n" + origin + place.encode(), "sha256")
+def _pin_mac(identity: Identity, store_id: str, origin: bytes) -> bytes:
+    return hmac.digest(identity.kit_key, b"mtlsign/v0/place\n" + origin + store_id.encode(), "sha256")
 
 
 def _hex(value: object) -> bytes:
-    return require_hex(value, "memory", 32)
+    return require_hex(value, FIELD, 32)
 
 
-def _damaged(path: Path) -> KeyMaterialError:
-    return KeyMaterialError(f"{path} is damaged; restore it from a copy", field="memory")
+def _damaged_error(path: Path) -> KeyMaterialError:
+    return KeyMaterialError(f"{path} is damaged. Restore it from a copy.", field=FIELD)
 
 
 def _read(path: Path, *names: str) -> dict[str, object] | None:
@@ -184,18 +215,8 @@ def _read(path: Path, *names: str) -> dict[str, object] | None:
             data = file.read(MAX_STATE + 1)
     except FileNotFoundError:
         return None
-    return require_fields(parse_strict_json(data, limit=MAX_STATE, where="memory"), "memory", *names)
+    return require_fields(parse_strict_json(data, limit=MAX_STATE, where=FIELD), FIELD, *names)
 
 
 def _write(path: Path, fields: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(json.dumps(fields, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    atomic_write(path, (json.dumps(fields, indent=1) + "\n").encode())

@@ -1,1 +1,1 @@
-"""Signed statements: types, parsing, envelopes and commitments."""
+"""Signed statements: types, parser, envelopes and commitments."""

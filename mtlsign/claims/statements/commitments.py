@@ -1,12 +1,12 @@
-"""Hiding commitments: hashes of secret things that say nothing until their salt is shown.
+"""Hiding commitments: salted hashes that reveal nothing about their content until the salt is opened.
 
-    hide(kind, salt, part…) = SHA-256( lp("mtlsign/v0/hiding/" ‖ kind) ‖ lp(salt) ‖ lp(part) … )
+    commit(kind, salt, part…) = SHA-256( lp("mtlsign/v0/hiding/" ‖ kind) ‖ lp(salt) ‖ lp(part) … )
 
-The author's public key is a part (of a key it is one already): a commitment copied by somebody else opens for
-nobody, also after its salt was shown.
+The author's public key is one of the parts (a watermark key already contains it). A commitment copied by
+another party therefore cannot be opened under that party's name, even after the salt is public.
 
-Salts are 32 bytes. An owner derives them from the identity's kit key and the publication's random nonce, so
-that identity and kit are all that a claim will need, and nothing else has to be kept (or can be lost).
+Salts are 32 bytes. The owner derives them from the identity's kit key and the random nonce of the
+publication. A claim thus needs only identity and kit, and no further secret has to be stored.
 """
 
 from __future__ import annotations
@@ -20,54 +20,77 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from mtlsign.claims import merkle
 from mtlsign.watermark.keys.identity import length_prefixed
 
-SALT = 32
+SALT_BYTES = 32
 KEYED = b"keyed"
-"""What stands for the head of a kit whose head is derived from the key."""
+"""Placeholder for the head of a kit whose head is derived from its key."""
 
 
 def commit(kind: str, salt: bytes, *parts: bytes) -> bytes:
-    """The commitment, 32 bytes; `salt` has 32."""
-    if len(salt) != SALT:
+    """Return the commitment to `parts`, 32 bytes.
+
+    Args:
+        kind: domain of the commitment: "key", "head" or "model".
+        salt: 32 bytes.
+        parts: the committed byte strings, in order.
+    """
+    if len(salt) != SALT_BYTES:
         raise ValueError("a salt has 32 bytes")
-    whole = (
+    message = (
         length_prefixed(b"mtlsign/v0/hiding/" + kind.encode())
         + length_prefixed(salt)
         + b"".join(map(length_prefixed, parts))
     )
-    return hashlib.sha256(whole).digest()
+    return hashlib.sha256(message).digest()
 
 
-def derive_salt(kit_key: bytes, nonce: bytes, kind: str, *about: bytes) -> bytes:
-    """The owner's salt for one commitment: HKDF-SHA256(kit key, salt = nonce, info = kind and what it is
-    about).
+def derive_salt(kit_key: bytes, nonce: bytes, kind: str, *context: bytes) -> bytes:
+    """Return the owner's salt of one commitment, 32 bytes: HKDF-SHA256 with the nonce as its salt.
+
+    Args:
+        kit_key: the identity's kit key, 32 bytes.
+        nonce: the publication's nonce, 32 bytes.
+        kind: domain of the commitment, as in `commit`.
+        context: public parts that distinguish commitments of one kind, for example the watermark key.
     """
-    info = length_prefixed(b"mtlsign/v0/salt/" + kind.encode()) + b"".join(map(length_prefixed, about))
-    return HKDF(hashes.SHA256(), SALT, nonce, info).derive(kit_key)
+    info = length_prefixed(b"mtlsign/v0/salt/" + kind.encode()) + b"".join(map(length_prefixed, context))
+    return HKDF(hashes.SHA256(), SALT_BYTES, nonce, info).derive(kit_key)
 
 
 def commit_key(salt: bytes, key: bytes) -> bytes:
-    """hash(key) of the paper."""
+    """Return the commitment to a watermark key: hash(key) of the paper."""
     return commit("key", salt, key)
 
 
 def commit_heads(salt: bytes, author: bytes, heads: Sequence[bytes | None]) -> bytes:
-    """hash(c_WM) of the paper: SHA-256 of each key's free head, None for a head derived from its key."""
+    """Return the commitment to the watermark heads: hash(c_WM) of the paper.
+
+    Args:
+        salt: 32 bytes.
+        author: public key of the author, 32 bytes.
+        heads: for each key the SHA-256 of its trained head, or None for a head derived from the key.
+    """
     return commit("head", salt, author, *(KEYED if head is None else head for head in heads))
 
 
 def commit_model(salt: bytes, author: bytes, digest: bytes) -> bytes:
-    """The marked model, by its digest."""
+    """Return the commitment to the marked model.
+
+    Args:
+        salt: 32 bytes.
+        author: public key of the author, 32 bytes.
+        digest: SHA-256 of the model's safetensors bytes.
+    """
     return commit("model", salt, author, digest)
 
 
-def keys_root(hidden: Sequence[bytes]) -> bytes:
-    """Merkle root over the hidden keys, in the order in which they will be opened."""
-    return merkle.root_from_leaves(merkle.leaf_hash(one) for one in hidden)
+def keys_root(key_commitments: Sequence[bytes]) -> bytes:
+    """Return the Merkle root over key commitments, in the order in which the keys will be opened."""
+    return merkle.root_from_leaves(merkle.leaf_hash(commitment) for commitment in key_commitments)
 
 
-def key_path(hidden: Sequence[bytes], index: int) -> list[bytes]:
-    """Inclusion path of hidden key `index`."""
+def key_path(key_commitments: Sequence[bytes], index: int) -> list[bytes]:
+    """Return the inclusion path of key commitment number `index`."""
     tree, nodes = merkle.CompactRange(), {}
-    for one in hidden:
-        nodes.update({(level, i): h for level, i, h in tree.append(merkle.leaf_hash(one))})
-    return merkle.inclusion_path(lambda level, i: nodes[level, i], index, len(hidden))
+    for commitment in key_commitments:
+        nodes.update({(level, i): h for level, i, h in tree.append(merkle.leaf_hash(commitment))})
+    return merkle.inclusion_path(lambda level, i: nodes[level, i], index, len(key_commitments))

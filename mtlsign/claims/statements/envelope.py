@@ -1,8 +1,9 @@
-"""DSSE envelopes: who signed which bytes (https://github.com/secure-systems-lab/dsse, v1).
+"""DSSE v1 envelopes: a payload and Ed25519 signatures over it (https://github.com/secure-systems-lab/dsse).
 
-The payload is signed as it is. The envelope's own JSON has one spelling only, so that nobody can make a
-second ledger entry out of somebody else's signed statement. `securesystemslib` gives the pre-authentication
-encoding and the JSON form; reading is ours, because a stranger's envelope must mean one thing or nothing.
+The payload is signed byte by byte. The envelope's own JSON has exactly one encoding; otherwise a second
+ledger entry could be made from a statement that another party signed. `securesystemslib` provides the
+pre-authentication encoding and the JSON form. Reading is implemented here because an untrusted envelope must
+have one meaning or be rejected.
 """
 
 from __future__ import annotations
@@ -27,90 +28,109 @@ MAX_SIGNATURES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """A checked envelope: its payload and the public keys whose signatures hold, in rising order."""
+class OpenedEnvelope:
+    """Verified envelope: its payload and the public keys of its signers in ascending order."""
 
     payload: bytes
     signers: tuple[bytes, ...]
 
 
 def sign(payload: bytes, *identities: Identity) -> bytes:
-    """The envelope of a payload, signed by each identity. Raises ClaimError when it would be over 64 KiB."""
+    """Return the envelope of `payload` signed by each identity.
+
+    Raises:
+        ClaimError: the envelope would be over 64 KiB.
+    """
     message = Envelope(payload, PAYLOAD_TYPE, {}).pae()
     return encode(payload, ((identity.public_key, identity.sign(message)) for identity in identities))
 
 
 def encode(payload: bytes, signatures: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """The one spelling of an envelope with these (public key, signature) pairs; nothing is verified."""
-    found = {key.hex(): Signature(key.hex(), signature.hex()) for key, signature in sorted(signatures)}
-    data = json.dumps(Envelope(payload, PAYLOAD_TYPE, found).to_dict(), separators=(",", ":")).encode()
-    if len(data) > MAX_ENVELOPE or not 1 <= len(found) <= MAX_SIGNATURES:
+    """Return the unique encoding of an envelope with these (public key, signature) pairs, unverified.
+
+    Raises:
+        ClaimError: the envelope is over 64 KiB, or has no signature or more than 64.
+    """
+    by_key = {key.hex(): Signature(key.hex(), signature.hex()) for key, signature in sorted(signatures)}
+    data = json.dumps(Envelope(payload, PAYLOAD_TYPE, by_key).to_dict(), separators=(",", ":")).encode()
+    if len(data) > MAX_ENVELOPE or not 1 <= len(by_key) <= MAX_SIGNATURES:
         raise ClaimError(
-            f"takes {len(data)} bytes and {len(found)} signatures; {MAX_ENVELOPE} and {MAX_SIGNATURES} "
-            "are allowed: say less",
+            f"The envelope has {len(data)} bytes and {len(by_key)} signatures. Use at most {MAX_ENVELOPE} "
+            f"bytes and 1 to {MAX_SIGNATURES} signatures.",
             field="statement",
         )
     return data
 
 
 def merge(*envelopes: bytes) -> bytes:
-    """One envelope with the signatures of all: several members sign one payload apart.
+    """Return one envelope with the signatures of all `envelopes`, which were signed separately.
 
     Raises:
-        ClaimError: one of them is damaged, or their payloads differ.
+        ClaimError: an envelope is damaged, or the payloads differ.
     """
-    found: dict[bytes, bytes] = {}
+    all_signatures: dict[bytes, bytes] = {}
     payloads = set()
     for envelope in envelopes:
         payload, signatures = _read(envelope)
         payloads.add(payload)
-        found.update(signatures)
+        all_signatures.update(signatures)
     if len(payloads) != 1:
-        raise ClaimError("hold different statements; sign one and the same file", field="statement")
-    return encode(payloads.pop(), found.items())
+        raise ClaimError(
+            "The envelopes contain different statements. Sign one and the same file.", field="statement"
+        )
+    return encode(payloads.pop(), all_signatures.items())
 
 
-def open_envelope(data: bytes) -> Opened:
-    """Read an envelope from anywhere and check every signature in it.
+def open_envelope(data: bytes) -> OpenedEnvelope:
+    """Read an untrusted envelope and verify every signature in it.
 
     Raises:
-        ClaimError: it is not one well-formed envelope in its one spelling, or any signature does not hold.
+        ClaimError: it is not an envelope in its unique encoding, or a signature is invalid.
     """
     payload, signatures = _read(data)
     message = Envelope(payload, PAYLOAD_TYPE, {}).pae()
     for key, signature in signatures.items():
         if not is_valid_signature(key, signature, message):
             raise ClaimError(
-                "does not fit the statement; take the entry from the ledger again", field="signature"
+                "The signature does not match the statement. Fetch the entry from the ledger once more.",
+                field="signature",
             )
-    return Opened(payload, tuple(signatures))
+    return OpenedEnvelope(payload, tuple(signatures))
 
 
 def _read(data: bytes) -> tuple[bytes, dict[bytes, bytes]]:
     try:
-        got = require_fields(
+        fields = require_fields(
             parse_strict_json(data, limit=MAX_ENVELOPE, where="envelope"),
             "envelope", "payload", "payloadType", "signatures",
         )  # fmt: skip
-        listed = got["signatures"]
-        if got["payloadType"] != PAYLOAD_TYPE or not isinstance(listed, list):
-            raise ClaimError(f"payloadType must be {PAYLOAD_TYPE}, signatures a list", field="envelope")
-        payload = _base64(got["payload"])
+        items = fields["signatures"]
+        if fields["payloadType"] != PAYLOAD_TYPE or not isinstance(items, list):
+            raise ClaimError(
+                f"The payloadType is not {PAYLOAD_TYPE}, or signatures is not a list. Pass the envelope "
+                "unchanged.",
+                field="envelope",
+            )
+        payload = _decode_base64(fields["payload"])
         signatures = {}
-        for item in listed:
-            one = require_fields(item, "signature", "keyid", "sig")
-            signatures[require_hex(one["keyid"], "signature.keyid", 32)] = _base64(one["sig"])
+        for item in items:
+            entry = require_fields(item, "signature", "keyid", "sig")
+            signatures[require_hex(entry["keyid"], "signature.keyid", 32)] = _decode_base64(entry["sig"])
     except KeyMaterialError as error:
-        raise ClaimError(str(error)) from None
+        raise ClaimError(error.detail, field=error.field) from None
     if encode(payload, signatures.items()) != data:
-        raise ClaimError("is not spelled as docs/claims.md says; pass it as it was written", field="envelope")
+        raise ClaimError(
+            "The envelope does not have the encoding of docs/claims.md. Pass it unchanged.", field="envelope"
+        )
     return payload, signatures
 
 
-def _base64(value: object) -> bytes:
+def _decode_base64(value: object) -> bytes:
     try:
         if not isinstance(value, str):
             raise ValueError
         return base64.b64decode(value, validate=True)
     except (ValueError, binascii.Error):
-        raise ClaimError("is not base64; pass the envelope as it was written", field="envelope") from None
+        raise ClaimError(
+            "The envelope contains invalid base64. Pass it unchanged.", field="envelope"
+        ) from None

@@ -1,8 +1,8 @@
-"""The six statements, as in-toto Statements v1: what an owner, a member or an accused party says.
+"""The six kinds of signed statements of owners, council members and accused parties (in-toto Statement v1).
 
-Each is a frozen value with `payload()`; `parsing` reads them back from anywhere. A statement names its author
-and, but for the first of a ledger, its ledger, so it can neither be presented as another kind nor carried
-elsewhere. `time` is the author's clock: information, never evidence.
+Each statement is an immutable value with `payload()`; `parsing` reads untrusted payloads. A statement names
+its author and its ledger (null only in the first entry). It can therefore neither pass for another kind nor
+be copied to another ledger. `time` is the author's clock, which is information and not evidence.
 """
 
 from __future__ import annotations
@@ -26,15 +26,21 @@ Fields = dict[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """An earlier entry of the same ledger: its number and the hash of its bytes. Both must be right."""
+    """Reference to an earlier entry of the same ledger: number and leaf hash, which must both match."""
 
     index: int
     leaf: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Base:
-    """What all share: the author's public key, the ledger's origin (None: founds one), the author's clock."""
+class StatementBase:
+    """Common fields of all statements.
+
+    Attributes:
+        signer: the author's Ed25519 public key, 32 bytes.
+        ledger: origin of the ledger, 32 bytes. None only in the membership that creates a ledger.
+        time: the author's clock in POSIX seconds.
+    """
 
     kind: ClassVar[str]
     signer: bytes
@@ -42,19 +48,21 @@ class Base:
     time: int
 
     def subject(self) -> list[tuple[str, str, bytes]]:
-        """(name, digest algorithm, digest) of what the statement is about."""
+        """Return the subjects as (name, digest algorithm, digest) triples."""
         raise NotImplementedError
 
     def predicate(self) -> Fields:
-        """The kind's own fields, JSON-ready."""
+        """Return the fields of this kind as JSON values."""
         raise NotImplementedError
 
     def payload(self) -> bytes:
-        """The exact bytes to sign; raises ClaimError for what JSON cannot say. `parsing.seal` checks the
-        rest.
+        """Return the exact bytes to sign. `parsing.sign_statement` checks all other rules.
+
+        Raises:
+            ClaimError: a field has no JSON representation.
         """
         common: Fields = {"signer": self.signer.hex(), "ledger": _hex(self.ledger), "time": self.time}
-        whole = {
+        document = {
             "_type": STATEMENT,
             "subject": [
                 {"name": name, "digest": {algorithm: d.hex()}} for name, algorithm, d in self.subject()
@@ -63,19 +71,19 @@ class Base:
             "predicate": common | self.predicate(),
         }
         try:
-            data = json.dumps(whole, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+            data = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
         except (TypeError, ValueError):
             raise ClaimError(
-                "holds something that JSON cannot say; give text and integers", field=self.kind
+                "A field has no JSON representation. Use text and integers.", field=self.kind
             ) from None
         return data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Publish(Base):
-    """⟨time ‖ hash(key) ‖ hash(c_WM) ‖ hash(info)⟩ of the paper and a hiding hash of the marked model.
+class Publish(StatementBase):
+    """Commitment ⟨time ‖ hash(key) ‖ hash(c_WM) ‖ hash(info)⟩ of the paper, and one to the marked model.
 
-    `info` is the digest of the spec, which is already hashed into each key. All four hashes are `hiding`'s.
+    `info` is the digest of the spec, which each key already contains. `commitments` defines the hashes.
     """
 
     kind = "publish"
@@ -101,8 +109,8 @@ class Publish(Base):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Register(Base):
-    """Models seen in the world, by digest, stamped before any key is opened against them."""
+class Register(StatementBase):
+    """Registration: timestamped digests of suspect models, made before any key is opened against them."""
 
     kind = "register"
     models: tuple[tuple[str, bytes], ...]
@@ -115,11 +123,10 @@ class Register(Base):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Claim(Base):
-    """⟨l_M ‖ hash(M) ‖ l_cWM ‖ key⟩ of the paper: one key opened against one registered model.
+class Claim(StatementBase):
+    """Claim ⟨l_M ‖ hash(M) ‖ l_cWM ‖ key⟩ of the paper: one key opened against one registered model.
 
-    Pointers are digests: a reader looks them up in archives that its operator named, never where a claim
-    says.
+    A claim contains digests instead of locations. A reader looks them up in its operator's archives.
     """
 
     kind = "claim"
@@ -160,10 +167,11 @@ class Claim(Base):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Vote(Base):
-    """A member's own verdict on one claim. Only `status` and the digests are compared; the counts are shown.
+class Vote(StatementBase):
+    """Vote: a council member's verdict on one claim.
 
-    `millibits` is the evidence in thousandths of a bit, rounded down.
+    Only `status` and the digests are compared; the counts are for display. `millibits` is the evidence in
+    thousandths of a bit, rounded down.
     """
 
     kind = "vote"
@@ -194,10 +202,10 @@ class Vote(Base):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Exhibit(Base):
-    """An accused party's model, stamped earlier, on which the claim's key is said to pass as well.
+class Exhibit(StatementBase):
+    """Exhibit: an earlier timestamped model of the accused party that may carry the claim's key as well.
 
-    `stamp` is a register entry that lists `model`, or the party's own publish entry; then `salt` opens it.
+    `stamp` is a register entry that lists `model`, or the party's publish entry, which `salt` then opens.
     """
 
     kind = "exhibit"
@@ -214,11 +222,19 @@ class Exhibit(Base):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Membership(Base):
-    """A council: who, how many of them decide, from how many bits, within how many seconds.
+class Membership(StatementBase):
+    """Membership of the council, and its policy.
 
-    The first of a ledger is its origin. Each later one names the one before and counts only when at least the
-    then threshold of the then members signed it. `threshold` is more than half: two heads cannot both count.
+    The first entry of a ledger is a membership. A later one refers to its predecessor and is valid only with
+    the signatures of at least the predecessor's threshold of the predecessor's members.
+
+    Attributes:
+        members: public keys in ascending order.
+        threshold: votes and co-signatures required: more than half, so that two conflicting checkpoints of
+            one size cannot both be confirmed by honest members.
+        bits: evidence in bits from which the council accepts.
+        window: seconds after the claim in which votes count.
+        previous: the membership that this one replaces; None in the first entry.
     """
 
     kind = "membership"
@@ -229,8 +245,8 @@ class Membership(Base):
     previous: Ref | None = None
 
     def subject(self) -> list[tuple[str, str, bytes]]:  # noqa: D102
-        whole = length_prefixed(b"mtlsign/v0/council") + b"".join(map(length_prefixed, self.members))
-        return [("council", "sha256", hashlib.sha256(whole).digest())]
+        message = length_prefixed(b"mtlsign/v0/council") + b"".join(map(length_prefixed, self.members))
+        return [("council", "sha256", hashlib.sha256(message).digest())]
 
     def predicate(self) -> Fields:  # noqa: D102
         return {

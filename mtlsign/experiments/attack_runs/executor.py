@@ -1,4 +1,4 @@
-"""mtlsign.experiments.attack_runs.executor."""
+"""Execution of attacks: one plan becomes one row and one attacked model, in this process or on a backend."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from mtlsign.attacks import (
     AttackDivergedError,
     AttackerResources,
+    AttackOutcome,
     AttackPlan,
     NotApplicableError,
     parse_attacks,
@@ -23,19 +24,21 @@ from mtlsign.config.embed import EmbedSettings
 from mtlsign.experiments.attack_runs.results import COLUMNS, Row, compare_with_baseline
 from mtlsign.experiments.attack_runs.target import AttackTarget
 from mtlsign.models.loading import cpu_state
+from mtlsign.schemes.base import Detection
+from mtlsign.schemes.mtlsign import MTLSignKey, MTLSignScheme
 from mtlsign.storage.model_folder import model_digest
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
+from mtlsign.tasks import Task
 from mtlsign.watermark.embedding import loop
 from mtlsign.watermark.embedding.worker import SingleProcessContext
 from mtlsign.watermark.kit import detector_for_kit
-from mtlsign.watermark.verification.detector import verify
 
 StepCallback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class AttackResult:
-    """One attack's row (without what needs the unattacked model) and the attacked model's bytes."""
+    """Result of one attack: its row, not yet compared with the unattacked model, and the attacked model."""
 
     row: Row
     model: bytes | None = field(repr=False)
@@ -43,107 +46,148 @@ class AttackResult:
 
 def run_attack(
     target: AttackTarget,
-    order: AttackPlan,
+    plan: AttackPlan,
     seed: int,
     device: torch.device | str = "cpu",
-    tick: StepCallback | None = None,
+    on_step: StepCallback | None = None,
 ) -> AttackResult:
-    """Carry out one order. An attack that diverges, does not apply or fails is a row that says so."""
-    row: Row = {**dict.fromkeys(COLUMNS), **row_header(order), "seed": seed, "status": "ok"}
+    """Run one attack. An attack that diverges, does not apply or fails becomes a row with that status.
+
+    Args:
+        target: the marked model with its kit and task.
+        plan: the attack.
+        seed: seed of the attacker's random choices.
+        device: where to train.
+        on_step: called with (step, steps) while the attack trains.
+    """
+    row: Row = {**dict.fromkeys(COLUMNS), **row_header(plan), "seed": seed, "status": "ok"}
     model, task = target.model(device), target.load_task().to(device)
-    detector = detector_for_kit(target.kit, target.factory, device=device)
-    budget = AttackerResources(
-        target.extra,
-        target.lr,
-        detector,
-        [parse_safetensors(c) for c in target.copies],
-        tick or (lambda *_: None),
+    scheme = MTLSignScheme(min_evidence_bits=target.min_evidence_bits)
+    key = MTLSignKey(detector_for_kit(target.kit, target.trusted_factory, device=device))
+    resources = AttackerResources(
+        extra_data_fraction=target.extra_data_fraction,
+        training_lr=target.learning_rate,
+        key=key,
+        other_models=[parse_safetensors(data) for data in target.other_marked_models],
+        on_step=on_step or (lambda *_: None),
+        scheme=scheme,
     )
+    outcome: AttackOutcome | None = None
     started = time.monotonic()
     try:
-        attacked = order.run(model, task, budget, seed)
-        tensors = cpu_state(attacked.model)
-        if not all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point()):
-            raise AttackDivergedError("a weight is not finite")
+        outcome = plan.run(model, task, resources, seed)
+        _require_finite(outcome)
     except AttackDivergedError as error:
         row |= {"status": "diverged", "reason": str(error)}
     except NotApplicableError as error:
         row |= {"status": "not_applicable", "reason": str(error)}
-    except Exception as error:  # one attack's defect must not cost the others' rows
+    except Exception as error:  # a bug in one attack must not abort the remaining attacks
         row |= {"status": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     row["seconds"] = round(time.monotonic() - started, 3)
-    if row["status"] != "ok":
+    if row["status"] != "ok" or outcome is None:
         return AttackResult(row, None)
-    verdict = attacked.verdict or verify(tensors, detector, bits=target.bits)
-    data = serialize_safetensors(tensors)
+    return _measure(row, outcome, task, outcome.detection or scheme.verify(outcome.model, key), device)
+
+
+def _require_finite(outcome: AttackOutcome) -> None:
+    tensors = outcome.model.state_dict().values()
+    if not all(torch.isfinite(t).all() for t in tensors if t.is_floating_point()):
+        raise AttackDivergedError("a weight is not finite")
+
+
+def _measure(
+    row: Row,
+    outcome: AttackOutcome,
+    task: Task,
+    detection: Detection,
+    device: torch.device | str,
+) -> AttackResult:
+    """Add the detection and the accuracy on the test split to the row."""
+    data = serialize_safetensors(cpu_state(outcome.model))
     exact = EmbedSettings.of({"amp": False})
-    after = loop.evaluate(
-        attacked.model, transform_task(task, attacked.inputs), "test", exact, SingleProcessContext(device)
-    )
-    row |= {
-        "wm_accuracy": verdict.accuracy, "evidence_bits": verdict.evidence_bits,
-        "accepted": verdict.accepted, "verdict": verdict.status, "matches": verdict.matches, "n": verdict.n,
-        "primary_after": after, "steps": attacked.steps, "images": attacked.images,
-        "inputs": "+".join(attacked.inputs), "model_digest": model_digest(data), "reason": verdict.reason,
+    transformed = transform_task(task, outcome.input_transforms)
+    after = loop.evaluate(outcome.model, transformed, "test", exact, SingleProcessContext(device))
+    row = row | {
+        "wm_accuracy": detection.accuracy, "evidence_bits": detection.evidence_bits,
+        "accepted": detection.accepted, "verdict": detection.status, "matches": detection.matched,
+        "n": detection.n,
+        "primary_after": after, "steps": outcome.steps, "images": outcome.images,
+        "inputs": "+".join(outcome.input_transforms), "model_digest": model_digest(data),
+        "reason": detection.reason,
     }  # fmt: skip
     return AttackResult(row, data)
 
 
 class AttackBackend(Protocol):
-    """Where attacks run."""
+    """Executor of attacks. `mtlsign.distributed.attacks` has the implementation on Ray."""
 
     def preflight(self, target: AttackTarget) -> None:
-        """See that the data are there, wherever they will be read."""
+        """Check that the data are available in every process that will read them."""
 
     def run_attacks(
-        self, target: AttackTarget, orders: Sequence[AttackPlan], seed: int
+        self, target: AttackTarget, plans: Sequence[AttackPlan], seed: int
     ) -> Iterator[tuple[AttackPlan, AttackResult]]:
-        """Carry out the orders; results as they come, in any order."""
+        """Run the plans; yield results as they are finished, in any order."""
 
 
 class LocalAttackBackend:
-    """One attack after the other in this process."""
+    """Attack backend of this process: one attack after the other."""
 
-    def __init__(self, tick: Callable[[AttackPlan, int, int], None] = lambda *_: None) -> None:
-        self._tick = tick
+    def __init__(self, on_step: Callable[[AttackPlan, int, int], None] = lambda *_: None) -> None:
+        self._on_step = on_step
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def preflight(self, target: AttackTarget) -> None:
-        """Load the data here."""
+        """Load the data."""
         target.load_task()
 
     def run_attacks(
-        self, target: AttackTarget, orders: Sequence[AttackPlan], seed: int
+        self, target: AttackTarget, plans: Sequence[AttackPlan], seed: int
     ) -> Iterator[tuple[AttackPlan, AttackResult]]:
-        """In the order given."""
-        for order in orders:
-            yield order, run_attack(target, order, seed, self._device, partial(self._tick, order))
+        """Run the plans in their order."""
+        for plan in plans:
+            yield plan, run_attack(target, plan, seed, self._device, partial(self._on_step, plan))
 
 
 def plans_with_baseline(text: str) -> list[AttackPlan]:
-    """The orders with the unattacked model first: every row is compared with it."""
-    first = parse_attacks("none")
-    return [*first, *(order for order in parse_attacks(text) if order not in first)]
+    """Parse attack expressions; the plan of the unattacked model comes first, as every row needs its row."""
+    baseline = parse_attacks("none")
+    return [*baseline, *(plan for plan in parse_attacks(text) if plan not in baseline)]
 
 
 def run_all(
     target: AttackTarget,
-    orders: Sequence[AttackPlan],
+    plans: Sequence[AttackPlan],
     seed: int,
     backend: AttackBackend,
     *,
-    have: Iterable[Row] = (),
-    keep: Callable[[Row, bytes | None], Row],
+    finished_rows: Iterable[Row] = (),
+    store_row: Callable[[Row, bytes | None], Row],
 ) -> list[Row]:
-    """Rows of all orders, in their order. `have` are finished rows; `keep` gets each new one with its model
-    at once and returns it as it was kept. All are compared with `none` again: `have` may be older than it.
+    """Run all plans that have no finished row yet.
+
+    Args:
+        target: the marked model with its kit and task.
+        plans: the plans, the unattacked model (`none`) first.
+        seed: seed of the attackers' random choices.
+        backend: executor of the attacks.
+        finished_rows: rows of an earlier, interrupted call. They are compared with the unattacked model
+            again, because its row may be newer.
+        store_row: called with each new row and its attacked model as soon as it is finished; returns the row
+            as it was stored.
+
+    Returns:
+        The rows of all plans, in the order of `plans`.
     """
-    done = {(row["attack"], row["setting"]): row for row in have}
-    whole = next((row for row in done.values() if row["attack"] == "none"), None)
-    left = [order for order in orders if (order.name, order.setting) not in done]
-    for part in (left[:1], left[1:]) if whole is None else (left,):
-        for order, struck in backend.run_attacks(target, part, seed):
-            whole = struck.row if order.name == "none" else whole
-            row = keep(compare_with_baseline(struck.row, whole, target.bits), struck.model)
-            done[order.name, order.setting] = row
-    return [compare_with_baseline(done[order.name, order.setting], whole, target.bits) for order in orders]
+    rows = {(row["attack"], row["setting"]): row for row in finished_rows}
+    baseline = next((row for row in rows.values() if row["attack"] == "none"), None)
+    remaining = [plan for plan in plans if (plan.name, plan.parameters) not in rows]
+    for part in (remaining[:1], remaining[1:]) if baseline is None else (remaining,):
+        for plan, result in backend.run_attacks(target, part, seed):
+            baseline = result.row if plan.name == "none" else baseline
+            row = compare_with_baseline(result.row, baseline, target.min_evidence_bits)
+            rows[plan.name, plan.parameters] = store_row(row, result.model)
+    return [
+        compare_with_baseline(rows[plan.name, plan.parameters], baseline, target.min_evidence_bits)
+        for plan in plans
+    ]

@@ -1,9 +1,4 @@
-"""An attack run: one marked model, many attacks, a row for each.
-
-`open_campaign` reads and checks everything before anything is written; `run` carries the orders out in the
-places that a `Crew` offers (`InTurn` is this process, `mtlsign.distributed.attacks.RayCrew` is Ray) and keeps
-every row as it comes, so that an interrupted run loses nothing that was finished.
-"""
+"""Target of an attack run: the marked model with its kit and task, read and checked before any attack."""
 
 from __future__ import annotations
 
@@ -20,125 +15,152 @@ from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import DataError, ModelError, SettingsError
 from mtlsign.models import architectures
 from mtlsign.models.factories import load_factory
+from mtlsign.models.families.custom import factory_path
+from mtlsign.models.memory_format import memory_format_for
 from mtlsign.storage.model_folder import LoadedModel, read_model
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.tasks import Task, load_task
 from mtlsign.watermark.kit import OwnerKit, open_kit
 
+_MAX_LEARNING_RATE = 100
+
 
 @dataclass(frozen=True)
 class AttackTarget:
-    """All that a process needs to attack one model. It holds the opened key: SECRET, never shown."""
+    """Everything that a process needs to attack one model. It holds the key opening: SECRET, never shown.
+
+    Attributes:
+        tensors: the marked model as safetensors bytes.
+        kit: the owner's kit.
+        architecture: the architecture's name and fields, as the spec stores them.
+        trusted_factory: path of a custom architecture's factory that may be imported.
+        task: name of the primary task.
+        data: folder of the datasets.
+        download: let torchvision download missing data.
+        split_seed: seed of the data splits of the embedding.
+        extra_data_fraction: fraction of the owner's training split that the attacker has, 0 to 1.
+        learning_rate: the (peak) learning rate that the model was trained with.
+        other_marked_models: safetensors bytes of other models marked from the same W0.
+        min_evidence_bits: evidence in bits at which a claim is accepted.
+    """
 
     tensors: bytes = field(repr=False)
     kit: OwnerKit = field(repr=False)
-    graph: Mapping[str, object]
-    factory: str | None
+    architecture: Mapping[str, object]
+    trusted_factory: str | None
     task: str
     data: Path | None
     download: bool
     split_seed: int
-    extra: float
-    lr: float
-    copies: tuple[bytes, ...] = field(repr=False)
-    bits: float
+    extra_data_fraction: float
+    learning_rate: float
+    other_marked_models: tuple[bytes, ...] = field(repr=False)
+    min_evidence_bits: float
 
     def model(self, device: torch.device | str = "cpu") -> nn.Module:
-        """The marked network. Raises `ModelError` where its tensors are not the architecture's."""
-        arch = str(self.graph["arch"])
-        factories = {self.factory: load_factory(self.factory)} if self.factory else {}
-        if arch.startswith("own/") and arch[4:] not in factories:
+        """Build the marked network.
+
+        Raises:
+            ModelError: its code is not trusted, or its tensors do not match the architecture.
+        """
+        path = factory_path(str(self.architecture["arch"]))
+        factories = {}
+        if self.trusted_factory:
+            factories[self.trusted_factory] = load_factory(self.trusted_factory, field="trusted-factory")
+        if path is not None and path not in factories:
             raise ModelError(
-                f"is of an own architecture; if you trust that code: --factory {arch[4:]}", field="factory"
+                f"The model has a custom architecture. If you trust its code, pass --trusted-factory {path}",
+                field="trusted-factory",
             )
-        network = architectures.build(self.graph, factories=factories)
+        network = architectures.build(self.architecture, factories=factories)
         try:
             network.load_state_dict(parse_safetensors(self.tensors))
         except RuntimeError as error:
             detail = " ".join(str(error).split())[:200]
             raise ModelError(
-                f"is not the architecture that its config names ({detail}); give the marked model itself",
+                f"The model does not have the architecture that its config names ({detail}). "
+                "Pass the marked model itself.",
                 field="model",
             ) from None
-        return network.to(device).to(memory_format=torch.channels_last).eval()
+        return network.to(device).to(memory_format=memory_format_for(network)).eval()
 
     def load_task(self) -> Task:
-        """The primary task with the splits of the embedding. Raises `DataError`."""
-        task = _task(self.task, self.data, self.download, self.split_seed)
+        """Load the primary task with the splits of the embedding.
+
+        Raises:
+            DataError: data are missing or do not match the model.
+        """
+        task = _cached_task(self.task, self.data, self.download, self.split_seed)
         for name in ("channels", "classes"):
-            if self.graph.get(name, getattr(task, name)) != getattr(task, name):
+            if self.architecture.get(name, getattr(task, name)) != getattr(task, name):
                 raise DataError(
-                    f"has {getattr(task, name)} {name}, the model {self.graph[name]}; name the model's own",
+                    f"The task has {getattr(task, name)} {name}, the model {self.architecture[name]}. "
+                    "Pass the task of the model.",
                     field="task",
                 )
         return task
 
 
-@lru_cache(maxsize=1)  # warm processes attack again and again
-def _task(name: str, data: Path | None, download: bool, seed: int) -> Task:
+@lru_cache(maxsize=1)  # a warm process runs many attacks on the same task
+def _cached_task(name: str, data: Path | None, download: bool, seed: int) -> Task:
     return load_task(name, data=data, download=download, seed=seed)
 
 
 def load_target(settings: AttackSettings) -> AttackTarget:
-    """Read the model, the kit, the copies and their task; check that they belong together.
+    """Read the model, its kit and the other marked models; nothing is written.
 
     Raises:
-        MTLSignError: anything that is missing, damaged, not trusted, or does not fit.
+        MTLSignError: an input is missing, damaged, not trusted, or does not match the others.
     """
     for name in ("model", "kit"):
         if getattr(settings, name) is None:
-            raise SettingsError("is required; --attacks list needs none", field=name)
+            raise SettingsError("This setting is required, except with --attacks list.", field=name)
     kit = open_kit(settings, str(settings.kit))
     model = read_model(str(settings.model), endpoint=settings.endpoint)
-    graph = model.config.get("graph")
-    graph = graph if isinstance(graph, dict) else kit.opening.parse().graph
+    stored = model.config.get("graph")
+    architecture = stored if isinstance(stored, dict) else kit.opening.parse().graph
     task = settings.task or _task_name(model, kit)
-    places = [p.strip() for p in (settings.copies or "").split(",") if p.strip()]
-    copies = tuple(
-        serialize_safetensors(read_model(place, endpoint=settings.endpoint).tensors) for place in places
-    )
-    seed = kit.info.get("seed")
     return AttackTarget(
         tensors=serialize_safetensors(model.tensors),
         kit=kit,
-        graph=graph,
-        factory=settings.factory,
+        architecture=architecture,
+        trusted_factory=settings.trusted_factory,
         task=task,
         data=settings.data,
         download=settings.download,
-        split_seed=settings.split_seed
-        if settings.split_seed is not None
-        else seed
-        if isinstance(seed, int)
-        else 0,
-        extra=settings.budget,
-        lr=settings.lr or _training_rate(kit, task, graph),
-        copies=copies,
-        bits=settings.bits,
+        split_seed=_split_seed(settings, kit),
+        extra_data_fraction=settings.extra_data_fraction,
+        learning_rate=settings.lr or _training_rate(kit, task, architecture),
+        other_marked_models=tuple(
+            serialize_safetensors(read_model(location, endpoint=settings.endpoint).tensors)
+            for location in settings.other_marked_models
+        ),
+        min_evidence_bits=settings.min_evidence_bits,
     )
 
 
+def _split_seed(settings: AttackSettings, kit: OwnerKit) -> int:
+    if settings.split_seed is not None:
+        return settings.split_seed
+    seed = kit.info.get("seed")
+    return seed if isinstance(seed, int) else 0
+
+
 def _task_name(model: LoadedModel, kit: OwnerKit) -> str:
-    """The task that the model or the kit names, unless it is code: that needs the caller's word."""
-    named = model.config.get("task", kit.info.get("task"))
-    if not isinstance(named, str) or not 0 < len(named) <= 200 or named == "own":
-        raise DataError("is not named by the model; give --task", field="task")
-    if ":" in named:
-        raise DataError(f"is code; if you trust it: --task {named[:120]}", field="task")
-    return named
+    """Return the task that the model or the kit names. A task that is code needs the caller's consent."""
+    name = model.config.get("task", kit.info.get("task"))
+    if not isinstance(name, str) or not 0 < len(name) <= 200 or name == "own":
+        raise DataError("The model does not name its task. Pass --task.", field="task")
+    if ":" in name:
+        raise DataError(f"The task is code. If you trust it, pass --task {name[:120]}", field="task")
+    return name
 
 
-def _training_rate(kit: OwnerKit, task: str, graph: Mapping[str, object]) -> float:
-    """Phase 1's peak rate: as the kit says, else the default for the task and width."""
-    known = kit.info.get("lr")
-    if isinstance(known, float) and 0 < known <= 100:
-        return known
-    width = graph.get("width")
-    given = {"task": task} | ({"width": width} if isinstance(width, int) else {})
-    return EmbedSettings.of(given).resolved().lr or 0.1
-
-
-# -- one attack --------------------------------
-
-
-# -- many attacks --------------------------------
+def _training_rate(kit: OwnerKit, task: str, architecture: Mapping[str, object]) -> float:
+    """Return the peak rate of phase 1 from the kit, otherwise the default for the task and width."""
+    rate = kit.info.get("lr")
+    if isinstance(rate, float) and 0 < rate <= _MAX_LEARNING_RATE:
+        return rate
+    width = architecture.get("width")
+    values = {"task": task} | ({"width": width} if isinstance(width, int) else {})
+    return EmbedSettings.of(values).with_defaults().phase1.lr or 0.1

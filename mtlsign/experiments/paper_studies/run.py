@@ -1,141 +1,153 @@
-"""Running a study of the paper: settings in, its table out, beside the sweep that it consists of."""
+"""Study of the paper: settings in, its table out, next to the results of the sweep that it consists of."""
 
 from __future__ import annotations
 
 import json
-import secrets
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from mtlsign.config.base import dump
 from mtlsign.config.reproduce import ReproduceSettings
-from mtlsign.config.sweep import CHANGEABLE
-from mtlsign.errors import ArtifactError, SettingsError
-from mtlsign.experiments.paper_studies import definitions, random_keys
-from mtlsign.experiments.sweeps.run import LocalSweepBackend, LogCallback, SweepBackend, run
+from mtlsign.errors import SettingsError
+from mtlsign.experiments.paper_studies import definitions, random_keys, tables
+from mtlsign.experiments.paper_studies.tables import Row
+from mtlsign.experiments.sweeps.backend import LocalSweepBackend, LogCallback, SweepBackend
+from mtlsign.experiments.sweeps.cell import CLEAN, train_shared_clean_model
+from mtlsign.experiments.sweeps.run import run_sweep_job
 from mtlsign.experiments.sweeps.space import Cell
-from mtlsign.experiments.sweeps.trial import CLEAN, train_shared_clean_model
 from mtlsign.reports.tables import csv_of
-from mtlsign.storage.base import Storage
-from mtlsign.storage.locations import open_storage
-from mtlsign.storage.manifest import MANIFEST, write_manifest_folder
-from mtlsign.storage.model_folder import RUNS
+from mtlsign.storage.run_folder import RunFolder
 from mtlsign.storage.safetensors_io import parse_safetensors
 
-TABLE, TEXT, STUDY = "study.csv", "study.md", "study.json"
-_GUESSES = "guesses.json"
-_LIMIT = 2**26
+TABLE, TEXT, STUDY, RESULT = "study.csv", "study.md", "study.json", "result.json"
+_ACCURACIES_LIMIT = 2**26
+#: Number of bits of the watermark, by head.
+_BITS = {"keyed": 1024, "free": 600}
 
 
 def run_study(
     settings: ReproduceSettings,
     *,
-    fleet: Callable[[LogCallback], SweepBackend] = LocalSweepBackend,
-    say: LogCallback = lambda _: None,
+    make_backend: Callable[[LogCallback], SweepBackend] = LocalSweepBackend,
+    log: LogCallback = lambda _: None,
 ) -> dict[str, Any]:
-    """Run the study (`ablation` and `overwriting` in the places of `fleet`, `thresholds` here).
+    """Run a study. `random_keys` runs in this process, every other study is a sweep on a backend.
 
-    Returns: `rows` and `text` of the table, and where it lies.
-    Raises: MTLSignError: bad input; then nothing has been written.
+    Args:
+        settings: the settings.
+        make_backend: makes the backend of the sweep from the log callback.
+        log: called with lines for the terminal.
+
+    Returns:
+        The rows and the text of the table, and the locations of its files.
+
+    Raises:
+        MTLSignError: an input is invalid; then nothing has been written.
     """
-    if settings.study == "thresholds":
-        return _run_random_keys(settings, say)
-    tables: list[dict[str, Any]] = []
+    if settings.study == "random_keys":
+        return _run_random_keys(settings, log)
+    table_rows: list[Row] = []
 
-    def more(rows: Sequence[definitions.Row]) -> dict[str, bytes]:
-        tables.extend(definitions.table(settings, rows))
-        return _files(tables)
+    def extra_files(rows: Sequence[Row]) -> dict[str, bytes]:
+        table_rows.extend(tables.table(settings, rows))
+        return _files(table_rows)
 
-    result = run(definitions.sweep_settings(settings), fleet(say), say=say, more=more)
-    place = result["result"].removesuffix("result.json")
-    return _study_result(settings, tables, place, result["result"])
+    result = run_sweep_job(
+        definitions.sweep_settings(settings), make_backend(log), log=log, extra_files=extra_files
+    )
+    table_location = result["result"].removesuffix(RESULT) + TABLE
+    return _study_result(settings, table_rows, table_location, result["result"])
 
 
-def _files(rows: Sequence[definitions.Row]) -> dict[str, bytes]:
+def _files(rows: Sequence[Row]) -> dict[str, bytes]:
     columns = list(rows[0]) if rows else []
     return {
         TABLE: csv_of(rows, columns),
-        TEXT: (definitions.markdown(rows) + "\n").encode(),
+        TEXT: (tables.markdown(rows) + "\n").encode(),
         STUDY: json.dumps(list(rows), indent=1, allow_nan=False).encode(),
     }
 
 
 def _study_result(
-    settings: ReproduceSettings, rows: Sequence[definitions.Row], place: str, result: str
+    settings: ReproduceSettings, rows: Sequence[Row], table: str, result: str
 ) -> dict[str, Any]:
     return {
-        "study": settings.study, "task": settings.task, "rows": list(rows), "text": definitions.markdown(rows),
-        "table": f"{place}{TABLE}", "result": result,
+        "study": settings.study, "task": settings.task, "rows": list(rows), "text": tables.markdown(rows),
+        "table": table, "result": result,
     }  # fmt: skip
 
 
-def _run_random_keys(settings: ReproduceSettings, say: LogCallback) -> dict[str, Any]:
-    """5,000 random keys on each seed's unmarked network, pooled beside the exact binomial."""
-    if settings.fixed:
-        raise SettingsError("thresholds embeds nothing, so no setting of it can be fixed", field="fixed")
-    storage = open_storage(settings.storage, endpoint=settings.endpoint)
-    name = (
-        settings.resume
-        or settings.run
-        or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
-    )
-    folder = storage.child(RUNS).child(name)
-    if settings.resume is None:
-        storage.check_writable()
-        if not folder.write("settings.json", dump(settings), if_absent=True):
-            raise SettingsError(f"{name!r} exists; choose another name, or --resume {name}", field="run")
-    else:
-        settings = _resumed(settings, folder, name)
-    say(f"run {name}; if it is interrupted: --resume {name}")
-    found: dict[str, list[float]] = {head: [] for head in settings.heads.split(",")}
+class StudyRun(RunFolder[ReproduceSettings]):
+    """Run folder of the study `random_keys`: W0 of each seed, and the accuracies for each head and seed."""
+
+    settings_class = ReproduceSettings
+    kind = "a study"
+
+    def load_accuracies(self, head: str, seed: int) -> list[float]:
+        """Return the accuracies of an interrupted run, none at its beginning."""
+        name = self._accuracies_file(head, seed)
+        if not self.folder.exists(name):
+            return []
+        accuracies: list[float] = json.loads(self.folder.read(name, _ACCURACIES_LIMIT))
+        return accuracies
+
+    def save_accuracies(self, head: str, seed: int, accuracies: Sequence[float]) -> None:
+        """Store the accuracies so far.
+
+        Args:
+            head: `keyed` or `free`.
+            seed: seed of the network.
+            accuracies: one for each key, 0 to 1.
+        """
+        self.folder.write(self._accuracies_file(head, seed), json.dumps(list(accuracies)).encode())
+
+    def _accuracies_file(self, head: str, seed: int) -> str:
+        return f"{head}-{seed}-accuracies.json"
+
+    def delete_leftovers(self) -> None:
+        """Delete W0."""
+        self.folder.delete(CLEAN)
+
+
+def _run_random_keys(settings: ReproduceSettings, log: LogCallback) -> dict[str, Any]:
+    """Measure random keys on each seed's unmarked network; compare the pooled keys with the binomial."""
+    if settings.overrides:
+        raise SettingsError("This study embeds no watermark. Omit --set.", field="set")
+    run, settings = StudyRun.open(settings)
+    run.reserve_name(settings)
+    log(f"run {run.name}; if it is interrupted: --resume {run.name}")
+    accuracies: dict[str, list[float]] = {head: [] for head in settings.heads.split(",")}
     for seed in range(settings.seed, settings.seed + settings.seeds):
         config = {"task": settings.task, "model": settings.model, "width": settings.width, "seed": seed}
         base_weights = parse_safetensors(
-            train_shared_clean_model(Cell(config, settings.data, settings.download), folder)
+            train_shared_clean_model(Cell(config, settings.data, settings.download), run.folder)
         )
-        say(f"seed {seed} · phase 1 is done: the unmarked network")
-        for head, all_of_them in found.items():
-            kept = f"{head}-{seed}-{_GUESSES}"
-            done = json.loads(folder.read(kept, _LIMIT)) if folder.exists(kept) else []
-
-            def tick(some: list[float], about: str = f"seed {seed} · {head} head", kept: str = kept) -> None:
-                folder.write(kept, json.dumps(some).encode())
-                say(f"{about} · {len(some):,} of {settings.keys:,} keys")
-
-            here = random_keys.random_key_accuracies(
-                settings.model_copy(update={"seed": seed}), head, base_weights, done=done, tick=tick
+        log(f"seed {seed} · phase 1 is finished: the unmarked network")
+        for head, pooled in accuracies.items():
+            measured = random_keys.random_key_accuracies(
+                settings.model_copy(update={"seed": seed}),
+                head,
+                base_weights,
+                accuracies=run.load_accuracies(head, seed),
+                on_checkpoint=partial(_store_accuracies, run, head, seed, settings.keys, log),
             )
-            folder.write(kept, json.dumps(here).encode())
-            all_of_them += here
+            run.save_accuracies(head, seed, measured)
+            pooled += measured
     rows = [
         {
             "head": head,
             "seeds": settings.seeds,
-            **random_keys.compare_with_binomial(some, 1024 if head == "keyed" else 600),
+            **random_keys.compare_with_binomial(pooled, _BITS[head]),
         }
-        for head, some in found.items()
+        for head, pooled in accuracies.items()
     ]
-    place = folder.child(TABLE).uri.removesuffix(TABLE)
-    answer = _study_result(settings, rows, place, folder.child("result.json").uri)
-    write_manifest_folder(folder, {**_files(rows), "result.json": json.dumps(answer, indent=1).encode()})
-    folder.delete(CLEAN)
-    return answer
+    result = _study_result(settings, rows, run.location(TABLE), run.location(RESULT))
+    run.commit({**_files(rows), RESULT: json.dumps(result, indent=1).encode()}, settings)
+    return result
 
 
-def _resumed(settings: ReproduceSettings, folder: Storage, name: str) -> ReproduceSettings:
-    if not folder.exists("settings.json"):
-        raise SettingsError(f"no run {name!r} in this storage; check --storage and the name", field="resume")
-    if folder.exists(MANIFEST):
-        raise SettingsError(f"run {name!r} is finished; its result lies in {folder.uri}", field="resume")
-    try:
-        kept = ReproduceSettings.of(json.loads(folder.read("settings.json", 2**20)))
-    except (ValueError, TypeError, SettingsError):
-        raise ArtifactError(f"settings.json of run {name!r} is no study's", field="resume") from None
-    for field in sorted(settings.model_fields_set - CHANGEABLE):
-        if getattr(settings, field) != getattr(kept, field):
-            raise SettingsError(
-                f"is {getattr(kept, field)} in run {name!r}; leave it out, or start a new run",
-                field=field.replace("_", "-"),
-            )
-    return kept.model_copy(update={f: getattr(settings, f) for f in settings.model_fields_set & CHANGEABLE})
+def _store_accuracies(
+    run: StudyRun, head: str, seed: int, keys: int, log: LogCallback, accuracies: list[float]
+) -> None:
+    run.save_accuracies(head, seed, accuracies)
+    log(f"seed {seed} · {head} head · {len(accuracies):,} of {keys:,} keys")

@@ -1,6 +1,6 @@
-"""Which cells of a sweep are worth having: means over seeds, the Pareto front, one recommendation.
+"""Selection of a cell: means over seeds, the Pareto front, one recommendation.
 
-Chosen on validation accuracy and on the weights alone; the test part chooses nothing.
+Only validation accuracy and the weights are used; the test split selects nothing.
 """
 
 from __future__ import annotations
@@ -11,69 +11,81 @@ from typing import Any
 
 from mtlsign.reports.formatting import number
 
-#: What a cell is judged by, and whether more is better.
+#: Objectives of a cell, with True where more is better.
 OBJECTIVES = {"drop_points": False, "evidence_bits_attacked": True, "deviation_l2": False}
 
 
-def aggregate_over_seeds(rows: Sequence[Mapping[str, Any]], vary: Sequence[str]) -> list[dict[str, Any]]:
-    """One row for each combination of `vary`: means (and `sd …`) of the objectives over its finished cells.
+def aggregate_over_seeds(
+    rows: Sequence[Mapping[str, Any]], varied_settings: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return one row for each combination of the varied settings, with means and `sd …` of the objectives.
 
-    `n` are finished, of `cells`: others failed, diverged or were stopped. A combination without a finished
-    one is left out.
+    Column `n` counts the finished cells of a combination, `cells` all of them, including those that failed,
+    diverged or were stopped. A combination without a finished cell is omitted.
     """
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    combinations: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(tuple(row.get(name) for name in vary), []).append(row)
-    found = []
-    for values, cells in groups.items():
-        group = [row for row in cells if _finished(row)]
-        if not group:
+        combinations.setdefault(tuple(row.get(name) for name in varied_settings), []).append(row)
+    groups = []
+    for values, cells in combinations.items():
+        finished = [row for row in cells if _is_finished(row)]
+        if not finished:
             continue
-        mean: dict[str, Any] = dict(zip(vary, values, strict=True)) | {"n": len(group), "cells": len(cells)}
+        group: dict[str, Any] = dict(zip(varied_settings, values, strict=True))
+        group |= {"n": len(finished), "cells": len(cells)}
         for name in (*OBJECTIVES, "wm_accuracy"):
-            column = [x for row in group if (x := number(row.get(name))) is not None]
-            mean[name] = statistics.fmean(column) if column else None
-            mean[f"sd {name}"] = statistics.stdev(column) if len(column) > 1 else None
-        found.append(mean)
-    return found
+            column = [x for row in finished if (x := number(row.get(name))) is not None]
+            group[name] = statistics.fmean(column) if column else None
+            group[f"sd {name}"] = statistics.stdev(column) if len(column) > 1 else None
+        groups.append(group)
+    return groups
 
 
-def _finished(row: Mapping[str, Any]) -> bool:
+def _is_finished(row: Mapping[str, Any]) -> bool:
     return row["status"] == "ok" and all(number(row.get(name)) is not None for name in OBJECTIVES)
 
 
 def pareto_front(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The combinations that no other beats in one objective without losing in another, in their order."""
+    """Return the combinations that no other combination dominates, in their order."""
 
-    def beats(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-        signed = [
-            (a[name] - b[name]) * (1 if more else -1) for name, more in OBJECTIVES.items()
-        ]  # positive: a is better
-        return bool(min(signed) >= 0 and max(signed) > 0)
+    def dominates(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+        gains = [(a[name] - b[name]) * (1 if more else -1) for name, more in OBJECTIVES.items()]
+        return bool(min(gains) >= 0 and max(gains) > 0)
 
-    return [b for b in groups if not any(beats(a, b) for a in groups)]
+    return [b for b in groups if not any(dominates(a, b) for a in groups)]
 
 
-def recommend(groups: Sequence[Mapping[str, Any]], max_drop: float) -> tuple[Mapping[str, Any] | None, str]:
-    """The combination with the most bits left after the attacks among those that lose at most `max_drop`
-    points (else the one that loses least), and why. One with unfinished cells only where all have some.
+def recommend(
+    groups: Sequence[Mapping[str, Any]], max_accuracy_drop: float
+) -> tuple[Mapping[str, Any] | None, str]:
+    """Recommend one combination.
+
+    Among those that lose at most `max_accuracy_drop` points, it has the most bits after the attacks. If there
+    is none, it is the one that loses least. Combinations with unfinished cells count only if all have some.
+
+    Args:
+        groups: rows of `aggregate_over_seeds`.
+        max_accuracy_drop: points of validation accuracy.
+
+    Returns:
+        The combination (None without a finished cell) and the reason in words.
     """
     if not groups:
         return None, "no cell finished"
-    whole = [g for g in groups if g["n"] == g["cells"]]
-    chosen = whole or groups
-    within = [g for g in chosen if g["drop_points"] <= max_drop]
+    complete = [group for group in groups if group["n"] == group["cells"]]
+    candidates = complete or groups
+    within = [group for group in candidates if group["drop_points"] <= max_accuracy_drop]
     if within:
-        best = max(within, key=lambda g: (g["evidence_bits_attacked"], -g["deviation_l2"]))
-        why = (
-            f"most bits after the attacks among the {len(within)} of {len(chosen)} combinations that lose at "
-            f"most {max_drop:g} points on validation data"
+        best = max(within, key=lambda group: (group["evidence_bits_attacked"], -group["deviation_l2"]))
+        reason = (
+            f"most bits after the attacks among the {len(within)} of {len(candidates)} combinations that "
+            f"lose at most {max_accuracy_drop:g} points on validation data"
         )
     else:
-        best = min(chosen, key=lambda g: g["drop_points"])
-        why = f"no combination stays within {max_drop:g} points; this one loses least"
-    if not whole:
-        why += f"; only {best['n']} of its {best['cells']} cells finished"
-    elif len(whole) < len(groups):
-        why += f"; {len(groups) - len(whole)} of which not every cell finished are left out"
-    return best, why
+        best = min(candidates, key=lambda group: group["drop_points"])
+        reason = f"no combination stays within {max_accuracy_drop:g} points; this one loses least"
+    if not complete:
+        reason += f"; only {best['n']} of its {best['cells']} cells finished"
+    elif len(complete) < len(groups):
+        reason += f"; {len(groups) - len(complete)} combinations with unfinished cells are excluded"
+    return best, reason

@@ -1,7 +1,7 @@
-"""A sweep's space: settings of embeddings, each a value or a grid of values, and the cells that it spans.
+"""Search space of a sweep: settings of embeddings, each a value or a grid of values, and the cells it spans.
 
-A space is plain data, so it is read, checked and counted without Ray. `arm` is a setting of its own: a grid
-of small mappings of settings that go together, where a study compares a few combinations and not all.
+A space is plain data, so it is read, checked and counted without Ray. `variant` is a grid of mappings whose
+settings change together: a study compares these combinations and no others.
 """
 
 from __future__ import annotations
@@ -10,117 +10,131 @@ import hashlib
 import importlib
 import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtlsign.config.base import nearest
+from mtlsign.config.base import nearest, setting_names
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.config.sweep import SweepSettings
 from mtlsign.errors import SettingsError
 
 #: Settings that phase 1 depends on: cells that agree in them start from the same W0.
 PHASE1_SETTINGS = (
-    *("task", "data", "model", "width", "stem", "init", "epochs", "batch", "lr", "weight_decay"),
+    *("task", "data", "model", "width", "stem", "weights", "phase1.epochs"),
+    *("phase1.batch", "phase1.lr", "phase1.weight_decay"),
     *("amp", "seed"),
 )
-#: What a space may not set: the sweep's own settings say it.
+#: Settings that a space may not set, because the settings of the sweep determine them.
 SWEEP_OWNED_SETTINGS = frozenset(
     (
         *("owner", "passphrase_file", "endpoint", "json", "quiet", "data", "download", "workers"),
-        *("cpus_per_worker", "gpus_per_worker", "cluster_wait", "max_failures", "storage", "run", "resume"),
-        *("keep_checkpoints", "insecure_test_key", "name"),
+        *("cpus_per_worker", "gpus_per_worker", "resource_timeout_s", "max_failures", "storage", "run"),
+        *("resume", "keep_checkpoints", "insecure_test_key", "name"),
     )
 )
-VARIANT = "arm"
+VARIANT = "variant"
 
 
 def load_space(settings: SweepSettings) -> dict[str, Any]:
-    """The search space, with the sweep's own settings put over it, as plain data for Ray Tune.
+    """Return the search space as plain data for Ray Tune, with the settings of the sweep applied to it.
 
-    Raises: SettingsError for an unknown space, or one that sets what is not a cell's to set.
+    Raises:
+        SettingsError: the space is unknown, or sets something that a cell may not set.
     """
-    space = _named(settings.space)
-    over = {
-        k: v
-        for k, v in (("task", settings.task), ("model", settings.model), ("width", settings.width))
-        if v is not None
-    }
-    over |= _fixed(settings.fixed)
-    space |= over
-    arms = _variants(space, over)
-    if arms:
-        space[VARIANT] = {"grid_search": arms}
-    known = set(EmbedSettings.model_fields) - SWEEP_OWNED_SETTINGS
-    for name in [*space, *(name for arm in arms for name in arm)]:
-        if name != VARIANT and (not isinstance(name, str) or name not in known):
-            raise SettingsError(f"the space sets {name!r}; {nearest(str(name), known)}", field="space")
-    if "seed" in space and settings.num_samples > 1 and not has_random_values(space):
-        raise SettingsError(
-            f"fixes the seed, so nothing is repeated {settings.num_samples} times; leave it out and give the first "
-            "one as --seed, or give a grid of seeds and no repetitions",
-            field="fixed" if "seed" in _fixed(settings.fixed) else "space",
-        )
-    if "seed" not in space:
-        count = 1 if has_random_values(space) else settings.num_samples
-        space["seed"] = (
-            {"grid_search": list(range(settings.seed, settings.seed + count))} if count > 1 else settings.seed
-        )
+    space = _import_space(settings.space)
+    named = {"task": settings.task, "model": settings.model, "width": settings.width}
+    overrides = {name: value for name, value in named.items() if value is not None}
+    overrides |= _overrides(settings.overrides)
+    space |= overrides
+    variants = _variants(space, overrides)
+    if variants:
+        space[VARIANT] = {"grid_search": variants}
+    _require_known_settings(space, variants)
+    _set_seeds(space, settings)
     for name in PHASE1_SETTINGS:
         if name in space and not is_grid_or_constant(space[name]):
             raise SettingsError(
-                f"the space draws {name!r}, which needs a phase 1 for every draw; give values or a grid",
+                f"The space draws {name!r}, which would need a phase 1 for every draw. "
+                "Use values or a grid for it.",
                 field="space",
             )
-    for cell in cells_of(space, settings):  # refuses what no cell could run, before anything is written
-        _ = cell.name
+    for cell in cells_of(space, settings):
+        _ = cell.name  # raises for invalid settings, before anything is written
     return space
 
 
-def _variants(space: Mapping[str, Any], over: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The arms without what the caller has fixed, each once. Raises `SettingsError`."""
+def _require_known_settings(space: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]) -> None:
+    known = set(setting_names(EmbedSettings)) - SWEEP_OWNED_SETTINGS
+    for name in [*space, *(name for variant in variants for name in variant)]:
+        if name != VARIANT and (not isinstance(name, str) or name not in known):
+            raise SettingsError(
+                f"The space sets {name!r}, which is not a setting of a cell. {nearest(str(name), known)}",
+                field="space",
+            )
+
+
+def _set_seeds(space: dict[str, Any], settings: SweepSettings) -> None:
+    """Add the seeds of the repetitions. A space with random values repeats by drawing again, not by seed."""
+    random = has_random_values(space)
+    if "seed" in space:
+        if settings.num_samples > 1 and not random:
+            raise SettingsError(
+                f"The seed is fixed, so {settings.num_samples} repetitions would be identical. Remove it and "
+                "pass the first one as --seed, or use a grid of seeds without repetitions.",
+                field="set" if "seed" in _overrides(settings.overrides) else "space",
+            )
+        return
+    count = 1 if random else settings.num_samples
+    seeds = list(range(settings.seed, settings.seed + count))
+    space["seed"] = {"grid_search": seeds} if count > 1 else settings.seed
+
+
+def _variants(space: Mapping[str, Any], overrides: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the different variants without the settings that the caller has fixed."""
     if VARIANT not in space:
         return []
-    given = space[VARIANT]["grid_search"] if _is_grid(space[VARIANT]) else [space[VARIANT]]
-    found: list[dict[str, Any]] = []
-    for arm in given:
-        if not isinstance(arm, Mapping):
+    listed = space[VARIANT]["grid_search"] if _is_grid(space[VARIANT]) else [space[VARIANT]]
+    variants: list[dict[str, Any]] = []
+    for variant in listed:
+        if not isinstance(variant, Mapping):
             raise SettingsError(
-                f"the space's {VARIANT} is {type(arm).__name__}; give mappings", field="space"
+                f"A {VARIANT} of the space is of type {type(variant).__name__}. Use mappings of settings.",
+                field="space",
             )
-        left = {name: value for name, value in arm.items() if name not in over}
-        if left not in found:
-            found.append(left)
-    return found
+        reduced = {name: value for name, value in variant.items() if name not in overrides}
+        if reduced not in variants:
+            variants.append(reduced)
+    return variants
 
 
-def _named(name: str) -> dict[str, Any]:
+def _import_space(name: str) -> dict[str, Any]:
+    """Call the function of a built-in space or of a custom one."""
     module, _, function = name.partition(":")
     try:
         make = getattr(importlib.import_module(module if function else "tune_spaces"), function or module)
         space = make()
-    except Exception as error:  # an own space is the user's code: whatever it raises is told in one line
-        hint = "write smoke, paper_grid, paper_ablation, or package.module:function"
+    except Exception as error:  # a custom space is the caller's code, which may raise anything
         raise SettingsError(
-            f"{name[:100]!r} gives no space ({type(error).__name__}: {str(error)[:120]}); {hint}",
+            f"{name[:100]!r} does not provide a space ({type(error).__name__}: {str(error)[:120]}). "
+            "Use smoke, paper_grid, paper_ablation, or package.module:function.",
             field="space",
         ) from None
     if not isinstance(space, dict):
-        raise SettingsError(f"{name[:100]!r} gives no mapping of settings", field="space")
+        raise SettingsError(f"{name[:100]!r} does not return a dict. Return settings by name.", field="space")
     return dict(space)
 
 
-def _fixed(text: str) -> dict[str, str]:
-    pairs = {}
-    # a value may hold commas itself: snapshots=noise,tuned,steps=300
-    for part in re.split(r",(?=\s*[A-Za-z0-9_-]+\s*=)", text) if text.strip() else []:
-        name, equals, value = part.partition("=")
+def _overrides(pairs: Sequence[str]) -> dict[str, str]:
+    """Return the settings that `--set NAME=VALUE` gives. Raises `SettingsError`."""
+    values = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
         if not equals or not name.strip():
-            raise SettingsError(f"{part[:60]!r} is not NAME=VALUE", field="fixed")
-        pairs[name.strip().replace("-", "_")] = value.strip()
-    return pairs
+            raise SettingsError(f"{pair[:60]!r} is not NAME=VALUE. Write --set phase1.epochs=6.", field="set")
+        values[name.strip().replace("-", "_")] = value.strip()
+    return values
 
 
 def _is_grid(value: object) -> bool:
@@ -128,26 +142,32 @@ def _is_grid(value: object) -> bool:
 
 
 def is_grid_or_constant(value: object) -> bool:
-    """Whether it is a value or a grid of values, not a draw."""
+    """Return True for a value or a grid of values, False for a random value."""
     return value is None or isinstance(value, str | int | float | bool) or _is_grid(value)
 
 
 def has_random_values(space: Mapping[str, Any]) -> bool:
-    """Whether the space draws any value."""
+    """Return True if the space draws any value at random."""
     return not all(is_grid_or_constant(value) for value in space.values())
 
 
 def grid_points(space: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every combination of the space's grids; draws are left out (they have defaults)."""
-    plain = {name: value for name, value in space.items() if is_grid_or_constant(value)}
-    choices = [value["grid_search"] if _is_grid(value) else [value] for value in plain.values()]
+    """Yield every combination of the space's grids, without the random values (they have defaults)."""
+    constant = {name: value for name, value in space.items() if is_grid_or_constant(value)}
+    choices = [value["grid_search"] if _is_grid(value) else [value] for value in constant.values()]
     for values in itertools.product(*choices):
-        yield dict(zip(plain, values, strict=True))
+        yield dict(zip(constant, values, strict=True))
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination: its settings, and names that follow from what it computes."""
+    """One combination of settings. Its names are digests of what the combination computes.
+
+    Attributes:
+        config: settings by name, with those of the variant under `variant`.
+        data: folder of the datasets.
+        download: let torchvision download missing data.
+    """
 
     config: Mapping[str, Any]
     data: Path | None
@@ -155,41 +175,42 @@ class Cell:
 
     @property
     def flat(self) -> dict[str, Any]:
-        """The combination as one mapping of settings, those of its arm included."""
-        return {k: v for k, v in self.config.items() if k != VARIANT} | dict(self.config.get(VARIANT, {}))
+        """The combination as one mapping of settings, including those of its variant."""
+        own = {name: value for name, value in self.config.items() if name != VARIANT}
+        return own | dict(self.config.get(VARIANT, {}))
 
     @property
     def settings(self) -> EmbedSettings:
-        """Complete settings. Raises `SettingsError`."""
+        """Complete settings of the embedding. Raises `SettingsError`."""
         fixed = {"data": self.data, "download": self.download, "workers": 0, "insecure_test_key": True}
-        return EmbedSettings.of({**self.flat, **fixed}).resolved()
+        return EmbedSettings.of({**self.flat, **fixed}).with_defaults()
 
     @property
     def name(self) -> str:
-        """16 hex digits of the settings that change what is computed."""
+        """Digest of the settings that affect the result (16 hex)."""
         return _digest(self.settings, None)
 
     @property
     def clean_name(self) -> str:
-        """16 hex digits of what phase 1 depends on."""
+        """Digest of the settings that phase 1 depends on (16 hex)."""
         return _digest(self.settings, PHASE1_SETTINGS)
 
 
 def _digest(settings: EmbedSettings, fields: Sequence[str] | None) -> str:
-    left_out = SWEEP_OWNED_SETTINGS | {"json_output"}
-    chosen = {
+    excluded = SWEEP_OWNED_SETTINGS | {"json_output"}
+    values = {
         name: value
-        for name, value in settings.model_dump(mode="json").items()
-        if (name in fields if fields is not None else name not in left_out) and name != "data"
+        for name, value in settings.flat_dump().items()
+        if (name in fields if fields is not None else name not in excluded) and name != "data"
     }
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def cells_of(space: Mapping[str, Any], settings: SweepSettings) -> list[Cell]:
-    """The cells of the space's grids."""
+    """Return the cells of the space's grids."""
     return [Cell(config, settings.data, settings.download) for config in grid_points(space)]
 
 
 def count_of(space: Mapping[str, Any], settings: SweepSettings) -> int:
-    """How many cells a sweep has: its grids' once, or once for each draw."""
+    """Return the number of cells of a sweep: those of the grids, times the number of random draws."""
     return len(cells_of(space, settings)) * (settings.num_samples if has_random_values(space) else 1)

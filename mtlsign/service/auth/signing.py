@@ -1,7 +1,7 @@
-"""The service's keys: verdicts go out as DSSE envelopes of in-toto statements, opened keys lie sealed.
+"""Keys of the service: they sign verdicts (DSSE, in-toto statements) and encrypt opened keys at rest.
 
-One identity signs and seals now; former ones still open what they sealed and stay listed, so that a verdict
-signed before a rotation can still be checked. No key is ever part of an image or of a log.
+The current identity signs and encrypts. Previous identities still decrypt what they encrypted and stay
+listed, so that verdicts signed before a rotation can be checked. Keys are never part of an image or a log.
 """
 
 from __future__ import annotations
@@ -19,65 +19,72 @@ from mtlsign.watermark.keys.identity import Identity, read_passphrase
 from mtlsign.watermark.keys.sealing import EncryptionSecret, decrypt_envelope, encrypt_envelope
 
 PURPOSE = "mtlsign/v0/service/request"
-KIND = PREDICATE + "verdict"
-_INTS = ("matches", "n", "near_zero")
+PREDICATE_TYPE = PREDICATE + "verdict"
+_INTEGERS = ("matches", "n", "near_zero")
 
 
-class Keys:
-    """The current identity, and former ones by age."""
+class ServiceKeys:
+    """Current identity of the service, and its previous identities, the newest first."""
 
-    def __init__(self, current: Identity, former: Sequence[Identity] = ()) -> None:
-        self.current, self.former = current, tuple(former)
+    def __init__(self, current: Identity, previous: Sequence[Identity] = ()) -> None:
+        self.current, self.previous = current, tuple(previous)
 
     @classmethod
-    def load(cls, settings: ServiceSettings) -> Keys:
-        """From environment or files; without either, an identity is made in the state folder.
+    def load(cls, settings: ServiceSettings) -> ServiceKeys:
+        """Load the identities from the environment or files. Without either, create one in the state folder.
 
-        Raises: KeyMaterialError.
+        Raises:
+            KeyMaterialError: an identity is damaged, or the passphrase is wrong.
         """
         passphrase = read_passphrase(settings.passphrase_file) if settings.passphrase_file else None
-        former = [Identity.load(Path(p.strip()), passphrase) for p in settings.former.split(",") if p.strip()]
+        previous = [Identity.load(Path(path), passphrase) for path in settings.previous_identities]
         if settings.signing_key is not None and settings.identity is None:
             try:
                 raw = bytes.fromhex(settings.signing_key.get_secret_value())
             except ValueError:
-                raise KeyMaterialError("must be 128 hexadecimal digits", field="signing-key") from None
-            return cls(Identity(raw[:32], raw[32:]), former)
-        path = settings.identity or settings.state / "identity.json"
+                message = "The signing key is not hexadecimal. Set MTLSIGN_SIGNING_KEY to 128 hex digits."
+                raise KeyMaterialError(message, field="signing-key") from None
+            return cls(Identity(raw[:32], raw[32:]), previous)
+        path = settings.identity or settings.state_dir / "identity.json"
         if settings.identity is None and not path.exists():
             try:
                 Identity.generate().save(path, passphrase)
             except KeyMaterialError:
-                if not path.exists():  # otherwise another process was faster
+                if not path.exists():  # otherwise another process has created it
                     raise
-        return cls(Identity.load(path, passphrase), former)
+        return cls(Identity.load(path, passphrase), previous)
 
-    def seal(self, data: bytes) -> bytes:
-        """Encrypt what holds opened keys."""
+    def encrypt(self, data: bytes) -> bytes:
+        """Encrypt data that contains opened keys."""
         return encrypt_envelope(data, EncryptionSecret.from_kit_key(self.current.kit_key), purpose=PURPOSE)
 
-    def unseal(self, data: bytes) -> bytes:
-        """Decrypt it, also when it was sealed under a former key. Raises KeyMaterialError."""
+    def decrypt(self, data: bytes) -> bytes:
+        """Decrypt with the current or a previous key. Raises KeyMaterialError."""
         last: MTLSignError | None = None
-        for identity in (self.current, *self.former):
+        for identity in (self.current, *self.previous):
+            secret = EncryptionSecret.from_kit_key(identity.kit_key)
             try:
-                return decrypt_envelope(
-                    data, EncryptionSecret.from_kit_key(identity.kit_key), purpose=PURPOSE
-                )
+                return decrypt_envelope(data, secret, purpose=PURPOSE)
             except KeyMaterialError as error:
                 last = error
         assert last is not None
         raise last
 
-    def public(self) -> list[dict[str, Any]]:
-        """Public halves, the current one first."""
+    def public_keys(self) -> list[dict[str, Any]]:
+        """Return the public keys, the current one first."""
         return [
-            {"public_key": one.public_key.hex(), "current": i == 0}
-            for i, one in enumerate((self.current, *self.former))
+            {"public_key": identity.public_key.hex(), "current": i == 0}
+            for i, identity in enumerate((self.current, *self.previous))
         ]
 
     def sign(self, outcome: dict[str, Any], name: str, time: int) -> bytes:
-        """The signed envelope of one verdict: integers only, so that every reader reads the same."""
+        """Return the signed envelope of a verdict. All numbers are integers, so that readers agree on them.
+
+        Args:
+            outcome: outcome of the claim.
+            name: id of the result.
+            time: seconds since the epoch.
+        """
         verdict = outcome["verdict"]
         predicate = {
             "signer": self.current.public_key.hex(),
@@ -86,41 +93,43 @@ class Keys:
             "key": outcome["key"],
             "claim": outcome.get("claim") if outcome.get("bound") else None,
             "status": verdict["status"],
-            **{field: int(verdict[field]) for field in _INTS},
+            **{field: int(verdict[field]) for field in _INTEGERS},
             "millibits": int(min(1000 * (verdict["evidence_bits"] or 0), 10**9)),
             "millibits_required": int(1000 * verdict["bits_required"]),
             "statistic": verdict["statistic"],
             "reason": str(verdict["reason"] or "")[:300],
         }
-        whole = {
+        statement = {
             "_type": STATEMENT,
             "subject": [{"name": "suspect", "digest": {"sha256": verdict["model_digest"]}}],
-            "predicateType": KIND,
+            "predicateType": PREDICATE_TYPE,
             "predicate": predicate,
         }
-        return sign(json.dumps(whole, separators=(",", ":")).encode(), self.current)
+        return sign(json.dumps(statement, separators=(",", ":")).encode(), self.current)
 
 
 def read_verdict(envelope: bytes, *, trusted: Sequence[str] = ()) -> dict[str, Any]:
-    """What a signed verdict says, its signature checked: {"suspect": digest, …the predicate's fields}.
+    """Check the signature of a verdict; return {"suspect": digest, … fields of the predicate}.
 
     Args:
         envelope: the bytes of `GET /v1/verdicts/{id}`.
-        trusted: public keys (hex) that one trusts; empty: any, look at "signer" yourself.
+        trusted: trusted public keys (hex). If empty, any key is accepted and the caller must check "signer".
 
     Raises:
-        ClaimError: it is no verdict, the signature does not hold, or its signer is not trusted.
+        ClaimError: the envelope is not a verdict, its signature is invalid, or its signer is not trusted.
     """
     opened = open_envelope(envelope)
     try:
-        whole = json.loads(opened.payload)
-        found, suspect = whole["predicate"], whole["subject"][0]["digest"]["sha256"]
-        if whole["predicateType"] != KIND or [found["signer"]] != [key.hex() for key in opened.signers]:
+        statement = json.loads(opened.payload)
+        predicate, suspect = statement["predicate"], statement["subject"][0]["digest"]["sha256"]
+        if statement["predicateType"] != PREDICATE_TYPE or [predicate["signer"]] != [
+            key.hex() for key in opened.signers
+        ]:
             raise ValueError
     except (ValueError, KeyError, TypeError, IndexError):
-        raise ClaimError(
-            "is no verdict of a service; pass it as it was downloaded", field="verdict"
-        ) from None
-    if trusted and found["signer"] not in trusted:
-        raise ClaimError("was signed by a key that is not among the trusted ones", field="verdict")
-    return {"suspect": suspect, **found}
+        message = "The envelope is not a verdict of a service. Pass the bytes as they were downloaded."
+        raise ClaimError(message, field="verdict") from None
+    if trusted and predicate["signer"] not in trusted:
+        message = "The signer is not one of the trusted keys. Pass the keys of the service that you trust."
+        raise ClaimError(message, field="verdict")
+    return {"suspect": suspect, **predicate}

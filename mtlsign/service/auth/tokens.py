@@ -1,7 +1,7 @@
-"""Who may ask what: bearer tokens with scopes, of which only a hash is stored, and the page's sessions.
+"""Bearer tokens with scopes, stored as hashes, and the sessions of the web pages.
 
-A token is `mtls_<id>_<secret>`, 256 random bits; SHA-256 suffices for such a secret, and a lookup by hash
-takes the same time whether the token is nearly right or not.
+A token is `mtls_<id>_<secret>` with 256 random bits. SHA-256 suffices for such a secret, and a lookup by
+hash takes the same time for a nearly right token as for any other.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from mtlsign.service.database import Database
 from mtlsign.service.problems import Problem
@@ -22,87 +23,104 @@ SESSION_S = 8 * 3600.0
 
 @dataclass(frozen=True)
 class Token:
-    """A valid token: its id (for the log), name and scopes."""
+    """Valid token: its id (for the log), name and scopes."""
 
     id: str
     name: str
     scopes: frozenset[str]
 
-    def need(self, scope: str) -> None:
-        """Raises Problem `forbidden` without that scope."""
+    def require_scope(self, scope: str) -> None:
+        """Raise Problem `forbidden` if the token lacks the scope."""
         if scope not in self.scopes:
-            raise Problem("forbidden", f"this token lacks the scope {scope!r}; ask for one that has it")
+            detail = f"This token lacks the scope {scope!r}. Ask the operator for one that has it."
+            raise Problem("forbidden", detail)
 
 
-def issue(store: Database, name: str, scopes: Iterable[str], hours: float) -> str:
-    """Make a token and return it, the only time that it is shown. Raises Problem for unknown scopes."""
-    wanted = sorted(set(scopes))
-    if not wanted or not set(wanted) <= set(SCOPES):
-        raise Problem("malformed-request", f"scopes are some of {', '.join(SCOPES)}")
+def issue(database: Database, name: str, scopes: Iterable[str], hours: float) -> str:
+    """Create a token and return its text, which cannot be read again later.
+
+    Args:
+        database: database of the service.
+        name: name of the holder, 1 to 64 printable characters.
+        scopes: some of `SCOPES`.
+        hours: time until the token expires.
+
+    Raises:
+        Problem: `malformed-request` for an unknown scope or an invalid name.
+    """
+    names = sorted(set(scopes))
+    if not names or not set(names) <= set(SCOPES):
+        raise Problem("malformed-request", f"scopes must be some of {', '.join(SCOPES)}.")
     if not 1 <= len(name) <= 64 or not name.isprintable():
-        raise Problem("malformed-request", "a token's name has 1 to 64 printable characters")
-    ident = secrets.token_hex(6)
-    text = f"mtls_{ident}_{secrets.token_hex(32)}"
-    now = store.clock()
-    store.change(
+        raise Problem("malformed-request", "The name of a token has 1 to 64 printable characters.")
+    token_id = secrets.token_hex(6)
+    text = f"mtls_{token_id}_{secrets.token_hex(32)}"
+    now = database.clock()
+    database.execute(
         "INSERT INTO tokens VALUES(?,?,?,?,?,?,NULL)",
-        ident, _hash(text), name, " ".join(wanted), now, now + hours * 3600,
+        token_id, _hash(text), name, " ".join(names), now, now + hours * 3600,
     )  # fmt: skip
     return text
 
 
-def revoke(store: Database, ident: str) -> bool:
-    """End a token, its sessions and open requests now; False when there is none of that id."""
-    return store.revoke(ident)
+def revoke(database: Database, token_id: str) -> bool:
+    """Revoke a token with its sessions and open requests; return False if no valid token has that id."""
+    return database.revoke(token_id)
 
 
-def known(store: Database) -> list[dict[str, object]]:
-    """All tokens, without anything that opens a door."""
-    found = store.rows("SELECT id,name,scopes,created,expires,revoked FROM tokens ORDER BY created")
+def list_tokens(database: Database) -> list[dict[str, object]]:
+    """Return all tokens without their secrets."""
+    rows = database.fetch_all("SELECT id,name,scopes,created,expires,revoked FROM tokens ORDER BY created")
     names = ("id", "name", "scopes", "created", "expires", "revoked")
-    return [dict(zip(names, row, strict=True)) | {"scopes": row[2].split()} for row in found]
+    return [dict(zip(names, row, strict=True)) | {"scopes": row[2].split()} for row in rows]
 
 
-def check(store: Database, text: str) -> Token:
-    """The token of that text. Raises Problem `unauthenticated`, the same for every reason."""
+def check(database: Database, text: str) -> Token:
+    """Return the token of that text. Raises Problem `unauthenticated`, with one text for every reason."""
     if _TOKEN.fullmatch(text):
-        found = store.rows(
+        rows = database.fetch_all(
             "SELECT id,name,scopes FROM tokens WHERE hash=? AND revoked IS NULL AND expires>?",
-            _hash(text), store.clock(),
+            _hash(text), database.clock(),
         )  # fmt: skip
-        if found:
-            return Token(found[0][0], found[0][1], frozenset(found[0][2].split()))
-    raise Problem("unauthenticated", "the token is missing, unknown, revoked or expired; ask the operator")
+        if rows:
+            return _token(rows[0])
+    detail = "The token is missing, unknown, revoked or expired. Ask the operator for a token."
+    raise Problem("unauthenticated", detail)
 
 
-def bearer(store: Database, header: str | None) -> Token:
-    """The token of an Authorization header."""
+def token_of_header(database: Database, header: str | None) -> Token:
+    """Return the token of an Authorization header. Raises Problem `unauthenticated`."""
     scheme, _, text = (header or "").partition(" ")
-    return check(store, text.strip() if scheme.lower() == "bearer" else "")
+    return check(database, text.strip() if scheme.lower() == "bearer" else "")
 
 
-def open_session(store: Database, text: str) -> str:
-    """Exchange a token for a session's secret, which the page's cookie holds."""
-    token, secret = check(store, text.strip()), secrets.token_hex(32)
-    store.change("INSERT INTO sessions VALUES(?,?,?)", _hash(secret), token.id, store.clock() + SESSION_S)
+def open_session(database: Database, text: str) -> str:
+    """Exchange the text of a token for the secret of a session, which is stored in a cookie."""
+    token, secret = check(database, text.strip()), secrets.token_hex(32)
+    expires = database.clock() + SESSION_S
+    database.execute("INSERT INTO sessions VALUES(?,?,?)", _hash(secret), token.id, expires)
     return secret
 
 
-def session(store: Database, secret: str | None) -> Token | None:
-    """The token behind a session, while both are valid."""
+def token_of_session(database: Database, secret: str | None) -> Token | None:
+    """Return the token of a session if both are valid."""
     if not secret or len(secret) != 64:
         return None
-    found = store.rows(
+    rows = database.fetch_all(
         "SELECT t.id,t.name,t.scopes FROM sessions s JOIN tokens t ON t.id=s.token "
         "WHERE s.hash=? AND s.expires>? AND t.revoked IS NULL AND t.expires>?",
-        _hash(secret), store.clock(), store.clock(),
+        _hash(secret), database.clock(), database.clock(),
     )  # fmt: skip
-    return Token(found[0][0], found[0][1], frozenset(found[0][2].split())) if found else None
+    return _token(rows[0]) if rows else None
 
 
-def close_session(store: Database, secret: str | None) -> None:
-    """Forget a session."""
-    store.change("DELETE FROM sessions WHERE hash=?", _hash(secret or ""))
+def close_session(database: Database, secret: str | None) -> None:
+    """Delete a session."""
+    database.execute("DELETE FROM sessions WHERE hash=?", _hash(secret or ""))
+
+
+def _token(row: tuple[Any, ...]) -> Token:
+    return Token(row[0], row[1], frozenset(row[2].split()))
 
 
 def _hash(text: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Claims and results as files of lines, for bulk work."""
+"""Files of claims and results with one JSON value in each line."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ MAX_CLAIMS = 1_000_000
 
 
 def read_claims(path: Path) -> list[Any]:
-    """The claims of a file, one on each line; a line that is no JSON stays as None, its own problem.
+    """Read the claims of a file. A line that is not JSON becomes None, whose result is a problem.
 
-    Raises: ClaimError when the file cannot be read or holds no claim.
+    Raises:
+        ClaimError: the file cannot be read, is over a limit or contains no claim.
     """
-    found: list[Any] = []
+    claims: list[Any] = []
     try:
         with path.open("rb") as file:
             while line := file.readline(MAX_LINE + 1):
-                if len(line) > MAX_LINE or len(found) >= MAX_CLAIMS:
-                    raise ClaimError(
-                        f"{path} holds a line or a number of lines over the limit", field="claims"
-                    )
+                if len(line) > MAX_LINE or len(claims) >= MAX_CLAIMS:
+                    message = f"{path} has a line or a number of lines over the limit. Split the file."
+                    raise ClaimError(message, field="claims")
                 if line.strip():
-                    found.append(_parse(line))
+                    claims.append(_parse(line))
     except OSError as error:
-        raise ClaimError(f"{path}: {error.strerror}; give a file of claims", field="claims") from None
-    if not found:
-        raise ClaimError(f"{path} holds no claim; write one on each line", field="claims")
-    return found
+        message = f"{path} cannot be read: {error.strerror}. Pass a file of claims."
+        raise ClaimError(message, field="claims") from None
+    if not claims:
+        raise ClaimError(f"{path} contains no claim. Write one claim in each line.", field="claims")
+    return claims
 
 
 def _parse(line: bytes) -> Any:
@@ -45,19 +46,20 @@ def _parse(line: bytes) -> Any:
 
 
 class ResultWriter:
-    """A file of one result on each line, written as they come: `PATH.part` until all are there."""
+    """Writer of one result per line, as results arrive: to `PATH.part`, renamed to `PATH` at the end."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.part = path, path.with_name(f"{path.name}.part")
         self.tally: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
-        """Raises ClaimError when the file cannot be written."""
+        """Open the file. Raises ClaimError if it cannot be written."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.part.open("w", encoding="utf-8")
         except OSError as error:
-            raise ClaimError(f"{self.path}: {error.strerror}; choose another file", field="out") from None
+            message = f"{self.path} cannot be written: {error.strerror}. Choose another file."
+            raise ClaimError(message, field="output") from None
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -66,13 +68,14 @@ class ResultWriter:
             os.replace(self.part, self.path)
 
     def add(self, results: Sequence[Mapping[str, Any]]) -> None:
-        """Write some more. Raises ClaimError when they cannot be written."""
+        """Append results. Raises ClaimError if they cannot be written."""
         try:
             for result in results:
                 self._file.write(json.dumps(result, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
-            raise ClaimError(f"{self.part}: {error.strerror}; make room and try again", field="out") from None
+            message = f"{self.part} cannot be written: {error.strerror}. Free space and try again."
+            raise ClaimError(message, field="output") from None
         self.tally.update(
             r["verdict"]["status"] if "verdict" in r else r["problem"]["type"].rpartition(":")[2]
             for r in results

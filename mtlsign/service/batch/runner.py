@@ -1,4 +1,4 @@
-"""Bulk work: many claims, answered by a desk of their own in this process, in order, each verdict signed."""
+"""Verification of many claims by a queue in this process, in order, with signed verdicts."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from mtlsign.service.verifier.verifier import VerifierBackend
 
 
 def _chunks(settings: ServiceSettings, claims: Sequence[Any]) -> Iterator[list[Any]]:
-    """As many claims at a time as the service's room takes: so many, and half of the bytes that may wait."""
-    most = min(settings.max_claims, settings.token_claims, settings.queue_claims)
-    room = min(settings.token_mb, settings.queue_mb) * MIB // 2
+    """Yield chunks that fit into the queue: its limit of claims, and half of its limit of bytes."""
+    most = min(settings.max_claims, settings.max_queued_claims_per_token, settings.max_queued_claims)
+    most_bytes = min(settings.max_queued_mb_per_token, settings.max_queued_mb) * MIB // 2
     chunk: list[Any] = []
     size = 0
     for claim in claims:
-        weight = len(json.dumps(claim)) + 256
-        if chunk and (len(chunk) >= most or size + weight > room):
+        claim_bytes = len(json.dumps(claim)) + 256
+        if chunk and (len(chunk) >= most or size + claim_bytes > most_bytes):
             yield chunk
             chunk, size = [], 0
         chunk.append(claim)
-        size += weight
+        size += claim_bytes
     if chunk:
         yield chunk
 
@@ -39,44 +39,57 @@ async def verify_batch(
     settings: ServiceSettings,
     backend: VerifierBackend,
     claims: Sequence[Any],
-    keep: Callable[[list[dict[str, Any]]], None],
+    on_results: Callable[[list[dict[str, Any]]], None],
 ) -> None:
-    """Have claims answered by a desk of their own; `keep` gets the results in order, as they come.
+    """Verify claims with a queue in this process.
 
-    Raises: ClusterError, KeyMaterialError, whatever `keep` raises.
+    Args:
+        settings: settings of the queue and the verifiers.
+        backend: verifiers.
+        claims: parsed JSON values.
+        on_results: called with the results of each chunk, in the order of the claims.
+
+    Raises:
+        ClusterError: the queue fails; earlier results were passed on.
+        KeyMaterialError: an identity cannot be read.
     """
-    office = AppState.open(settings, backend)
-    token = tokens.check(office.store, tokens.issue(office.store, "batch", ["verify"], 24 * 365))
-    await office.desk.start()
+    state = AppState.open(settings, backend)
+    database = state.database
+    token = tokens.check(database, tokens.issue(database, "batch", ["verify"], 24 * 365))
+    await state.queue.start()
     try:
         for chunk in _chunks(settings, claims):
-            keep(await _answered(office, token, chunk))
+            on_results(await _verify_chunk(state, token, chunk))
     except (Problem, sqlite3.OperationalError) as error:
-        text = error.detail if isinstance(error, Problem) else f"{settings.state}: {error}"
-        raise ClusterError(f"{text}; what was answered is kept", field="batch") from None
+        if isinstance(error, Problem):
+            cause = error.detail
+        else:
+            cause = f"{settings.state_dir} cannot be written ({error}). Free space and try again."
+        raise ClusterError(f"{cause} The results so far are kept.", field="batch") from None
     finally:
-        await office.desk.stop()
+        await state.queue.stop()
         with suppress(sqlite3.OperationalError):
-            tokens.revoke(office.store, token.id)
-        office.store.close()
+            tokens.revoke(database, token.id)
+        database.close()
 
 
-async def _answered(office: AppState, token: Token, claims: list[Any]) -> list[dict[str, Any]]:
+async def _verify_chunk(state: AppState, token: Token, claims: list[Any]) -> list[dict[str, Any]]:
     while True:
         try:
-            job = await office.desk.submit(token, claims, None)
+            job = await state.queue.submit(token, claims, None)
             break
         except Problem as problem:
-            if problem.kind == "too-many-claims" and len(claims) == 1:  # nothing else of ours is waiting
-                detail = "the claim is larger than may wait; raise token_mb"
+            if problem.kind == "too-many-claims" and len(claims) == 1:  # it exceeds the limit alone
+                detail = "The claim is larger than the queue accepts. Raise max_queued_mb_per_token."
                 return [{"problem": Problem("too-large", detail).document()}]
             if problem.kind != "busy":
                 raise
-            await asyncio.sleep(problem.retry_after or 1.0)  # a service on the same state has its own claims
-    document = await office.desk.answer(await office.desk.wait(job, float("inf")))
-    found: list[dict[str, Any]] = document["results"]
-    for result in found:
+            # A service with the same state folder has filled the queue.
+            await asyncio.sleep(problem.retry_after or 1.0)
+    document = await state.queue.document(await state.queue.wait(job, float("inf")))
+    results: list[dict[str, Any]] = document["results"]
+    for result in results:
         if "id" in result:
-            name, _, place = result["id"].partition(".")
-            result["envelope"] = (office.store.envelope(name, int(place)) or b"").decode()
-    return found
+            name, _, index = result["id"].partition(".")
+            result["envelope"] = (state.database.envelope(name, int(index)) or b"").decode()
+    return results

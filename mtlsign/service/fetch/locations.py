@@ -1,5 +1,7 @@
-"""Where a claim may point: `sha256:HEX` (an upload), `file://`, `s3://` and `https://` under the operator's
-prefixes (design decision 8). Parsing contacts nothing; `web` and `files` follow what was allowed here.
+"""Locations of models and bundles: uploads, files, S3 objects and https resources below allowed prefixes.
+
+Parsing contacts no host. `model_cache` and `https` fetch resolved locations only. A client can therefore not
+make the service read its own files or send requests inside the operator's network.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from urllib.parse import urlsplit
 from mtlsign.errors import SettingsError
 from mtlsign.service.problems import Problem
 
-MAX_POINTER = 2048
+MAX_LOCATION = 2048
 MAX_PARTS = 64
 
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
@@ -27,14 +29,14 @@ _QUERY = re.compile(r"[A-Za-z0-9._~=&%+,;:@/-]{0,1024}")
 
 @dataclass(frozen=True)
 class UploadedFile:
-    """A model that the token's owner sent up."""
+    """File that a client has uploaded."""
 
     digest: str
 
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file below an allowed folder, by the names that lead from there to it."""
+    """File below an allowed folder: the folder and the names from it to the file."""
 
     root: str
     parts: tuple[str, ...]
@@ -42,7 +44,7 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class S3Object:
-    """An object, or a folder of them, in an allowed bucket."""
+    """Object in an allowed bucket, or a prefix of objects."""
 
     bucket: str
     key: str
@@ -50,101 +52,96 @@ class S3Object:
 
 @dataclass(frozen=True)
 class HttpsResource:
-    """An https resource of an allowed host."""
+    """Resource of an allowed https host."""
 
     host: str
     port: int
     path: str
 
 
-Source = UploadedFile | LocalFile | S3Object | HttpsResource
+Location = UploadedFile | LocalFile | S3Object | HttpsResource
 
 
 @dataclass(frozen=True)
 class AllowedLocations:
-    """The operator's prefixes: (scheme, where, path parts)."""
+    """The operator's prefixes: (scheme, bucket or host, path parts)."""
 
     prefixes: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
 
     @classmethod
-    def of(cls, text: str) -> AllowedLocations:
-        """From the setting `allow`. Raises SettingsError for a prefix that is none."""
-        found = []
-        for one in filter(None, (part.strip() for part in text.split(","))):
+    def parse(cls, prefixes: Sequence[str]) -> AllowedLocations:
+        """Parse the setting `allowed_locations`. Raises SettingsError for an invalid prefix."""
+        parsed = []
+        for prefix in filter(None, (text.strip() for text in prefixes)):
             try:
-                found.append(_split(one)[:3])
+                parsed.append(_split(prefix)[:3])
             except (Problem, ValueError):
-                raise SettingsError(
-                    f"{one[:80]!r} is no prefix; write file:///DIR, s3://BUCKET/PREFIX or https://HOST/PATH",
-                    field="allow",
-                ) from None
-        return cls(tuple(found))
+                fix = "Write file:///DIR, s3://BUCKET/PREFIX or https://HOST/PATH."
+                message = f"{prefix[:80]!r} is not a prefix of locations. {fix}"
+                raise SettingsError(message, field="allowed-locations") from None
+        return cls(tuple(parsed))
 
-    def source(self, pointer: str) -> Source:
-        """What a pointer leads to. Raises Problem `pointer-refused` unless an operator's prefix covers it."""
-        found = _DIGEST.fullmatch(pointer)
-        if found:
-            return UploadedFile(found[1])
+    def resolve(self, text: str) -> Location:
+        """Parse a location. Raises Problem `pointer-refused` unless one of the prefixes covers it."""
+        upload = _DIGEST.fullmatch(text)
+        if upload:
+            return UploadedFile(upload[1])
         try:
-            scheme, where, parts, tail = _split(pointer)
+            scheme, authority, parts, query = _split(text)
         except ValueError:
-            raise location_refused(
-                "cannot be read; write sha256:, s3://, file:// or https:// and plain names"
-            ) from None
-        for allowed, place, first in self.prefixes:
-            if allowed != scheme or parts[: len(first)] != first or len(parts) == len(first) == 0:
+            fix = "Write sha256:, s3://, file:// or https:// and a path of plain names."
+            raise location_refused(f"The location is malformed. {fix}") from None
+        for allowed_scheme, allowed_authority, prefix in self.prefixes:
+            if allowed_scheme != scheme or parts[: len(prefix)] != prefix or len(parts) == len(prefix) == 0:
                 continue
             if scheme == "file":
-                return LocalFile("/" + "/".join(first), parts[len(first) :])
-            if place == where:
+                return LocalFile("/" + "/".join(prefix), parts[len(prefix) :])
+            if allowed_authority == authority:
                 if scheme == "s3":
-                    return S3Object(where, "/".join(parts))
-                host, _, port = where.partition(":")
-                return HttpsResource(host, int(port or 443), "/" + "/".join(parts) + tail)
-        raise location_refused(
-            "is under none of the prefixes that this service's operator allows (setting allow)"
-        )
+                    return S3Object(authority, "/".join(parts))
+                host, _, port = authority.partition(":")
+                return HttpsResource(host, int(port or 443), "/" + "/".join(parts) + query)
+        fix = "Ask the operator which locations are allowed (setting allowed_locations)."
+        raise location_refused(f"The location is under none of the allowed prefixes. {fix}")
 
 
-def location_refused(why: str) -> Problem:
-    """The problem of a pointer. It never repeats the pointer, which may hold somebody's secret."""
-    return Problem("pointer-refused", f"the pointer {why}")
+def location_refused(detail: str) -> Problem:
+    """Return the problem of a refused location. `detail` must not repeat it: it may hold a secret."""
+    return Problem("pointer-refused", detail)
 
 
-def _split(pointer: str) -> tuple[str, str, tuple[str, ...], str]:
-    """(scheme, bucket or host[:port], path parts, query with its "?"). Raises ValueError for the rest."""
-    if not 1 <= len(pointer) <= MAX_POINTER or not pointer.isascii() or not pointer.isprintable():
+def _split(text: str) -> tuple[str, str, tuple[str, ...], str]:
+    """Return (scheme, bucket or host[:port], path parts, query with its "?"). Raises ValueError."""
+    if not 1 <= len(text) <= MAX_LOCATION or not text.isascii() or not text.isprintable():
         raise ValueError
-    found = urlsplit(pointer)
-    if (
-        found.scheme not in ("file", "s3", "https")
-        or found.fragment
-        or "@" in found.netloc
-        or "\\" in pointer
-    ):
+    url = urlsplit(text)
+    if url.scheme not in ("file", "s3", "https") or url.fragment or "@" in url.netloc or "\\" in text:
         raise ValueError
-    if (found.query or pointer.endswith("?")) and (
-        found.scheme != "https" or not _QUERY.fullmatch(found.query)
-    ):
+    if (url.query or text.endswith("?")) and (url.scheme != "https" or not _QUERY.fullmatch(url.query)):
         raise ValueError
-    parts = _parts(found.path)
-    where = found.netloc
-    if found.scheme == "file" and where not in ("", "localhost"):
+    parts = _parts(url.path)
+    authority = url.netloc
+    if url.scheme == "file" and authority not in ("", "localhost"):
         raise ValueError
-    if found.scheme == "s3" and not _BUCKET.fullmatch(where):
+    if url.scheme == "s3" and not _BUCKET.fullmatch(authority):
         raise ValueError
-    if found.scheme == "https":
-        host, colon, port = where.lower().partition(":")
-        last = host.rpartition(".")[2]
-        if not _HOST.fullmatch(host) or _NUMERIC.fullmatch(last) or (colon and not 1 <= int(port) <= 65_535):
-            raise ValueError  # names only: an address is never written by a stranger
-        where = f"{host}:{int(port)}" if colon and int(port) != 443 else host
+    if url.scheme == "https":
+        authority = _https_authority(authority)
     return (
-        found.scheme,
-        "" if found.scheme == "file" else where,
+        url.scheme,
+        "" if url.scheme == "file" else authority,
         parts,
-        f"?{found.query}" if found.query else "",
+        f"?{url.query}" if url.query else "",
     )
+
+
+def _https_authority(text: str) -> str:
+    """Return host[:port] in lower case. IP addresses are refused: a client may name public hosts only."""
+    host, colon, port = text.lower().partition(":")
+    last = host.rpartition(".")[2]
+    if not _HOST.fullmatch(host) or _NUMERIC.fullmatch(last) or (colon and not 1 <= int(port) <= 65_535):
+        raise ValueError
+    return f"{host}:{int(port)}" if colon and int(port) != 443 else host
 
 
 def _parts(path: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
-"""Bounds on bodies, as ASGI middleware: bytes, seconds, pace, and all bodies together.
+"""Limits on request bodies as ASGI middleware: bytes, seconds, rate, and memory of all bodies together.
 
-It stands before the app, and, because Ray's HTTP proxy reads a body as fast as it comes, whatever becomes of
-it, also inside that proxy (`proxy_middlewares`).
+The middleware wraps the application. It also runs inside Ray's HTTP proxy (`proxy_middlewares`), because
+that proxy otherwise reads a body of any size into memory before the application sees it.
 """
 
 from __future__ import annotations
@@ -22,32 +22,34 @@ from mtlsign.service import metrics
 from mtlsign.service.problems import MEDIA, Problem
 
 Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-#: Only these take a body of `max_body_mb`; every other one is short.
+#: Paths whose body may have `max_body_mb`; bodies of other paths are small.
 _LARGE = ("/v1/verifications", "/checks")
 SMALL_BODY_BYTES = 16 * 1024
 _UPLOAD = re.compile(r"/v1/models/[^/]+")
-#: Header of a refusal: by Ray's proxy, before it read the body.
+#: Header of a refusal by the middleware inside Ray's proxy.
 PROXY_HEADER = "x-mtlsign-bounded"
 RELEASE = "mtlsign.release"
-#: Bodies of the largest size that are held at once, all together; one peer has half of that at most.
+#: Number of bodies of the largest size that fit into memory at once; one client may use half of that.
 MAX_LARGE_BODIES = 4
 GRACE_S = 5.0
-SLOWEST = 1024
-"""Bytes a second that a body must have on average after the grace period."""
+MIN_RATE = 1024
+"""Lowest average rate of a body in bytes per second after the grace period."""
 
 
 class BodyLimitMiddleware:
-    """Wraps an ASGI app.
+    """ASGI middleware that limits request bodies.
 
     Args:
-        app: what is behind.
-        s: the limits.
-        proxy: inside Ray's proxy: hold uploads back to `upload_mb_s`, as the proxy itself never does, and
-            make a 503 with Retry-After of an ingress that is not there or dies, of which Ray makes a 500.
+        app: the wrapped application.
+        settings: the limits.
+        proxy: run inside Ray's proxy. Uploads are then slowed down to `upload_rate_mb_s`, which bounds the
+            memory of the proxy. A missing or crashed ingress is answered with 503 and Retry-After instead
+            of Ray's 500.
         count: called with the kind of each refusal.
     """
 
@@ -61,63 +63,74 @@ class BodyLimitMiddleware:
         self.app, self.settings, self.proxy, self.count, self.held = app, settings, proxy, count, 0
         self.shares: Counter[str] = Counter()
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started = refused = False
-
-        async def tell(message: Message) -> None:
-            nonlocal started
-            if not refused:
-                if message["type"] == "http.response.start":
-                    started = True
-                    bound.release()
-                    headers = [*message["headers"]]
-                    names = {name.lower() for name, _ in headers}
-                    if self.proxy and message["status"] == 503 and b"retry-after" not in names:
-                        headers.append((b"retry-after", b"2"))  # Ray's own, without an ingress
-                    if bound.unread and b"connection" not in names:
-                        headers.append((b"connection", b"close"))  # or the rest could drip on for ever
-                    message = {**message, "headers": headers}
-                await send(message)
-
-        async def receive_for_proxy() -> Message:
-            """Ray's proxy makes a 500 of what is raised here: answer in its stead and end."""
-            nonlocal refused
-            try:
-                return await bound.receive()
-            except Problem as problem:
-                self.count(problem.kind)
-                if not started:
-                    await send_problem(problem, send, proxy=self.proxy)
-                refused = True
-                return {"type": "http.disconnect"}
-
-        bound = _LimitedBody(self, scope, receive)
-        if not self.proxy:  # Ray's proxy pickles the scope
-            scope[RELEASE] = bound.release
+        body = _LimitedBody(self, scope, receive)
+        exchange = _Exchange(self, body, send)
+        if not self.proxy:  # Ray's proxy pickles the scope, which must not contain a method
+            scope[RELEASE] = body.release
         try:
-            bound.check_length()
-            await self.app(scope, receive_for_proxy if self.proxy else bound.receive, tell)
-            if self.proxy and not started and not refused:  # the ingress died with the request in hand
-                raise Problem("not-ready", "the service lost this request; send it again", retry_after=2)
+            body.check_length()
+            receive_body = exchange.receive_in_proxy if self.proxy else body.receive
+            await self.app(scope, receive_body, exchange.send)
+            if self.proxy and not exchange.started and not exchange.refused:
+                detail = "The ingress restarted during this request. Send it again."
+                raise Problem("not-ready", detail, retry_after=2)
         except Problem as problem:
-            self.count(problem.kind)
-            if not started:
-                await send_problem(problem, send, proxy=self.proxy)
+            await exchange.refuse(problem)
         finally:
-            bound.release()
+            body.release()
 
 
-def release_body(scope: MutableMapping[str, Any]) -> None:
-    """Say that the request's body is parsed and no longer held, though its answer is yet to come."""
+class _Exchange:
+    """Response side of one request: response headers, and refusals in place of the application's response."""
+
+    def __init__(self, limits: BodyLimitMiddleware, body: _LimitedBody, send: Send) -> None:
+        self._limits, self._body, self._send = limits, body, send
+        self.started = self.refused = False
+
+    async def send(self, message: Message) -> None:
+        """Forward a message of the application unless the request was refused."""
+        if self.refused:
+            return
+        if message["type"] == "http.response.start":
+            self.started = True
+            self._body.release()
+            headers = [*message["headers"]]
+            names = {name.lower() for name, _ in headers}
+            if self._limits.proxy and message["status"] == 503 and b"retry-after" not in names:
+                headers.append((b"retry-after", b"2"))  # Ray's own response without an ingress
+            if self._body.unread and b"connection" not in names:
+                headers.append((b"connection", b"close"))  # the client could send the rest slowly for ever
+            message = {**message, "headers": headers}
+        await self._send(message)
+
+    async def refuse(self, problem: Problem) -> None:
+        """Answer with a problem if no response has started."""
+        self._limits.count(problem.kind)
+        if not self.started:
+            await send_problem(problem, self._send, proxy=self._limits.proxy)
+
+    async def receive_in_proxy(self) -> Message:
+        """Receive part of the body. Ray's proxy answers 500 to an exception, so a refusal is sent here."""
+        try:
+            return await self._body.receive()
+        except Problem as problem:
+            await self.refuse(problem)
+            self.refused = True
+            return {"type": "http.disconnect"}
+
+
+def release_body(scope: Scope) -> None:
+    """Stop counting the body of a request against the memory limit, because it has been parsed."""
     scope.get(RELEASE, lambda: None)()
 
 
-def _peer(scope: MutableMapping[str, Any], headers: Mapping[bytes, bytes]) -> str:
-    """Whose share a body is counted in: the address's, or, behind a proxy on this machine, the token's."""
+def _client(scope: Scope, headers: Mapping[bytes, bytes]) -> str:
+    """Return the client whose share a body counts against: its address, or its token behind a local proxy."""
     host = str((scope.get("client") or ("",))[0])
     if host in ("127.0.0.1", "::1", ""):
         return hashlib.sha256(headers.get(b"authorization", b"")).hexdigest()
@@ -125,83 +138,92 @@ def _peer(scope: MutableMapping[str, Any], headers: Mapping[bytes, bytes]) -> st
 
 
 class _LimitedBody:
-    """One body."""
+    """One request body."""
 
-    def __init__(
-        self, limits: BodyLimitMiddleware, scope: MutableMapping[str, Any], receive: Receive
-    ) -> None:
-        s = limits.settings
+    def __init__(self, limits: BodyLimitMiddleware, scope: Scope, receive: Receive) -> None:
+        settings = limits.settings
         self._limits, self._receive = limits, receive
         self._headers = {k.lower(): v for k, v in scope.get("headers", ())}
         self._upload = scope["method"] == "PUT" and bool(_UPLOAD.fullmatch(scope["path"]))
-        short = scope["method"] != "POST" or scope["path"] not in _LARGE
-        self._most = s.model_limit if self._upload else SMALL_BODY_BYTES if short else s.body_limit
-        self._seconds = s.upload_s if self._upload else s.body_s
-        self._pace = s.upload_mb_s * MIB if self._upload and limits.proxy else 0.0
-        self._start, self._seen, self._ended, self.held = time.monotonic(), 0, False, 0
-        self._peer = _peer(scope, self._headers)
+        large = scope["method"] == "POST" and scope["path"] in _LARGE
+        body_limit = settings.body_limit if large else SMALL_BODY_BYTES
+        self._limit = settings.model_limit if self._upload else body_limit
+        self._seconds = settings.upload_timeout_s if self._upload else settings.body_timeout_s
+        self._rate = settings.upload_rate_mb_s * MIB if self._upload and limits.proxy else 0.0
+        self._start, self._received, self._complete, self.held = time.monotonic(), 0, False, 0
+        self._client = _client(scope, self._headers)
 
     @property
     def unread(self) -> bool:
-        """Whether more of the body is to come."""
+        """True while a part of the body has not been received."""
         announced = self._headers.get(b"content-length", b"0") != b"0"
-        return not self._ended and (announced or b"transfer-encoding" in self._headers)
+        return not self._complete and (announced or b"transfer-encoding" in self._headers)
 
     def check_length(self) -> None:
+        """Check the announced length and encoding. Raises Problem."""
         text = self._headers.get(b"content-length", b"0")
         if not text.isdigit() or len(text) > 15:
-            raise Problem("malformed-request", "Content-Length is no number")
-        if int(text) > self._most:
-            raise Problem("too-large", f"{int(text)} bytes were announced, {self._most} are allowed here")
+            raise Problem("malformed-request", "Content-Length is not a number. Send the length in bytes.")
+        if int(text) > self._limit:
+            raise Problem("too-large", f"The body has {int(text)} bytes; {self._limit} are allowed.")
         if self._headers.get(b"content-encoding", b"identity") != b"identity":
-            raise Problem("wrong-media-type", "compressed bodies are not read; send the plain bytes")
+            raise Problem("wrong-media-type", "Compressed bodies are not supported. Send plain bytes.")
 
     async def receive(self) -> Message:
-        if self._ended:
+        """Receive one part of the body. Raises Problem when it exceeds a limit."""
+        if self._complete:
             return await self._receive()
-        left = self._start + self._seconds - time.monotonic()
+        remaining = self._start + self._seconds - time.monotonic()
         try:
-            message = await asyncio.wait_for(self._receive(), max(left, 0.001))
+            message = await asyncio.wait_for(self._receive(), max(remaining, 0.001))
         except TimeoutError:
-            raise Problem("too-slow", f"the body did not come within {self._seconds:g} seconds") from None
+            detail = f"The body was not complete within {self._seconds:g} seconds. Send it faster."
+            raise Problem("too-slow", detail) from None
         if message["type"] != "http.request":
             return message
         size = len(message.get("body", b""))
-        self._seen += size
-        self._ended = not message.get("more_body", False)
-        if self._seen > self._most:
-            raise Problem("too-large", f"over {self._most} bytes came; that many are allowed here")
-        passed = time.monotonic() - self._start
-        if not self._ended and passed > GRACE_S and self._seen < SLOWEST * passed:
-            raise Problem("too-slow", f"the body comes with under {SLOWEST} bytes a second")
+        self._received += size
+        self._complete = not message.get("more_body", False)
+        if self._received > self._limit:
+            raise Problem("too-large", f"The body has over {self._limit} bytes. Send a smaller one.")
+        elapsed = time.monotonic() - self._start
+        if not self._complete and elapsed > GRACE_S and self._received < MIN_RATE * elapsed:
+            raise Problem("too-slow", f"The body arrives at under {MIN_RATE} bytes/s. Send it faster.")
         if not self._upload:
-            self._hold(min(size, max(0, self._seen - SMALL_BODY_BYTES)))
-            if self._ended and self._limits.proxy:  # on its way to the ingress, which counts for itself
+            self._reserve(min(size, max(0, self._received - SMALL_BODY_BYTES)))
+            if self._complete and self._limits.proxy:  # the ingress, which receives it next, counts it itself
                 self.release()
-        if self._pace:
-            await asyncio.sleep(max(0.0, self._seen / self._pace - passed))
+        if self._rate:
+            await asyncio.sleep(max(0.0, self._received / self._rate - elapsed))
         return message
 
-    def _hold(self, size: int) -> None:
-        """Count what is held beyond a short body's size, which is always taken."""
-        limits, one = self._limits, self._limits.settings.body_limit
+    def _reserve(self, size: int) -> None:
+        """Count memory beyond the size of a small body, which is always accepted. Raises Problem `busy`."""
+        limits, total = self._limits, MAX_LARGE_BODIES * self._limits.settings.body_limit
         self.held += size
         limits.held += size
-        limits.shares[self._peer] += size
-        if limits.held > MAX_LARGE_BODIES * one or limits.shares[self._peer] > MAX_LARGE_BODIES * one // 2:
-            raise Problem("busy", "too many bodies are coming in at once; try again", retry_after=2)
+        limits.shares[self._client] += size
+        if limits.held > total or limits.shares[self._client] > total // 2:
+            detail = "Too many large bodies are arriving at once. Try again."
+            raise Problem("busy", detail, retry_after=2)
 
     def release(self) -> None:
-        """Nothing of the body is held any more."""
+        """Stop counting the memory of this body."""
         self._limits.held -= self.held
-        self._limits.shares[self._peer] -= self.held
+        self._limits.shares[self._client] -= self.held
         self.held = 0
-        if not self._limits.shares[self._peer]:
-            del self._limits.shares[self._peer]
+        if not self._limits.shares[self._client]:
+            del self._limits.shares[self._client]
 
 
 async def send_problem(problem: Problem, send: Send, *, proxy: bool = False) -> None:
-    """Answer with a problem, and close: the rest of the body is not wanted. Ray's proxy says who it is."""
+    """Send a problem document and close the connection, so that the rest of the body is not read.
+
+    Args:
+        problem: the problem.
+        send: ASGI send.
+        proxy: add the header that marks a refusal inside Ray's proxy.
+    """
     body = json.dumps(problem.document()).encode()
     headers = [
         (b"content-type", MEDIA.encode()), (b"content-length", str(len(body)).encode()),
@@ -216,10 +238,10 @@ async def send_problem(problem: Problem, send: Send, *, proxy: bool = False) -> 
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """What Ray's proxy runs before it reads a body. This module is light: the proxy has seconds to start."""
+    """Return the middleware of Ray's proxy. This module imports little, so that the proxy starts in time."""
     metrics.configure_logging()
 
     def count(kind: str) -> None:
-        metrics.log_event("refused", reason=kind)
+        metrics.log_event("body_refused", reason=kind)
 
     return [Middleware(BodyLimitMiddleware, settings=ServiceSettings.load(), proxy=True, count=count)]

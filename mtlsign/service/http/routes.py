@@ -1,4 +1,4 @@
-"""The interface for programs: `/v1/…`. Every answer that is no success is RFC 9457 problem details."""
+"""Programming interface under `/v1/`. Every error is an RFC 9457 problem document."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mtlsign.service import metrics
 from mtlsign.service.auth import tokens
 from mtlsign.service.auth.tokens import Token
 from mtlsign.service.http.body_limits import release_body
+from mtlsign.service.http.request_models import M, TokenRequest, VerificationRequest, parse_request
 from mtlsign.service.http.schemas import (
     LEDGER,
     TOKENS,
@@ -26,233 +27,243 @@ from mtlsign.service.http.schemas import (
     VERIFY_BODY,
     with_body,
 )
-from mtlsign.service.json_input import read_json
 from mtlsign.service.problems import MEDIA, Problem
 from mtlsign.service.state import AppState, get_state
+from mtlsign.storage.json_io import parse_bounded_json
 
 router = APIRouter(prefix="/v1")
-_ID = re.compile(r"[0-9a-f]{32}")
-_VERDICT = re.compile(r"([0-9a-f]{32})\.([0-9]{1,4})")
+_JOB_ID = re.compile(r"[0-9a-f]{32}")
+_RESULT_ID = re.compile(r"([0-9a-f]{32})\.([0-9]{1,4})")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_IDEM = re.compile(r"[\x21-\x7e]{1,128}")
+_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,128}")
 ENVELOPE = "application/vnd.in-toto+json"
 
 
 async def authenticate(request: Request, scope: str) -> tuple[AppState, Token]:
-    """The office and the caller, who has that scope. Raises Problem."""
-    office = get_state(request)
-    token = await asyncio.to_thread(tokens.bearer, office.store, request.headers.get("authorization"))
+    """Return the state and the caller's token, which has `scope`. Raises Problem."""
+    state = get_state(request)
+    header = request.headers.get("authorization")
+    token = await asyncio.to_thread(tokens.token_of_header, state.database, header)
     request.state.token = token.id  # for the log
-    token.need(scope)
-    return office, token
+    token.require_scope(scope)
+    return state, token
 
 
-async def json_body(request: Request, raw: bytes | None = None) -> dict[str, Any]:
-    """The JSON object in a body (its size is bounded by `limits`). Raises Problem."""
+async def json_body(request: Request, model: type[M], data: bytes | None = None) -> M:
+    """Parse and validate a JSON body, whose size `body_limits` has checked. Raises Problem.
+
+    Args:
+        request: the request.
+        model: model of the body.
+        data: the body, if it was already received.
+    """
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise Problem("wrong-media-type", "send application/json")
+        raise Problem("wrong-media-type", "The body is not JSON. Send application/json.")
+    data = await request.body() if data is None else data
     try:
-        found = await asyncio.to_thread(read_json, await request.body() if raw is None else raw)
+        value = await asyncio.to_thread(parse_bounded_json, data)
     except ValueError:
-        detail = "the body is no UTF-8 JSON with each field once and a sane number of values"
+        detail = "The body is not UTF-8 JSON with unique fields, finite numbers and at most 200,000 values."
         raise Problem("malformed-request", detail) from None
-    if not isinstance(found, dict):
-        raise Problem("malformed-request", "the body must be a JSON object")
-    return found
-
-
-def reject_unknown_fields(body: dict[str, Any], *names: str) -> None:
-    extra = body.keys() - set(names)
-    if extra:
-        raise Problem("malformed-request", f"unknown field {ascii(sorted(extra)[0])[:60]}")
+    if not isinstance(value, dict):
+        raise Problem("malformed-request", "The body is not a JSON object. Send an object.")
+    return parse_request(model, value)
 
 
 @router.post("/verifications", **with_body(VERIFY, VERIFY_BODY))
 async def verify(request: Request) -> JSONResponse:
-    """Verify 1…256 claims. Results are in the claims' order; 202 when they are not all there in time."""
-    office, token = await authenticate(request, "verify")
-    idem = request.headers.get("idempotency-key")
-    if idem is not None and not _IDEM.fullmatch(idem):
-        raise Problem("malformed-request", "an Idempotency-Key has 1 to 128 printable ASCII characters")
-    raw = b"".join([piece async for piece in request.stream()])  # `request.body` would keep it to the end
-    async with office.heavy if len(raw) > MIB else nullcontext():  # parsed, it takes several times its size
-        body = await json_body(request, raw)
-        reject_unknown_fields(body, "claims", "wait_s")
-        claims, wait = body.get("claims"), body.get("wait_s", 10)
-        if not isinstance(claims, list):
-            raise Problem("malformed-request", "claims must be a list")
-        if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= 3600:
-            raise Problem("malformed-request", "wait_s must be a number of seconds from 0 to 3600")
-        job = await office.desk.submit(token, claims, idem)
-        del raw, body, claims
+    """Verify 1 to 256 claims. Results are in claim order; 202 if some are missing after `wait_s`."""
+    state, token = await authenticate(request, "verify")
+    key = request.headers.get("idempotency-key")
+    if key is not None and not _IDEMPOTENCY_KEY.fullmatch(key):
+        raise Problem("malformed-request", "An Idempotency-Key has 1 to 128 printable ASCII characters.")
+    data = b"".join([piece async for piece in request.stream()])  # `request.body` would keep it in memory
+    # A parsed body takes several times its size: large ones are parsed one at a time.
+    async with state.large_body_lock if len(data) > MIB else nullcontext():
+        body = await json_body(request, VerificationRequest, data)
+        wait_s = body.wait_s
+        job = await state.queue.submit(token, body.claims, key)
+        del data, body
     release_body(request.scope)
-    job = await office.desk.wait(job, min(float(wait), office.settings.max_wait_s))
-    return _job(await office.desk.answer(job))
+    job = await state.queue.wait(job, min(wait_s, state.settings.max_wait_s))
+    return _job_response(await state.queue.document(job))
 
 
-def _job(document: dict[str, Any]) -> JSONResponse:
+def _job_response(document: dict[str, Any]) -> JSONResponse:
     if document["state"] == "done":
         return JSONResponse(document)
-    place = f"/v1/verifications/{document['id']}"
-    return JSONResponse(document, 202, headers={"Location": place, "Retry-After": "1"})
+    address = f"/v1/verifications/{document['id']}"
+    return JSONResponse(document, 202, headers={"Location": address, "Retry-After": "1"})
 
 
 @router.get("/verifications/{name}", **VERIFY)
 async def verification(request: Request, name: str) -> JSONResponse:
-    """A request of this token and its results so far; 202 while some are missing."""
-    office, token = await authenticate(request, "verify")
-    if not _ID.fullmatch(name):
-        raise Problem("not-found", "this token has no such request")
-    job = await asyncio.to_thread(office.store.job, name, token.id)
-    return _job(await office.desk.answer(job))
+    """Return a request of this token and its results so far; 202 while some are missing."""
+    state, token = await authenticate(request, "verify")
+    if not _JOB_ID.fullmatch(name):
+        raise Problem("not-found", "This token has no request of that id.")
+    job = await asyncio.to_thread(state.database.job, name, token.id)
+    return _job_response(await state.queue.document(job))
 
 
 @router.get("/verdicts/{name}", **VERDICTS)
 async def verdict(request: Request, name: str) -> Response:
-    """The signed verdict of one claim (a DSSE envelope); `name` is a result's id."""
-    office, token = await authenticate(request, "verify")
-    return Response(await asyncio.to_thread(signed, office, token, name), media_type=ENVELOPE)
+    """Return the signed verdict of one claim (a DSSE envelope); `name` is the id of a result."""
+    state, token = await authenticate(request, "verify")
+    envelope = await asyncio.to_thread(signed_verdict, state, token, name)
+    return Response(envelope, media_type=ENVELOPE)
 
 
-def signed(office: AppState, token: Token, name: str) -> bytes:
-    """The envelope of one verdict of that token. Raises Problem."""
-    found = _VERDICT.fullmatch(name)
-    if found:
-        office.store.job(found[1], token.id)
-        envelope = office.store.envelope(found[1], int(found[2]))
+def signed_verdict(state: AppState, token: Token, name: str) -> bytes:
+    """Return the envelope of a verdict of that token.
+
+    Args:
+        state: state of the service.
+        token: the caller's token.
+        name: id of the result.
+
+    Raises:
+        Problem: `not-found`.
+    """
+    match = _RESULT_ID.fullmatch(name)
+    if match:
+        state.database.job(match[1], token.id)
+        envelope = state.database.envelope(match[1], int(match[2]))
         if envelope is not None:
             return envelope
-    raise Problem("not-found", "this token has no such verdict")
+    raise Problem("not-found", "This token has no verdict of that id.")
 
 
 @router.put("/models/{sha256}", **with_body(UPLOADS, UPLOAD_BODY))
 async def upload(request: Request, sha256: str) -> JSONResponse:
-    """Send a model (or a bundle) up, checked against its SHA-256 as it comes; `sha256:HEX` then names it."""
-    office, token = await authenticate(request, "verify")
+    """Upload a model or bundle. Its SHA-256 is checked; `sha256:HEX` is then its location."""
+    state, token = await authenticate(request, "verify")
     if not _DIGEST.fullmatch(sha256):
-        raise Problem(
-            "malformed-request", "the path must end in the file's SHA-256, 64 lower-case hex digits"
-        )
-    s, shelf = office.settings, office.shelf
+        detail = "The path must end in the SHA-256 of the file, 64 lower-case hexadecimal digits."
+        raise Problem("malformed-request", detail)
     announced = request.headers.get("content-length")
     if announced is None:
-        raise Problem("malformed-request", "say how much is coming: Content-Length")
-    size, store = int(announced), office.store
-    ticket = await asyncio.to_thread(store.reserve, token.id, size, s.upload_s + 60, s.upload_quota_mb * MIB)
+        raise Problem("malformed-request", "The length of the body is unknown. Send Content-Length.")
+    size, database, settings = int(announced), state.database, state.settings
+    seconds, quota = settings.upload_timeout_s + 60, settings.upload_quota_mb * MIB
+    ticket = await asyncio.to_thread(database.reserve_upload, token.id, size, seconds, quota)
     try:
-        with shelf.writing() as file:
-            async for piece in request.stream():
-                if file.size + len(piece) > size:
-                    raise Problem("malformed-request", f"over {size} bytes came, {size} were announced")
-                await asyncio.to_thread(file.write, piece)
-            if file.size != size:
-                raise Problem("malformed-request", f"{file.size} bytes came, {size} were announced")
-            if file.digest != sha256:
-                raise Problem("wrong-digest", f"the bytes that came have the SHA-256 {file.digest}")
-            await asyncio.to_thread(file.keep)
-        expires = store.clock() + s.upload_hours * 3600
-        await asyncio.to_thread(store.add_upload, ticket, sha256, size, expires)
-    except BaseException:  # whoever did not send the bytes gets nothing by their digest
-        await asyncio.to_thread(store.release, ticket)
+        await _receive_upload(request, state, sha256, size)
+        expires = database.clock() + settings.upload_ttl_hours * 3600
+        await asyncio.to_thread(database.add_upload, ticket, sha256, size, expires)
+    except BaseException:  # a client that has not sent the bytes must not be able to use their digest
+        await asyncio.to_thread(database.cancel_upload, ticket)
         raise
-    metrics.log_event("uploaded", token=token.id, sha256=sha256, size=file.size)
-    answer = {"sha256": sha256, "model": f"sha256:{sha256}", "size": file.size, "expires": expires}
-    return JSONResponse(answer, 201)
+    metrics.log_event("uploaded", token=token.id, sha256=sha256, size=size)
+    return JSONResponse(_upload_document(sha256, size, expires), 201)
+
+
+async def _receive_upload(request: Request, state: AppState, sha256: str, size: int) -> None:
+    """Store the body of an upload after checking its size and digest. Raises Problem."""
+    with state.uploads.pending_file() as file:
+        async for piece in request.stream():
+            if file.size + len(piece) > size:
+                raise _wrong_size(f"over {size}", size)
+            await asyncio.to_thread(file.write, piece)
+        if file.size != size:
+            raise _wrong_size(str(file.size), size)
+        if file.digest != sha256:
+            detail = f"The bytes have the SHA-256 {file.digest}. Use that digest, or send the right file."
+            raise Problem("wrong-digest", detail)
+        await asyncio.to_thread(file.commit)
+
+
+def _wrong_size(received: str, announced: int) -> Problem:
+    detail = f"The body has {received} bytes, but {announced} were announced. Send the exact length."
+    return Problem("malformed-request", detail)
+
+
+def _upload_document(sha256: str, size: int, expires: float) -> dict[str, Any]:
+    return {"sha256": sha256, "model": f"sha256:{sha256}", "size": size, "expires": expires}
 
 
 @router.get("/models/{sha256}", **UPLOADS)
 async def uploaded(request: Request, sha256: str) -> JSONResponse:
-    """Whether this token's upload is still there."""
-    office, token = await authenticate(request, "verify")
-    found = (
-        await asyncio.to_thread(office.store.upload, token.id, sha256) if _DIGEST.fullmatch(sha256) else None
-    )
-    if found is None or not office.shelf.has(sha256):
-        raise Problem("not-found", "this token has no such upload")
-    return JSONResponse(
-        {"sha256": sha256, "model": f"sha256:{sha256}", "size": found[0], "expires": found[1]}
-    )
+    """Return size and expiry of an upload of this token."""
+    state, token = await authenticate(request, "verify")
+    record = None
+    if _DIGEST.fullmatch(sha256):
+        record = await asyncio.to_thread(state.database.upload, token.id, sha256)
+    if record is None or not state.uploads.has(sha256):
+        raise Problem("not-found", "This token has no upload of that digest. Upload the file.")
+    return JSONResponse(_upload_document(sha256, *record))
 
 
 @router.get("/keys", **LEDGER)
 async def keys(request: Request) -> JSONResponse:
-    """Public halves of the keys that sign verdicts, the current one first, and the ledger's entry of each."""
-    office = get_state(request)
-    return JSONResponse({"keys": await office.listed()})
+    """Return the public keys that sign verdicts, the current one first, and the ledger entry of each."""
+    return JSONResponse({"keys": await get_state(request).signing_keys()})
 
 
 @router.get("/ledger/head", **LEDGER)
 async def head(request: Request) -> JSONResponse:
-    """The newest head that counts, with its co-signatures as a note."""
-    office, _ = await authenticate(request, "ledger")
-    desk = office.need_ledger()
-    return JSONResponse(await desk.ask(desk.head))
+    """Return the newest confirmed checkpoint, with its co-signatures as a signed note."""
+    state, _ = await authenticate(request, "ledger")
+    ledger = state.require_ledger()
+    return JSONResponse(await ledger.run(ledger.head))
 
 
 @router.get("/ledger/entries/{index}", **LEDGER)
 async def entry(request: Request, index: str) -> JSONResponse:
-    """One entry; `envelope` are its exact bytes in base64."""
-    office, _ = await authenticate(request, "ledger")
-    desk = office.need_ledger()
-    return JSONResponse(await desk.ask(desk.entry, _number(index)))
+    """Return one entry; `envelope` is the base64 of its exact bytes."""
+    state, _ = await authenticate(request, "ledger")
+    ledger = state.require_ledger()
+    return JSONResponse(await ledger.run(ledger.entry, _index(index)))
 
 
 @router.get("/ledger/proofs/{index}", **LEDGER)
 async def proof(request: Request, index: str) -> JSONResponse:
-    """RFC 6962 inclusion proof of an entry; `?size=` chooses the tree."""
-    office, _ = await authenticate(request, "ledger")
-    size = request.query_params.get("size")
-    wanted = None if size is None else _number(size)
-    desk = office.need_ledger()
-    return JSONResponse(await desk.ask(desk.proof, _number(index), wanted))
+    """Return the RFC 6962 inclusion proof of an entry; `?size=` selects the tree."""
+    state, _ = await authenticate(request, "ledger")
+    text = request.query_params.get("size")
+    size = None if text is None else _index(text)
+    ledger = state.require_ledger()
+    return JSONResponse(await ledger.run(ledger.proof, _index(index), size))
 
 
-def _number(text: str) -> int:
+def _index(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,13}", text):
-        raise Problem("not-found", "entries are named by whole numbers")
+        raise Problem("not-found", "Entries have whole numbers as names. Use the index of an entry.")
     return int(text)
 
 
 @router.get("/tokens", **TOKENS)
 async def list_tokens(request: Request) -> JSONResponse:
-    """All tokens, without their secrets (scope admin)."""
-    office, _ = await authenticate(request, "admin")
-    return JSONResponse({"tokens": await asyncio.to_thread(tokens.known, office.store)})
+    """Return all tokens without their secrets (scope admin)."""
+    state, _ = await authenticate(request, "admin")
+    return JSONResponse({"tokens": await asyncio.to_thread(tokens.list_tokens, state.database)})
 
 
 @router.post("/tokens", **with_body(TOKENS, TOKENS_BODY))
-async def make_token(request: Request) -> JSONResponse:
-    """Make a token (scope admin); its text is shown this once."""
-    office, token = await authenticate(request, "admin")
-    body = await json_body(request)
-    reject_unknown_fields(body, "name", "scopes", "hours")
-    name, scopes, hours = body.get("name"), body.get("scopes"), body.get("hours", office.settings.token_hours)
-    if (
-        not isinstance(name, str)
-        or not isinstance(scopes, list)
-        or not all(isinstance(x, str) for x in scopes)
-    ):
-        raise Problem("malformed-request", "give name (text) and scopes (a list of texts)")
-    if isinstance(hours, bool) or not isinstance(hours, int | float) or not 0 < hours <= 24 * 3650:
-        raise Problem("malformed-request", "hours must be a number from 0 to 87600")
-    text = await asyncio.to_thread(tokens.issue, office.store, name, scopes, float(hours))
-    metrics.log_event("token_made", by=token.id, token=text.split("_")[1])
-    return JSONResponse({"token": text, "id": text.split("_")[1]}, 201)
+async def create_token(request: Request) -> JSONResponse:
+    """Create a token (scope admin). Its text is returned only once."""
+    state, token = await authenticate(request, "admin")
+    body = await json_body(request, TokenRequest)
+    hours = body.hours if "hours" in body.model_fields_set else state.settings.token_ttl_hours
+    text = await asyncio.to_thread(tokens.issue, state.database, body.name, body.scopes, hours)
+    token_id = text.split("_")[1]
+    metrics.log_event("token_created", by=token.id, token=token_id)
+    return JSONResponse({"token": text, "id": token_id}, 201)
 
 
 @router.delete("/tokens/{name}", **TOKENS)
-async def end_token(request: Request, name: str) -> Response:
-    """Revoke a token now (scope admin)."""
-    office, token = await authenticate(request, "admin")
-    if not await asyncio.to_thread(tokens.revoke, office.store, name[:64]):
-        raise Problem("not-found", "there is no such token, or it is revoked already")
+async def revoke_token(request: Request, name: str) -> Response:
+    """Revoke a token (scope admin)."""
+    state, token = await authenticate(request, "admin")
+    if not await asyncio.to_thread(tokens.revoke, state.database, name[:64]):
+        raise Problem("not-found", "No valid token has this id.")
     metrics.log_event("token_revoked", by=token.id, token=name[:64])
     return Response(status_code=204)
 
 
-def answer_problem(problem: Problem) -> JSONResponse:
-    """A problem as a response."""
+def problem_response(problem: Problem) -> JSONResponse:
+    """Return a problem as an HTTP response."""
     headers = {}
     if problem.retry_after is not None:
         headers["Retry-After"] = str(max(1, round(problem.retry_after)))

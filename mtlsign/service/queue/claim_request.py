@@ -1,4 +1,4 @@
-"""One claim of a request as it was sent: what it asks for, or the problem that it is."""
+"""Parsing of one claim of a request. A malformed claim has a problem and does not affect other claims."""
 
 from __future__ import annotations
 
@@ -6,49 +6,50 @@ import json
 import re
 from dataclasses import dataclass
 
-from mtlsign.service.fetch.locations import MAX_POINTER
+from mtlsign.service.fetch.locations import MAX_LOCATION
 from mtlsign.service.problems import Problem
 from mtlsign.service.verifier.verifier import OpenedClaimRef
 
-NOTHING = OpenedClaimRef()
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_NO_CLAIM = OpenedClaimRef()
+_FIELDS = {"model", "bundle", "sha256"}
 
 
 @dataclass(frozen=True)
 class ClaimRequest:
-    """One claim of a request: its place, and the task's parts or the problem that it is."""
+    """One claim of a request: its index, and either the parts of a verification task or a problem."""
 
-    at: int
+    index: int
     model: str = ""
     sha256: str | None = None
-    question: OpenedClaimRef = NOTHING
+    opened: OpenedClaimRef = _NO_CLAIM
     problem: Problem | None = None
 
 
-def parse_claim_request(at: int, claim: object) -> ClaimRequest:
-    """A claim as it was sent; whatever is wrong with it is its own problem."""
+def parse_claim_request(index: int, claim: object) -> ClaimRequest:
+    """Parse the claim at `index` of a request; return any error as the claim's problem."""
     try:
-        if not isinstance(claim, dict) or not {"model", "bundle"} <= claim.keys() <= {
-            "model",
-            "bundle",
-            "sha256",
-        }:
-            raise Problem("bad-claim", "a claim has the fields model, bundle and, if you like, sha256")
-        model, bundle, digest = claim["model"], claim["bundle"], claim.get("sha256")
-        if not _is_pointer(model):
-            raise Problem("bad-claim", f"model must be a pointer of at most {MAX_POINTER} ASCII characters")
-        if digest is not None and not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
-            raise Problem("bad-claim", "sha256 must be 64 lower-case hexadecimal digits")
-        if isinstance(bundle, str):
-            if not _is_pointer(bundle):
-                raise Problem("bad-claim", f"a bundle's pointer has 1 to {MAX_POINTER} ASCII characters")
-            return ClaimRequest(at, model, digest, OpenedClaimRef(pointer=bundle))
-        if not isinstance(bundle, dict):
-            raise Problem("bad-claim", "bundle must be an opened claim (an object) or a pointer to one")
-        return ClaimRequest(at, model, digest, OpenedClaimRef(json.dumps(bundle).encode()))
+        return _parse(index, claim)
     except Problem as problem:
-        return ClaimRequest(at, problem=problem)
+        return ClaimRequest(index, problem=problem)
 
 
-def _is_pointer(value: object) -> bool:
-    return isinstance(value, str) and 1 <= len(value) <= MAX_POINTER and value.isascii()
+def _parse(index: int, claim: object) -> ClaimRequest:
+    if not isinstance(claim, dict) or not {"model", "bundle"} <= claim.keys() <= _FIELDS:
+        raise Problem("bad-claim", "A claim has the fields model and bundle, and optionally sha256.")
+    model, bundle, digest = claim["model"], claim["bundle"], claim.get("sha256")
+    if not _is_location(model):
+        raise Problem("bad-claim", f"model must be a location of 1 to {MAX_LOCATION} ASCII characters.")
+    if digest is not None and not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
+        raise Problem("bad-claim", "sha256 must be 64 lower-case hexadecimal digits.")
+    if isinstance(bundle, str):
+        if not _is_location(bundle):
+            raise Problem("bad-claim", f"The location of a bundle has 1 to {MAX_LOCATION} ASCII characters.")
+        return ClaimRequest(index, model, digest, OpenedClaimRef(location=bundle))
+    if not isinstance(bundle, dict):
+        raise Problem("bad-claim", "bundle must be an opened claim (an object) or its location.")
+    return ClaimRequest(index, model, digest, OpenedClaimRef(json.dumps(bundle).encode()))
+
+
+def _is_location(value: object) -> bool:
+    return isinstance(value, str) and 1 <= len(value) <= MAX_LOCATION and value.isascii()

@@ -1,4 +1,4 @@
-"""Who may go next: so many at a time, in turns by name, so that nobody's queue delays another's."""
+"""Semaphore that serves names in rotation, so that the queue of one name does not delay another name."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ from contextlib import asynccontextmanager, suppress
 
 
 class FairSemaphore:
-    """`room` places; whoever waits in line gets one when his name's turn comes, whatever others queued."""
+    """Semaphore with `size` places. Names take turns; the waiters of one name are served in order."""
 
-    def __init__(self, room: int) -> None:
-        self._free = room
-        self._lines: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+    def __init__(self, size: int) -> None:
+        self._free = size
+        self._waiters: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
     @asynccontextmanager
-    async def of(self, name: str) -> AsyncIterator[None]:
-        """Hold a place."""
-        if self._free and not self._lines:
+    async def acquire(self, name: str) -> AsyncIterator[None]:
+        """Hold one place in the name of `name`."""
+        if self._free and not self._waiters:
             self._free -= 1
         else:
-            turn = asyncio.get_running_loop().create_future()
-            self._lines.setdefault(name, deque()).append(turn)
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.setdefault(name, deque()).append(waiter)
             try:
-                await turn
+                await waiter
             except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._pass_on()
+                if waiter.done() and not waiter.cancelled():
+                    self._wake_next()
                 else:
-                    self._leave(name, turn)
+                    self._cancel_waiter(name, waiter)
                 raise
         try:
             yield
         finally:
-            self._pass_on()
+            self._wake_next()
 
-    def _leave(self, name: str, turn: asyncio.Future[None]) -> None:
-        line = self._lines.get(name)
-        if line is not None:
+    def _cancel_waiter(self, name: str, waiter: asyncio.Future[None]) -> None:
+        waiters = self._waiters.get(name)
+        if waiters is not None:
             with suppress(ValueError):
-                line.remove(turn)
-            if not line:
-                del self._lines[name]
+                waiters.remove(waiter)
+            if not waiters:
+                del self._waiters[name]
 
-    def _pass_on(self) -> None:
-        while self._lines:
-            name, line = next(iter(self._lines.items()))
-            turn = line.popleft()
-            if line:
-                self._lines.move_to_end(name)
+    def _wake_next(self) -> None:
+        while self._waiters:
+            name, waiters = next(iter(self._waiters.items()))
+            waiter = waiters.popleft()
+            if waiters:
+                self._waiters.move_to_end(name)
             else:
-                del self._lines[name]
-            if not turn.done():  # else cancelled meanwhile
-                turn.set_result(None)
+                del self._waiters[name]
+            if not waiter.done():  # a finished future belongs to a waiter that was cancelled
+                waiter.set_result(None)
                 return
         self._free += 1

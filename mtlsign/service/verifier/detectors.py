@@ -1,4 +1,4 @@
-"""From an opened claim to its test: what the claim would cost is known before any of it is spent."""
+"""Detectors of opened claims. The cost of a claim is bounded before any of it is spent."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from mtlsign.config.service import ServiceSettings
 from mtlsign.errors import MTLSignError
 from mtlsign.models import architectures
-from mtlsign.models.checkpoints import select_tensors_untrusted
 from mtlsign.models.factories import Factory
 from mtlsign.models.taps import forward_to_taps
+from mtlsign.models.untrusted import select_tensors_untrusted
 from mtlsign.service.problems import Problem, problem_from_error
 from mtlsign.service.verifier.claim_bundle import OpenedClaim
 from mtlsign.service.verifier.lazy_safetensors import LazySafetensors
 from mtlsign.watermark.keys.spec import Spec
 from mtlsign.watermark.verification.detector import WatermarkDetector, watermark_dataset
-from mtlsign.watermark.verification.graph import exact_fp32
 from mtlsign.watermark.verification.heads import KeyDerivedHead
+from mtlsign.watermark.verification.model import exact_fp32
 from mtlsign.watermark.verification.reference import Reference
 
-MAX_IMAGES = 2**26
-"""Numbers in a key set's images: 256 MiB of float32."""
+MAX_IMAGE_ELEMENTS = 2**26
+"""Elements of the images of one key set: 256 MiB of float32."""
+_RUN_LOCALLY = "Verify the claim on your own machine (jobs/verify.py)."
 
 
 class _SkipInit(TorchFunctionMode):
-    """Networks are built without drawing their values, which the verifier's graph never uses."""
+    """Mode that builds networks without drawing initial values, which the verifier never uses."""
 
     _DRAWS = frozenset({torch.Tensor.normal_, torch.Tensor.uniform_, torch.nn.init.kaiming_normal_,
                         torch.nn.init.kaiming_uniform_, torch.nn.init.trunc_normal_})  # fmt: skip
@@ -46,54 +47,72 @@ class _SkipInit(TorchFunctionMode):
 def check_compute_budget(
     spec: Spec, settings: ServiceSettings, factories: Mapping[str, Factory] | None = None
 ) -> float:
-    """Build the claim's architecture on the meta device, where it costs nothing, and bound what it will cost.
+    """Check the cost of a claim by running its architecture on the meta device, which computes nothing.
 
-    Returns the work of one claim in 10^9 operations. Raises: Problem `architecture-refused`.
+    Args:
+        spec: the claim's spec.
+        settings: limits `max_gflop` and `max_activation_elements`.
+        factories: trusted factories by name.
+
+    Returns:
+        Operations of one claim in units of 10^9.
+
+    Raises:
+        Problem: `architecture-refused`.
     """
-    c = spec.carrier
-    if spec.n * c.channels * c.height * c.width > MAX_IMAGES:
-        raise Problem("architecture-refused", f"the key set has over {MAX_IMAGES} numbers; verify it at home")
+    carrier = spec.carrier
+    if spec.n * carrier.channels * carrier.height * carrier.width > MAX_IMAGE_ELEMENTS:
+        detail = f"The images of the key have over {MAX_IMAGE_ELEMENTS:,} elements. {_RUN_LOCALLY}"
+        raise Problem("architecture-refused", detail)
+    try:
+        gflop, largest = _measure(spec, factories)
+    except MTLSignError as error:
+        raise Problem("architecture-refused", str(error)) from None
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        detail = f"The network cannot process the images of the key ({type(error).__name__})."
+        raise Problem("architecture-refused", f"{detail} Check the spec.") from None
+    if largest > settings.max_activation_elements or gflop > settings.max_gflop:
+        detail = (
+            f"The claim takes {gflop:,.0f} GFLOP and a feature map of {largest:,} elements; "
+            f"{settings.max_gflop:,.0f} and {settings.max_activation_elements:,} are allowed. {_RUN_LOCALLY}"
+        )
+        raise Problem("architecture-refused", detail)
+    return gflop
+
+
+def _measure(spec: Spec, factories: Mapping[str, Factory] | None) -> tuple[float, int]:
+    """Return the operations (10^9) of a forward pass to the taps and the elements of its largest output."""
     largest = 0
 
-    def measure(module: Any, args: Any, output: Any) -> None:
+    def record_size(module: Any, args: Any, output: Any) -> None:
         nonlocal largest
         if isinstance(output, torch.Tensor):
             largest = max(largest, output.numel())
 
-    try:
-        with torch.device("meta"):
-            net = architectures.build(spec.graph, factories=factories).train()
-            images = torch.empty(spec.n, c.channels, c.height, c.width)
-        if sum(p.numel() for p in net.parameters()) > architectures.MAX_PARAMETERS:
-            raise Problem("architecture-refused", f"over {architectures.MAX_PARAMETERS:,} parameters")
-        handles = [module.register_forward_hook(measure) for module in net.modules()]
-        with torch.no_grad(), FlopCounterMode(display=False) as work:
-            forward_to_taps(net, images, spec.taps)
-        for handle in handles:
-            handle.remove()
-    except MTLSignError as error:
-        raise Problem("architecture-refused", str(error)) from None
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        raise Problem(
-            "architecture-refused", f"it cannot run on its key set ({type(error).__name__})"
-        ) from None
-    gflop = float(work.get_total_flops()) / 1e9
-    if largest > settings.max_numbers or gflop > settings.max_gflop:
-        raise Problem(
-            "architecture-refused",
-            f"it takes {gflop:,.0f} GFLOP and a feature map of {largest:,} numbers; {settings.max_gflop:,.0f} and "
-            f"{settings.max_numbers:,} are allowed here",
-        )
-    return gflop
+    carrier = spec.carrier
+    with torch.device("meta"):
+        network = architectures.build(spec.graph, factories=factories).train()
+        images = torch.empty(spec.n, carrier.channels, carrier.height, carrier.width)
+    if sum(p.numel() for p in network.parameters()) > architectures.MAX_PARAMETERS:
+        detail = f"The network has over {architectures.MAX_PARAMETERS:,} parameters. {_RUN_LOCALLY}"
+        raise Problem("architecture-refused", detail)
+    handles = [module.register_forward_hook(record_size) for module in network.modules()]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward_to_taps(network, images, spec.taps)
+    for handle in handles:
+        handle.remove()
+    return float(counter.get_total_flops()) / 1e9, largest
 
 
 class SharedDetector(WatermarkDetector):
-    """A claim's test that shares what does not depend on the key: claims with one architecture and reference
-    have one graph, and a model's kernels are brought into its frame once.
+    """Detector that shares everything independent of the key with other claims.
+
+    Claims with one architecture and reference share the verifier model. The kernels of a suspect model are
+    brought into canonical form once for all of them.
     """
 
-    def like(self, opened: OpenedClaim) -> SharedDetector:
-        """The test of another key in the same graph. Only for keyed heads."""
+    def with_key(self, opened: OpenedClaim) -> SharedDetector:
+        """Return the detector of another key with the same verifier model. Only for key-derived heads."""
         other = copy.copy(self)
         other.key, other.spec = opened.key, opened.spec
         images, bits = watermark_dataset(other.spec, other.key)
@@ -101,15 +120,15 @@ class SharedDetector(WatermarkDetector):
         other.head = KeyDerivedHead(other.key, self.d, self.device)
         return other
 
-    def without_key_set(self) -> SharedDetector:
-        """What `like` needs of this one, for keeping."""
+    def without_key_images(self) -> SharedDetector:
+        """Return a copy without images and labels: all that `with_key` needs."""
         other = copy.copy(self)
         other.images, other.labels = self.images[:0], self.labels[:0]
         return other
 
     @property
-    def size(self) -> int:
-        """Bytes of the key set's images."""
+    def image_bytes(self) -> int:
+        """Bytes of the images of the key."""
         return self.images.numel() * self.images.element_size()
 
     @cached_property
@@ -119,34 +138,48 @@ class SharedDetector(WatermarkDetector):
 
     @torch.no_grad()
     def score_state_dict(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor | None, str | None]:
-        """As `Probe.scores`, bit for bit; a `Suspect` keeps its kernels in the frame of the last graph."""
+        """Return the same bits as `WatermarkDetector.score_state_dict`.
+
+        A `LazySafetensors` caches its canonical kernels for the verifier model that was used last.
+        """
         if not isinstance(tensors, LazySafetensors):
             return super().score_state_dict(tensors)
-        if tensors.framed is None or tensors.framed[0] is not self.graph:
-            tensors.keep_framed(self.graph, *self._framed(tensors))
-        assert tensors.framed is not None
-        _, kernels, problem = tensors.framed
+        if tensors.canonical is None or tensors.canonical[0] is not self.model:
+            tensors.cache_canonical(self.model, *self._canonical(tensors))
+        assert tensors.canonical is not None
+        _, kernels, problem = tensors.canonical
         if problem is not None:
             return None, problem
         with exact_fp32():
-            scores = self.head(self.graph.features(kernels, self.images, pooled=self.pooled)).cpu()
-        return (scores, None) if torch.isfinite(scores).all() else (None, "its values overflow in float32")
+            scores = self.head(self.model.features(kernels, self.images, pooled=self.pooled)).cpu()
+        if not torch.isfinite(scores).all():
+            return None, "its values overflow in float32"
+        return scores, None
 
-    def _framed(self, suspect: LazySafetensors) -> tuple[dict[str, Tensor], str | None]:
-        wanted = dict(self.graph.kernels)
-        gammas = {self.graph.gammas[name]: (wanted[name][0],) for name in self.graph.gammas}
-        mapped = select_tensors_untrusted(wanted, suspect, optional=gammas)
+    def _canonical(self, suspect: LazySafetensors) -> tuple[dict[str, Tensor], str | None]:
+        kernels = dict(self.model.weight_shapes)
+        mapped = select_tensors_untrusted(kernels, suspect, optional=self.model.optional_shapes)
         if mapped.problem is not None:
             return {}, mapped.problem
-        kernels = self.graph.read({name: t.to(self.device) for name, t in mapped.tensors.items()})
+        tensors = {name: tensor.to(self.device) for name, tensor in mapped.tensors.items()}
+        weights = self.model.select_weights(tensors)
         with exact_fp32():
-            return self.graph.into_frame(kernels), None
+            return self.model.canonicalize(weights), None
 
 
 def detector_for_claim(
     opened: OpenedClaim, factories: Mapping[str, Factory] | None = None, *, device: str = "cpu"
 ) -> SharedDetector:
-    """The claim's test. `check_work` comes first. Raises: Problem."""
+    """Build the detector of a claim that has passed `check_compute_budget`.
+
+    Args:
+        opened: the claim.
+        factories: trusted factories by name.
+        device: torch device.
+
+    Raises:
+        Problem: the claim does not fit its architecture.
+    """
     try:
         with _SkipInit():
             return SharedDetector(
@@ -156,6 +189,5 @@ def detector_for_claim(
     except MTLSignError as error:
         raise problem_from_error(error, about="bundle") from None
     except (RuntimeError, ValueError) as error:
-        raise Problem(
-            "bad-bundle", f"the claim does not fit its architecture ({type(error).__name__})"
-        ) from None
+        detail = f"The claim does not fit its architecture ({type(error).__name__}). Check the spec."
+        raise Problem("bad-bundle", detail) from None

@@ -1,7 +1,7 @@
-"""What a verifying replica does: claims on one model in, one outcome for each out, in order.
+"""Verification of tasks: claims on one model in, one outcome for each claim out, in the same order.
 
-An outcome is `{"verdict": …, "key": id}` or `{"problem": …}`. Models are kept by digest, so that claims on
-the same model share one download, one digest and one load; a bad claim never touches its neighbours.
+An outcome is `{"verdict": …, "key": id}` or `{"problem": …}`. Models are cached by digest, so that claims on
+one model share its download, digest and tensors. A bad claim does not affect the other claims of its task.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import asyncio
 import math
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -28,42 +28,50 @@ from mtlsign.service.problems import Problem, problem_from_error
 from mtlsign.service.verifier.claim_bundle import OpenedClaim, read_bundle
 from mtlsign.service.verifier.detectors import SharedDetector, check_compute_budget, detector_for_claim
 from mtlsign.service.verifier.lazy_safetensors import LazySafetensors
+from mtlsign.service.verifier.lru_cache import LruCache
 from mtlsign.watermark.keys.spec import Spec
-from mtlsign.watermark.verification.detector import Verdict, verify
+from mtlsign.watermark.verification.detector import verify
+from mtlsign.watermark.verification.verdict import Verdict
 
 ClaimOutcome = dict[str, Any]
-#: Key sets that a verifier keeps, by the bytes of their images.
-PROBE_BYTES = 128 * MIB
-#: Graphs that a verifier keeps: an architecture with one W0's frame. Their weights are never written to.
-GRAPHS = 8
-#: A claim ends between two operations after `claim_s`; a verifier stuck in one is replaced this much later.
+#: Called when a claim starts, with the outcome of the previous claim of the task (None for the first).
+OnClaimStart = Callable[[ClaimOutcome | None], None]
+#: Bytes of the key images in the detector cache.
+DETECTOR_BYTES = 128 * MIB
+#: Cached verifier models: an architecture with the canonical form of one base model. They are read only.
+MAX_GRAPHS = 8
+#: Cached results of `check_compute_budget`.
+MAX_BUDGETS = 256
+#: A claim ends between two operations after `claim_timeout_s`. A verifier that is still inside one operation
+#: is replaced after this many further seconds.
 GRACE_S = 15.0
 
 
 @dataclass(frozen=True)
 class OpenedClaimRef:
-    """One claim: the bundle's bytes or the pointer to them. Never shown by `repr`."""
+    """One opened claim: the bytes of its bundle, or their location. Never shown by `repr`."""
 
     bundle: bytes | None = field(default=None, repr=False)
-    pointer: str | None = field(default=None, repr=False)
+    location: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
 class VerificationTask:
-    """Claims on one model: its pointer, the digest that it must have (or None), and the claims.
+    """Claims on one model: its location, the digest that it must have (or None), and the claims.
 
-    `careful`: a verifier died of these or beside them; tell which claim is at work.
+    `isolate`: a verifier has crashed on these claims. Report when each claim starts, so that the next crash
+    can be attributed to one of them.
     """
 
     model: str
     sha256: str | None
-    questions: tuple[OpenedClaimRef, ...]
-    careful: bool = False
+    claims: tuple[OpenedClaimRef, ...]
+    isolate: bool = False
 
 
 @dataclass
 class VerificationBatchResult:
-    """Outcomes in the order of the questions, and seconds by stage."""
+    """Outcomes in the order of the claims, and seconds by stage."""
 
     outcomes: list[ClaimOutcome]
     seconds: dict[str, float] = field(default_factory=dict)
@@ -71,41 +79,41 @@ class VerificationBatchResult:
 
 
 class VerifierBackend(Protocol):
-    """Whoever answers tasks: this process, or replicas of Ray Serve."""
+    """Executor of verification tasks: this process, or replicas on Ray Serve."""
 
     async def verify(self, task: VerificationTask) -> VerificationBatchResult:
-        """Answer one task. Raises `Lost` when the one who had it died, `Problem` when there is no room."""
+        """Verify one task. Raises `VerifierCrashed`, or `Problem` `busy`."""
 
     async def ready(self) -> bool:
-        """Whether somebody is there to answer."""
+        """Return whether a verifier is available."""
 
 
 class VerifierCrashed(Exception):
-    """Whoever had the task died or was too slow; it may be tried again.
+    """The verifier of a task crashed or exceeded its time limit; the task may be retried.
 
     Args:
-        outcomes: those that were told before, in order.
-        begun: whether the claim after them had begun, so that it is the suspect; None: nobody knows.
+        outcomes: outcomes reported before the crash, in order.
+        claim_started: whether the claim after them had started, so that it is suspected; None: unknown.
     """
 
-    def __init__(self, outcomes: Sequence[ClaimOutcome] = (), begun: bool | None = None) -> None:
-        super().__init__("lost")
-        self.outcomes, self.begun = list(outcomes), begun
+    def __init__(self, outcomes: Sequence[ClaimOutcome] = (), claim_started: bool | None = None) -> None:
+        super().__init__("The verifier crashed.")
+        self.outcomes, self.claim_started = list(outcomes), claim_started
 
 
 class ClaimTimeout(BaseException):
-    """A claim's time is up. No `Exception`: what reads hostile tensors turns those into verdicts."""
+    """The time limit of a claim is exceeded. Not an `Exception`, because readers of tensors catch those."""
 
 
 class DeadlineMode(TorchFunctionMode):
-    """Ends a computation between two operations when its time is up. Raises OutOfTime."""
+    """Mode that ends a computation between two torch operations. Raises `ClaimTimeout`."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self.end = time.monotonic() + seconds
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at the clock, then call."""
+        """Check the time, then call the operation."""
         if time.monotonic() > self.end:
             raise ClaimTimeout
         try:
@@ -125,7 +133,13 @@ def _is_allocation_failure(error: RuntimeError) -> bool:
 
 
 class Verifier:
-    """One verifying process. Blocking; `answer` may be called from several threads, which compute in turn."""
+    """Verifier of one process. `answer` blocks; threads that call it compute in turn.
+
+    Args:
+        settings: limits, allowed locations and the policy of verdicts.
+        resolver: resolver of host names.
+        transport: sender of https requests; None: urllib3.
+    """
 
     def __init__(
         self,
@@ -135,87 +149,100 @@ class Verifier:
         transport: Transport | None = None,
     ) -> None:
         self.settings = settings
-        self.library = ModelFetcher(settings, resolver=resolver, transport=transport)
+        self.fetcher = ModelFetcher(settings, resolver=resolver, transport=transport)
         self.factories: Mapping[str, Factory] = (
-            {settings.factory: load_factory(settings.factory)} if settings.factory else {}
+            {settings.trusted_factory: load_factory(settings.trusted_factory)}
+            if settings.trusted_factory
+            else {}
         )
-        self.device = "cuda" if settings.gpus and torch.cuda.is_available() else "cpu"
-        self._suspects: OrderedDict[str, LazySafetensors] = OrderedDict()
-        self._probes: OrderedDict[tuple[str, str], SharedDetector] = OrderedDict()
-        self._graphs: OrderedDict[tuple[Any, ...], SharedDetector] = OrderedDict()
-        self._checked: OrderedDict[tuple[Any, ...], float] = OrderedDict()
+        self.device = "cuda" if settings.gpus_per_replica and torch.cuda.is_available() else "cpu"
+        self._suspects: LruCache[str, LazySafetensors] = LruCache(
+            lambda suspects: (
+                len(suspects) > self.settings.cache_models
+                or sum(s.cached_bytes for s in suspects) > self.settings.cache_tensors_mb * MIB
+            )
+        )
+        self._detectors: LruCache[tuple[str, str], SharedDetector] = LruCache(
+            lambda detectors: (
+                sum(d.image_bytes for d in detectors) > DETECTOR_BYTES
+                or sum(d.spec.head.kind != "keyed" for d in detectors) > MAX_GRAPHS
+            )
+        )
+        self._graphs: LruCache[tuple[Any, ...], SharedDetector] = LruCache(lambda g: len(g) > MAX_GRAPHS)
+        self._budgets: LruCache[tuple[Any, ...], float] = LruCache(lambda b: len(b) > MAX_BUDGETS)
         self._compute = threading.Lock()
         self.busy_since: float | None = None
 
     def answer(
-        self, task: VerificationTask, tell: Callable[[ClaimOutcome | None], None] = lambda _: None
+        self, task: VerificationTask, on_claim_start: OnClaimStart = lambda _: None
     ) -> VerificationBatchResult:
-        """Answer every claim of a task; whatever is wrong with one of them is its own problem.
+        """Verify every claim of a task. Any error of a claim becomes its own problem.
 
-        `tell` is called when a claim begins, with the outcome of the one before it.
+        Args:
+            task: the task.
+            on_claim_start: called when a claim starts, with the outcome of the previous one.
         """
         seconds: dict[str, float] = dict.fromkeys(("fetch", "load", "prepare", "forward"), 0.0)
-        start = time.perf_counter()
         try:
-            digest, path, cached = self.library.model(task.model)
-            seconds["fetch"] = time.perf_counter() - start
-            if task.sha256 is not None and digest != task.sha256:
-                raise Problem("wrong-digest", f"the pointer leads to {digest}")
-            with self._compute:
-                start = time.perf_counter()
-                suspect = self._suspect(digest, path)
-                seconds["load"] = time.perf_counter() - start
+            suspect, cached = self._load_model(task, seconds)
         except Exception as error:
-            return VerificationBatchResult([_failed(error) for _ in task.questions], seconds)
+            return VerificationBatchResult([_failed(error) for _ in task.claims], seconds)
         outcomes: list[ClaimOutcome] = []
-        for question in task.questions:
+        for claim in task.claims:
             start = time.perf_counter()
-            try:  # without the lock: a slow host delays nobody else's claims
-                data = question.bundle
+            try:  # without the lock: a slow host must not delay other claims
+                data = claim.bundle
                 if data is None:
-                    data = self.library.bundle(question.pointer or "")
+                    data = self.fetcher.fetch_bundle(claim.location or "")
             except Exception as error:
                 data = None
                 outcome = _failed(error)
             seconds["fetch"] += time.perf_counter() - start
             with self._compute:
-                tell(outcomes[-1] if outcomes else None)
+                on_claim_start(outcomes[-1] if outcomes else None)
                 if data is not None:
                     self.busy_since = time.monotonic()
                     try:
-                        outcome = self._one(data, suspect, seconds)
+                        outcome = self._verify_claim(data, suspect, seconds)
                     finally:
                         self.busy_since = None
             outcomes.append(outcome)
         with self._compute:
-            self._forget()
+            self._suspects.evict()
         return VerificationBatchResult(outcomes, seconds, cached=cached)
 
-    def _suspect(self, digest: str, path: Any) -> LazySafetensors:
-        found = self._suspects.pop(digest, None) or LazySafetensors(
-            path, digest, max_tensors=self.settings.max_tensors
-        )
-        self._suspects[digest] = found
-        return found
-
-    def _forget(self) -> None:
-        while len(self._suspects) > 1 and (
-            len(self._suspects) > self.settings.cache_models
-            or sum(one.kept_bytes for one in self._suspects.values()) > self.settings.cache_tensors_mb * MIB
-        ):
-            self._suspects.popitem(last=False)
-
-    def _one(self, data: bytes, suspect: LazySafetensors, seconds: dict[str, float]) -> ClaimOutcome:
+    def _load_model(self, task: VerificationTask, seconds: dict[str, float]) -> tuple[LazySafetensors, bool]:
+        """Return the model of a task, and whether its file was cached."""
         start = time.perf_counter()
+        digest, path, cached = self.fetcher.fetch_model(task.model)
+        seconds["fetch"] = time.perf_counter() - start
+        if task.sha256 is not None and digest != task.sha256:
+            detail = f"The model has the digest {digest}. Correct sha256 or the location."
+            raise Problem("wrong-digest", detail)
+        with self._compute:
+            start = time.perf_counter()
+            suspect = self._suspect(digest, path)
+            seconds["load"] = time.perf_counter() - start
+        return suspect, cached
+
+    def _suspect(self, digest: str, path: Path) -> LazySafetensors:
+        suspect = self._suspects.get(digest)
+        if suspect is None:
+            suspect = LazySafetensors(path, digest, max_tensors=self.settings.max_tensors)
+            self._suspects.put(digest, suspect)
+        return suspect
+
+    def _verify_claim(self, data: bytes, suspect: LazySafetensors, seconds: dict[str, float]) -> ClaimOutcome:
+        start, settings = time.perf_counter(), self.settings
         try:
-            with DeadlineMode(self.settings.claim_s):
+            with DeadlineMode(settings.claim_timeout_s):
                 opened = read_bundle(data)
-                detector = self._probe(opened)
+                detector = self._detector(opened)
                 seconds["prepare"] += time.perf_counter() - start
                 start = time.perf_counter()
                 verdict = verify(
-                    suspect, detector, bits=self.settings.bits, gamma=self.settings.gamma, controls=self.settings.controls,
-                    model_digest=suspect.digest,
+                    suspect, detector, bits=settings.min_evidence_bits, gamma=settings.gamma,
+                    controls=settings.control_keys, model_digest=suspect.digest,
                 )  # fmt: skip
                 seconds["forward"] += time.perf_counter() - start
             return {
@@ -225,80 +252,77 @@ class Verifier:
                 "bound": opened.bound,
             }
         except ClaimTimeout:
-            detail = f"the claim took over {self.settings.claim_s:g} seconds; verify it at home"
+            limit = f"The claim took longer than {settings.claim_timeout_s:g} seconds."
+            detail = f"{limit} Verify it on your own machine (jobs/verify.py)."
             return {"problem": Problem("too-long", detail).document()}
-        except Exception as error:  # a hostile claim never stops its neighbours
+        except Exception as error:  # a hostile claim must not end its task
             return _failed(error)
 
-    def _probe(self, opened: OpenedClaim) -> SharedDetector:
-        name = (opened.key_id, opened.head_digest)  # a trained head is anybody's, and no part of the key
-        found = self._probes.pop(name, None)
-        if found is None:
+    def _detector(self, opened: OpenedClaim) -> SharedDetector:
+        # The digest of a trained head is part of the name, because the head is not derived from the key.
+        name = (opened.key_id, opened.head_digest)
+        detector = self._detectors.get(name)
+        if detector is None:
             spec = opened.spec
             kind = (spec.graph_fields, spec.taps, spec.carrier, spec.n)
-            if kind not in self._checked:
-                self._checked[kind] = check_compute_budget(spec, self.settings, self.factories)
-                while len(self._checked) > 256:
-                    self._checked.popitem(last=False)
-            found = self._built(spec, opened)
-        self._probes[name] = found
-        while len(self._probes) > 1 and (
-            sum(one.size for one in self._probes.values()) > PROBE_BYTES
-            or sum(one.spec.head.kind != "keyed" for one in self._probes.values()) > GRAPHS
-        ):
-            self._probes.popitem(last=False)
-        return found
+            if self._budgets.get(kind) is None:
+                self._budgets.put(kind, check_compute_budget(spec, self.settings, self.factories))
+                self._budgets.evict()
+            detector = self._build_detector(spec, opened)
+            self._detectors.put(name, detector)
+        self._detectors.evict()
+        return detector
 
-    def _built(self, spec: Spec, opened: OpenedClaim) -> SharedDetector:
-        kind = (spec.graph_fields, spec.taps, spec.carrier, spec.reference)
+    def _build_detector(self, spec: Spec, opened: OpenedClaim) -> SharedDetector:
         if spec.head.kind != "keyed":
             return detector_for_claim(opened, self.factories, device=self.device)
-        shared = self._graphs.pop(kind, None)
-        found = (
-            shared.like(opened) if shared else detector_for_claim(opened, self.factories, device=self.device)
-        )
-        self._graphs[kind] = shared or found.without_key_set()
-        while len(self._graphs) > GRAPHS:
-            self._graphs.popitem(last=False)
-        return found
+        kind = (spec.graph_fields, spec.taps, spec.carrier, spec.reference)
+        shared = self._graphs.get(kind)
+        if shared is not None:
+            return shared.with_key(opened)
+        detector = detector_for_claim(opened, self.factories, device=self.device)
+        self._graphs.put(kind, detector.without_key_images())
+        self._graphs.evict()
+        return detector
 
 
 def _failed(error: Exception) -> ClaimOutcome:
-    """The problem of a claim that could not be judged."""
+    """Return the outcome of a claim that could not be verified."""
     if isinstance(error, Problem):
         return {"problem": error.document()}
     if isinstance(error, MTLSignError):
         return {"problem": problem_from_error(error, about="bundle").document()}
     if isinstance(error, MemoryError):
-        return {"problem": Problem("too-large", "the claim needs more memory than a verifier has").document()}
+        detail = "The claim needs more memory than a verifier has. Verify it on your own machine."
+        return {"problem": Problem("too-large", detail).document()}
     if isinstance(error, OSError):
-        return {"problem": Problem("unreachable", "the cache lost the model; try again").document()}
+        detail = "The model is no longer in the cache. Try again."
+        return {"problem": Problem("unreachable", detail).document()}
     metrics.log_exception("claim_failed", error)
-    detail = f"the claim could not be judged ({type(error).__name__})"
+    detail = f"The claim could not be verified ({type(error).__name__}). The failure was logged."
     return {"problem": Problem("internal", detail).document()}
 
 
 def json_safe(verdict: Verdict) -> dict[str, Any]:
-    """The verdict's fields as JSON can say them: infinite bits become the largest float."""
-    found = verdict.to_json()
+    """Return the fields of a verdict as JSON values: infinite bits become the largest float."""
     return {
         name: (1e308 if value > 0 else None)
         if isinstance(value, float) and not math.isfinite(value)
         else value
-        for name, value in found.items()
+        for name, value in verdict.to_json().items()
     }
 
 
 class InProcessVerifier:
-    """A backend in this process: tasks run in threads, one computing at a time."""
+    """Backend in this process: tasks run in threads, and one of them computes at a time."""
 
     def __init__(self, verifier: Verifier) -> None:
         self.verifier = verifier
 
     async def verify(self, task: VerificationTask) -> VerificationBatchResult:
-        """Answer one task."""
+        """Verify one task."""
         return await asyncio.to_thread(self.verifier.answer, task)
 
     async def ready(self) -> bool:
-        """Always."""
+        """Return True."""
         return True

@@ -1,6 +1,6 @@
-"""The verdict as a picture: how many of N bits chance would agree on, and how many did.
+"""Chart of a verdict: the number of matching bits against the distribution under the null hypothesis.
 
-Plain SVG without any style attribute, so that the page's content security policy can forbid inline styles.
+The SVG has no style attribute, because the content security policy of the page forbids inline styles.
 """
 
 from __future__ import annotations
@@ -13,54 +13,71 @@ WIDTH, HEIGHT, LEFT, BOTTOM = 420, 196, 16, 156
 
 
 def null_distribution_svg(matches: int, n: int, required: int | None) -> Markup:
-    """Binomial(N, ½) as a curve, the threshold and the found count as lines; text says the same."""
+    """Draw Binomial(n, 1/2) as a curve, with lines for the required and the observed count.
+
+    Args:
+        matches: number of matching bits.
+        n: number of bits of the key.
+        required: smallest count that is accepted, or None if no count is.
+
+    Returns:
+        SVG whose label gives the same numbers as text; empty for n < 1.
+    """
     if n < 1:
         return Markup("")
-    span = WIDTH - 2 * LEFT
-
-    def x(count: float) -> float:
-        return round(LEFT + span * count / n, 1)
-
     middle, spread = n / 2, math.sqrt(n) / 2
-    steps = [middle + spread * (i / 10 - 4.5) for i in range(91)]
+    counts = [middle + spread * (i / 10 - 4.5) for i in range(91)]
     points = " ".join(
-        f"{x(c)},{round(BOTTOM - 96 * math.exp(-(((c - middle) / spread) ** 2) / 2), 1)}" for c in steps
+        f"{_x(c, n)},{round(BOTTOM - 96 * math.exp(-(((c - middle) / spread) ** 2) / 2), 1)}" for c in counts
     )
-    need = ""
-    if required is not None and required <= n:
-        at, side = x(required), _side(required, n)
-        need = (
-            f'<line class="need" x1="{at}" y1="20" x2="{at}" y2="{BOTTOM}"/>'
-            f'<text class="small" x="{at}" y="14" text-anchor="{side}">needed {required:,}</text>'
-        )
-    at, side = x(matches), _side(matches, n)
-    told = (
-        f"{matches:,} of {n:,} bits agree. Without a mark about {round(middle):,} would, give or take "
-        f"{max(1, round(3 * spread)):,}."
+    label = (
+        f"{matches:,} of {n:,} bits match. Without a watermark about {round(middle):,} ± "
+        f"{max(1, round(3 * spread)):,} match."
     )
-    ticks = "".join(
-        f'<text class="small" x="{x(c)}" y="{BOTTOM + 18}" text-anchor="{a}">{c:,}</text>'
-        for c, a in ((0, "start"), (n // 2, "middle"), (n, "end"))
-    )
-    return Markup(  # numbers only: nothing in it comes from a stranger
-        f'<svg class="null" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{told}">'
-        f'<polygon class="chance" points="{x(steps[0])},{BOTTOM} {points} {x(steps[-1])},{BOTTOM}"/>'
-        f'<line class="axis" x1="{LEFT}" y1="{BOTTOM}" x2="{WIDTH - LEFT}" y2="{BOTTOM}"/>{need}'
-        f'<line class="found" x1="{at}" y1="46" x2="{at}" y2="{BOTTOM}"/>'
-        f'<circle class="dot" cx="{at}" cy="46" r="5"/>'
-        f'<text x="{at}" y="36" text-anchor="{side}">found {matches:,}</text>{ticks}'
-        f'<text class="small" x="{x(middle)}" y="{HEIGHT - 4}" text-anchor="middle">bits that agree; '
-        f"the hill is chance</text></svg>"
+    x = _x(matches, n)
+    return Markup(  # numbers only: no text of a client
+        f'<svg class="null" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+        f'<polygon class="chance" points="{_x(counts[0], n)},{BOTTOM} {points} '
+        f'{_x(counts[-1], n)},{BOTTOM}"/>'
+        f'<line class="axis" x1="{LEFT}" y1="{BOTTOM}" x2="{WIDTH - LEFT}" y2="{BOTTOM}"/>'
+        f"{_required_line(required, n)}"
+        f'<line class="found" x1="{x}" y1="46" x2="{x}" y2="{BOTTOM}"/>'
+        f'<circle class="dot" cx="{x}" cy="46" r="5"/>'
+        f'<text x="{x}" y="36" text-anchor="{_anchor(matches, n)}">observed {matches:,}</text>{_ticks(n)}'
+        f'<text class="small" x="{_x(middle, n)}" y="{HEIGHT - 4}" text-anchor="middle">matching bits; '
+        f"the curve shows a model without the watermark</text></svg>"
     )
 
 
-def _side(count: int, n: int) -> str:
-    """Where a label of that count begins, so that it stays inside the picture."""
+def _x(count: float, n: int) -> float:
+    return round(LEFT + (WIDTH - 2 * LEFT) * count / n, 1)
+
+
+def _required_line(required: int | None, n: int) -> str:
+    if required is None or required > n:
+        return ""
+    x = _x(required, n)
+    return (
+        f'<line class="need" x1="{x}" y1="20" x2="{x}" y2="{BOTTOM}"/>'
+        f'<text class="small" x="{x}" y="14" text-anchor="{_anchor(required, n)}">'
+        f"required {required:,}</text>"
+    )
+
+
+def _ticks(n: int) -> str:
+    return "".join(
+        f'<text class="small" x="{_x(c, n)}" y="{BOTTOM + 18}" text-anchor="{anchor}">{c:,}</text>'
+        for c, anchor in ((0, "start"), (n // 2, "middle"), (n, "end"))
+    )
+
+
+def _anchor(count: int, n: int) -> str:
+    """Return the anchor of a label at that count, so that it stays inside the chart."""
     return "end" if count > 0.8 * n else "start" if count < 0.2 * n else "middle"
 
 
-def matches_needed(n: int, bits: float) -> int | None:
-    """The least count whose exact tail has that many bits; None when even N of N has not."""
+def required_matches(n: int, bits: float) -> int | None:
+    """Return the smallest count with that many bits of evidence; None if even n of n has fewer."""
     from mtlsign.watermark.verification.evidence import binomial_evidence_bits
 
     if n < 1 or binomial_evidence_bits(n, n) < bits:

@@ -1,10 +1,10 @@
-"""What every training loop here needs: rates by the step alone, evaluation over ranks, seeds, batch norm."""
+"""Parts shared by all training loops: learning rates, evaluation over ranks, seeds, batch norm, means."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -14,38 +14,56 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from mtlsign.config.embed import EmbedSettings
-from mtlsign.tasks import Task
+from mtlsign.models.memory_format import memory_format_for
+from mtlsign.tasks import Batch, Task
 from mtlsign.watermark.embedding.worker import WorkerContext
 
 Number = TypeVar("Number", int, float)
+_EVALUATION_BATCH = 500
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module, task: Task, split: str, settings: EmbedSettings, worker: WorkerContext
 ) -> float:
-    """Mean of the task's metric over a split, in evaluation mode, shared out over the ranks."""
-    was = [(m, m.training) for m in model.modules()]
-    model.to(worker.device).to(memory_format=torch.channels_last).eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=worker.device)
+    """Evaluate the task's metric on a split, in evaluation mode.
+
+    Args:
+        model: the network; its modes are restored afterwards.
+        task: the primary task.
+        split: name of the split.
+        settings: decides on mixed precision.
+        worker: the ranks divide the split among them.
+
+    Returns:
+        The metric over the whole split, equal on all ranks.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.to(worker.device).to(memory_format=memory_format_for(model)).eval()
+    metric = task.metric(worker.device)
     batches = task.batches(
-        split, 500, epoch=0, seed=0, rank=worker.rank, world=worker.world_size, shuffle=False
+        split, _EVALUATION_BATCH, epoch=0, seed=0, rank=worker.rank, world=worker.world_size, shuffle=False
     )
     for x, y in to_device(worker.device, batches):
         with mixed_precision(settings, worker.device):
             out = model(x)
-        hits = task.correct(out.float() if isinstance(out, Tensor) else out, y)
-        sums += torch.tensor(
-            [float(hits.sum()), float(hits.numel())], dtype=torch.float64, device=worker.device
-        )
-    worker.all_reduce_sum([sums])
-    for module, mode in was:
+        metric.update(out.float() if isinstance(out, Tensor) else out, y)
+    worker.all_reduce_sum([metric.state])
+    for module, mode in modes:
         module.training = mode
-    return float(sums[0] / sums[1].clamp(min=1))
+    return metric.value()
 
 
 def one_cycle(step: int, steps: int, peak: float) -> float:
-    """Learning rate by the step alone: cosine from peak/25 up over the first 30 %, then down to nearly 0."""
+    """Compute a learning rate from the step alone.
+
+    It rises by a cosine from peak/25 during the first 30 % of the steps, then falls to nearly 0.
+
+    Args:
+        step: number of the step, from 0.
+        steps: steps of the whole schedule.
+        peak: highest learning rate.
+    """
     rise = max(1, round(0.3 * steps))
     if step < rise:
         return peak * (1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * step / rise)) / 2)
@@ -53,7 +71,7 @@ def one_cycle(step: int, steps: int, peak: float) -> float:
 
 
 def wrap_ddp(model: nn.Module, worker: WorkerContext) -> nn.Module:
-    """The network as DDP wraps it, where there is more than one rank."""
+    """Wrap the network in DistributedDataParallel if there is more than one rank."""
     if worker.world_size == 1:
         return model
     return DistributedDataParallel(
@@ -62,14 +80,23 @@ def wrap_ddp(model: nn.Module, worker: WorkerContext) -> nn.Module:
 
 
 def with_strides_of(parameter: Tensor, other: Tensor) -> Tensor:
-    """`other` with the parameter's strides: torch's fused Adam pairs memory, not elements (docs/results.md)."""
+    """Return `other` with the parameter's strides.
+
+    Fused Adam pairs memory, not elements, so that different strides would mix up the elements.
+    """
     if other.stride() == parameter.stride() or other.dim() == 0:
         return other
     return torch.empty_like(parameter).copy_(other)
 
 
 def use_batch_statistics(model: nn.Module, on: bool, momentum: float | None = None) -> None:
-    """Batch norms use (and follow) the batch at hand, or their running statistics again."""
+    """Set whether batch norms use (and follow) the statistics of the batch or their running statistics.
+
+    Args:
+        model: the network.
+        on: True for the statistics of the batch.
+        momentum: new momentum of the running statistics; None leaves it unchanged.
+    """
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.train(on)
@@ -78,29 +105,27 @@ def use_batch_statistics(model: nn.Module, on: bool, momentum: float | None = No
 
 
 def average_buffers(model: nn.Module, worker: WorkerContext) -> None:
-    """Running statistics as the mean over ranks: each has seen its share of the same epoch."""
+    """Replace running statistics by their mean over ranks, because each rank has seen a part of the data."""
     if worker.world_size > 1:
-        buffers = [b for b in model.buffers() if b.is_floating_point()]
+        buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         worker.all_reduce_sum(buffers)
         for buffer in buffers:
             buffer /= worker.world_size
 
 
 def mixed_precision(settings: EmbedSettings, device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 on GPUs where the settings want it."""
+    """Return the context for bf16 on GPUs if the settings enable it."""
     return torch.autocast("cuda", torch.bfloat16) if settings.amp and device.type == "cuda" else nullcontext()
 
 
-def to_device(
-    device: torch.device, batches: Iterator[tuple[Tensor, Tensor]]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, moved."""
-    for x, y in batches:
-        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+def to_device(device: torch.device, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield the batches on `device`."""
+    for batch in batches:
+        yield batch.to(device)
 
 
 def seed_from(*parts: object) -> int:
-    """A seed from SHA-256 of `parts`, 56 bits."""
+    """Derive a seed of 56 bits from SHA-256 of `parts`."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
 
 
@@ -110,12 +135,41 @@ def seed_torch(*parts: object) -> None:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the rate of every group, times its `scale`."""
+    """Set the learning rate of every group, multiplied by its `scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)
 
 
 def require_set(value: Number | None) -> Number:
-    """A setting that `resolved()` has filled in."""
-    assert value is not None, "call settings.resolved() first"
+    """Return a setting that `EmbedSettings.with_defaults` has filled in."""
+    assert value is not None, "call settings.with_defaults() first"
     return value
+
+
+class RunningMeans:
+    """Means of named values since the last reset, summed in float64.
+
+    Args:
+        names: names of the values.
+        device: where the sums are stored.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self._names = tuple(names)
+        #: For each name the sum and the count: float64 [2 · names].
+        self.sums = torch.zeros(2 * len(self._names), dtype=torch.float64, device=device)
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add one value, a tensor without dimensions."""
+        position = 2 * self._names.index(name)
+        self.sums[position] += value.detach().double()
+        self.sums[position + 1] += 1
+
+    def means(self) -> dict[str, float]:
+        """Return the means of all names with at least one value."""
+        pairs = self.sums.reshape(-1, 2).tolist()
+        return {name: total / count for name, (total, count) in zip(self._names, pairs, strict=True) if count}
+
+    def reset(self) -> None:
+        """Forget all values."""
+        self.sums.zero_()

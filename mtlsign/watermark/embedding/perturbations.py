@@ -1,26 +1,24 @@
-"""R_DA's copies W^t, eq. (9): what is asked for the mark again at every step of phase 2.
+"""Perturbations of R_DA, eq. (9): copies W^t on which every step of phase 2 requires the watermark again.
 
-`noise` and `pruned` change the tapped kernels at random. `tuned` is the paper's: an adversary's tuning on D'.
-`scrubbed` and `spoiled` are the two attacks that a shallow mark fears most (`facts/attacks.md` §F.9, the
-paper's appendix B), carried out on the tapped kernels in the verifier's graph. Gradients of the last three
-are of first order: taken at W + (W^t − W) and applied to W.
+`noise` and `pruned` change the tapped kernels at random. `fine_tuned` is the paper's: an attacker's tuning on
+D'. `decorrelated` and `spoiled` are the two attacks that remove a first-stage watermark at the lowest cost
+(docs/attacks.md; paper, Appendix B), on the tapped kernels in the verifier model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from mtlsign.config.embed import EmbedSettings
-from mtlsign.tasks import Task
-from mtlsign.watermark.carriers import qr
+from mtlsign.tasks import Batch, Task
+from mtlsign.watermark import carriers
+from mtlsign.watermark.embedding.inner_loops import AttackLoss, FineTuningLoop, GradientAttackLoop
 from mtlsign.watermark.embedding.loop import require_set, seed_from, to_device
 from mtlsign.watermark.embedding.losses import (
-    FineTuningLoop,
-    InnerLoop,
     Kernels,
     correlation_loss,
     noise_perturbation,
@@ -30,124 +28,126 @@ from mtlsign.watermark.embedding.losses import (
 from mtlsign.watermark.keys.opening import watermark_integers
 from mtlsign.watermark.verification.detector import WatermarkDetector
 
-#: Codes that anybody can draw: a pool, and how many of them an inner step of scrubbing takes.
+#: Inputs of public keys: size of the pool, and how many of them an inner step of `decorrelated` takes.
 CODE_POOL_SIZE, CODES_PER_STEP = 2048, 256
-
-#: (kernels, inner step) -> what an inner attack minimises.
-Loss = Callable[[Mapping[str, Tensor], int], Tensor]
+#: Words for the kinds in random seeds. They are the first names of the kinds and must not change, because
+#: losses at a fixed seed depend on them.
+SEED_LABELS = {"fine_tuned": "tuned", "decorrelated": "scrubbed"}
 
 
 class Perturbations:
-    """The copies of one run of phase 2. What they are follows from (W, seed, step) alone.
+    """Perturbed copies of one run of phase 2. They depend on (W, seed, step) alone.
 
     Args:
         model: the network being marked; it is only read.
         task: the primary task on the model's device.
-        probe: the owner's opening.
-        s: complete settings.
-        window: steps after which inner attacks begin anew, so that a resumed run makes them from the same W.
+        detector: the owner's detector.
+        settings: complete settings.
+        window: steps after which inner loops restart, so that a resumed run makes them from the same W.
     """
 
     def __init__(
         self, model: nn.Module, task: Task, detector: WatermarkDetector, settings: EmbedSettings, window: int
     ) -> None:
-        self._probe, self._settings, self._window = detector, settings, window
+        self._detector, self._settings, self._window = detector, settings, window
+        self._task = task
         self._pool: Tensor | None = None
         self._inner: dict[str, FineTuningLoop | GradientAttackLoop] = {}
-        if "tuned" in settings.kinds:
-
-            def batches(index: int) -> Iterator[tuple[Tensor, Tensor]]:
-                first, size = (
-                    index * settings.inner_steps,
-                    min(settings.primary_batch, len(task.splits["inner"])),
-                )
-                pairs = (
-                    task.batch_at("inner", size, first + i, seed=settings.seed, augment=True)
-                    for i in range(settings.inner_steps)
-                )
-                return to_device(detector.device, pairs)
-
-            self._inner["tuned"] = FineTuningLoop(
-                model, list(detector.graph.kernels), task.loss, batches,
-                steps=settings.inner_steps, lr=require_set(settings.inner_lr),
-            )  # fmt: skip
-        for kind, objective in (("scrubbed", self._scrub), ("spoiled", self._spoil)):
-            if kind in settings.kinds:
+        perturbation = settings.perturbation
+        if "fine_tuned" in perturbation.kinds:
+            self._inner["fine_tuned"] = FineTuningLoop(
+                model,
+                list(detector.model.weight_shapes),
+                task.loss,
+                self._inner_batches,
+                steps=perturbation.inner_steps,
+                lr=require_set(perturbation.tuning_lr),
+            )
+        for kind, objective in (
+            ("decorrelated", self._decorrelation_loss),
+            ("spoiled", self._spoiling_loss),
+        ):
+            if kind in perturbation.kinds:
                 self._inner[kind] = GradientAttackLoop(
-                    objective, steps=settings.inner_steps, rate=settings.inner_rate
+                    objective, steps=perturbation.inner_steps, lr=perturbation.attack_lr
                 )
 
-    def of(self, kind: str, kernels: Kernels, step: int, term: int) -> Kernels:
-        """The copy of `kind` for one term of one step; `clean` is W itself."""
-        generator = torch.Generator().manual_seed(seed_from(self._settings.seed, kind, step, term))
-        if kind == "noise":
-            return noise_perturbation(kernels, self._settings.noise, generator)
-        if kind == "pruned":
-            return pruning_perturbation(kernels, self._settings.prune, generator)
+    def sample(self, kind: str, kernels: Kernels, step: int, term: int) -> Kernels:
+        """Return a perturbed copy.
+
+        Args:
+            kind: a perturbation kind, or `clean` for W itself.
+            kernels: the current W.
+            step: step of phase 2.
+            term: number of the gradient term within the step.
+        """
+        settings = self._settings.perturbation
         if kind == "clean":
             return kernels
+        if kind in self._inner:
+            return self._attacked(kind, kernels, step)
+        generator = self._generator(kind, step, term)
+        if kind == "noise":
+            return noise_perturbation(kernels, settings.noise_sigma, generator)
+        assert kind == "pruned", kind
+        return pruning_perturbation(kernels, settings.max_prune_ratio, generator)
+
+    def _attacked(self, kind: str, kernels: Kernels, step: int) -> Kernels:
+        """Return a copy from an inner loop, which is refreshed when its interval or the window has passed."""
         inner = self._inner[kind]
-        index = step // self._window * self._window + step % self._window // self._settings.inner_every
-        if inner.refreshed != index:
-            inner.refresh(index) if isinstance(inner, FineTuningLoop) else inner.refresh(index, kernels)
-        return inner.snapshot(kernels, step)
+        window_start, offset = step // self._window * self._window, step % self._window
+        index = window_start + offset // self._settings.perturbation.refresh_steps
+        if inner.last_refresh != index:
+            inner.refresh(index, kernels)
+        return inner.perturb(kernels, step)
 
-    def _scrub(self, start: Kernels, index: int) -> Loss:
-        """Correlation, per coordinate, of the features over random codes with those at the start."""
-        graph, spec = self._probe.graph, self._probe.spec
-        if self._pool is None:
-            keys = (i.to_bytes(32) for i in range(math.ceil(CODE_POOL_SIZE / spec.n)))  # nobody's keys
-            drawn = [qr.images(watermark_integers(key, spec.n), spec.carrier) for key in keys]
-            self._pool = torch.cat(drawn)[:CODE_POOL_SIZE].to(self._probe.device)
-        pool, framed = self._pool, graph.into_frame(start)
+    def _generator(self, kind: str, *numbers: int) -> torch.Generator:
+        label = SEED_LABELS.get(kind, kind)
+        return torch.Generator().manual_seed(seed_from(self._settings.seed, label, *numbers))
 
-        def loss(kernels: Mapping[str, Tensor], step: int) -> Tensor:
-            gen = torch.Generator().manual_seed(seed_from(self._settings.seed, "scrubbed", index, step))
-            codes = pool[torch.randperm(CODE_POOL_SIZE, generator=gen)[:CODES_PER_STEP].to(pool.device)]
+    def _inner_batches(self, index: int) -> Iterator[Batch]:
+        """Return the batches of D' for one refresh."""
+        settings, steps = self._settings, self._settings.perturbation.inner_steps
+        size = min(settings.phase2.batch, len(self._task.splits["inner"]))
+        batches = (
+            self._task.batch_at("inner", size, index * steps + offset, seed=settings.seed, augment=True)
+            for offset in range(steps)
+        )
+        return to_device(self._detector.device, batches)
+
+    def _decorrelation_loss(self, start: Kernels, index: int) -> AttackLoss:
+        """Build the correlation per coordinate of features over public key inputs with those at the start."""
+        model, pool = self._detector.model, self._code_pool()
+        canonical_start = model.canonicalize(start)
+
+        def loss(kernels: Kernels, step: int) -> Tensor:
+            generator = self._generator("decorrelated", index, step)
+            chosen = torch.randperm(CODE_POOL_SIZE, generator=generator)[:CODES_PER_STEP]
+            codes = pool[chosen.to(pool.device)]
             with torch.no_grad():
-                before = graph.features(framed, codes).standardised
-            now = graph.into_frame(kernels, differentiable_rounds=2)
-            return correlation_loss(before, graph.features(now, codes).standardised)
+                features_at_start = model.features(canonical_start, codes).standardised
+            canonical = model.canonicalize(kernels, differentiable_rounds=2)
+            return correlation_loss(features_at_start, model.features(canonical, codes).standardised)
 
         return loss
 
-    def _spoil(self, start: Kernels, index: int) -> Loss:
-        """The mark's own loss with labels drawn anew."""
-        gen = torch.Generator().manual_seed(seed_from(self._settings.seed, "spoiled", index))
-        wrong = torch.randint(2, (self._probe.spec.n,), generator=gen).float().to(self._probe.device)
+    def _code_pool(self) -> Tensor:
+        """Return the inputs of public keys, which do not depend on the owner's key."""
+        if self._pool is None:
+            spec = self._detector.spec
+            carrier = carriers.for_spec(spec)
+            keys = (i.to_bytes(32) for i in range(math.ceil(CODE_POOL_SIZE / spec.n)))
+            inputs = [carrier.inputs(watermark_integers(key, spec.n)) for key in keys]
+            self._pool = torch.cat(inputs)[:CODE_POOL_SIZE].to(self._detector.device)
+        return self._pool
 
-        def loss(kernels: Mapping[str, Tensor], step: int) -> Tensor:
-            return watermark_loss(self._probe.score_kernels(kernels, differentiable=True), wrong)
+    def _spoiling_loss(self, start: Kernels, index: int) -> AttackLoss:
+        """Build the watermark loss with random labels."""
+        generator = self._generator("spoiled", index)
+        labels = torch.randint(2, (self._detector.spec.n,), generator=generator).float()
+        labels = labels.to(self._detector.device)
+
+        def loss(kernels: Kernels, step: int) -> Tensor:
+            return watermark_loss(self._detector.score_kernels(kernels, differentiable=True), labels)
 
         return loss
-
-
-class GradientAttackLoop(InnerLoop):
-    """Adam on copies of the tapped kernels; the differences after the last half of its steps are kept.
-
-    Args:
-        objective: (kernels at the start, index) -> loss to minimise.
-        steps: of Adam, per refresh.
-        rate: of Adam, in units of each kernel's standard deviation.
-    """
-
-    def __init__(self, objective: Callable[[Kernels, int], Loss], *, steps: int, rate: float) -> None:
-        super().__init__()
-        self._objective, self._steps, self._rate = objective, steps, rate
-
-    def refresh(self, index: int, kernels: Kernels) -> None:
-        """Attack the current W anew: a function of (W, index) alone, so that a resumed run repeats it."""
-        start = {name: kernel.detach() for name, kernel in kernels.items()}
-        moved = {name: kernel.clone().requires_grad_(True) for name, kernel in start.items()}
-        groups = [{"params": [p], "lr": self._rate * float(start[name].std())} for name, p in moved.items()]
-        optimizer, loss = torch.optim.Adam(groups, foreach=False), self._objective(start, index)
-        deltas = []
-        for step in range(self._steps):
-            with torch.enable_grad():  # of the copies alone: a trained head is the owner's, and stays right
-                found = torch.autograd.grad(loss(moved, step), list(moved.values()))
-            for parameter, gradient in zip(moved.values(), found, strict=True):
-                parameter.grad = gradient
-            optimizer.step()
-            if step + 1 > self._steps // 2 or step + 1 == self._steps:
-                deltas.append({name: p.detach() - start[name] for name, p in moved.items()})
-        self.keep(index, deltas)

@@ -1,9 +1,8 @@
-"""What embedding ends in: the marked model, the owner's kit, the verdict on it, the numbers of the run."""
+"""Result of embedding: marked model, owner kit, verdict and metrics."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import time
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mtlsign
+from mtlsign._version import __version__
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.models.factories import Factory
 from mtlsign.storage.base import Storage
@@ -22,16 +21,25 @@ from mtlsign.storage.safetensors_io import serialize_safetensors
 from mtlsign.watermark.keys.opening import KeyOpening
 from mtlsign.watermark.keys.sealing import EncryptionSecret
 from mtlsign.watermark.kit import OwnerKit, write_kit
-from mtlsign.watermark.verification.detector import Verdict, WatermarkDetector, signed_scores, verify
+from mtlsign.watermark.verification.detector import WatermarkDetector, signed_scores, verify
 from mtlsign.watermark.verification.reference import Reference
+from mtlsign.watermark.verification.verdict import Verdict
 
 Tensors = dict[str, Tensor]
 Rows = list[dict[str, Any]]
+_CONTROL_KEYS = 5
 
 
 @dataclass(frozen=True)
 class Phase2Result:
-    """What phase 2 gives: W, a trained head if it is free, its rows, accuracies of W0 and W."""
+    """Result of phase 2.
+
+    Attributes:
+        tensors: state dict of the marked W.
+        head: bytes of a free head, None for a keyed head.
+        rows: rows of metrics.
+        measured: accuracies of W0 and W.
+    """
 
     tensors: Tensors = field(repr=False)
     head: bytes | None = field(repr=False)
@@ -41,7 +49,16 @@ class Phase2Result:
 
 @dataclass
 class EmbeddingResult:
-    """A marked model and its proof: `tensors` are public, `kit` is the owner's secret."""
+    """Marked model and its proof.
+
+    Attributes:
+        tensors: state dict of the marked model; public.
+        kit: the owner's secret.
+        verdict: verification of the marked model.
+        result: content of `result.json`.
+        history: rows of metrics of both phases.
+        scores: signed scores of the marked model, W0 and an unrelated key.
+    """
 
     tensors: Tensors = field(repr=False)
     kit: OwnerKit = field(repr=False)
@@ -51,74 +68,133 @@ class EmbeddingResult:
     scores: dict[str, list[float]] = field(repr=False)
 
     def save(self, storage: Storage, secret: EncryptionSecret) -> None:
-        """Write `models/<digest>/` and `kits/<id>/` below `storage`; `result` gets their places."""
-        graph = self.kit.opening.parse().graph
+        """Write `models/<digest>/` and `kits/<id>/` below `storage`, and add their locations to `result`."""
+        architecture = self.kit.opening.parse().graph
         config = {
             "format": "mtlsign/model/v0",
-            "graph": graph,
+            "graph": architecture,
             "task": self.result["task"],
             "name": self.result["name"],
         }
-        write_model(storage, self.tensors, config, _model_card(self.result, graph))
+        write_model(storage, self.tensors, config, _model_card(self.result, architecture))
         kit_id = write_kit(storage, self.kit, secret)
         self.result["kit"] = storage.child(KITS).child(kit_id).uri
         self.result["model_path"] = storage.child(MODELS).child(self.result["model_digest"]).uri
 
     def report(self) -> str:
-        """The run's page: one self-contained HTML file."""
-        # Loaded here: matplotlib takes a second, and on a new machine says that it builds its font cache.
-        logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+        """Render the report of the run as one self-contained HTML file."""
+        # Imported here, because importing Matplotlib takes a second.
         from mtlsign.reports.embedding import render_embedding_report
 
         return render_embedding_report(self.result, self.history, self.scores)
 
 
 def build_result(
-    base_weights: Tensors, rows: Rows, opening: KeyOpening, reference: Reference, marked: Phase2Result, settings: EmbedSettings,
-    *, factories: Mapping[str, Factory],
-) -> EmbeddingResult:  # fmt: skip
-    """Verify what came out, against W0 and wrong keys too, and gather the numbers."""
-    detector = WatermarkDetector(opening, reference, head=marked.head, factories=factories)
+    base_weights: Tensors,
+    rows: Rows,
+    opening: KeyOpening,
+    reference: Reference,
+    phase2: Phase2Result,
+    settings: EmbedSettings,
+    *,
+    factories: Mapping[str, Factory],
+) -> EmbeddingResult:
+    """Verify the marked model, also against W0 and unrelated keys, and collect the metrics.
+
+    Args:
+        base_weights: state dict of W0.
+        rows: rows of metrics of phase 1.
+        opening: the opened key.
+        reference: W0's reference.
+        phase2: result of phase 2.
+        settings: complete settings.
+        factories: trusted factories of custom architectures.
+    """
+    detector = WatermarkDetector(opening, reference, head=phase2.head, factories=factories)
     tapped = {
         name: base_weights[name]
-        for name in (*detector.graph.kernels, *detector.graph.gammas.values())
+        for name in (*detector.model.weight_shapes, *detector.model.optional_shapes)
         if name in base_weights
     }
-    digest = model_digest(serialize_safetensors(marked.tensors))
-    verdict = verify(marked.tensors, detector, controls=5, base_weights=tapped, model_digest=digest)
-    deltas = parameter_deviation(base_weights, marked.tensors)
-    result: dict[str, Any] = {
-        "task": settings.task, "model": settings.model, "name": settings.name, "width": settings.width, "head": settings.head, "seed": settings.seed,
-        "lambda1": settings.lambda1, "lambda2": settings.lambda2, "snapshots": settings.snapshots, "steps": settings.steps,
+    digest = model_digest(serialize_safetensors(phase2.tensors))
+    verdict = verify(
+        phase2.tensors, detector, controls=_CONTROL_KEYS, base_weights=tapped, model_digest=digest
+    )
+    deviations = parameter_deviation(base_weights, phase2.tensors)
+    result = {
+        **_settings_fields(settings),
         "n": detector.spec.n,
-        **marked.measured,
+        **phase2.measured,
+        **_verdict_fields(verdict),
+        "deviation_l2": math.sqrt(sum(d * d for d in deviations.values())),
+        "deviation_by_layer": deviations,
+        "seconds_phase1": sum(row["seconds"] for row in rows),
+        "seconds_phase2": sum(row["seconds"] for row in phase2.rows),
+        "model_digest": digest,
+        "kit": None,
+    }
+    kit = OwnerKit(
+        opening=opening,
+        reference=reference.raw_bytes,
+        base_weights=serialize_safetensors(tapped),
+        head=phase2.head,
+        info=_kit_info(settings, digest),
+    )
+    history = {"phase1": rows, "phase2": phase2.rows}
+    return EmbeddingResult(
+        phase2.tensors, kit, verdict, result, history, _scores(detector, phase2.tensors, tapped)
+    )
+
+
+def _settings_fields(settings: EmbedSettings) -> dict[str, Any]:
+    return {
+        "task": settings.task,
+        "model": settings.model,
+        "name": settings.name,
+        "width": settings.width,
+        "head": settings.head,
+        "seed": settings.seed,
+        "lambda1": settings.lambda1,
+        "lambda2": settings.lambda2,
+        "snapshots": ",".join(settings.perturbation.kinds),
+        "steps": settings.phase2.steps,
+    }
+
+
+def _verdict_fields(verdict: Verdict) -> dict[str, Any]:
+    return {
         "wm_accuracy": verdict.accuracy,
         "wm_accuracy_on_clean": verdict.controls["w0"][0] if verdict.controls.get("w0") else None,
         "wm_accuracy_wrong_keys": verdict.controls.get("wrong_keys", []),
-        "matches": verdict.matches, "status": verdict.status, "accepted": verdict.accepted,
-        "p_value": verdict.p_value, "evidence_bits": verdict.evidence_bits,
-        "deviation_l2": math.sqrt(sum(d * d for d in deltas.values())), "deviation_by_layer": deltas,
-        "seconds_phase1": sum(r["seconds"] for r in rows),
-        "seconds_phase2": sum(r["seconds"] for r in marked.rows),
-        "model_digest": digest, "kit": None,
-    }  # fmt: skip
-    info = {
-        "model_digest": digest, "task": settings.task, "name": settings.name, "seed": settings.seed, "lr": settings.lr,
+        "matches": verdict.matches,
+        "status": verdict.status,
+        "accepted": verdict.accepted,
+        "p_value": verdict.p_value,
+        "evidence_bits": verdict.evidence_bits,
+    }
+
+
+def _kit_info(settings: EmbedSettings, model_digest: str) -> dict[str, Any]:
+    return {
+        "model_digest": model_digest,
+        "task": settings.task,
+        "name": settings.name,
+        "seed": settings.seed,
+        "lr": settings.phase1.lr,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {"mtlsign": mtlsign.__version__, "torch": torch.__version__},
-    }  # fmt: skip
-    kit = OwnerKit(opening, reference.data, serialize_safetensors(tapped), marked.head, info)
-    scores = dict(zip(("marked", "w0"), signed_scores(detector, [marked.tensors, tapped]), strict=False))
-    scores |= dict(
-        zip(("wrong_key",), signed_scores(detector.with_control_key(0), [marked.tensors]), strict=False)
-    )
-    return EmbeddingResult(
-        marked.tensors, kit, verdict, result, {"phase1": rows, "phase2": marked.rows}, scores
-    )
+        "versions": {"mtlsign": __version__, "torch": torch.__version__},
+    }
+
+
+def _scores(detector: WatermarkDetector, marked: Tensors, tapped: Tensors) -> dict[str, list[float]]:
+    """Return the signed scores of the networks that can be read."""
+    control = detector.with_control_key(0)
+    scores = dict(zip(("marked", "w0"), signed_scores(detector, [marked, tapped]), strict=False))
+    return scores | dict(zip(("wrong_key",), signed_scores(control, [marked]), strict=False))
 
 
 def parameter_deviation(base_weights: Mapping[str, Tensor], marked: Mapping[str, Tensor]) -> dict[str, float]:
-    """‖W − W0‖₂ of every parameter; batch norms' running statistics are none."""
+    """Return ‖W − W0‖₂ of every parameter; running statistics of batch norms are not parameters."""
     return {
         name: float((tensor.double() - base_weights[name].double()).norm())
         for name, tensor in marked.items()
@@ -126,9 +202,9 @@ def parameter_deviation(base_weights: Mapping[str, Tensor], marked: Mapping[str,
     }
 
 
-def _model_card(result: Mapping[str, Any], graph: Mapping[str, object]) -> str:
+def _model_card(result: Mapping[str, Any], architecture: Mapping[str, object]) -> str:
     return (
-        f"# {result['name']}\n\nArchitecture `{json.dumps(dict(graph), sort_keys=True)}` "
+        f"# {result['name']}\n\nArchitecture `{json.dumps(dict(architecture), sort_keys=True)}` "
         f"for the task `{result['task']}`; accuracy on the test part {result['primary_marked']:.4f}.\n\n"
         "Load `model.safetensors` with the safetensors library into that architecture.\n"
     )

@@ -1,4 +1,4 @@
-r"""Encryption at rest of what must stay secret: one sealed envelope per file.
+r"""Encryption at rest of secret files: one sealed envelope for each file.
 
 Envelope (all of it before the ciphertext is authenticated as associated data):
 
@@ -9,8 +9,8 @@ Envelope (all of it before the ciphertext is authenticated as associated data):
     ciphertext           ChaCha20-Poly1305 (RFC 8439) of the plaintext, its 16-byte tag at the end
 
 kdf "hkdf-sha256": key = HKDF-SHA256(the identity's 32-byte kit key, salt, info = purpose), 32 bytes.
-kdf "scrypt": key = scrypt(passphrase, salt, n, r, p), 32 bytes; its cost is limited before any work is done.
-Salt (32 bytes) and nonce (12 bytes) are fresh random ones in every envelope.
+kdf "scrypt": key = scrypt(passphrase, salt, n, r, p), 32 bytes; its cost is checked before the computation.
+Salt (32 bytes) and nonce (12 bytes) are random and new in every envelope.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PASSPHRASE_LIMIT = 1024
 
 @dataclass(frozen=True)
 class EncryptionSecret:
-    """What opens an envelope: an identity's kit key or a passphrase. Never shown by `repr`."""
+    """Secret that opens an envelope: an identity's kit key or a passphrase. `repr` hides it."""
 
     kind: Literal["kit key", "passphrase"]
     value: bytes
@@ -49,35 +49,42 @@ class EncryptionSecret:
     def __post_init__(self) -> None:
         if self.kind == "kit key" and len(self.value) != 32:
             raise KeyMaterialError(
-                "a kit key has 32 bytes; take `kit_key` of the owner's identity", field="owner"
+                "A kit key must have 32 bytes. Use `kit_key` of the owner's identity.", field="owner"
             )
         if self.kind == "passphrase" and not 1 <= len(self.value) <= _PASSPHRASE_LIMIT:
-            limit = f"1 to {_PASSPHRASE_LIMIT} bytes"
-            raise KeyMaterialError(f"a passphrase has {limit}; choose another", field="passphrase")
+            raise KeyMaterialError(
+                f"A passphrase must have 1 to {_PASSPHRASE_LIMIT} bytes. Choose another.", field="passphrase"
+            )
 
     @classmethod
     def from_kit_key(cls, kit_key: bytes) -> EncryptionSecret:
-        """The identity's kit key, 32 bytes."""
+        """Return the secret of an identity's kit key, 32 bytes."""
         return cls("kit key", bytes(kit_key))
 
     @classmethod
     def from_passphrase(cls, passphrase: bytes) -> EncryptionSecret:
-        """A passphrase's exact bytes, 1 to 1,024 of them."""
+        """Return the secret of a passphrase, 1 to 1,024 exact bytes."""
         return cls("passphrase", bytes(passphrase))
 
     def __repr__(self) -> str:
-        return f"Secret({self.kind}, hidden)"
+        return f"EncryptionSecret({self.kind}, hidden)"
 
 
 def encrypt_envelope(plaintext: bytes, secret: EncryptionSecret, *, purpose: str) -> bytes:
-    """The envelope around `plaintext`, which `unseal` opens with the same secret and purpose.
+    """Encrypt `plaintext`; `decrypt_envelope` opens the envelope with the same secret and purpose.
 
-    Raises: KeyMaterialError when `plaintext` is over PLAINTEXT_LIMIT bytes or `purpose` is not 1 to 64 ASCII.
+    Args:
+        plaintext: at most PLAINTEXT_LIMIT bytes.
+        secret: kit key or passphrase.
+        purpose: 1 to 64 printable ASCII characters.
+
+    Raises:
+        KeyMaterialError: `plaintext` or `purpose` is outside its limits.
     """
     if not (purpose.isascii() and purpose.isprintable() and 1 <= len(purpose) <= 64):
-        raise KeyMaterialError("a purpose is 1 to 64 printable ASCII characters; shorten it")
+        raise KeyMaterialError("A purpose must be 1 to 64 printable ASCII characters. Shorten it.")
     if len(plaintext) > PLAINTEXT_LIMIT:
-        raise KeyMaterialError("more than 2 GiB cannot be sealed; use a smaller head or fewer taps")
+        raise KeyMaterialError("More than 2 GiB cannot be sealed. Use a smaller head or fewer taps.")
     salt, nonce = secrets.token_bytes(32), secrets.token_bytes(12)
     header: dict[str, object] = {"cipher": "chacha20poly1305", "nonce": nonce.hex(), "purpose": purpose}
     header["salt"] = salt.hex()
@@ -91,32 +98,38 @@ def encrypt_envelope(plaintext: bytes, secret: EncryptionSecret, *, purpose: str
 
 
 def decrypt_envelope(sealed: bytes, secret: EncryptionSecret, *, purpose: str) -> bytes:
-    """The plaintext in an envelope from anywhere.
+    """Decrypt an untrusted envelope.
 
-    Raises: KeyMaterialError, always one line: no envelope, another purpose, the wrong secret, or damage.
+    Args:
+        sealed: bytes of the envelope.
+        secret: the secret under which it was encrypted.
+        purpose: the purpose for which it was encrypted.
+
+    Raises:
+        KeyMaterialError: the bytes are no envelope or damaged, or the purpose or secret is wrong.
     """
     view = memoryview(sealed)
     if bytes(view[: len(MAGIC)]) != MAGIC:
-        raise KeyMaterialError("this is no sealed file of mtlsign v0; give the right file")
+        raise KeyMaterialError("This is not a sealed file of mtlsign v0. Pass the right file.")
     start = len(MAGIC) + 4
     length = int.from_bytes(view[len(MAGIC) : start], "big")
     if length > HEADER_LIMIT or len(view) < start + length + 16:
-        raise KeyMaterialError("the sealed file is damaged or cut short; fetch it again")
+        raise KeyMaterialError("The sealed file is damaged or truncated. Fetch it again.")
     front = bytes(view[: start + length])
     salt, nonce, kdf, costs = _parse_header(front[start:], purpose)
-    wanted = "kit key" if kdf == "hkdf-sha256" else "passphrase"
-    if secret.kind != wanted:
-        fix = {"kit key": "give the owner's identity", "passphrase": "give that passphrase"}[wanted]
-        raise KeyMaterialError(f"this file was sealed under a {wanted}; {fix}", field="owner")
+    kind = "kit key" if kdf == "hkdf-sha256" else "passphrase"
+    if secret.kind != kind:
+        fix = {"kit key": "Pass the owner's identity.", "passphrase": "Pass that passphrase."}[kind]
+        raise KeyMaterialError(f"This file was sealed under a {kind}. {fix}", field="owner")
     if len(view) - len(front) > PLAINTEXT_LIMIT + 16:
-        raise KeyMaterialError("the sealed file is over 2 GiB; give the right file")
+        raise KeyMaterialError("The sealed file has over 2 GiB. Pass the right file.")
     try:
         return ChaCha20Poly1305(_derive(secret, salt, purpose, costs)).decrypt(
             nonce, view[len(front) :], front
         )
     except InvalidTag:
-        message = f"the {wanted} is wrong or the sealed file is damaged; give the one it was sealed under"
-        raise KeyMaterialError(message, field="owner" if wanted == "kit key" else "passphrase") from None
+        message = f"The {kind} is wrong, or the sealed file is damaged. Pass the {kind} of the sealed file."
+        raise KeyMaterialError(message, field="owner" if kind == "kit key" else "passphrase") from None
 
 
 def _derive(secret: EncryptionSecret, salt: bytes, purpose: str, costs: dict[str, int]) -> bytes:
@@ -126,7 +139,7 @@ def _derive(secret: EncryptionSecret, salt: bytes, purpose: str, costs: dict[str
 
 
 def _parse_header(text: bytes, purpose: str) -> tuple[bytes, bytes, str, dict[str, int]]:
-    damaged = KeyMaterialError("the sealed file's header is damaged; fetch the file again")
+    damaged = KeyMaterialError("The sealed file's header is damaged. Fetch the file again.")
     header = parse_strict_json(text, limit=HEADER_LIMIT, where="sealed header")
     if not isinstance(header, dict):
         raise damaged
@@ -148,5 +161,5 @@ def _parse_header(text: bytes, purpose: str) -> tuple[bytes, bytes, str, dict[st
     if costs and (costs["n"] < 2 or costs["n"] & (costs["n"] - 1)):
         raise damaged
     if fields["purpose"] != purpose:
-        raise KeyMaterialError(f"the sealed file holds something else than {purpose}; give the right file")
+        raise KeyMaterialError(f"The sealed file was not sealed for {purpose}. Pass the right file.")
     return salt, nonce, kdf, costs

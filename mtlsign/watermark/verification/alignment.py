@@ -1,11 +1,10 @@
-"""Bring a network's kernels into W0's frame, so that free rescalings cannot move the mark
-(design decision 5).
+"""Canonical form of kernels: undo the rescalings that leave a network's function unchanged.
 
-A network with batch norm computes the same function after any of its convolution rows is scaled (the norm
-undoes it), after an inner channel is scaled up in one layer and down in the next, and after the batch norm is
-folded into the convolution. The frame removes all of that: rows to unit norm, input columns to W0's column
-norms, alternately. Permutations and input symmetries will be undone here too, from the reference's sketch
-(format v1).
+A network with batch norm computes the same function after three changes: any convolution row is scaled,
+because the norm undoes it; an inner channel is scaled up in one layer and down in the next; the batch norm is
+folded into the convolution. The canonical form removes all three: rows have unit norm and input columns have
+W0's column norms (docs/decisions/0003). Permutations and input symmetries are not undone yet; the reference's
+sketch is stored for that (format v1).
 """
 
 from __future__ import annotations
@@ -15,12 +14,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-#: Alternating rounds of a verification; part of the format.
+#: Alternating iterations of a verification; part of the format.
 SINKHORN_ITERATIONS = 50
 
 
+def apply_bn_sign(kernel: Tensor, gamma: Tensor | None) -> Tensor:
+    """Multiply sign(γ) onto the rows, +1 where γ is absent or 0. The verifier reads nothing else of γ."""
+    if gamma is None:
+        return kernel
+    sign = torch.where(gamma < 0, -1.0, 1.0).to(kernel.dtype)
+    return kernel * sign.reshape(-1, *([1] * (kernel.dim() - 1)))
+
+
 def squared_block_norms(kernel: Tensor, groups: int = 1) -> Tensor:
-    """Squared norms of a kernel's (row, input column) blocks.
+    """Compute the squared norms of a kernel's (row, input column) blocks.
 
     Args:
         kernel: float [O, I/groups, ...spatial], any float dtype.
@@ -34,7 +41,7 @@ def squared_block_norms(kernel: Tensor, groups: int = 1) -> Tensor:
 
 
 def column_norms(kernel: Tensor, groups: int = 1) -> Tensor:
-    """Column norms of a kernel with unit rows, which are W0's frame: float64 [groups, I/groups]."""
+    """Compute the column norms of a kernel whose rows are scaled to unit norm: float64 [groups, I/groups]."""
     p = squared_block_norms(kernel, groups)
     return (p / _safe_divisor(p.sum(2, keepdim=True))).sum(1).sqrt()
 
@@ -42,18 +49,17 @@ def column_norms(kernel: Tensor, groups: int = 1) -> Tensor:
 def canonicalize_kernels(
     kernel: Tensor, columns: Tensor, groups: int = 1, *, differentiable_rounds: int = 0
 ) -> Tensor:
-    """Scale rows and input columns of `kernel` by positive numbers until rows are units and columns W0's.
+    """Scale rows and input columns by positive numbers until rows have unit norm and columns have W0's norms.
 
-    This is Sinkhorn's iteration on the squared block norms: `ROUNDS` times rows, then columns; last the
-    rows; in float64. A row or column of zeros stays zero. W0 itself is a fixed point.
+    This is Sinkhorn's iteration on the squared block norms in float64: `SINKHORN_ITERATIONS` times rows, then
+    columns; finally the rows. A row or column of zeros remains zero. W0 itself is a fixed point.
 
     Args:
         kernel: float [O, I/groups, ...spatial].
         columns: float64 [groups, I/groups], W0's `column_norms`.
         groups: the convolution's groups.
-        differentiable_rounds: 0 for verification; in training the fixed point is found without a graph, and
-            this many rounds from there are differentiated (the map contracts fast; tests compare with all of
-            them).
+        differentiable_rounds: 0 for verification. In training the fixed point is computed without a graph,
+            and this many rounds from it are differentiated. Two suffice, because the map contracts fast.
 
     Returns:
         float32 tensor of the kernel's shape.
@@ -74,16 +80,16 @@ def canonicalize_kernels(
 def _sinkhorn_multipliers(
     p: npt.NDArray[np.float64], target: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """Squared column multipliers [g, I] after `ROUNDS` rounds on the squared norms p [g, O, I]."""
+    """Compute squared column multipliers [g, I] from the squared block norms p [g, O, I]."""
     cols = np.ones_like(target)
     for _ in range(SINKHORN_ITERATIONS):
-        mass_of_rows = (p @ cols[:, :, None])[:, :, 0]
-        rows = 1 / np.where(mass_of_rows > 0, mass_of_rows, 1.0)
-        mass_of_cols = (rows[:, None, :] @ p)[:, 0, :]
-        cols = target / np.where(mass_of_cols > 0, mass_of_cols, 1.0)
+        row_sums = (p @ cols[:, :, None])[:, :, 0]
+        rows = 1 / np.where(row_sums > 0, row_sums, 1.0)
+        column_sums = (rows[:, None, :] @ p)[:, 0, :]
+        cols = target / np.where(column_sums > 0, column_sums, 1.0)
     return cols
 
 
 def _safe_divisor(sums: Tensor) -> Tensor:
-    """A row or column without mass keeps its zeros: divide it by 1."""
+    """Replace sums that are not positive by 1, so that a row or column of zeros remains zero."""
     return torch.where(sums > 0, sums, torch.ones_like(sums))

@@ -1,8 +1,8 @@
-"""What chance can do: exact tails, bounds and thresholds (design decision 3; paper, Appendix A).
+"""Evidence of matching bits: exact tails, bounds and thresholds (docs/decisions/0006; paper, Appendix A).
 
-For a key fixed before the suspect, the number of matches is exactly Binomial(n, ½), whatever the suspect is.
-Tails are counted in integers and given in bits, -log2 of the probability; bits are authoritative, as p
-underflows.
+For a key fixed before the suspect, the number of matches is exactly Binomial(n, ½) for any suspect.
+Tails are counted in integers and reported in bits, -log2 of the probability. Bits are authoritative, because
+a p-value underflows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_WEIGHT = 15
 
 
 def _bits_from_count(count: int, n: int) -> float:
-    """-log2(count / 2^n), exact to a few units in the last place at both ends."""
+    """Return -log2(count / 2^n), exact to a few units in the last place at both ends."""
     if count <= 0:
         return math.inf
     if 2 * count <= 1 << n:
@@ -34,7 +34,7 @@ def _check_n(n: int) -> None:
 
 
 def binomial_evidence_bits(k: int, n: int) -> float:
-    """-log2 P(X ≥ k) for X ~ Binomial(n, ½), from exact integers: 0 for k ≤ 0, infinite for k > n."""
+    """Return -log2 P(X ≥ k) for X ~ Binomial(n, ½), from exact integers: 0 for k ≤ 0, infinite for k > n."""
     _check_n(n)
     if k <= 0:
         return 0.0
@@ -51,12 +51,12 @@ def binomial_evidence_bits(k: int, n: int) -> float:
 
 
 def p_value(bits: float) -> float:
-    """2^-bits; 0.0 beyond about 1,074 bits, which is why bits are the authoritative form."""
+    """Return 2^-bits; 0.0 beyond about 1,074 bits, so bits are the authoritative form."""
     return math.pow(2.0, -bits)
 
 
 def chernoff_bits(k: int, n: int) -> float:
-    """-log2 of `chernoff_bound`: n·(1 - H2(k/n)) for k > n/2, else 0."""
+    """Return -log2 of `chernoff_bound`: n·(1 - H2(k/n)) for k > n/2, else 0."""
     _check_n(n)
     if k > n:
         return math.inf
@@ -68,12 +68,22 @@ def chernoff_bits(k: int, n: int) -> float:
 
 
 def chernoff_bound(k: int, n: int) -> float:
-    """The paper's bound on P(X ≥ k) with p = ½ and the best λ (Appendix A); never under the exact tail."""
+    """Return the paper's bound on P(X ≥ k) for p = ½ and the best λ (Appendix A); at least the exact tail."""
     return p_value(chernoff_bits(k, n))
 
 
 def chernoff_bound_paper(gamma: float, p: float, n: int, lam: float) -> float:
-    """((1 - p + p·e^λ)/e^(γλ))^n, the paper's Appendix A as printed, cut off at 1 where it says nothing."""
+    """Return ((1 - p + p·e^λ)/e^(γλ))^n, the paper's Appendix A as printed, but at most 1.
+
+    Args:
+        gamma: accuracy, 0 to 1.
+        p: chance of one match, 0 to 1.
+        n: number of bits.
+        lam: λ, 0 to 100.
+
+    Raises:
+        ValueError: an argument is outside its limits.
+    """
     if not 0.0 <= p <= 1.0 or not 0.0 <= gamma <= 1.0 or not 0.0 <= lam <= 100.0:
         raise ValueError("gamma and p must be from 0 to 1 and lam from 0 to 100")
     _check_n(n)
@@ -81,7 +91,7 @@ def chernoff_bound_paper(gamma: float, p: float, n: int, lam: float) -> float:
 
 
 def threshold(n: int, bits: float) -> int:
-    """Smallest k with tail_bits(k, n) ≥ bits: 452 for (600, 120), 712 for (1024, 120); else n + 1."""
+    """Return the smallest k with binomial_evidence_bits(k, n) ≥ bits, or n + 1; 712 for (1024, 120)."""
     _check_n(n)
     if bits <= 0.0:
         return 0
@@ -95,7 +105,7 @@ def threshold(n: int, bits: float) -> int:
 
 
 def control_band(n: int, alpha: float) -> tuple[int, int]:
-    """Counts (low, high), both inside: a wrong key is outside with chance at most alpha, half each side."""
+    """Return counts (low, high) between which a wrong key is except with chance alpha, half on each side."""
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"alpha must be over 0 and under 1, got {alpha}")
     high = threshold(n, math.log2(2.0 / alpha)) - 1
@@ -103,9 +113,10 @@ def control_band(n: int, alpha: float) -> tuple[int, int]:
 
 
 def score_weights(scores: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Weights 0…15 from float32 scores, int64 [n]: min(15, ⌊8·(|s|/mean|s|)⌋); float64, sum rounded once.
+    """Compute weights 0…15 from float32 scores, int64 [n]: min(15, ⌊8·(|s|/mean|s|)⌋).
 
-    They look at no label, so under the null each match is still a fair coin; not a number → weight 0.
+    The computation is in float64 and rounds the sum once. Weights do not depend on labels, so under the null
+    hypothesis each match is still a fair coin. A score that is not a number gets weight 0.
     """
     size = np.abs(np.asarray(scores, dtype=np.float32).astype(np.float64))
     size = np.where(np.isfinite(size), size, 0.0)
@@ -116,9 +127,13 @@ def score_weights(scores: npt.ArrayLike) -> npt.NDArray[np.int64]:
 
 
 def weighted_tail_bits(weights: npt.ArrayLike, correct: npt.ArrayLike) -> float:
-    """-log2 P(T ≥ t) for T = Σ wᵢBᵢ with fair coins Bᵢ, t = the observed Σ wᵢ·correctᵢ; exact, in integers.
+    """Return -log2 P(T ≥ t) for T = Σ wᵢBᵢ with fair coins Bᵢ and the observed t = Σ wᵢ·correctᵢ.
 
-    `weights` int [n] from 0 to 15, `correct` bool [n]. About 0.1 s for n = 1,024.
+    The tail is counted exactly, in integers; n = 1,024 takes about 0.1 s.
+
+    Args:
+        weights: int [n] from 0 to 15.
+        correct: bool [n].
 
     Raises:
         ValueError: shapes or types differ from these, or a weight is outside its limits.
@@ -139,7 +154,7 @@ def weighted_tail_bits(weights: npt.ArrayLike, correct: npt.ArrayLike) -> float:
 
 
 def _patterns_up_to(weights: list[int], limit: int) -> int:
-    """How many of the 2^n subsets weigh at most `limit`.
+    """Count those of the 2^n subsets that weigh at most `limit`.
 
     The counts a_j are the coefficients of P = Π(1 + x^w). With Q = Π(1 + x^w) over the *distinct* weights,
     P'·Q = P·R where R = Σ w·x^(w-1)·Q/(1 + x^w) over all weights: a recurrence as short as Q.
@@ -166,7 +181,7 @@ def _patterns_up_to(weights: list[int], limit: int) -> int:
 
 
 def _product(weights: Iterable[int]) -> npt.NDArray[np.int64]:
-    """Coefficients of Π(1 + x^w), lowest first."""
+    """Return the coefficients of Π(1 + x^w), lowest first."""
     out = np.ones(1, np.int64)
     for w in weights:
         out = np.append(out, np.zeros(w, np.int64)) + np.append(np.zeros(w, np.int64), out)

@@ -1,6 +1,4 @@
-"""c_WM, the classifier of the watermark task: derived from the key, or the paper's trained perceptron
-(decision 4).
-"""
+"""Heads: c_WM, the classifier of the watermark task, keyed or trained (docs/decisions/0002)."""
 
 from __future__ import annotations
 
@@ -12,48 +10,48 @@ from torch import Tensor, nn
 from mtlsign.errors import ArtifactError
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.watermark.keys.opening import head_signs
-from mtlsign.watermark.verification.graph import Features
+from mtlsign.watermark.verification.features import Features
 
 
 class Head(Protocol):
-    """Standardised features of d coordinates -> scores float32 [N]; a score above 0 reads as bit 1."""
+    """Mapping from standardised features of d coordinates to scores; a score above 0 is read as bit 1."""
 
     pooled: bool
 
     def __call__(self, features: Features) -> Tensor:
-        """Scores float32 [N]."""
+        """Return scores float32 [N]."""
 
     def parameters(self) -> list[Tensor]:
-        """What is trained."""
+        """Return the trained tensors."""
 
     def to_bytes(self) -> bytes | None:
-        """What is stored in the kit."""
+        """Return the bytes that the kit stores, or None."""
 
 
 class KeyDerivedHead:
-    """score = ⟨p, f⟩, p ∈ {±1}/√d from the key: nothing is trained, nothing stored, nothing to choose."""
+    """Linear head from the key alone: score = ⟨p, f⟩ with p ∈ {±1}/√d. It is neither trained nor stored."""
 
     pooled = False
 
     def __init__(self, key: bytes, d: int, device: torch.device | str = "cpu") -> None:
-        self._p = torch.from_numpy(head_signs(key, d)).to(device, torch.float32) / d**0.5
+        self._projection = torch.from_numpy(head_signs(key, d)).to(device, torch.float32) / d**0.5
 
     def __call__(self, features: Features) -> Tensor:
-        """Scores float32 [N]."""
-        scores: Tensor = features.centred @ (self._p * features.inverse_std)
+        """Return scores float32 [N]."""
+        scores: Tensor = features.centred @ (self._projection * features.inverse_std)
         return scores
 
     def parameters(self) -> list[Tensor]:
-        """None."""
+        """Return no tensors: this head is not trained."""
         return []
 
     def to_bytes(self) -> None:
-        """A keyed head is never stored."""
+        """Return None: this head is not stored."""
         return
 
 
 class TrainedHead:
-    """The paper's two-layer perceptron (§4.1): it fits any model, so a claim needs an earlier commitment."""
+    """Two-layer perceptron (paper §4.1). It fits any model, so a claim needs an earlier commitment."""
 
     def __init__(
         self, d: int, hidden: int, *, pooled: bool, seed: int = 0, device: torch.device | str = "cpu"
@@ -66,16 +64,16 @@ class TrainedHead:
         self._b2 = nn.Parameter(torch.zeros((), device=device))
 
     def __call__(self, features: Features) -> Tensor:
-        """Scores float32 [N]."""
+        """Return scores float32 [N]."""
         hidden = features.centred @ (self._w1 * features.inverse_std).T + self._b1
         return torch.relu(hidden) @ self._w2 + self._b2
 
     def parameters(self) -> list[Tensor]:
-        """The four trained tensors."""
+        """Return the four trained tensors."""
         return [self._w1, self._b1, self._w2, self._b2]
 
     def to_bytes(self) -> bytes:
-        """safetensors: w1 [h, d], b1 [h], w2 [h], b2 []."""
+        """Return safetensors bytes: w1 [h, d], b1 [h], w2 [h], b2 []."""
         return serialize_safetensors(
             dict(zip(("w1", "b1", "w2", "b2"), (p.detach().cpu() for p in self.parameters()), strict=True))
         )
@@ -84,13 +82,25 @@ class TrainedHead:
     def from_bytes(
         cls, data: bytes, d: int, hidden: int, *, pooled: bool, device: torch.device | str = "cpu"
     ) -> TrainedHead:
-        """Read an opened head. Raises `ArtifactError` where it does not fit the spec."""
+        """Read an opened head.
+
+        Args:
+            data: safetensors bytes.
+            d: number of features.
+            hidden: hidden units.
+            pooled: whether the features are averaged over space.
+            device: where the tensors are placed.
+
+        Raises:
+            ArtifactError: the head does not fit the spec.
+        """
         head, tensors = cls(d, hidden, pooled=pooled, device=device), parse_safetensors(data)
         for name, parameter in zip(("w1", "b1", "w2", "b2"), head.parameters(), strict=True):
-            given = tensors.get(name)
-            if given is None or given.shape != parameter.shape or not torch.isfinite(given).all():
+            tensor = tensors.get(name)
+            if tensor is None or tensor.shape != parameter.shape or not torch.isfinite(tensor).all():
                 raise ArtifactError(
-                    f"tensor {name!r} does not fit the spec; take the kit as it was written", field="head"
+                    f"Tensor {name!r} does not fit the spec. Use the head of the same kit, unmodified.",
+                    field="head",
                 )
-            parameter.data.copy_(given)
+            parameter.data.copy_(tensor)
         return head

@@ -1,6 +1,6 @@
-"""What the tests of claims share: published identities, openings without any network, and small claims.
+"""Shared objects of the claim tests: published identities, openings without a network, and small claims.
 
-PUBLISHED TEST KEYS: never use any of these identities in earnest.
+PUBLISHED TEST KEYS: never use any of these identities outside tests.
 """
 
 from __future__ import annotations
@@ -11,35 +11,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtlsign.claims import owner as owners
 from mtlsign.claims.blob_store import BlobStore
-from mtlsign.claims.judging.council import run_member_round
+from mtlsign.claims.judging.admissibility import find_claim, inadmissibility_reasons
+from mtlsign.claims.judging.council import Tally, run_member_round, tally_votes
 from mtlsign.claims.judging.judge import ClaimVerifier, Finding
 from mtlsign.claims.judging.lineage import DisputeResult, resolve_dispute
+from mtlsign.claims.judging.standings import STANDINGS, Standing
 from mtlsign.claims.ledger.base import Ledger
 from mtlsign.claims.ledger.open import open_ledger
 from mtlsign.claims.ledger.view import LedgerView, read_ledger
 from mtlsign.claims.ledger.witness import Witness
-from mtlsign.claims.owner import Owner, create_ledger
-from mtlsign.claims.statements.types import Claim, Ref
+from mtlsign.claims.statements.parsing import sign_statement
+from mtlsign.claims.statements.types import Claim, Ref, Register, Statement
 from mtlsign.watermark.carriers import qr
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.keys.opening import KeyOpening, sign_spec
 from mtlsign.watermark.keys.spec import make_spec
 from mtlsign.watermark.kit import OwnerKit
 
-KIT = bytes(range(32, 64))
+KIT_KEY = bytes(range(32, 64))
 
 
-def person(name: str) -> Identity:
-    """A published identity by name."""
+def make_identity(name: str) -> Identity:
+    """Return the published identity of a name."""
     return Identity(hashlib.sha256(name.encode()).digest(), hashlib.sha256(name.encode() + b" kit").digest())
 
 
-ALICE, BOB = person("alice"), person("bob")
+ALICE, BOB = make_identity("alice"), make_identity("bob")
 
 
 def keyed_opening(owner: Identity, nonce: str = "", **changes: Any) -> KeyOpening:
-    """An opening whose reference nobody will ask for."""
+    """Return a signed opening with a keyed head and a reference of the bytes `reference`."""
     fields: dict[str, Any] = {
         "name": "test",
         "nonce": hashlib.sha256(nonce.encode()).hexdigest(),
@@ -54,8 +57,8 @@ def keyed_opening(owner: Identity, nonce: str = "", **changes: Any) -> KeyOpenin
     return sign_spec(owner, make_spec(**(fields | changes)))
 
 
-def claim_of(**fields: Any) -> Claim:
-    """A claim with made-up references; a test overrides what it is about."""
+def claim_statement(**fields: Any) -> Claim:
+    """Return a claim with invented references; a test overrides the fields that it is about."""
     h = [bytes([i]) * 32 for i in range(8)]
     base: dict[str, Any] = {
         "publish": Ref(1, h[1]), "register": Ref(2, h[2]), "suspect": h[3], "opening": keyed_opening(ALICE),
@@ -65,21 +68,20 @@ def claim_of(**fields: Any) -> Claim:
     return Claim(**(base | fields))
 
 
-class ByName:
-    """A judge that needs no network: a model "carries" the keys whose hex its bytes name."""
+class SubstringJudge:
+    """Judge without a network: a model carries the keys whose hexadecimal form its bytes contain."""
 
     def judge(self, claim: Claim, reference: bytes, head: bytes | None, model: bytes, bits: int) -> Finding:
         if model.startswith(b"broken"):
             return Finding("not_verifiable", reason="it is broken")
-        found = claim.opening.key().hex().encode() in model
-        if not found:
+        if claim.opening.key().hex().encode() not in model:
             return Finding("rejected", 63, 128, 1.1)
         return Finding("accepted" if head is None else "needs_commitment", 128, 128, 128.0)
 
 
 @dataclass
-class Clock:
-    """A clock that a test sets; every look takes a second."""
+class FakeClock:
+    """Clock that a test sets; it advances by one second on every call."""
 
     now: float = 1_790_000_000
 
@@ -88,66 +90,113 @@ class Clock:
         return self.now
 
 
-class Town:
-    """A ledger, an archive and a council of named members, all in one folder."""
+class ClaimScenario:
+    """Ledger, archive and council of named members in one folder."""
 
     def __init__(
         self, folder: Path, members: Sequence[str] = "12345", ledger: Ledger | None = None, **council: Any
     ):
-        self.folder, self.clock = folder, Clock()
+        self.folder, self.clock = folder, FakeClock()
         self.ledger = ledger or open_ledger(f"sqlite:///{folder}/ledger.db", create=True)
-        self.archive = BlobStore.at(str(folder / "archive"))
+        self.archive = BlobStore.from_locations([str(folder / "archive")])
         self.archive.put(b"reference")
-        self.members = [person(name) for name in members]
-        create_ledger(self.owner("founder"), [m.public_key for m in self.members], **council)
+        self.members = [make_identity(name) for name in members]
+        owners.create_ledger(self.owner("founder"), [m.public_key for m in self.members], **council)
 
-    def owner(self, who: Identity | str) -> Owner:
-        identity = person(who) if isinstance(who, str) else who
-        return Owner(identity, self.ledger, self.memory(identity), self.clock)
+    @property
+    def ledger_path(self) -> Path:
+        """File of the SQLite ledger."""
+        return Path(self.ledger.uri.removeprefix("sqlite:///"))
 
-    def memory(self, who: Identity) -> Path:
-        return self.folder / "witness" / f"{who.public_key.hex()[:8]}.json"
+    def owner(self, identity: Identity | str) -> owners.Owner:
+        """Return an owner at the ledger, by identity or name."""
+        identity = make_identity(identity) if isinstance(identity, str) else identity
+        return owners.Owner(identity, self.ledger, self.witness_state_path(identity), self.clock)
 
-    def witness(self, who: Identity | int, ledger: Ledger | None = None) -> Witness:
-        who = self.members[who] if isinstance(who, int) else who
-        return Witness(who, ledger or self.ledger, self.memory(who), clock=self.clock)
+    def witness_state_path(self, identity: Identity) -> Path:
+        """Return the file of an identity's witness state."""
+        return self.folder / "witness" / f"{identity.public_key.hex()[:8]}.json"
 
-    def attest(self) -> LedgerView:
-        """Every member co-signs once."""
+    def witness(self, member: Identity | int, ledger: Ledger | None = None) -> Witness:
+        """Return the witness of a member, by identity or number."""
+        member = self.members[member] if isinstance(member, int) else member
+        return Witness(member, ledger or self.ledger, self.witness_state_path(member), clock=self.clock)
+
+    def append(self, statement: Statement, *signers: Identity) -> int:
+        """Sign a statement, append it without any check of its meaning, and return its index."""
+        return self.ledger.append(sign_statement(statement, *signers))
+
+    def append_registration(self, name: str, **fields: Any) -> int:
+        """Append ALICE's registration of an invented model and return its index."""
+        common = {"signer": ALICE.public_key, "ledger": self.view().origin, "time": int(self.clock())}
+        models = ((name, make_identity(name).public_key),)
+        return self.append(Register(**(common | fields), models=models), ALICE)
+
+    def claim(self, identity: Identity, kits: Sequence[OwnerKit], suspect: bytes, **options: Any) -> str:
+        """Claim a suspect model and return the claim's id."""
+        return owners.claim(self.owner(identity), kits, self.archive, suspect, **options)[0].leaf.hex()
+
+    def cosign_all(self) -> LedgerView:
+        """Run one witness round of every member."""
         for member in self.members:
-            self.witness(member).step()
+            self.witness(member).run_once()
         return self.view()
 
-    def vote(
+    def run_member(self, member: Identity, judge: ClaimVerifier | None = None) -> None:
+        """Run one council round of a member."""
+        run_member_round(
+            member,
+            self.ledger,
+            self.archive,
+            judge or SubstringJudge(),
+            witness_state=self.witness_state_path(member),
+            clock=self.clock,
+        )
+
+    def run_council(
         self, judge: ClaimVerifier | None = None, members: Sequence[Identity] | None = None
     ) -> LedgerView:
-        """Every member takes part, then all co-sign."""
+        """Run one council round of every member, then let all members co-sign."""
         for member in members or self.members:
-            run_member_round(
-                member,
-                self.ledger,
-                self.archive,
-                judge or ByName(),
-                memory=self.memory(member),
-                clock=self.clock,
-            )
-        return self.attest()
+            self.run_member(member, judge)
+        return self.cosign_all()
 
     def view(self) -> LedgerView:
+        """Return the current view of the ledger."""
         return read_ledger(self.ledger)
 
+    def tally(self, name: str) -> Tally:
+        """Return the tally of a claim."""
+        view = self.view()
+        return tally_votes(view, *find_claim(view, name))
+
+    def inadmissibility_codes(self, name: str) -> list[str]:
+        """Return the codes of all reasons against a claim."""
+        view = self.view()
+        return [reason.code for reason in inadmissibility_reasons(view, *find_claim(view, name))]
+
     def dispute(self, *ids: str) -> DisputeResult:
-        return resolve_dispute(self.view(), ids, self.archive, ByName())
+        """Resolve a dispute between claims."""
+        return resolve_dispute(self.view(), ids, self.archive, SubstringJudge())
+
+    def standing(self, name: str, *rivals: str) -> Standing:
+        """Return the standing of a claim in a dispute, and check the form of all standings."""
+        result = self.dispute(name, *rivals)
+        assert {standing.standing for standing in result.standings} <= set(STANDINGS)
+        assert all(s.sentence.endswith(".") and "{" not in s.sentence for s in result.standings)
+        result.to_json()
+        return result.standings[0]
 
 
-def kit_of(
-    owner: Identity, nonce: str = "", *, others: Sequence[bytes] = (), head: bytes | None = None
+def kit_and_model(
+    owner: Identity, nonce: str = "", *, inherited: Sequence[bytes] = (), head: bytes | None = None
 ) -> tuple[OwnerKit, bytes]:
-    """A kit and its marked model, whose bytes name the key (and `others`: keys that it inherited)."""
+    """Return a kit and its marked model, whose bytes contain the key and the `inherited` keys."""
     changes: dict[str, Any] = {}
     if head is not None:
         changes["head"] = {"kind": "free", "hidden": 4, "features": "pooled"}
     opening = keyed_opening(owner, nonce, **changes)
-    model = b"model " + opening.key().hex().encode() + b" " + b" ".join(key.hex().encode() for key in others)
+    inherited_hex = b" ".join(key.hex().encode() for key in inherited)
+    model = b"model " + opening.key().hex().encode() + b" " + inherited_hex
     info = {"model_digest": hashlib.sha256(model).hexdigest()}
     return OwnerKit(opening, b"reference", b"w0", head, info), model

@@ -1,4 +1,4 @@
-"""A claim in one file: what it proves, and every way in which it may lie."""
+"""Bundles: complete ones prove a claim offline, and manipulated ones are refused."""
 
 from __future__ import annotations
 
@@ -12,83 +12,90 @@ import pytest
 
 from mtlsign.claims import bundle, owner
 from mtlsign.claims.bundle import check_bundle, to_json, write_bundle
-from mtlsign.claims.commands.owner import signed_note
+from mtlsign.claims.commands.settings import signed_note
 from mtlsign.claims.ledger import checkpoints
 from mtlsign.claims.model_card import claim_block, insert_block, provenance_block
 from mtlsign.errors import ClaimError
-from tests.unit.claims.scenario import ALICE, ByName, Town, kit_of
+from tests.unit.claims.scenario import ALICE, ClaimScenario, SubstringJudge, kit_and_model
 
-Made = tuple[Path, bytes, Town, Any]
+BundleFixture = tuple[Path, bytes, ClaimScenario, Any]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """(bundle, pinned head, town, JSON of the good one)."""
+def bundle_fixture(tmp_path_factory: pytest.TempPathFactory) -> BundleFixture:
+    """Return bundle, pinned checkpoint, scenario, and JSON of the valid bundle."""
     folder = tmp_path_factory.mktemp("bundle")
-    town = Town(folder, ["1", "2", "3"])
-    kit, model = kit_of(ALICE)
-    owner.publish(town.owner(ALICE), [kit])
-    town.attest()
-    entry, _ = owner.claim(town.owner(ALICE), [kit], town.archive, model + b" tuned", marked=model)
-    with pytest.raises(ClaimError, match="not yet under a head"):
-        write_bundle(folder / "early.zip", town.ledger, town.view(), entry, town.archive)
-    view = town.vote()
+    scenario = ClaimScenario(folder, ["1", "2", "3"])
+    kit, model = kit_and_model(ALICE)
+    owner.publish(scenario.owner(ALICE), [kit])
+    scenario.cosign_all()
+    entry, _ = owner.claim(scenario.owner(ALICE), [kit], scenario.archive, model + b" tuned", own_model=model)
+    with pytest.raises(ClaimError, match="not under a confirmed checkpoint"):
+        write_bundle(folder / "early.zip", scenario.ledger, scenario.view(), entry, scenario.archive)
+    view = scenario.run_council()
     path = folder / "claim.zip"
-    write_bundle(path, town.ledger, view, entry, town.archive)
-    note = signed_note(town.ledger, view)
-    return path, note, town, to_json(check_bundle(path, ByName(), pinned=note))
+    write_bundle(path, scenario.ledger, view, entry, scenario.archive)
+    note = signed_note(scenario.ledger, view)
+    return path, note, scenario, to_json(check_bundle(path, SubstringJudge(), pinned=note))
 
 
-def test_it_proves_the_claim(made: Made) -> None:
-    path, note, town, done = made
+def test_check_bundle_of_valid_bundle_proves_the_claim(bundle_fixture: BundleFixture) -> None:
+    path, note, scenario, result = bundle_fixture
     assert (
-        done["standing"] == "in_the_weights"
-        and done["head"]["pinned"]
-        and done["numbers"]["votes"] == {"accepted": 3}
+        result["standing"] == "in_the_weights"
+        and result["head"]["pinned"]
+        and result["numbers"]["votes"] == {"accepted": 3}
     )
-    checked = check_bundle(path, ByName(), pinned=note)
-    view = town.view()
+    checked = check_bundle(path, SubstringJudge(), pinned=note)
+    view = scenario.view()
     for index in checked.view.entries:
         assert checked.view.time(index) == view.time(index)
-    assert not to_json(check_bundle(path, ByName()))["head"]["pinned"]
-    card = insert_block("# Model\n", claim_block(done))
-    assert "in_the_weights" in card and insert_block(card, claim_block(done)) == card
+    assert not to_json(check_bundle(path, SubstringJudge()))["head"]["pinned"]
+    card = insert_block("# Model\n", claim_block(result))
+    assert "in_the_weights" in card and insert_block(card, claim_block(result)) == card
     head = {"origin": "o", "size": 4, "root": "r", "cosigned": ["m"]}
     block = provenance_block({"model_digest": "d", "index": 1, "id": "i", "head": head})
-    both = insert_block(card, block)  # a release and a claim stand beside each other
+    both = insert_block(card, block)  # a card can contain both blocks
     assert (
         card in both
-        and insert_block(insert_block(both, claim_block(done)), block) == both
+        and insert_block(insert_block(both, claim_block(result)), block) == both
         and "entry 1" in both
     )
 
 
-def test_an_older_pinned_head_will_do_if_the_bundle_extends_it(made: Made) -> None:
-    path, _, town, _ = made
-    view = town.view()
-    older = next(c for c in view.heads if c.head.size == 4)
-    lines = [line for at, line in town.ledger.cosignatures(view.origin) if at == older.head]
+def test_check_bundle_with_older_pinned_checkpoint_needs_one_with_the_claim(
+    bundle_fixture: BundleFixture,
+) -> None:
+    path, _, scenario, _ = bundle_fixture
+    view = scenario.view()
+    older = next(c for c in view.confirmed if c.checkpoint.size == 4)
+    lines = [line for at, line in scenario.ledger.cosignatures(view.origin) if at == older.checkpoint]
     assert (
-        check_bundle(path, ByName(), pinned=checkpoints.encode_signed_note(older.head, lines)).head.size == 4
+        check_bundle(
+            path, SubstringJudge(), pinned=checkpoints.encode_signed_note(older.checkpoint, lines)
+        ).checkpoint.size
+        == 4
     )
-    early = view.heads[0]
-    lines = [line for at, line in town.ledger.cosignatures(view.origin) if at == early.head]
-    with pytest.raises(ClaimError, match=r"pin a newer one|proves nothing"):
-        check_bundle(path, ByName(), pinned=checkpoints.encode_signed_note(early.head, lines))
+    early = view.confirmed[0]
+    lines = [line for at, line in scenario.ledger.cosignatures(view.origin) if at == early.checkpoint]
+    with pytest.raises(ClaimError, match=r"does not contain the claim|proves nothing"):
+        check_bundle(path, SubstringJudge(), pinned=checkpoints.encode_signed_note(early.checkpoint, lines))
 
 
-def test_another_ledger_or_a_fork_is_refused(made: Made, tmp_path: Path) -> None:
-    path, note, _, _ = made
-    other = Town(tmp_path, ["1", "2"])
+def test_check_bundle_of_other_ledger_or_fork_is_refused(
+    bundle_fixture: BundleFixture, tmp_path: Path
+) -> None:
+    path, note, _, _ = bundle_fixture
+    other = ClaimScenario(tmp_path, ["1", "2"])
     with pytest.raises(ClaimError, match="another ledger"):
-        check_bundle(path, ByName(), pinned=signed_note(other.ledger, other.attest()))
+        check_bundle(path, SubstringJudge(), pinned=signed_note(other.ledger, other.cosign_all()))
     head, lines = checkpoints.parse_signed_note(note)
     forked = checkpoints.Checkpoint(head.origin, head.size, bytes(32))
     with pytest.raises(ClaimError, match="forked"):
-        check_bundle(path, ByName(), pinned=checkpoints.encode_signed_note(forked, lines))
+        check_bundle(path, SubstringJudge(), pinned=checkpoints.encode_signed_note(forked, lines))
     longer = checkpoints.Checkpoint(head.origin, head.size + 1, bytes(32))
     with pytest.raises(ClaimError, match="proves nothing"):
-        check_bundle(path, ByName(), pinned=checkpoints.encode_signed_note(longer, lines))
+        check_bundle(path, SubstringJudge(), pinned=checkpoints.encode_signed_note(longer, lines))
 
 
 def members(path: Path) -> list[tuple[str, bytes]]:
@@ -139,7 +146,7 @@ HOSTILE: dict[str, Callable[[list[tuple[str, bytes]]], bytes]] = {
     "too large an entry": swapped("entries/0", bytes(70_000)),
     "odd path": swapped("entries/1.path", b"odd"),
     "another path": swapped("entries/1.path", bytes(64)),
-    "no founding": without("entries/0"),
+    "no entry 0": without("entries/0"),
     "no claim": without("entries/3"),
     "no head": without("head"),
     "no proof": without("heads/4.proof"),
@@ -156,29 +163,33 @@ HOSTILE: dict[str, Callable[[list[tuple[str, bytes]]], bytes]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_bundles_are_refused(made: Made, tmp_path: Path, name: str) -> None:
-    path, note, _, _ = made
-    bad = tmp_path / "bad.zip"
-    bad.write_bytes(HOSTILE[name](members(path)))
+def test_check_bundle_of_hostile_file_is_refused(
+    bundle_fixture: BundleFixture, tmp_path: Path, name: str
+) -> None:
+    path, note, _, _ = bundle_fixture
+    manipulated = tmp_path / "manipulated.zip"
+    manipulated.write_bytes(HOSTILE[name](members(path)))
     with pytest.raises(ClaimError) as caught:
-        done = check_bundle(bad, ByName(), pinned=note if name != "no lines" else None)
-        raise AssertionError(to_json(done))
+        result = check_bundle(manipulated, SubstringJudge(), pinned=note if name != "no lines" else None)
+        raise AssertionError(to_json(result))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
-def test_a_missing_or_swapped_model_is_an_answer_or_an_error(made: Made, tmp_path: Path) -> None:
-    path, note, _, done = made
-    files, suspect = members(path), f"blobs/{done['suspect']}"
-    bad = tmp_path / "bad.zip"
-    bad.write_bytes(without(suspect)(files))
-    assert to_json(check_bundle(bad, ByName(), pinned=note))["standing"] == "not_verifiable"
-    bad.write_bytes(swapped(suspect, b"another model")(files))
+def test_check_bundle_without_model_is_not_verifiable_and_with_other_bytes_refused(
+    bundle_fixture: BundleFixture, tmp_path: Path
+) -> None:
+    path, note, _, result = bundle_fixture
+    files, suspect = members(path), f"blobs/{result['suspect']}"
+    manipulated = tmp_path / "manipulated.zip"
+    manipulated.write_bytes(without(suspect)(files))
+    assert to_json(check_bundle(manipulated, SubstringJudge(), pinned=note))["standing"] == "not_verifiable"
+    manipulated.write_bytes(swapped(suspect, b"another model")(files))
     with pytest.raises(ClaimError, match="other bytes"):
-        check_bundle(bad, ByName(), pinned=note)
+        check_bundle(manipulated, SubstringJudge(), pinned=note)
 
 
-def test_a_bundle_that_is_not_there(tmp_path: Path) -> None:
-    for place in (tmp_path / "none.zip", tmp_path):
+def test_check_bundle_of_missing_file_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.zip", tmp_path):
         with pytest.raises(ClaimError):
-            check_bundle(place, ByName())
+            check_bundle(path, SubstringJudge())
     assert bundle.FORMAT

@@ -1,4 +1,4 @@
-"""RFC 6962 trees: known vectors, every proof of small trees, and refusals."""
+"""RFC 6962 trees: known vectors, all proofs of small trees, and refusals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOTS = (
 
 
 def grow(count: int) -> tuple[list[bytes], dict[tuple[int, int], bytes], list[bytes]]:
-    """Leaf hashes, complete nodes and the roots after each leaf."""
+    """Return leaf hashes, complete nodes, and the root after each leaf."""
     tree, nodes, roots = merkle.CompactRange(), {}, [merkle.EMPTY_ROOT]
     leaves = [merkle.leaf_hash(b"%d" % i) for i in range(count)]
     for leaf in leaves:
@@ -36,14 +36,14 @@ def grow(count: int) -> tuple[list[bytes], dict[tuple[int, int], bytes], list[by
 
 
 def slow_root(leaves: list[bytes]) -> bytes:
-    """MTH as RFC 6962 writes it."""
+    """Return MTH as defined by RFC 6962."""
     if len(leaves) < 2:
         return leaves[0] if leaves else hashlib.sha256().digest()
     k = 1 << (len(leaves) - 1).bit_length() - 1
     return merkle.node_hash(slow_root(leaves[:k]), slow_root(leaves[k:]))
 
 
-def test_the_known_roots() -> None:
+def test_compact_range_of_known_leaves_has_known_roots() -> None:
     tree = merkle.CompactRange()
     for leaf, root in zip(LEAVES, ROOTS, strict=True):
         tree.append(merkle.leaf_hash(leaf))
@@ -54,7 +54,7 @@ def test_the_known_roots() -> None:
     )
 
 
-def test_every_proof_of_small_trees_holds_and_no_other() -> None:
+def test_proofs_of_small_trees_are_valid_only_for_their_leaf_and_size() -> None:
     leaves, nodes, roots = grow(34)
     node = lambda level, i: nodes[level, i]  # noqa: E731
     for size in range(35):
@@ -77,7 +77,7 @@ def test_every_proof_of_small_trees_holds_and_no_other() -> None:
 
 
 @given(st.data())
-def test_a_flipped_bit_of_a_proof_is_seen(data: st.DataObject) -> None:
+def test_proof_with_flipped_bit_is_invalid(data: st.DataObject) -> None:
     leaves, nodes, roots = grow(29)
     node = lambda level, i: nodes[level, i]  # noqa: E731
     size = data.draw(st.integers(2, 29))
@@ -93,12 +93,12 @@ def test_a_flipped_bit_of_a_proof_is_seen(data: st.DataObject) -> None:
         ),
     ):
         bit = data.draw(st.integers(0, 256 * len(path) - 1))
-        bad = [bytearray(p) for p in path]
-        bad[bit // 256][bit % 256 // 8] ^= 1 << bit % 8
-        assert check(path) and not check([bytes(p) for p in bad])
+        flipped = [bytearray(p) for p in path]
+        flipped[bit // 256][bit % 256 // 8] ^= 1 << bit % 8
+        assert check(path) and not check([bytes(p) for p in flipped])
 
 
-def test_bad_arguments_are_refused() -> None:
+def test_merkle_functions_with_invalid_arguments_raise() -> None:
     for size, hashes in ((1, []), (3, [bytes(32)]), (1, [b"short"]), (-1, [])):
         with pytest.raises(ValueError):
             merkle.CompactRange(size, hashes)

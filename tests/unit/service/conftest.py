@@ -1,4 +1,4 @@
-"""One service in this process: a marked model, its opened claim, its own store, an in-process verifier."""
+"""Fixtures of the service's tests: claims on a marked model, and services with an in-process verifier."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from mtlsign.config.service import ServiceSettings
@@ -21,54 +20,56 @@ from mtlsign.storage.model_folder import model_bytes
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.keys.opening import sign_spec
 from mtlsign.watermark.keys.spec import make_spec
-from tests.unit.service.fixtures import Goods, Service, Start
-
-
-def opened(kit: Any) -> dict[str, Any]:
-    return to_json(kit.opening, kit.reference, kit.head)
+from tests.unit.service.fixtures import ClaimFixtures, ServiceFactory, ServiceHarness
 
 
 @pytest.fixture(scope="session")
-def goods(marked: Any, owner: Identity, tmp_path_factory: pytest.TempPathFactory) -> Goods:
-    _, done = marked
-    kit = done.kit
-    fields = json.loads(kit.opening.spec)
-    fields["nonce"] = "11" * 32
-    other = to_json(sign_spec(owner, make_spec(**fields)), kit.reference)
-    data = model_bytes(done.tensors)
-    found = Goods(
-        tmp_path_factory.mktemp("goods"), opened(kit), other, hashlib.sha256(data).hexdigest(), data
+def claim_fixtures(
+    marked_model: Any, owner: Identity, tmp_path_factory: pytest.TempPathFactory
+) -> ClaimFixtures:
+    _, result = marked_model
+    kit = result.kit
+    fields = json.loads(kit.opening.spec) | {"nonce": "11" * 32}
+    data = model_bytes(result.tensors)
+    fixtures = ClaimFixtures(
+        folder=tmp_path_factory.mktemp("models"),
+        right_bundle=to_json(kit.opening, kit.reference, kit.head),
+        wrong_bundle=to_json(sign_spec(owner, make_spec(**fields)), kit.reference),
+        digest=hashlib.sha256(data).hexdigest(),
+        model_bytes=data,
     )
-    found.put("marked.safetensors", data)
-    return found
+    fixtures.write("marked.safetensors", data)
+    return fixtures
 
 
 @pytest.fixture
-def start(tmp_path: Path, goods: Goods) -> Iterator[Start]:
-    """Start a service; settings, `backend` and the fetching parts may be overridden."""
+def start_service(tmp_path: Path, claim_fixtures: ClaimFixtures) -> Iterator[ServiceFactory]:
+    """Start services; settings, the backend and the parts that fetch can be overridden."""
     running: list[TestClient] = []
 
-    def make(
-        *, backend: VerifierBackend | None = None, resolver: Any = None, transport: Any = None, state: str = "state",
-        **settings: Any,
-    ) -> Service:  # fmt: skip
-        s = ServiceSettings.of({"state": tmp_path / state, "allow": f"file://{goods.folder}", **settings})
-        more = {k: v for k, v in (("resolver", resolver), ("transport", transport)) if v is not None}
-        verifier = Verifier(s, **more)
-        office = AppState.open(s, backend or InProcessVerifier(verifier))
-        app: FastAPI = make_app(office)
+    def start(
+        *, backend: VerifierBackend | None = None, resolver: Any = None, transport: Any = None,
+        state_dir: str = "state", **changes: Any,
+    ) -> ServiceHarness:  # fmt: skip
+        allowed = [f"file://{claim_fixtures.folder}"]
+        values = {"state_dir": tmp_path / state_dir, "allowed_locations": allowed, **changes}
+        settings = ServiceSettings.of(values)
+        parts = {k: v for k, v in (("resolver", resolver), ("transport", transport)) if v is not None}
+        verifier = Verifier(settings, **parts)
+        state = AppState.open(settings, backend or InProcessVerifier(verifier))
         client = TestClient(
-            app, base_url="http://testserver", follow_redirects=False, raise_server_exceptions=False
-        )
+            make_app(state), base_url="http://testserver", follow_redirects=False,
+            raise_server_exceptions=False,
+        )  # fmt: skip
         client.__enter__()
         running.append(client)
-        return Service(office, client, verifier)
+        return ServiceHarness(state, client, verifier)
 
-    yield make
+    yield start
     for client in running:
         client.__exit__(None, None, None)
 
 
 @pytest.fixture
-def service(start: Start) -> Service:
-    return start()
+def service(start_service: ServiceFactory) -> ServiceHarness:
+    return start_service()

@@ -1,0 +1,30 @@
+# Commands of development. `make help` lists them.
+.DEFAULT_GOAL := help
+.PHONY: help install test lint format docs results
+
+help: ## list the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+install: ## create the environment and install the git hooks
+	uv sync --all-groups
+	@if command -v pre-commit >/dev/null; then pre-commit install; else echo "pre-commit is absent: no git hooks"; fi
+
+test: ## run the tests, except those marked slow
+	uv run pytest
+
+lint: ## check style, types and import layers
+	uv run ruff check .
+	uv run ruff format --check .
+	uv run mypy
+	uv run lint-imports
+
+format: ## fix style
+	uv run ruff check --fix .
+	uv run ruff format .
+
+results: ## write the pages and tables from docs/results
+	uv run docs/generate_results.py
+
+docs: results ## write the generated pages and build the site in site/
+	uv run docs/generate_reference.py
+	NO_MKDOCS_2_WARNING=1 uv run --group docs mkdocs build --strict

@@ -1,0 +1,181 @@
+"""Tables of the studies: one row for each setting, with mean and standard deviation over the seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mtlsign.config.reproduce import ReproduceSettings
+from mtlsign.experiments.paper_studies.definitions import DEFAULT_KINDS, PRUNING, RATIOS
+from mtlsign.reports.formatting import number
+
+Row = dict[str, Any]
+
+#: Accuracy of the watermark below which the paper calls it removed.
+GAMMA = 0.7
+#: Table 3 of the paper: decrease of f_WM's accuracy in points after 50, 150, 250 and 350 epochs.
+PAPER_TABLE_3 = {
+    "mnist": {50: 1.0, 150: 1.5, 250: 1.5, 350: 2.0},
+    "fashion-mnist": {50: 2.0, 150: 2.5, 250: 2.5, 350: 2.5},
+    "cifar10": {50: 4.5, 150: 4.5, 250: 4.5, 350: 4.5},
+    "cifar100": {50: 0.0, 150: 0.5, 250: 0.9, 350: 0.9},
+}
+
+
+def table(settings: ReproduceSettings, rows: Sequence[Row]) -> list[Row]:
+    """Return the table of a study from the rows of its sweep."""
+    finished = [row for row in rows if row["status"] == "ok"]
+    if settings.study == "overwriting":
+        task = finished[0].get("task", settings.task) if finished else settings.task
+        return _overwriting_table(finished, str(task))
+    return _ablation_table(finished) if settings.study == "ablation" else _attack_table(finished)
+
+
+def _groups(rows: Sequence[Row], names: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(name) for name in names), []).append(row)
+    return groups
+
+
+def _mean_and_sd(name: str, values: Sequence[float | None]) -> Row:
+    numbers = [value for value in values if value is not None]
+    return {
+        name: statistics.fmean(numbers) if numbers else None,
+        f"sd {name}": statistics.stdev(numbers) if len(numbers) > 1 else None,
+    }
+
+
+def _ablation_table(rows: Sequence[Row]) -> list[Row]:
+    table_rows = []
+    for (head, a, b), group in sorted(_groups(rows, ("head", "lambda1", "lambda2")).items()):
+        costs = [points_at_gamma(row) for row in group]
+        # A watermark that never falls below γ counts with the cost of the last ratio, which is a lower bound.
+        bounded_costs = [
+            points_lost_at_ratio(row, RATIOS[-1]) if cost is None else cost
+            for row, cost in zip(group, costs, strict=True)
+        ]
+        table_rows.append(
+            {
+                "head": head, "R_func": a > 0, "R_DA": b > 0, "n": len(group),
+                **_mean_and_sd("primary", [row["primary_marked"] for row in group]),
+                **_mean_and_sd("points lost until NP takes the mark below gamma", bounded_costs),
+                "NP never does": costs.count(None),
+                **_mean_and_sd("wm accuracy after FP", [_accuracy_after_fp(row) for row in group]),
+            }
+        )  # fmt: skip
+    return table_rows
+
+
+def points_at_gamma(row: Mapping[str, Any]) -> float | None:
+    """Return the cost in points of the first pruning ratio at which the watermark is below γ, or None."""
+    for ratio in RATIOS:
+        accuracy = _after_np(row, "wm", ratio)
+        if accuracy is not None and accuracy < GAMMA:
+            return points_lost_at_ratio(row, ratio)
+    return None
+
+
+def points_lost_at_ratio(row: Mapping[str, Any], ratio: float) -> float | None:
+    """Return the cost in points of pruning at `ratio`."""
+    return _after_np(row, "points lost", ratio)
+
+
+def _after_np(row: Mapping[str, Any], measurement: str, ratio: float) -> float | None:
+    values = [
+        number(row.get(_column(row, f"{measurement} {name} ratio={ratio:g}"))) for name, _ in PRUNING.values()
+    ]
+    return next((value for value in values if value is not None), None)
+
+
+def _accuracy_after_fp(row: Mapping[str, Any]) -> float | None:
+    values = [number(row.get(_column(row, f"wm {name} ratio=0.5"))) for _, name in PRUNING.values()]
+    return next((value for value in values if value is not None), None)
+
+
+def _column(row: Mapping[str, Any], start: str) -> str:
+    """Return the column that is `start` or continues it with further parameters."""
+    return next((name for name in row if name == start or name.startswith(start + " ")), start)
+
+
+def _overwriting_table(rows: Sequence[Row], task: str) -> list[Row]:
+    table_rows = []
+    paper_values = PAPER_TABLE_3.get(task.partition("@")[0], {})
+    for (head,), group in sorted(_groups(rows, ("head",)).items()):
+        columns = [name for name in group[0] if name.startswith("wm overwrite ")]
+        for column in columns:
+            parameters = dict(word.split("=", 1) for word in column.split() if "=" in word)
+            epochs = int(parameters["epochs"])
+            losses = [
+                100 * (row["wm_accuracy"] - row[column]) for row in group if row.get(column) is not None
+            ]
+            bits = [number(row.get("bits " + column.removeprefix("wm "))) for row in group]
+            table_rows.append(
+                {
+                    "owner's head": head, "adversary's head": parameters.get("head"), "epochs": epochs,
+                    "n": len(losses), **_mean_and_sd("points of wm accuracy lost", losses),
+                    "the paper": paper_values.get(epochs), **_mean_and_sd("bits left", bits),
+                }
+            )  # fmt: skip
+    return table_rows
+
+
+def _attack_table(rows: Sequence[Row]) -> list[Row]:
+    """Return a row for each variant and attack: the remaining watermark and the points lost.
+
+    Points are measured on the test split. In the rows of `none` they are the cost of the watermark itself.
+    """
+    table_rows = []
+    variants = _groups([row | variant_of(row) for row in rows], ("head", "R_DA"))
+    for (head, kinds), group in variants.items():
+        attack_names = [name.removeprefix("wm ") for name in group[0] if name.startswith("wm ")]
+        for name in ("none", *attack_names):
+            unattacked = name == "none"
+            accuracy = "wm_accuracy" if unattacked else f"wm {name}"
+            bits = "evidence_bits" if unattacked else f"bits {name}"
+            remaining = [row[bits] for row in group if row.get(bits) is not None]
+            points = [
+                100 * (row["primary_clean"] - row["primary_marked"])
+                if unattacked
+                else row.get(f"points lost {name}")
+                for row in group
+            ]
+            table_rows.append(
+                {
+                    "head": head, "R_DA": kinds, "attack": name, "n": len(remaining),
+                    **_mean_and_sd("wm accuracy", [row.get(accuracy) for row in group]),
+                    **_mean_and_sd("bits", remaining), "fewest bits": min(remaining, default=None),
+                    **_mean_and_sd("points lost", points),
+                }
+            )  # fmt: skip
+    return table_rows
+
+
+def variant_of(row: Mapping[str, Any]) -> Row:
+    """Return the variant of a row: its head and the perturbations in R_DA."""
+    kinds = str(row.get("perturbation.kinds", DEFAULT_KINDS))
+    if row["lambda2"] == 0:
+        kinds = "none"
+    elif kinds == "noise" and float(row.get("perturbation.noise_sigma", 1)) == 0:
+        kinds = "the model itself"
+    return {"head": row.get("head", "keyed"), "R_DA": kinds}
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table as Markdown, with `mean ± sd` in one column."""
+    columns = [name for name in rows[0] if not name.startswith("sd ")] if rows else []
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        lines.append("| " + " | ".join(_formatted(row, name) for name in columns) + " |")
+    return "\n".join(lines)
+
+
+def _formatted(row: Mapping[str, Any], name: str) -> str:
+    value, sd = row.get(name), number(row.get(f"sd {name}"))
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "with" if value else "without"
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if sd is None else f"{text} ± {sd:.2g}"

@@ -1,0 +1,29 @@
+"""Registry of architecture families: the allow-list of networks that a spec can name."""
+
+from __future__ import annotations
+
+from mtlsign.errors import ModelError
+from mtlsign.models.families.base import ArchitectureFamily
+from mtlsign.models.families.custom import CustomFamily
+from mtlsign.models.families.resnet import ResNetFamily
+from mtlsign.models.families.timm import TimmFamily
+
+__all__ = ["FAMILIES", "ArchitectureFamily", "family_of", "translated_tensor_name"]
+
+#: Searched in this order.
+FAMILIES: tuple[ArchitectureFamily, ...] = (ResNetFamily(), TimmFamily(), CustomFamily())
+
+
+def family_of(arch: str) -> ArchitectureFamily:
+    """Return the family of an architecture name. Raises `ModelError` for a name that no family includes."""
+    for family in FAMILIES:
+        if family.includes(arch):
+            return family
+    names = ", ".join(family.usage for family in FAMILIES)
+    raise ModelError(f"Unknown architecture {arch[:80]!r}. Use one of {names}.", field="model")
+
+
+def translated_tensor_name(name: str) -> str | None:
+    """Return this package's name of another library's tensor, its prefix kept; None for any other name."""
+    translations = (family.translated_tensor_name(name) for family in FAMILIES)
+    return next((translation for translation in translations if translation is not None), None)

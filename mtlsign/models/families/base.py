@@ -1,0 +1,132 @@
+"""Protocol of an architecture family, and the types of its fields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from mtlsign.errors import ModelError
+from mtlsign.models.factories import Factory
+
+
+@dataclass(frozen=True)
+class IntegerField:
+    """Whole number of an architecture, from `low` to `high`."""
+
+    low: int
+    high: int
+    required: bool = True
+
+    def check(self, name: str, value: object) -> None:
+        """Raise `ModelError` unless `value` is a whole number within the limits."""
+        if type(value) is not int or not self.low <= value <= self.high:
+            raise ModelError(
+                f"{value!r:.40} is not a whole number from {self.low} to {self.high}. "
+                "Give a number within these limits.",
+                field=name,
+            )
+
+
+@dataclass(frozen=True)
+class ChoiceField:
+    """Field of an architecture with a fixed set of values."""
+
+    choices: tuple[str, ...]
+    required: bool = True
+
+    def check(self, name: str, value: object) -> None:
+        """Raise `ModelError` unless `value` is one of the choices."""
+        if value not in self.choices:
+            raise ModelError(
+                f"{value!r:.40} is not supported. Use one of {', '.join(self.choices)}.", field=name
+            )
+
+
+Field = IntegerField | ChoiceField
+
+CHANNELS = IntegerField(1, 16)
+CLASSES = IntegerField(1, 65_536)
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that belong together: all layers that write them and all layers that read them.
+
+    Attributes:
+        place: "inner" for channels within a block, "residual" for those of a stage's residual connection.
+        size: number of channels.
+        producers: (convolution, its batch norm), by module name.
+        consumers: convolutions and linear layers whose input columns are these channels.
+    """
+
+    place: str
+    size: int
+    producers: tuple[tuple[str, str], ...]
+    consumers: tuple[str, ...]
+
+
+class ArchitectureFamily(Protocol):
+    """Set of networks that are described by the same fields.
+
+    A network is described by an architecture: the JSON object that the spec stores under `graph`. It holds
+    the name `arch` and the family's fields. A verifier builds the network from it without the owner's code.
+
+    Attributes:
+        usage: names of the family's architectures, as error messages show them.
+        fields: the fields besides `arch`, in the order in which they are checked; None if any are allowed.
+    """
+
+    usage: str
+    fields: Mapping[str, Field] | None
+
+    def includes(self, arch: str) -> bool:
+        """Return whether `arch` names a network of this family."""
+
+    def options(self, *, width: int, stem: str, size: int | None) -> dict[str, object]:
+        """Return those of the given options that this family records, besides channels and classes."""
+
+    def build(self, arch: str, options: Mapping[str, object], factories: Mapping[str, Factory]) -> nn.Module:
+        """Build the network with random weights from torch's global generator; download nothing.
+
+        Args:
+            arch: architecture name.
+            options: checked fields without `arch`.
+            factories: trusted factories by path; only custom networks use them.
+        """
+
+    def stages(self, model: nn.Module) -> Sequence[str]:
+        """Return the module names of the model's stages in execution order; empty if they are unknown."""
+        return ()
+
+    def channel_groups(self, model: nn.Module) -> list[ChannelGroup] | None:
+        """Return the channel groups of the model in execution order; None if they are unknown."""
+        return None
+
+    def translated_tensor_name(self, name: str) -> str | None:
+        """Return the family's name of another library's tensor; None for any other name."""
+        return None
+
+    def pretrained_weights(self, arch: str, options: Mapping[str, object]) -> Mapping[str, Tensor]:
+        """Return pretrained weights by tensor name. Raises `ModelError` if there are none."""
+        raise ModelError(
+            f"'pretrained' supports timm/NAME models only, not {arch[:80]!r}. Give a checkpoint file.",
+            field="weights",
+        )
+
+
+def check_fields(family: ArchitectureFamily, arch: str, architecture: Mapping[str, object]) -> None:
+    """Raise `ModelError` unless `architecture` has exactly the family's fields, within their limits."""
+    if family.fields is None:
+        return
+    required = {"arch", *(name for name, field in family.fields.items() if field.required)}
+    if set(architecture) - {"arch", *family.fields} or required - set(architecture):
+        raise ModelError(
+            f"{arch!r} has exactly the fields {', '.join(sorted(required))}. Correct the architecture.",
+            field="graph",
+        )
+    for name, field in family.fields.items():
+        if name in architecture:
+            field.check(name, architecture[name])

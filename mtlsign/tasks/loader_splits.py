@@ -1,0 +1,159 @@
+"""Splits of a user's datasets, loaders and iterables."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+
+from mtlsign.errors import DataError
+from mtlsign.tasks.base import Split
+from mtlsign.tasks.batch import Batch
+from mtlsign.tasks.tensor_split import InputTransform, TensorSplit
+
+#: Largest iterable that is copied into memory.
+MAX_BYTES = 2 * 1024**3
+
+
+@dataclass(frozen=True)
+class DatasetSplit:
+    """Rows of a map-style dataset, read sample by sample with seeded generators.
+
+    Attributes:
+        dataset: has `__getitem__` and `__len__`.
+        rows: int64, the rows of this split.
+        collate: joins samples into a pair (x, y).
+        device: device of the batches.
+    """
+
+    dataset: Any
+    rows: Tensor
+    collate: Callable[[list[Any]], Any] = default_collate
+    device: torch.device | str = "cpu"
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.rows)
+
+    def to(self, device: torch.device | str) -> DatasetSplit:
+        """Return the same split with batches on `device`."""
+        return replace(self, device=device)
+
+    def batch(self, indices: Tensor, augment: Generator | None = None, part: slice | None = None) -> Batch:
+        """Return samples by index; see `Split.batch`.
+
+        The dataset's transforms always run; without `augment` they run with fixed seeds.
+        """
+        part = part or slice(0, len(indices))
+        if augment is None:
+            seeds = self.rows[indices]
+        else:
+            seeds = torch.randint(2**31, (len(indices),), generator=augment)
+        samples = []
+        with _preserve_rng_state():
+            for row, seed in zip(self.rows[indices[part]].tolist(), seeds[part].tolist(), strict=True):
+                torch.manual_seed(seed)
+                np.random.seed(seed % 2**32)
+                random.seed(seed)
+                samples.append(self.dataset[row])
+        return _validate_batch(self.collate(samples)).to(self.device)
+
+
+@contextmanager
+def _preserve_rng_state() -> Iterator[None]:
+    python, legacy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+
+
+def _validate_batch(batch: Any) -> Batch:
+    pair = isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)
+    if not pair:
+        raise DataError(
+            "A batch is not a pair of tensors (x, y). Change the dataset or collate_fn.", field="task"
+        )
+    x, y = batch
+    images = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+    return Batch(images, y if y.is_floating_point() else y.long())
+
+
+def as_split(name: str, loader: Any) -> Split:
+    """Return the split of a DataLoader, a dataset or an iterable of batches.
+
+    Args:
+        name: name of the split, for error messages.
+        loader: a map-style dataset is read by index, with or without a DataLoader. Other iterables are
+            copied into memory.
+
+    Raises:
+        DataError: anything else, an iterable without batches, or one over `MAX_BYTES`.
+    """
+    if isinstance(loader, DataLoader):
+        if not isinstance(loader.dataset, IterableDataset):
+            rows = torch.arange(len(loader.dataset))  # type: ignore[arg-type]
+            collate = loader.collate_fn if loader.batch_size is not None else default_collate
+            return DatasetSplit(loader.dataset, rows, collate or default_collate)
+    elif (
+        hasattr(loader, "__getitem__") and hasattr(loader, "__len__") and not isinstance(loader, list | tuple)
+    ):
+        return DatasetSplit(loader, torch.arange(len(loader)))
+    if not isinstance(loader, Iterable):
+        raise DataError(
+            f"{name!r} is a {type(loader).__name__}. Give a DataLoader or a dataset.", field="task"
+        )
+    return _copied(name, loader)
+
+
+def _copied(name: str, batches: Iterable[Any]) -> TensorSplit:
+    xs, ys, size = [], [], 0
+    for batch in batches:
+        x, y = _validate_batch(batch)
+        xs.append(x)
+        ys.append(y)
+        size += x.nbytes + y.nbytes
+        if size > MAX_BYTES:
+            raise DataError(
+                f"{name!r} gives more than {MAX_BYTES / 2**30:.3g} GiB of batches without a dataset to read "
+                "by index. Give a map-style dataset (with __getitem__ and __len__).",
+                field="task",
+            )
+    if not xs:
+        raise DataError(
+            f"{name!r} gives no batch. Give a loader that can be read more than once.", field="task"
+        )
+    return TensorSplit(torch.cat(xs), torch.cat(ys), torch.arange(sum(map(len, ys))), InputTransform())
+
+
+def subset(split: Split, rows: Tensor) -> Split:
+    """Return the split of some rows of a split that `as_split` made."""
+    assert isinstance(split, DatasetSplit | TensorSplit)
+    return replace(split, rows=split.rows[rows])
+
+
+def class_labels(split: Split) -> Tensor | None:
+    """Return class labels int64 [n] if they are available without reading the samples, else None."""
+    values: Any = None
+    if isinstance(split, TensorSplit):
+        values = split.y
+    elif isinstance(split, DatasetSplit):
+        values = getattr(split.dataset, "targets", None)
+        tensors = getattr(split.dataset, "tensors", None)
+        if values is None and isinstance(tensors, tuple) and len(tensors) == 2:
+            values = tensors[1]
+    try:
+        labels = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    plain = labels.ndim == 1 and not labels.is_floating_point() and labels.dtype != torch.bool
+    return labels.long() if plain and len(labels) == len(split) else None

@@ -1,0 +1,108 @@
+"""Commitment to a key between the phases: W0 → reference → spec → signature (docs/decisions/0004)."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from mtlsign.config.embed import EmbedSettings
+from mtlsign.errors import ModelError
+from mtlsign.models import architectures
+from mtlsign.models.factories import Factory
+from mtlsign.models.input_spec import InputSpec
+from mtlsign.models.loading import Tensors, cpu_state
+from mtlsign.watermark import carriers
+from mtlsign.watermark.keys.identity import Identity
+from mtlsign.watermark.keys.opening import KeyOpening, sign_spec
+from mtlsign.watermark.keys.spec import make_spec
+from mtlsign.watermark.verification.detector import WatermarkDetector
+from mtlsign.watermark.verification.reference import Reference, make_reference
+
+
+def commit_key(
+    template_model: nn.Module,
+    base_weights: Tensors,
+    architecture: Mapping[str, object],
+    input_spec: InputSpec,
+    settings: EmbedSettings,
+    owner: Identity,
+) -> tuple[KeyOpening, Reference]:
+    """Make the reference of W0 and the spec, and sign the spec.
+
+    Args:
+        template_model: a network of the architecture; it receives `base_weights`.
+        base_weights: state dict of W0.
+        architecture: fields of the spec's `graph`.
+        input_spec: inputs of the primary task; key images have this size up to 64 pixels.
+        settings: complete settings.
+        owner: the identity that signs.
+
+    Raises:
+        CarrierError, KeyMaterialError, ModelError: a setting does not fit the network or its inputs.
+    """
+    template_model.load_state_dict(base_weights)
+    taps = _tap_names(template_model, settings)
+    n = settings.key_size or 1024
+    key_inputs = carriers.key_input_spec(input_spec, settings.carrier_size)
+    carrier = carriers.make(carriers.kind_for(input_spec), n, key_inputs)
+    sample = torch.zeros(2, key_inputs.channels, key_inputs.height, key_inputs.width)
+    try:
+        reference = make_reference(template_model, taps, sample)
+    except RuntimeError as error:
+        raise ModelError(
+            f"The network cannot read {key_inputs.height}x{key_inputs.width} images "
+            f"({str(error).splitlines()[0][:100]}). Set --carrier-size to its input size.",
+            field="carrier-size",
+        ) from None
+    spec = make_spec(
+        name=settings.name, nonce=_nonce(settings).hex(), n=n, readouts=1, carrier=carrier, taps=list(taps),
+        head=_head_fields(settings), statistic=settings.statistic, normalise="key-batch",
+        graph=dict(architecture), reference=reference.digest,
+    )  # fmt: skip
+    return sign_spec(owner, spec), reference
+
+
+def validate_before_training(
+    settings: EmbedSettings,
+    architecture: Mapping[str, object],
+    input_spec: InputSpec,
+    factories: Mapping[str, Factory],
+) -> None:
+    """Commit to random weights with a temporary identity, so that invalid settings fail before phase 1.
+
+    Args:
+        settings: complete settings; taps, carrier and head are checked.
+        architecture: fields of the spec's `graph`.
+        input_spec: inputs of the primary task.
+        factories: trusted factories of custom architectures.
+
+    Raises:
+        CarrierError, KeyMaterialError, ModelError: a setting does not fit the network or its inputs.
+    """
+    template_model = architectures.build(architecture, factories=factories)
+    opening, reference = commit_key(
+        template_model, cpu_state(template_model), architecture, input_spec, settings, Identity.generate()
+    )
+    WatermarkDetector(opening, reference, factories=factories)
+
+
+def _tap_names(model: nn.Module, settings: EmbedSettings) -> tuple[str, ...]:
+    if settings.taps:
+        return tuple(name.strip() for name in settings.taps.split(",") if name.strip())
+    return architectures.default_taps(model, settings.head)
+
+
+def _nonce(settings: EmbedSettings) -> bytes:
+    if settings.insecure_test_key:
+        return hashlib.sha256(f"mtlsign insecure test nonce {settings.seed}".encode()).digest()
+    return secrets.token_bytes(32)
+
+
+def _head_fields(settings: EmbedSettings) -> dict[str, object]:
+    if settings.head == "keyed":
+        return {"kind": "keyed"}
+    return {"kind": "free", "hidden": settings.hidden, "features": settings.features}

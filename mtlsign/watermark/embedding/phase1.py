@@ -1,0 +1,158 @@
+"""Phase 1 of the paper's algorithm: train the clean network on the primary task, eq. (6).
+
+Every random choice is a function of (seed, phase, step). A checkpoint therefore needs no generator state, and
+a resumed run repeats an uninterrupted one bit for bit on equal hardware and world size.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from mtlsign.config.embed import EmbedSettings
+from mtlsign.errors import DivergedError
+from mtlsign.models.memory_format import memory_format_for
+from mtlsign.tasks import Batch, Task
+from mtlsign.tasks.metrics import Metric
+from mtlsign.watermark.embedding.loop import (
+    average_buffers,
+    evaluate,
+    mixed_precision,
+    one_cycle,
+    require_set,
+    seed_torch,
+    set_lr,
+    to_device,
+    wrap_ddp,
+)
+from mtlsign.watermark.embedding.worker import State, WorkerContext
+
+_PROGRESS_STEPS = 10
+
+
+def train_clean_model(
+    model: nn.Module, task: Task, settings: EmbedSettings, worker: WorkerContext
+) -> list[dict[str, Any]]:
+    """Minimise eq. (6) by SGD with Nesterov momentum under a one-cycle schedule; u(W) is weight decay.
+
+    A checkpoint is saved after every epoch.
+
+    Args:
+        model: the network; it is trained in place.
+        task: the primary task.
+        settings: complete settings.
+        worker: this process of the phase.
+
+    Returns:
+        One row of metrics for each epoch.
+
+    Raises:
+        DivergedError: the loss is not finite.
+    """
+    return _CleanTraining(model, task, settings, worker).run()
+
+
+class _CleanTraining:
+    """Phase 1 in one process."""
+
+    def __init__(self, model: nn.Module, task: Task, settings: EmbedSettings, worker: WorkerContext) -> None:
+        self._settings, self._worker = settings, worker
+        self._model = model.to(worker.device).to(memory_format=memory_format_for(model))
+        self._task = task.to(worker.device)
+        self._epochs, self._peak = require_set(settings.phase1.epochs), require_set(settings.phase1.lr)
+        self._steps_per_epoch = task.steps("train", settings.phase1.batch)
+        self._optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=self._peak,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=settings.phase1.weight_decay,
+        )
+        self._history: list[dict[str, Any]] = []
+        checkpoint = worker.load_checkpoint()
+        if checkpoint is not None:
+            model.load_state_dict(checkpoint["model"])
+            self._optimizer.load_state_dict(checkpoint["optimizer"])
+            self._history = list(checkpoint["history"])
+        self._network = wrap_ddp(model, worker)
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train the remaining epochs; return the rows of all epochs."""
+        for epoch in range(len(self._history), self._epochs):
+            row = self._train_epoch(epoch)
+            if not math.isfinite(row["loss"]):
+                raise DivergedError(
+                    "Phase 1 diverged: the loss is not finite. Lower --phase1.lr.", field="phase1.lr"
+                )
+            self._history.append(row)
+            self._worker.report(row, self._checkpoint)
+        return self._history
+
+    def _train_epoch(self, epoch: int) -> dict[str, Any]:
+        """Train one epoch; return its row of metrics over all ranks."""
+        started, sample_count, loss_sum = time.monotonic(), 0, 0.0
+        metric = self._task.metric(self._worker.device)
+        self._model.train()
+        for index, batch in enumerate(self._batches(epoch)):
+            loss = self._train_step(epoch * self._steps_per_epoch + index, batch, metric)
+            loss_sum, sample_count = loss_sum + loss * len(batch), sample_count + len(batch)
+            if index % _PROGRESS_STEPS == _PROGRESS_STEPS - 1:
+                self._show_progress(epoch, index, loss)
+        average_buffers(self._model, self._worker)
+        sums = torch.tensor([loss_sum, float(sample_count)], dtype=torch.float64, device=self._worker.device)
+        self._worker.all_reduce_sum([sums, metric.state])
+        return {
+            "phase": "clean",
+            "epoch": epoch + 1,
+            "of": self._epochs,
+            "loss": float(sums[0] / sums[1]),
+            "train_accuracy": metric.value(),
+            "validation_accuracy": evaluate(
+                self._model, self._task, "validation", self._settings, self._worker
+            ),
+            "seconds": time.monotonic() - started,
+        }
+
+    def _batches(self, epoch: int) -> Any:
+        batches = self._task.batches(
+            "train",
+            self._settings.phase1.batch,
+            epoch=epoch,
+            seed=self._settings.seed,
+            rank=self._worker.rank,
+            world=self._worker.world_size,
+            augment=True,
+        )
+        return to_device(self._worker.device, batches)
+
+    def _train_step(self, step: int, batch: Batch, metric: Metric) -> float:
+        """Take one step of the optimiser, update the metric, and return the loss of this rank's part."""
+        x, y = batch
+        seed_torch(self._settings.seed, "clean", step, self._worker.rank)
+        set_lr(self._optimizer, one_cycle(step, self._epochs * self._steps_per_epoch, self._peak))
+        self._optimizer.zero_grad(set_to_none=True)
+        with mixed_precision(self._settings, self._worker.device):
+            out = self._network(x)
+            loss = self._task.loss(out, y)
+        loss.backward()
+        self._optimizer.step()
+        metric.update(out.detach(), y)
+        return float(loss.detach())
+
+    def _show_progress(self, epoch: int, index: int, loss: float) -> None:
+        steps = self._epochs * self._steps_per_epoch
+        step = epoch * self._steps_per_epoch + index + 1
+        self._worker.show_progress(
+            {"phase": "clean", "step": step, "of": steps, "epoch": epoch + 1, "loss": loss}
+        )
+
+    def _checkpoint(self) -> State:
+        return {
+            "model": {name: t.detach().cpu() for name, t in self._model.state_dict().items()},
+            "optimizer": self._optimizer.state_dict(),
+            "history": self._history,
+        }

@@ -1,0 +1,266 @@
+"""Phase 2 of the paper's algorithm: embed the watermark.
+
+It minimises eq. (10),
+
+    Σ l_WM(f^W(x), y) + λ1·‖W−W0‖² + λ2·R_DA(W),
+
+plus distillation from W0 on primary data (docs/decisions/0007). Watermark losses are computed in the verifier
+model. BatchNorm weights and biases are frozen, and running statistics are never updated with key images.
+
+Every random choice is a function of (seed, phase, step). A checkpoint therefore needs no generator state, and
+a resumed run repeats an uninterrupted one bit for bit on equal hardware and world size.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mtlsign.config.embed import EmbedSettings
+from mtlsign.errors import DivergedError
+from mtlsign.models.memory_format import memory_format_for
+from mtlsign.tasks import Task
+from mtlsign.watermark.embedding.loop import (
+    RunningMeans,
+    average_buffers,
+    evaluate,
+    mixed_precision,
+    one_cycle,
+    require_set,
+    seed_torch,
+    set_lr,
+    use_batch_statistics,
+    with_strides_of,
+)
+from mtlsign.watermark.embedding.losses import add_r_func_gradient, distillation_loss, watermark_loss
+from mtlsign.watermark.embedding.perturbations import Perturbations
+from mtlsign.watermark.embedding.worker import State, WorkerContext
+from mtlsign.watermark.verification.detector import WatermarkDetector
+
+#: Steps between checkpoints.
+CHECKPOINT_STEPS = 50
+_PROGRESS_STEPS = 5
+_MEANS = ("wm_loss", "wm_accuracy", "snapshot_loss", "snapshot_accuracy", "distillation_loss")
+
+
+def embed_watermark(
+    model: nn.Module, task: Task, detector: WatermarkDetector, settings: EmbedSettings, worker: WorkerContext
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Embed the watermark into `model`, which holds W0 at the start and W at the end.
+
+    In each step the unperturbed copy and the perturbed copies are divided among the ranks. Each copy is one
+    whole key batch on one rank, and the gradients are added. Primary batches are split among ranks. A
+    checkpoint is saved every 50 steps.
+
+    Args:
+        model: the network; it is changed in place.
+        task: the primary task.
+        detector: the owner's detector; a free head is trained in it.
+        settings: complete settings.
+        worker: this process of the phase.
+
+    Returns:
+        One row of metrics for each 50 steps, and the accuracies of W0 and W.
+
+    Raises:
+        DivergedError: the loss or the weights are not finite.
+    """
+    return _Embedding(model, task, detector, settings, worker).run()
+
+
+def gradient_terms(step: int, settings: EmbedSettings) -> list[tuple[float, str]]:
+    """Return the watermark gradients of one step as (weight, kind). Perturbation kinds take turns."""
+    if not settings.lambda2:
+        return [(1.0, "clean")]
+    count, kinds = settings.perturbation.per_step, settings.perturbation.kinds
+    chosen = [kinds[(step * count + index) % len(kinds)] for index in range(count)]
+    return [(1.0, "clean"), *((settings.lambda2 / count, kind) for kind in chosen)]
+
+
+class _Embedding:
+    """Phase 2 in one process."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        detector: WatermarkDetector,
+        settings: EmbedSettings,
+        worker: WorkerContext,
+    ) -> None:
+        self._detector, self._settings, self._worker = detector, settings, worker
+        self._model = model.to(worker.device).to(memory_format=memory_format_for(model)).eval()
+        self._task = task.to(worker.device)
+        self._teacher = copy.deepcopy(model).requires_grad_(False)
+        # On primary data both networks use the statistics of the batch, as an attacker's fine-tuning does.
+        # The watermark then survives fine-tuning better. W's running statistics follow its primary batches,
+        # and those of W0 do not change.
+        use_batch_statistics(model, True)
+        use_batch_statistics(self._teacher, True, momentum=0.0)
+        self._parameters = dict(model.named_parameters())
+        self._trained = _freeze_batch_norm(model)
+        self._base_parameters = [p for name, p in self._teacher.named_parameters() if name in self._trained]
+        self._head = detector.head.parameters()
+        self._steps, self._peak = require_set(settings.phase2.steps), require_set(settings.phase2.lr)
+        self._optimizer = self._make_optimizer()
+        self._history: list[dict[str, Any]] = []
+        checkpoint = worker.load_checkpoint()
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self._perturbations = Perturbations(model, self._task, detector, settings, CHECKPOINT_STEPS)
+        self._means = RunningMeans(_MEANS, worker.device)
+        self._started = time.monotonic()
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        """Create Adam with two groups: watermarked parameters and the head, then all other parameters."""
+        watermarked_parameters: list[Tensor] = []
+        other_parameters: list[Tensor] = []
+        for name, parameter in self._trained.items():
+            in_taps = name in self._detector.model.weight_shapes
+            (watermarked_parameters if in_taps else other_parameters).append(parameter)
+        scale = self._settings.phase2.other_layers_lr_scale
+        groups = [
+            {"params": [*watermarked_parameters, *self._head], "scale": 1.0},
+            {"params": other_parameters, "scale": scale},
+        ]
+        return torch.optim.Adam(groups, lr=self._peak, fused=True)
+
+    def _restore(self, checkpoint: State) -> None:
+        self._model.load_state_dict(checkpoint["model"])
+        self._optimizer.load_state_dict(checkpoint["optimizer"])
+        for parameter, state in self._optimizer.state.items():
+            state |= {
+                name: with_strides_of(parameter, tensor)
+                for name, tensor in state.items()
+                if tensor.shape == parameter.shape
+            }
+        self._history = list(checkpoint["history"])
+        for parameter, value in zip(self._head, checkpoint["head"], strict=True):
+            parameter.data.copy_(value)
+
+    def run(self) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """Take the remaining steps; return the rows of all steps and the accuracies."""
+        first_step = self._history[-1]["step"] if self._history else 0
+        self._started = time.monotonic()
+        for step in range(first_step, self._steps):
+            seed_torch(self._settings.seed, "mark", step, self._worker.rank)
+            set_lr(self._optimizer, one_cycle(step, self._steps, self._peak))
+            self._optimizer.zero_grad(set_to_none=True)
+            self._add_watermark_gradients(step)
+            if self._settings.phase2.distillation:
+                self._add_distillation_gradient(step)
+            self._sum_gradients_over_ranks()
+            deviation = add_r_func_gradient(
+                list(self._trained.values()), self._base_parameters, self._settings.lambda1
+            )
+            self._optimizer.step()
+            if step % _PROGRESS_STEPS == _PROGRESS_STEPS - 1:
+                self._worker.show_progress(self._row(step))
+            if (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == self._steps:
+                self._report(step, deviation)
+        self._model.requires_grad_(True).eval()
+        return self._history, self._accuracies()
+
+    def _add_watermark_gradients(self, step: int) -> None:
+        """Add the gradients of this rank's copies: l_WM, and λ2·R_DA on perturbed copies."""
+        detector = self._detector
+        for term, (weight, kind) in enumerate(gradient_terms(step, self._settings)):
+            if term % self._worker.world_size != self._worker.rank:
+                continue
+            kernels = detector.model.select_weights(self._parameters)
+            copy_kernels = self._perturbations.sample(kind, kernels, step, term)
+            scores = detector.score_kernels(copy_kernels, differentiable=True)
+            loss = watermark_loss(scores, detector.labels.float())
+            (weight * loss).backward()
+            prefix = "wm" if kind == "clean" else "snapshot"
+            self._means.add(f"{prefix}_loss", loss)
+            self._means.add(f"{prefix}_accuracy", ((scores > 0) == (detector.labels > 0)).float().mean())
+
+    def _add_distillation_gradient(self, step: int) -> None:
+        """Add the gradient of this rank's part of a primary batch."""
+        settings, worker = self._settings.phase2, self._worker
+        batch = self._task.batch_at(
+            "train",
+            settings.batch,
+            step,
+            seed=self._settings.seed,
+            rank=worker.rank,
+            world=worker.world_size,
+            augment=True,
+        )
+        x = batch.to(worker.device).inputs
+        with mixed_precision(self._settings, worker.device):
+            with torch.no_grad():
+                teacher_logits = self._teacher(x)
+            loss = distillation_loss(self._model(x), teacher_logits, settings.temperature)
+        (settings.distillation / worker.world_size * loss).backward()
+        self._means.add("distillation_loss", loss)
+
+    def _sum_gradients_over_ranks(self) -> None:
+        """Add the gradients of all ranks; a parameter without a gradient gets zeros."""
+        gradients = []
+        for parameter in [*self._trained.values(), *self._head]:
+            gradient = parameter.grad
+            parameter.grad = (
+                torch.zeros_like(parameter) if gradient is None else with_strides_of(parameter, gradient)
+            )
+            gradients.append(parameter.grad)
+        self._worker.all_reduce_sum(gradients)
+
+    def _row(self, step: int) -> dict[str, Any]:
+        return {"phase": "mark", "step": step + 1, "of": self._steps, **self._means.means()}
+
+    def _report(self, step: int, deviation: float) -> None:
+        """Report the means since the last report over all ranks, and save a checkpoint."""
+        self._worker.all_reduce_sum([self._means.sums])
+        row = self._row(step) | {"deviation_l2": deviation}
+        row["seconds"] = time.monotonic() - self._started
+        average_buffers(self._model, self._worker)
+        if not math.isfinite(row["wm_loss"]) or not math.isfinite(deviation):
+            raise DivergedError(
+                "Phase 2 diverged: the loss is not finite. Lower --phase2.lr.", field="phase2.lr"
+            )
+        self._history.append(row)
+        self._worker.report(row, self._checkpoint)
+        self._means.reset()
+        self._started = time.monotonic()
+
+    def _checkpoint(self) -> State:
+        return {
+            "model": {name: t.detach().cpu() for name, t in self._model.state_dict().items()},
+            "optimizer": self._optimizer.state_dict(),
+            "history": self._history,
+            "head": [parameter.detach().cpu() for parameter in self._head],
+        }
+
+    def _accuracies(self) -> dict[str, float]:
+        """Return the accuracies of W0 and W on the test and validation splits."""
+        accuracies = {
+            f"{short}_{name}": evaluate(network, self._task, split, self._settings, self._worker)
+            for short, split in (("primary", "test"), ("validation", "validation"))
+            for name, network in (("clean", self._teacher), ("marked", self._model))
+        }
+        return accuracies | {"primary_samples": self._task.size("test")}
+
+
+def _freeze_batch_norm(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Freeze the weights and biases of batch norms; return the other parameters by name."""
+    affine = {
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        for part in ("weight", "bias")
+    }
+    trained = {}
+    for name, parameter in model.named_parameters():
+        if name in affine:
+            parameter.requires_grad_(False)
+        else:
+            trained[name] = parameter
+    return trained

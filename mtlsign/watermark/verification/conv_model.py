@@ -1,0 +1,207 @@
+"""Verifier model of networks with convolutions and batch norms (docs/decisions/0003)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mtlsign.errors import ArtifactError
+from mtlsign.models.taps import TappedLayer, forward_to_taps, tapped_layers, tapped_parameters
+from mtlsign.watermark.verification.alignment import apply_bn_sign, canonicalize_kernels
+from mtlsign.watermark.verification.features import Features
+from mtlsign.watermark.verification.model import CanonicalStep, Weights
+from mtlsign.watermark.verification.reference import Reference
+
+
+@dataclass(frozen=True)
+class CanonicalConv:
+    """Convolution that has a canonical form: its kernel, the batch norm after it, W0's column norms."""
+
+    weight: str
+    bn: str
+    groups: int
+    columns: Tensor
+
+
+def apply_bn_signs(weights: Weights, bn_weights: Mapping[str, str]) -> dict[str, Tensor]:
+    """Multiply the sign of each batch norm's γ onto the rows of its convolution, and remove γ.
+
+    Args:
+        weights: kernels, and those γ that the network has.
+        bn_weights: name of a kernel -> name of the γ after it.
+    """
+    removed = set(bn_weights.values())
+    return {
+        name: apply_bn_sign(weight, weights.get(bn_weights[name])) if name in bn_weights else weight
+        for name, weight in weights.items()
+        if name not in removed
+    }
+
+
+def normalize_scales(
+    weights: Weights, convs: Sequence[CanonicalConv], *, differentiable_rounds: int
+) -> dict[str, Tensor]:
+    """Scale rows and columns of every convolution in `convs` as `canonicalize_kernels` does.
+
+    Args:
+        weights: kernels, float32; those of other layers are returned unchanged.
+        convs: convolutions with a canonical form.
+        differentiable_rounds: see `canonicalize_kernels`.
+    """
+    normalized = dict(weights)
+    for conv in convs:
+        normalized[conv.weight] = canonicalize_kernels(
+            weights[conv.weight], conv.columns, conv.groups, differentiable_rounds=differentiable_rounds
+        )
+    return normalized
+
+
+class ConvVerifierModel:
+    """Verifier model that runs an architecture with W0's batch-norm values and the suspect's kernels.
+
+    Canonicalisation is an ordered list of steps. The sign of γ is applied when kernels are selected, because
+    that step needs γ; training perturbs the kernels after it. `canonical_steps` need the kernels alone.
+
+    Args:
+        template_model: the architecture, built from the spec's `graph`; its own values are never used. It is
+            put into evaluation mode except for its batch norms, which use the statistics of the batch.
+        taps: module names.
+        reference: W0's reference.
+        sample: float32 [1, C, H, W] of the carrier's geometry.
+
+    Raises:
+        ModelError: a tap does not exist.
+        ArtifactError: the reference does not fit the architecture.
+    """
+
+    def __init__(
+        self, template_model: nn.Module, taps: Sequence[str], reference: Reference, sample: Tensor
+    ) -> None:
+        self.taps = tuple(taps)
+        self._net = template_model.to(sample.device).eval()
+        for module in template_model.modules():
+            if isinstance(module, _BatchNorm):
+                module.train()
+        self._device = sample.device
+        self._reference_values: dict[str, Tensor] = {}
+        self.normalized_convs: list[CanonicalConv] = []
+        parameters = dict(template_model.named_parameters())
+        used = tapped_parameters(template_model, taps, sample)
+        layers = [
+            layer for layer in tapped_layers(template_model, taps, sample) if layer.batch_norm is not None
+        ]
+        covered = set().union(*(self._add_conv(layer, parameters, reference) for layer in layers))
+        others = [name for name in used if name in parameters and name not in covered]
+        for name in others:
+            if parameters[name].dim() < 2:
+                shape = tuple(parameters[name].shape)
+                self._reference_values[name] = self._reference_tensor(reference, f"={name}", shape).float()
+        self.other_weights = [name for name in others if parameters[name].dim() >= 2]
+        names = [*(conv.weight for conv in self.normalized_convs), *self.other_weights]
+        self.weight_shapes: Mapping[str, tuple[int, ...]] = {
+            name: tuple(parameters[name].shape) for name in names
+        }
+        self._bn_weights = {conv.weight: f"{conv.bn}.weight" for conv in self.normalized_convs}
+        self.optional_shapes: Mapping[str, tuple[int, ...]] = {
+            bn_weight: (self.weight_shapes[weight][0],) for weight, bn_weight in self._bn_weights.items()
+        }
+        self.canonical_steps: tuple[CanonicalStep, ...] = (
+            partial(normalize_scales, convs=self.normalized_convs),
+        )
+        self._buffers = self._batch_norm_buffers()
+
+    def _add_conv(
+        self, layer: TappedLayer, parameters: Mapping[str, Tensor], reference: Reference
+    ) -> set[str]:
+        """Read one convolution's values from the reference; return the parameters that these replace."""
+        assert layer.batch_norm is not None
+        modules = dict(self._net.named_modules())
+        groups = int(getattr(modules[layer.conv], "groups", 1))
+        rows, inputs = parameters[layer.weight].shape[:2]
+        columns = self._reference_tensor(reference, f"{layer.conv}/columns", (groups, inputs))
+        self.normalized_convs.append(CanonicalConv(layer.weight, layer.batch_norm, groups, columns.double()))
+        bn_weight, bn_bias, conv_bias = (
+            f"{layer.batch_norm}.weight",
+            f"{layer.batch_norm}.bias",
+            f"{layer.conv}.bias",
+        )
+        for part, name in (("gamma", bn_weight), ("beta", bn_bias)):
+            value = self._reference_tensor(reference, f"{layer.conv}/{part}", (rows,))
+            if name in parameters:
+                self._reference_values[name] = value.float()
+        modules[layer.batch_norm].eps = float(self._reference_tensor(reference, f"{layer.conv}/eps", (1,)))
+        if conv_bias in parameters:
+            self._reference_values[conv_bias] = torch.zeros(rows, device=self._device)
+        return {layer.weight, bn_weight, bn_bias, conv_bias}
+
+    def _reference_tensor(self, reference: Reference, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = reference.tensors.get(name)
+        if tensor is None or tuple(tensor.shape) != shape or not tensor.dtype.is_floating_point:
+            raise ArtifactError(
+                f"The reference does not fit the architecture at {name!r}. Use that of the same kit.",
+                field="reference",
+            )
+        return tensor.to(self._device)
+
+    def _batch_norm_buffers(self) -> dict[str, Tensor]:
+        """Copy the batch norms' buffers, so that runs update the copies and not the template model."""
+        modules = dict(self._net.named_modules())
+        return {
+            f"{conv.bn}.{name}": buffer.clone().to(self._device)
+            for conv in self.normalized_convs
+            for name, buffer in modules[conv.bn].named_buffers()
+        }
+
+    def select_weights(self, tensors: Weights) -> dict[str, Tensor]:
+        """Return the network's kernels with sign(γ) on their rows; γ may be absent."""
+        names = (*self.weight_shapes, *(name for name in self.optional_shapes if name in tensors))
+        return apply_bn_signs({name: tensors[name] for name in names}, self._bn_weights)
+
+    def canonicalize(self, kernels: Weights, *, differentiable_rounds: int = 0) -> dict[str, Tensor]:
+        """Bring every convolution that a batch norm follows into canonical form; keep other weights.
+
+        Args:
+            kernels: result of `select_weights`, float32.
+            differentiable_rounds: see `canonicalize_kernels`; 0 for verification.
+
+        Returns:
+            Float32 tensors of the same names and shapes.
+        """
+        canonical = dict(kernels)
+        for step in self.canonical_steps:
+            canonical = step(canonical, differentiable_rounds=differentiable_rounds)
+        return canonical
+
+    def tap_outputs(self, canonical: Weights, inputs: Tensor) -> list[Tensor]:
+        """Return the outputs of all taps on the whole key set as one batch: float32 [N, ...] each."""
+        # Channels last, because pooling, batch norm and convolutions of small kernels then take two thirds of
+        # the time on CPUs.
+        weights = {
+            name: kernel.to(memory_format=torch.channels_last) if kernel.dim() == 4 else kernel
+            for name, kernel in canonical.items()
+        }
+        values = {**weights, **self._reference_values, **self._buffers}
+        return forward_to_taps(
+            self._net, inputs, self.taps, call=lambda x: functional_call(self._net, values, (x,))
+        )
+
+    def features(self, canonical: Weights, inputs: Tensor, *, pooled: bool = False) -> Features:
+        """Return the joined tap outputs with their statistics over the key set.
+
+        Args:
+            canonical: result of `canonicalize`.
+            inputs: the key set as one batch, float32 [N, C, H, W].
+            pooled: average each tap over its spatial positions instead of flattening it.
+        """
+        outputs = [output.float() for output in self.tap_outputs(canonical, inputs)]
+        flat = [
+            output.mean(tuple(range(2, output.dim()))) if pooled and output.dim() > 2 else output.flatten(1)
+            for output in outputs
+        ]
+        return Features.from_taps(torch.cat(flat, 1) if len(flat) > 1 else flat[0])

@@ -1,0 +1,79 @@
+"""Protocol of verifier models: the tapped part of an architecture, run on weights in canonical form.
+
+Embedding trains the watermark in this model and verification reads it there. The verifier therefore ignores
+everything an attacker can change without affecting accuracy: BatchNorm values, folding, scales, preprocessing
+and code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mtlsign.watermark.verification.features import Features
+
+#: Weights by name: raw tensors of a network, its selected kernels, or kernels in canonical form.
+Weights = Mapping[str, Tensor]
+
+
+class CanonicalStep(Protocol):
+    """One step of canonicalisation: a pure function from weights to weights."""
+
+    def __call__(self, weights: Weights, *, differentiable_rounds: int) -> dict[str, Tensor]:
+        """Return new weights; see `VerifierModel.canonicalize` for the arguments."""
+
+
+class VerifierModel(Protocol):
+    """Tapped part of one architecture, independent of the suspect's own code and values.
+
+    Attributes:
+        taps: module names.
+        weight_shapes: name -> shape of every tensor read from a network.
+        optional_shapes: name -> shape of tensors that are read if the network has them.
+    """
+
+    taps: tuple[str, ...]
+    weight_shapes: Mapping[str, tuple[int, ...]]
+    optional_shapes: Mapping[str, tuple[int, ...]]
+
+    def select_weights(self, tensors: Weights) -> dict[str, Tensor]:
+        """Return the kernels that `weight_shapes` names, with every correction that needs other tensors."""
+
+    def canonicalize(self, kernels: Weights, *, differentiable_rounds: int = 0) -> dict[str, Tensor]:
+        """Bring kernels into the canonical form of W0.
+
+        Args:
+            kernels: result of `select_weights`, float32.
+            differentiable_rounds: rounds of an iterative step that are differentiated; 0 for verification.
+
+        Returns:
+            Float32 tensors of the same names and shapes.
+        """
+
+    def tap_outputs(self, canonical: Weights, inputs: Tensor) -> list[Tensor]:
+        """Return the outputs of all taps on the whole key set as one batch: float32 [N, ...] each."""
+
+    def features(self, canonical: Weights, inputs: Tensor, *, pooled: bool = False) -> Features:
+        """Return the joined tap outputs with their statistics over the key set.
+
+        Args:
+            canonical: result of `canonicalize`.
+            inputs: the key set as one batch, float32 [N, ...].
+            pooled: average each tap over its spatial positions instead of flattening it.
+        """
+
+
+@contextmanager
+def exact_fp32() -> Iterator[None]:
+    """Compute in fp32 without TF32 and autocast, so that machines agree on scores (docs/decisions/0001)."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -1,0 +1,73 @@
+"""Verdict: result of one verification."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Result of one verification (docs/decisions/0006).
+
+    Attributes:
+        status: `accepted`, `rejected`, `needs_commitment` or `not_verifiable`. A free head passes on any
+            model, so that only an earlier commitment makes it evidence. A network that could not be mapped is
+            not verifiable; it may still be marked.
+        accepted: whether the status is `accepted`.
+        matches: matching bits.
+        n: bits of the watermark.
+        accuracy: matches / n.
+        p_value: 2^-evidence_bits; it may underflow to 0.
+        evidence_bits: -log2 of the chance of so many matches; authoritative.
+        bits_required: evidence from which the claim is accepted.
+        gamma: the paper's threshold on the accuracy.
+        passes_gamma: whether the accuracy reaches gamma.
+        chernoff_bound: the paper's bound on the p-value.
+        near_zero: scores too near to 0 to be read.
+        statistic: `count` or `weighted`, from the spec.
+        controls: accuracies of unrelated keys and of W0.
+        model_digest: SHA-256 of the model file, if the caller gave it.
+        reason: cause of `not_verifiable`.
+    """
+
+    status: str
+    accepted: bool
+    matches: int
+    n: int
+    accuracy: float
+    p_value: float
+    evidence_bits: float
+    bits_required: float
+    gamma: float
+    passes_gamma: bool
+    chernoff_bound: float
+    near_zero: int
+    statistic: str
+    controls: dict[str, list[float]] = field(default_factory=dict)
+    model_digest: str | None = None
+    reason: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-ready fields."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """Describe the verdict in one sentence."""
+        if self.status == "not_verifiable":
+            return f"Not verifiable: {self.reason}. The model may still be marked."
+        evidence_text = (
+            f"{self.matches:,} of {self.n:,} bits agree; "
+            f"by chance this happens once in 2^{self.evidence_bits:.1f} keys"
+        )
+        if self.status == "needs_commitment":
+            return (
+                f"{evidence_text}, but a trained head fits any model: "
+                "only a commitment older than the model makes it evidence."
+            )
+        if self.accepted:
+            return (
+                f"Accepted: {evidence_text}. "
+                "These weights descend from a model that the holder of this key changed."
+            )
+        return f"Rejected: {evidence_text}, less than the 2^{self.bits_required:g} required."

@@ -1,0 +1,103 @@
+"""Views of a ledger: valid statements, councils and confirmed checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mtlsign.claims import owner
+from mtlsign.claims.ledger.view import IncrementalReader, LedgerView
+from mtlsign.claims.statements.parsing import sign_statement
+from mtlsign.claims.statements.types import Membership, Ref
+from mtlsign.errors import LedgerError
+from tests.unit.claims.scenario import ALICE, ClaimScenario, kit_and_model, make_identity
+from tests.unit.claims.tampering import (
+    rewrite_entries,
+)
+
+
+@pytest.fixture
+def scenario(small_scenario: ClaimScenario) -> ClaimScenario:
+    """Council of three members."""
+    return small_scenario
+
+
+def test_view_shows_malformed_and_repeated_entries_without_effect(scenario: ClaimScenario) -> None:
+    index = scenario.ledger.append(b"\x00 not even JSON")
+    scenario.append_registration("a")
+    view = scenario.cosign_all()
+    assert view.entries[index].statement is None and view.entries[index].problem
+    assert view.time(index) is not None and view.time(index + 1) is not None
+    repeated = LedgerView.from_entries([*scenario.ledger.scan(), scenario.ledger.get(2)], [])
+    assert repeated.entries[3].problem == "The entry repeats entry 2."
+
+
+def test_view_council_changes_only_with_threshold_of_current_members(scenario: ClaimScenario) -> None:
+    origin, new = scenario.view().origin, [make_identity("4"), make_identity("5")]
+    changed = Membership(
+        signer=scenario.members[0].public_key, ledger=origin, time=0, previous=Ref(0, origin), threshold=2,
+        members=tuple(sorted(m.public_key for m in new)),
+    )  # fmt: skip
+    founder = replace(changed, signer=make_identity("founder").public_key)
+    alone = scenario.ledger.append(sign_statement(changed, scenario.members[0]))
+    by_founder = scenario.ledger.append(sign_statement(founder, make_identity("founder")))
+    by_new_members = scenario.ledger.append(sign_statement(changed, scenario.members[0], *new))
+    assert len(scenario.view().councils) == 1
+    assert all(
+        "fewer than 2" in str(scenario.view().entries[i].problem) for i in (alone, by_founder, by_new_members)
+    )
+    good = scenario.ledger.append(sign_statement(changed, *scenario.members[:2]))
+    assert [i for i, _ in scenario.view().councils] == [0, good]
+    scenario.cosign_all()  # the former members no longer count
+    assert scenario.view().time(good) is None
+    first, scenario.members = scenario.members[0], new
+    assert scenario.cosign_all().time(good) is not None
+    late = scenario.ledger.append(
+        sign_statement(replace(changed, time=1), first, *new)
+    )  # follows entry 0 and not the council in force
+    assert scenario.view().entries[late].problem == "The membership does not follow the membership in force."
+
+
+def test_view_confirms_checkpoint_only_with_threshold(scenario: ClaimScenario) -> None:
+    index = scenario.append_registration("a")
+    scenario.witness(0).run_once()
+    assert scenario.view().time(index) is None
+    for non_member in ("x", "y", "z"):
+        scenario.witness(make_identity(non_member)).run_once()
+    assert scenario.view().time(index) is None
+    scenario.witness(1).run_once()
+    first = scenario.view().time(index)
+    scenario.witness(2).run_once()
+    assert (
+        first is not None
+        and scenario.view().time(index) == sorted(scenario.view().confirmed[0].times.values())[1]
+    )
+
+
+def test_incremental_reader_detects_rewritten_entries(scenario: ClaimScenario) -> None:
+    scenario.append_registration("a")
+    reader = IncrementalReader(scenario.ledger)
+    reader.view()
+    rows = list(scenario.ledger.scan())
+    rewrite_entries(scenario, [rows[0], b"forged", b"longer"])
+    with pytest.raises(LedgerError, match="not the tree of the entries"):
+        reader.view()
+
+
+def test_view_ignores_statements_of_another_ledger(scenario: ClaimScenario) -> None:
+    kit, _ = kit_and_model(ALICE)
+    other = ClaimScenario(scenario.folder / "other", ["1"])
+    entry, _ = owner.publish(other.owner(ALICE), [kit])
+    index = scenario.ledger.append(other.ledger.get(entry.index))
+    second = scenario.ledger.append(other.ledger.get(0))  # membership that creates the other ledger
+    view = scenario.view()
+    assert (
+        view.entries[index].problem == "The statement was made for another ledger."
+        and view.entries[index].statement is None
+    )
+    assert (
+        view.entries[second].problem == "The statement was made for another ledger."
+        or view.entries[second].statement is None
+    )
+    assert len(view.councils) == 1

@@ -1,0 +1,273 @@
+"""Claim jobs on a really marked model: lifecycle, offline check, backup and restore, and error messages."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtlsign.config import cli
+from mtlsign.storage.locations import open_storage
+from mtlsign.storage.safetensors_io import serialize_safetensors
+from mtlsign.watermark.keys.identity import Identity, default_identity_path
+from mtlsign.watermark.keys.sealing import EncryptionSecret
+from tests.unit.claims.scenario import make_identity
+
+ROOT = Path(__file__).resolve().parents[4]
+
+
+class JobRunner:
+    """Caller of the jobs' `main` functions, as a user would start them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _main(self, job: str) -> Any:
+        spec = importlib.util.spec_from_file_location(f"job_{job}", ROOT / "jobs" / f"{job}.py")
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.main
+
+    def __call__(self, job: str, *argv: object) -> Any:
+        """Run a job and return its JSON output."""
+        return json.loads(self.stdout(job, *argv, "--json"))
+
+    def stdout(self, job: str, *argv: object) -> str:
+        """Run a job and return its standard output."""
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            self._main(job)([str(word) for word in argv])
+        return out.getvalue()
+
+    def error_line(self, job: str, *argv: object) -> str:
+        """Run a job that must exit with code 2, and return its single line of standard error."""
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            cli.run(self._main(job), [str(word) for word in argv])
+        assert ended.value.code == 2 and len(err.getvalue().splitlines()) == 1, err.getvalue()
+        return err.getvalue()
+
+    def identity(self, identity: Identity, name: str) -> Path:
+        """Save an identity and return its file."""
+        path = self.folder / "people" / f"{name}.json"
+        if not path.exists():
+            identity.save(path, None)
+        return path
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> JobRunner:
+    return JobRunner(tmp_path)
+
+
+def save_result(embedding: Any, store: Path | str, owner: Identity) -> tuple[Path, Path]:
+    """Save an embedding result to a store and return the paths of model and kit."""
+    embedding.save(open_storage(str(store)), EncryptionSecret.from_kit_key(owner.kit_key))
+    return Path(str(embedding.result["model_path"])), Path(str(embedding.result["kit"]))
+
+
+def write_noisy_copy(embedding: Any, path: Path) -> None:
+    """Write the marked model with small noise and prefixed names, as a suspect."""
+    noise = {n: 0.01 * torch.randn_like(t) for n, t in embedding.tensors.items() if t.is_floating_point()}
+    noisy = {n: t + noise[n] if n in noise else t for n, t in embedding.tensors.items()}
+    path.write_bytes(serialize_safetensors({f"module.{n}": t for n, t in noisy.items()}))
+
+
+def test_claim_jobs_from_publication_to_offline_check_after_restore(
+    jobs: JobRunner,
+    marked_model: tuple[Any, Any],
+    owner: Identity,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, at_ledger = tmp_path / "store", ("--ledger", f"sqlite:///{tmp_path}/ledger.db")
+    model, kit = save_result(marked_model[1], store, owner)
+    owner_file = jobs.identity(owner, "owner")
+    council = [jobs.identity(make_identity(f"m{i}"), f"m{i}") for i in range(3)]
+    members = [word for member in council for word in ("--members", member)]
+    jobs("ledger", "create", *at_ledger, "--owner", owner_file, *members, "--min-evidence-bits", 100)
+    card = model / "CARD.md"
+    published = jobs(
+        "publish", "--kit", kit, "--model", model, *at_ledger, "--owner", owner_file, "--card", card
+    )
+    card.unlink()
+    assert published["index"] == 1 and not published["counted"] and published["head"]["size"] >= 1
+    rounds = [
+        ("council", "--identity", member, *at_ledger, "--once", "--witness-state", f"{member}.witness")
+        for member in council
+    ]
+    for member_round in rounds:
+        jobs(*member_round)
+    suspect = tmp_path / "suspect.safetensors"
+    write_noisy_copy(marked_model[1], suspect)
+    claimed = jobs("claim", "--kit", kit, "--model", suspect, *at_ledger, "--owner", owner_file)
+    for member_round in [*rounds, *rounds]:
+        jobs(*member_round)
+    dispute = ("dispute", *at_ledger, "--claims", claimed["claim"])
+    result = jobs(*dispute, "--min-evidence-bits", 100)
+    assert result["statuses"] == {claimed["claim"]: "in_the_weights"}
+    # The verifier's policy applies in addition to the council's.
+    strict = jobs(*dispute, "--min-evidence-bits", 129)["standings"][0]
+    assert (strict["reason"], strict["numbers"]["bits_required"]) == ("not_in_the_weights", 129)
+    assert result["standings"][0]["numbers"]["votes"] == {"accepted": 3} and result["edges"] == []
+    bundle, checkpoint = tmp_path / "claim.zip", tmp_path / "head.txt"
+    # Only the backup (identity and kit) and the ledger remain.
+    shutil.rmtree(model)
+    backup = tmp_path / "backup"
+    shutil.copytree(kit, backup / "kit")
+    shutil.copy(owner_file, backup / "identity.json")
+    shutil.rmtree(store)
+    owner_file.unlink()
+    monkeypatch.setenv("MTLSIGN_HOME", str(tmp_path / "another machine"))
+    repeated = jobs(
+        "claim", "--kit", backup / "kit", "--model", suspect, *at_ledger, "--bundle", bundle,
+        "--owner", backup / "identity.json",
+    )  # fmt: skip
+    assert repeated["claim"] == claimed["claim"]
+    newest = jobs("ledger", "head", *at_ledger, "--output", checkpoint)
+    assert newest["counted"] and len(newest["cosigned"]) >= 2 and newest["current"]
+    jobs("ledger", "check", *at_ledger, "--head", checkpoint)
+    proof = jobs("ledger", "prove", *at_ledger, "--index", 1)
+    assert proof["leaf"] == published["id"] and proof["counted"]
+    kinds = [entry["kind"] for entry in jobs("ledger", "list", *at_ledger)["entries"]]
+    assert kinds == ["membership", "publish", "register", "claim", "vote", "vote", "vote"]
+    shutil.rmtree(tmp_path / "ledger.db.archive")
+    (tmp_path / "ledger.db").unlink()
+    offline = jobs(
+        "verify", "--bundle", bundle, "--head", checkpoint, "--min-evidence-bits", 100,
+        "--card", tmp_path / "CARD.md",
+    )  # fmt: skip
+    assert offline["standing"] == "in_the_weights" and offline["accepted"] and offline["status"] == "accepted"
+    assert offline["matches"] >= 120 and offline["n"] == 128 and offline["head"]["pinned"]
+    verdict_fields = {"gamma", "p_value", "evidence_bits", "chernoff_bound", "model_digest", "accuracy"}
+    assert verdict_fields <= offline.keys()
+    assert "in_the_weights" in (tmp_path / "CARD.md").read_text()
+
+
+def test_publish_without_ledger_creates_it_and_public_model_is_refused(
+    jobs: JobRunner, marked_model: tuple[Any, Any], owner: Identity, tmp_path: Path
+) -> None:
+    model, kit = save_result(marked_model[1], tmp_path / "public" / "store", owner)
+    ledger, owner_file = f"sqlite:///{tmp_path}/l.db", jobs.identity(owner, "owner")
+    common = ["--kit", str(kit), "--ledger", ledger, "--owner", str(owner_file)]
+    command = [sys.executable, str(ROOT / "jobs" / "publish.py"), *common, "--model", str(model)]
+    environment = os.environ | {"MTLSIGN_HOME": str(tmp_path / "home")}
+    refused = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert refused.returncode == 2 and "--allow-public" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    published = jobs("publish", *common, "--model", model, "--allow-public")
+    assert published["founded"] and published["counted"]
+    assert published["self_attested"] and published["index"] == 1
+    assert jobs("publish", *common, "--model", model, "--allow-public")["index"] == 1
+    claimed = jobs("claim", *common, "--model", model)
+    result = jobs("dispute", "--ledger", ledger, "--claims", claimed["index"])
+    assert list(result["statuses"].values()) == ["self_attested"]
+
+
+def test_commands_of_the_documentation_succeed(
+    jobs: JobRunner,
+    marked_model: tuple[Any, Any],
+    owner: Identity,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every command of docs/claims.md in the sections "Step by step" and "Backup of an owner", as written."""
+    monkeypatch.chdir(tmp_path)
+    owner.save(default_identity_path(), None)
+    monkeypatch.setenv("HOME", str(tmp_path / "unused"))
+    model, kit = save_result(marked_model[1], "mtlsign-store", owner)
+    shutil.copytree(model, "stolen")
+    names = {"ID": kit.name, "DIGEST": model.name, "SUSPECT": "stolen", "BACKUP": "backup"}
+    text = (ROOT / "docs" / "claims.md").read_text("utf-8")
+    sections = text.partition("### Step by step")[2].partition("\n## ")[0] + text.partition("## Backup")[2]
+    commands = re.findall(r"^(?:uv run jobs|cp) ?.*$", sections, re.MULTILINE)
+    assert len(commands) > 15
+    for command in commands:
+        for name, value in names.items():
+            command = re.sub(rf"\b{name}\b", value, command)
+        words = command.replace("~/.config/mtlsign/identity.json", str(default_identity_path())).split()
+        if words[0] == "cp":
+            Path(words[-1]).parent.mkdir(exist_ok=True)
+            subprocess.run(words, check=True)
+            continue
+        assert words[:2] == ["uv", "run"] and words[2].startswith("jobs/"), command
+        output = jobs.stdout(Path(words[2]).stem, *words[3:])
+        if words[2] == "jobs/claim.py":
+            names["CLAIM"] = output.split()[1]
+        if "dispute" in words[2] or "--bundle" in words:
+            assert "in_the_weights" in output, output
+    card = Path("CARD.md").read_text()
+    assert "## Provenance" in card and f"SHA-256 `{model.name}`" in card and "in_the_weights" in card
+
+
+def test_claim_jobs_with_invalid_input_fail_with_one_line(
+    jobs: JobRunner, marked_model: tuple[Any, Any], owner: Identity, tmp_path: Path
+) -> None:
+    base_weights, embedding = marked_model
+    ledger = f"sqlite:///{tmp_path}/l.db"
+    model, kit = save_result(embedding, tmp_path / "store", owner)
+    owner_file, member = jobs.identity(owner, "owner"), jobs.identity(make_identity("m"), "m")
+    jobs("publish", "--kit", kit, "--model", model, "--ledger", ledger, "--owner", owner_file)
+    text, short, innocent = tmp_path / "text", tmp_path / "short.db", tmp_path / "innocent.safetensors"
+    text.write_text("hello")
+    short.write_bytes((tmp_path / "l.db").read_bytes()[:9000])
+    innocent.write_bytes(serialize_safetensors(base_weights))
+    (tmp_path / "junk.safetensors").write_bytes(bytes(100))
+    huge = {}
+    for name, size in (("huge.safetensors", 3 * 2**30), ("huge.zip", 7 * 2**30), ("huge.sealed", 3 * 2**30)):
+        huge[name] = tmp_path / name
+        with open(huge[name], "wb") as file:
+            file.truncate(size)  # a sparse file occupies no space
+    publish = ("publish", "--model", model, "--owner", owner_file)
+    claim = ("claim", "--kit", kit, "--ledger", ledger, "--owner", owner_file)
+    at = ("--ledger", ledger)
+    bidi = ("--licence", "a\u202eb", "--allow-public")
+    state = ("--witness-state", text)
+    cases: list[tuple[str, tuple[object, ...]]] = [
+        ("nowhere is not a committed folder", (*publish, *at, "--kit", tmp_path / "nowhere")),
+        ("lacks kit.sealed", (*publish, *at, "--kit", model)),
+        ("2147485632 bytes allowed", (*publish, *at, "--kit", huge["huge.sealed"])),
+        ("kit key is wrong", (*publish, *at, "--kit", kit, "--owner", member)),
+        ("ledger: The URI has an unknown scheme", (*publish, "--kit", kit, "--ledger", "postgres://x")),
+        ("Use a writable location", (*publish, "--kit", kit, "--ledger", "sqlite:////proc/no/l.db")),
+        ("is not a database", (*publish, "--kit", kit, "--ledger", f"sqlite:///{text}")),
+        ("restore the file from a copy", (*publish, "--kit", kit, "--ledger", f"sqlite:///{short}")),
+        ("requires mutual TLS", (*publish, "--kit", kit, "--ledger", "etcd://127.0.0.1:1")),
+        ("origin: This ledger has the origin", (*publish, "--kit", kit, *at, "--origin", "0" * 64)),
+        ("See docs/claims.md", (*publish, "--kit", kit, *at, *bidi)),
+        ("not a committed folder", (*claim, "--model", text)),
+        ("2147483648 bytes allowed", (*claim, "--model", huge["huge.safetensors"])),
+        ("safetensors", (*claim, "--model", tmp_path / "junk.safetensors")),
+        ("no key was opened", (*claim, "--model", innocent)),
+        ("new.db does not exist", (*claim, "--model", model, "--ledger", f"sqlite:///{tmp_path}/new.db")),
+        ("identity: ", ("council", *at, "--once", "--identity", tmp_path / "none")),
+        (
+            "witness-state: The document is not UTF-8",
+            ("council", *at, "--once", "--identity", member, *state),
+        ),
+        ("claims: '77' is not a claim", ("dispute", *at, "--claims", "77")),
+        ("claims: ',' is not a claim", ("dispute", *at, "--claims", ",")),
+        ("action: The first argument", ("ledger", *at)),
+        ("has 2 entries, not 10", ("ledger", "prove", *at, "--index", "9")),
+        ("is not a checkpoint", ("ledger", "check", *at, "--head", text)),
+        ("exists already", ("ledger", "create", *at, "--owner", owner_file)),
+        ("bundle: The file is not a ZIP", ("verify", "--bundle", text)),
+        ("at most 6 GiB", ("verify", "--bundle", huge["huge.zip"])),
+        ("No such file", ("verify", "--bundle", tmp_path / "none.zip")),
+    ]
+    for words, (job, *argv) in cases:
+        message = jobs.error_line(str(job), *argv)
+        assert words in message and len(message) < 500, message
+    assert len(jobs("ledger", "list", *at)["entries"]) == 2  # the failed jobs appended nothing

@@ -1,0 +1,217 @@
+"""Settings: limits, unknown names, nested groups, YAML files, dumps, resumed settings, secrets."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from mtlsign.config.base import Settings, dump, field_info, setting_names
+from mtlsign.config.embed import RECIPES, EmbedSettings, Phase1Settings
+from mtlsign.config.service import ServiceSettings
+from mtlsign.config.verify import VerifySettings
+from mtlsign.errors import SettingsError
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("lamda1", "lambda1"),
+        ("key-sise", "key-size"),
+        ("worker", "workers"),
+        ("wm_learning_rate", None),
+        ("jsn", "json"),
+        ("phase1.epoch", "phase1.epochs"),
+        ("refresh_stepz", "perturbation.refresh-steps"),
+    ],
+)
+def test_of_unknown_setting_names_the_nearest(name: str, nearest: str | None) -> None:
+    with pytest.raises(SettingsError) as caught:
+        EmbedSettings.of({name: 1})
+    if nearest is None:
+        assert "Did you mean" in str(caught.value) or "--help-all" in str(caught.value)
+    else:
+        assert f"Did you mean '{nearest}'?" in str(caught.value)
+    assert caught.value.field == name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lambda1", -1),
+        ("lambda1", float("nan")),
+        ("lambda2", float("inf")),
+        ("lambda1", "much"),
+        ("key_size", 127),
+        ("key_size", 4097),
+        ("key_size", 600.5),
+        ("workers", -1),
+        ("workers", "two"),
+        ("phase1.lr", 0),
+        ("perturbation.max_prune_ratio", 1.0),
+        ("head", "public"),
+        ("perturbation.kinds", ""),
+        ("perturbation.kinds", "noise,quantised"),
+        ("perturbation.kinds", ["noise", 3]),
+        ("perturbation.kinds", 3),
+        ("run", "../x"),
+        ("run", "a\n"),
+        ("resume", "a/b"),
+        ("seed", -1),
+        ("seed", 2**31),
+        ("phase2.steps", 0),
+        ("phase2.lr", float("nan")),
+        ("phase2.temperature", 0),
+        ("phase2.distillation", float("nan")),
+        ("gpus_per_worker", float("nan")),
+        ("name", ""),
+        ("task", "x" * 201),
+        ("width", 129),
+    ],
+)
+def test_of_value_beyond_its_limits_is_one_line(name: str, value: Any) -> None:
+    with pytest.raises(SettingsError) as caught:
+        EmbedSettings.of({name: value})
+    assert caught.value.field == name.replace("_", "-") and str(caught.value).startswith(
+        f"{caught.value.field}: "
+    )
+    assert len(str(caught.value).splitlines()) == 1 and "http" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("min_evidence_bits", float("nan")),
+        ("gamma", 0.5),
+        ("control_keys", -1),
+        ("min_evidence_bits", -1),
+    ],
+)
+def test_of_policy_of_the_verifier_is_limited(name: str, value: Any) -> None:
+    with pytest.raises(SettingsError, match=name.replace("_", "-")):
+        VerifySettings.of({"model": "m", "kit": "k", name: value})
+
+
+def test_of_required_settings_and_lists() -> None:
+    with pytest.raises(SettingsError, match=r"^kit: This setting is required\. See --help\.$"):
+        VerifySettings.of({"model": "m"})
+    with pytest.raises(SettingsError, match=r"^model: "):
+        VerifySettings.of({"model": [], "kit": "k"})
+    assert VerifySettings.of({"model": "a, b,,c", "kit": "k"}).models == ("a, b,,c",)
+    assert VerifySettings.of({"model": ["a", "b"], "kit": "k"}).models == ("a", "b")
+
+
+def test_of_group_accepts_nested_and_dotted_names() -> None:
+    settings = EmbedSettings.of({"phase1": {"epochs": 3, "batch": 5}, "phase1.batch": 6, "phase2.steps": "9"})
+    assert (settings.phase1.epochs, settings.phase1.batch, settings.phase2.steps) == (3, 6, 9)
+    assert settings.given_values() == {"phase1.batch": 6, "phase1.epochs": 3, "phase2.steps": 9}
+    group = Phase1Settings.model_validate({"epochs": 4})
+    assert EmbedSettings.of({"phase1": group}).given_values() == {"phase1.epochs": 4}
+    assert settings.flat_dump()["phase1.batch"] == 6 and "phase1" not in settings.flat_dump()
+    with pytest.raises(SettingsError, match=r"^phase1: Unknown setting"):
+        EmbedSettings.of({"phase1": 3})
+
+
+def test_with_defaults_depends_on_task_and_head() -> None:
+    settings = EmbedSettings.of({})
+    assert (settings.width, settings.key_size, settings.phase1.epochs) == (None, None, None)
+    digits = settings.with_defaults()
+    free = EmbedSettings.of({"task": "cifar10", "head": "free"}).with_defaults()
+    assert (digits.width, digits.key_size, digits.phase1.epochs) == (
+        16,
+        1024,
+        RECIPES["digits"]["phase1.epochs"],
+    )
+    assert (digits.phase2.steps, digits.phase1.lr, digits.phase2.lr) == (600, 0.1, 0.002)
+    assert (free.width, free.key_size, free.stem) == (64, 600, "cifar")
+    assert (free.phase1.lr, free.phase2.lr, free.phase2.steps, free.phase1.epochs) == (0.05, 0.001, 800, 30)
+    assert digits.perturbation.tuning_lr == digits.phase1.lr
+    own = EmbedSettings.of(
+        {
+            "task": "a.b:f",
+            "model": "c.d:g",
+            "width": 32,
+            "key_size": 256,
+            "name": "mine",
+            "perturbation.tuning_lr": 0.3,
+        }
+    )
+    complete = own.with_defaults()
+    assert (complete.width, complete.key_size, complete.name) == (32, 256, "mine")
+    assert complete.perturbation.tuning_lr == 0.3
+    assert own.model_copy(update={"name": None}).with_defaults().name == "a.b.f-c.d.g"
+    assert complete.with_defaults() == complete
+    kinds = EmbedSettings.of({"perturbation.kinds": " noise , pruned"}).perturbation.kinds
+    assert kinds == ("noise", "pruned")
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(Exception, match="frozen"):
+        EmbedSettings.of({}).lambda1 = 3.0  # type: ignore[misc]
+    with pytest.raises(Exception, match="frozen"):
+        EmbedSettings.of({}).phase1.batch = 3  # type: ignore[misc]
+
+
+def test_dump_is_read_again() -> None:
+    settings = EmbedSettings.of(
+        {"lambda1": 0.5, "json": True, "owner": "/o", "perturbation.kinds": "noise,fine_tuned"}
+    ).with_defaults()
+    assert EmbedSettings.of(json.loads(dump(settings))) == settings
+
+
+def test_updated_replaces_settings_of_groups() -> None:
+    settings = EmbedSettings.of({"phase1.batch": 5})
+    changed = settings.updated({"phase1.epochs": 2, "phase1.lr": 0.5, "seed": 7})
+    assert (changed.phase1.epochs, changed.phase1.lr, changed.phase1.batch, changed.seed) == (2, 0.5, 5, 7)
+    assert settings.phase1.epochs is None and settings.seed == 0
+
+
+def test_resumed_with_refuses_a_changed_result_and_takes_the_rest() -> None:
+    stored = EmbedSettings.of({"lambda1": 0.5, "phase2.steps": 7, "workers": 2}).with_defaults()
+    changes = EmbedSettings.of({"resume": "a", "workers": 4, "json": True, "phase2.steps": 7})
+    resumed = stored.resumed_with(changes, "a")
+    assert (resumed.workers, resumed.json_output, resumed.resume, resumed.lambda1) == (4, True, "a", 0.5)
+    for name, value in {"phase2.steps": 8, "lambda1": 0.6, "perturbation.per_step": 2}.items():
+        with pytest.raises(SettingsError, match=r"Run 'a' has the value .* start a new run") as caught:
+            stored.resumed_with(EmbedSettings.of({name: value}), "a")
+        assert caught.value.field == name.replace("_", "-")
+
+
+def test_resumable_settings_exist_and_exclude_the_results() -> None:
+    names = set(setting_names(EmbedSettings).values())
+    assert names >= EmbedSettings.resumable
+    results = {
+        *(
+            "task",
+            "model",
+            "lambda1",
+            "lambda2",
+            "seed",
+            "key_size",
+            "head",
+            "weights",
+            "name",
+            "insecure_test_key",
+        ),
+        *(name for name in names if "." in name),
+    }
+    assert not results & EmbedSettings.resumable
+
+
+def test_every_setting_has_a_description() -> None:
+    kinds: tuple[type[Settings], ...] = (EmbedSettings, VerifySettings)
+    for kind in kinds:
+        for name, field in setting_names(kind).items():
+            description = field_info(kind, field).description
+            assert description and len(description) > 5, name
+
+
+@pytest.mark.parametrize("value", ["ab" * 63, "ab" * 70, 0xABABAB])
+def test_of_secret_is_not_repeated_in_the_error(value: object) -> None:
+    with pytest.raises(SettingsError) as caught:
+        ServiceSettings.of({"signing_key": value})
+    assert str(caught.value).startswith("signing-key: ") and "got" not in str(caught.value)
+    assert "abab" not in str(caught.value) and str(0xABABAB) not in str(caught.value)
+    with pytest.raises(SettingsError, match="got '70000'"):
+        ServiceSettings.of({"port": 70_000, "signing_key": "ab" * 64})

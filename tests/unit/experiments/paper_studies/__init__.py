@@ -1,0 +1,1 @@
+"""Tests of mtlsign.experiments.paper_studies."""

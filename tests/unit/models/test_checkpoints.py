@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mtlsign.errors import ModelError
+from mtlsign.models import checkpoints
+from mtlsign.models.checkpoints import load_checkpoint
+from mtlsign.models.families.resnet import torchvision_name
+from mtlsign.models.tensor_names import map_names
+from tests.unit.models.network import is_equal, network, transformers_name
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    model = network()
+    for name, buffer in model.named_buffers():
+        buffer.fill_(3) if name.endswith("tracked") else buffer.uniform_(0.5, 1)
+    values: dict[str, Tensor] = model.state_dict()
+    return values
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "module._orig_mod.backbone.net."])
+@pytest.mark.parametrize("ending", ["safetensors", "pt", "pth", "bin"])
+def test_load_checkpoint_accepts_prefixes_and_endings(
+    tmp_path: Path, state: dict[str, Tensor], prefix: str, ending: str
+) -> None:
+    path = tmp_path / f"w.{ending}"
+    tensors = {prefix + name: value.clone() for name, value in state.items()}
+    save_file(tensors, path) if ending == "safetensors" else torch.save(tensors, path)
+    model = network()
+    load_checkpoint(path, model)
+    assert is_equal(model, state)
+
+
+@pytest.mark.parametrize("keys", [("state_dict",), ("model",), ("model_state",), ("model_state", "model")])
+def test_load_checkpoint_unwraps_nested_state_dicts(
+    tmp_path: Path, state: dict[str, Tensor], keys: tuple[str, ...]
+) -> None:
+    held: Any = dict(state)
+    for key in keys:
+        held = {key: held, "epoch": 7, "optimizer": {"state": {}}}
+    torch.save(held, tmp_path / "w.pt")
+    model = network()
+    load_checkpoint(tmp_path / "w.pt", model)
+    assert is_equal(model, state)
+
+
+def test_load_checkpoint_accepts_folder_and_missing_counters(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    tensors = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = network()
+    load_checkpoint(tmp_path, model)
+    assert torch.equal(model.conv1.weight, state["conv1.weight"])
+
+
+def test_load_checkpoint_converts_half_precision(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    save_file(
+        {k: v.half() if v.is_floating_point() else v for k, v in state.items()}, tmp_path / "w.safetensors"
+    )
+    model = network()
+    load_checkpoint(tmp_path / "w.safetensors", model)
+    assert model.conv1.weight.dtype == torch.float32
+    assert torch.equal(model.conv1.weight, state["conv1.weight"].half().float())
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_load_checkpoint_accepts_transformers_names(tmp_path: Path, arch: str) -> None:
+    state = network(arch).state_dict()
+    names = {name: transformers_name(name) for name in state}
+    assert all(torchvision_name(theirs) == ours for ours, theirs in names.items())
+    save_file({names[name]: value for name, value in state.items()}, tmp_path / "w.safetensors")
+    model = network(arch)
+    load_checkpoint(tmp_path / "w.safetensors", model)
+    assert is_equal(model, state)
+    wrapped = {f"module.{theirs}" for theirs in names.values()}
+    assert map_names(state, wrapped)["conv1.weight"] == "module.resnet.embedder.embedder.convolution.weight"
+
+
+class CodeExecutionProbe:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path("touched").touch, ())
+
+
+def test_load_checkpoint_of_unusable_file_raises_and_leaves_model_unchanged(
+    tmp_path: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = network()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def refused(text: str, path: Path) -> None:
+        with pytest.raises(ModelError, match=text):
+            load_checkpoint(path, model)
+        assert is_equal(model, before)
+
+    def saved(change: dict[str, Tensor], drop: str = "") -> Path:
+        tensors = {k: v for k, v in {**state, **change}.items() if k != drop}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "w.safetensors")
+        return tmp_path / "w.safetensors"
+
+    refused("does not exist", tmp_path / "none.pt")
+    torch.save({"model": CodeExecutionProbe()}, tmp_path / "code.pt")
+    refused("objects other than tensors", tmp_path / "code.pt")
+    torch.save(network(), tmp_path / "whole.pt")
+    refused("objects other than tensors", tmp_path / "whole.pt")
+    assert not (tmp_path / "touched").exists()
+    torch.save({"epoch": 1}, tmp_path / "empty.pt")
+    refused("no state_dict", tmp_path / "empty.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    refused("no state_dict", tmp_path / "list.pt")
+    for name in ("noise.pt", "noise.safetensors"):
+        (tmp_path / name).write_bytes(b"\x80\x02noise" * 100)
+        refused(name, tmp_path / name)
+    (tmp_path / "w.ckpt").write_bytes(b"")
+    refused("unknown ending", tmp_path / "w.ckpt")
+    refused("should be", saved({"conv1.weight": torch.ones(4, 3, 3, 3)}))
+    refused("NaN or infinity", saved({"bn1.bias": torch.full((4,), math.nan)}))
+    refused("Save it as float32", saved({"bn1.bias": torch.ones(4, dtype=torch.int8)}))
+    refused("1 of .* missing, such as layer4.1.bn2.bias", saved({}, drop="layer4.1.bn2.bias"))
+    refused("2 tensors that the model has not", saved({"a.weight": torch.ones(1), "b.weight": torch.ones(1)}))
+    monkeypatch.setattr(checkpoints, "MAX_BYTES", 10)
+    refused("Give the weights alone", saved({}))
+
+
+def test_load_checkpoint_of_deeper_network_raises_model_error(tmp_path: Path) -> None:
+    save_file(network("resnet34").state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(ModelError, match="has not, such as"):
+        load_checkpoint(tmp_path / "w.safetensors", network("resnet18"))
+
+
+def test_load_checkpoint_with_other_classes_keeps_head_if_allowed(tmp_path: Path) -> None:
+    state = network(classes=7).state_dict()
+    path = tmp_path / "w.safetensors"
+    save_file(state, path)
+    model = network(classes=10)
+    head = model.fc.weight.detach().clone()
+    with pytest.raises(ModelError, match=r"fc\.weight.*should be"):
+        load_checkpoint(path, model)
+    load_checkpoint(path, model, classes_may_differ=True)
+    assert torch.equal(model.conv1.weight, state["conv1.weight"]) and torch.equal(model.fc.weight, head)
+    renamed = {name.replace("fc.", "head."): value for name, value in state.items()}
+    save_file(renamed, path)
+    load_checkpoint(path, network(classes=10), classes_may_differ=True)
+    with pytest.raises(ModelError):
+        load_checkpoint(path, network(classes=7))

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from mtlsign.models.untrusted import select_tensors_untrusted
+
+
+def test_select_tensors_untrusted_reads_requested_tensors() -> None:
+    tensors = {
+        "net.a.weight": torch.ones(2, 2).bfloat16(),
+        "net.n.weight": torch.ones(2),
+        "net.evil": torch.ones(1),
+    }
+    mapped = select_tensors_untrusted(
+        {"a.weight": (2, 2)}, tensors, optional={"n.weight": (2,), "m.weight": (2,)}
+    )
+    assert mapped.problem is None
+    assert set(mapped.tensors) == {"a.weight", "n.weight"}
+    assert all(value.dtype == torch.float32 for value in mapped.tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (torch.full((2, 2), math.nan), "NaN"),
+        (torch.full((2, 2), 1e300, dtype=torch.float64), "infinity"),
+        (torch.ones(2, 2, dtype=torch.int8), "int8"),
+        (torch.ones(2, 2, dtype=torch.complex64), "complex64"),
+        (torch.ones(3, 2), "should be"),
+        (torch.ones(1).expand(10**12), "should be"),
+        (torch.ones(2, 2).to_sparse(), "plain tensor"),
+        (torch.ones(2, 2, device="meta"), "plain tensor"),
+        ("text", "plain tensor"),
+        (None, "plain tensor"),
+    ],
+)
+def test_select_tensors_untrusted_of_invalid_tensor_gives_reason(value: Any, text: str) -> None:
+    mapped = select_tensors_untrusted({"a.weight": (2, 2)}, {"a.weight": value})
+    assert not mapped.tensors and mapped.problem is not None and text in mapped.problem
+
+
+def test_select_tensors_untrusted_of_invalid_names_gives_reason() -> None:
+    for names in ([], ["x." * 10_000 + "a.weight"], ["p.a.weight", "q.a.weight"]):
+        mapped = select_tensors_untrusted({"a.weight": (1,)}, {name: torch.ones(1) for name in names})
+        assert not mapped.tensors and mapped.problem
+    odd: Any = {7: torch.ones(1), None: torch.ones(1)}
+    assert select_tensors_untrusted({"a.weight": (1,)}, odd).problem
+    broken: Any = 5
+    assert "TypeError" in (select_tensors_untrusted({"a.weight": (1,)}, broken).problem or "")
+
+
+def test_select_tensors_untrusted_rejects_decoys_without_prefix() -> None:
+    real, decoy = torch.ones(4, 1, 3, 3), torch.zeros(4, 1, 3, 3)
+    wanted = {"conv1.weight": (4, 1, 3, 3)}
+    mapped = select_tensors_untrusted(wanted, {"net.conv1.weight": real, "conv1.weight": decoy})
+    assert mapped.problem is not None and "several prefixes" in mapped.problem
+    assert select_tensors_untrusted(wanted, {"net.conv1.weight": real}).problem is None

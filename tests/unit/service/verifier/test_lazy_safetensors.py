@@ -1,0 +1,49 @@
+"""Untrusted safetensors files: every invalid header is refused before a tensor is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtlsign.service.problems import Problem
+from mtlsign.service.verifier.lazy_safetensors import LazySafetensors, validate_header
+from tests.unit.service.fixtures import limit_memory_and_time
+from tests.unit.service.invalid_models import INVALID_FILES, VALID_FILE
+
+
+@pytest.mark.parametrize("name", INVALID_FILES)
+def test_lazy_safetensors_with_invalid_file_is_refused_within_memory_limit(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(INVALID_FILES[name])
+    with limit_memory_and_time(), pytest.raises(Problem) as caught:
+        LazySafetensors(path, "d")
+    assert caught.value.kind == "not-a-model"
+
+
+def test_lazy_safetensors_with_valid_file_reads_each_tensor_once(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(VALID_FILE)
+    model = LazySafetensors(path, "d")
+    assert set(model) == {"a", "b"} and len(model) == 2 and model.cached_bytes == 0
+    assert model["a"].tolist() == [0, 1, 2, 3] and model["a"] is model["a"] and model.loads == 1
+    assert model.cached_bytes == 16
+
+
+@settings(max_examples=150)
+@given(st.binary(max_size=8), st.integers(0, len(VALID_FILE) - 1), st.integers(0, 8))
+def test_lazy_safetensors_with_damaged_file_is_refused_or_consistent(
+    tmp_path_factory: Any, patch: bytes, at: int, cut: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+    path.write_bytes(VALID_FILE[:at] + patch + VALID_FILE[at + cut :])
+    try:
+        model = LazySafetensors(path, "d")
+    except Problem as problem:
+        assert problem.kind == "not-a-model"
+        return
+    for name, entry in validate_header(path, max_tensors=100).items():
+        assert tuple(model[name].shape) == entry.shape

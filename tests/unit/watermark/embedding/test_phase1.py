@@ -1,0 +1,37 @@
+"""Tests of phase 1."""
+
+from __future__ import annotations
+
+import torch
+
+from mtlsign.models import loading
+from mtlsign.tasks import Task
+from mtlsign.watermark.embedding import phase1
+from mtlsign.watermark.embedding.run_folder import load_state
+from tests.unit.watermark.embedding.phase_helpers import (
+    Maker,
+    ProgressRecorder,
+    Settings,
+    assert_equal,
+    without_seconds,
+)
+
+
+def test_train_clean_model_resumes_bit_for_bit(
+    tiny_task: Task, tiny_settings: Settings, tiny_model: Maker
+) -> None:
+    s = tiny_settings(**{"phase1.epochs": 3, "phase1.lr": 0.02})
+    recorder, model = ProgressRecorder(), tiny_model()
+    start = loading.cpu_state(model)
+    rows = phase1.train_clean_model(model, tiny_task, s, recorder)
+    assert [row["epoch"] for row in rows] == [1, 2, 3] and len(recorder.checkpoints) == 3
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    final = loading.cpu_state(model)
+    assert any(not torch.equal(start[n], final[n]) for n in start if n.endswith("running_mean"))
+    for at in range(3):
+        again = tiny_model(seed=5)
+        rows_again = phase1.train_clean_model(
+            again, tiny_task, s, ProgressRecorder(load_state(recorder.checkpoints[at]))
+        )
+        assert_equal(loading.cpu_state(again), final)
+        assert without_seconds(rows_again) == without_seconds(rows)

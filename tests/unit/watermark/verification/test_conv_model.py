@@ -1,0 +1,167 @@
+"""Tests of the verifier model: it reads kernels and the sign of γ, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mtlsign.errors import ArtifactError, ModelError
+from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
+from mtlsign.watermark.verification.conv_model import ConvVerifierModel
+from mtlsign.watermark.verification.features import Features
+from mtlsign.watermark.verification.reference import Reference, make_reference
+
+Maker = Callable[..., nn.Module]
+
+
+IMAGES = torch.randn(16, 1, 24, 24, generator=torch.Generator().manual_seed(5)).sign()
+
+
+def verifier_model_of(
+    base_weights: nn.Module, template_model: nn.Module, taps: tuple[str, ...] = ("layer1",)
+) -> ConvVerifierModel:
+    return ConvVerifierModel(template_model, taps, make_reference(base_weights, taps, IMAGES[:2]), IMAGES[:2])
+
+
+@torch.no_grad()
+def features(verifier_model: ConvVerifierModel, tensors: dict[str, Tensor]) -> Tensor:
+    return verifier_model.features(
+        verifier_model.canonicalize(verifier_model.select_weights(tensors)), IMAGES
+    ).standardised
+
+
+def test_features_do_not_depend_on_template_values(tiny_model: Maker) -> None:
+    base_weights, state = tiny_model(0), tiny_model(3).state_dict()
+    one, two = (
+        verifier_model_of(base_weights, tiny_model(1)),
+        verifier_model_of(base_weights, tiny_model(2).train()),
+    )
+    assert torch.equal(features(one, state), features(two, state))
+    assert set(one.weight_shapes) == {
+        "conv1.weight",
+        *(f"layer1.{b}.conv{c}.weight" for b in (0, 1) for c in (1, 2)),
+    }
+
+
+def test_features_depend_on_kernels_and_bn_signs_only(tiny_model: Maker) -> None:
+    verifier_model, state = verifier_model_of(tiny_model(0), tiny_model(1)), tiny_model(3).state_dict()
+    expected = features(verifier_model, state)
+    nonsense = {
+        name: t
+        if "conv" in name
+        else t.sign() * 7 + (t == 0)
+        if name.endswith("weight")
+        else torch.full_like(t, 9)
+        for name, t in state.items()
+    }
+    torch.testing.assert_close(features(verifier_model, nonsense), expected)
+    torch.testing.assert_close(
+        features(
+            verifier_model,
+            {n: state[n] for n in (*verifier_model.weight_shapes, *verifier_model.optional_shapes)},
+        ),
+        expected,
+    )
+    flipped = dict(state) | {"bn1.weight": -state["bn1.weight"]}
+    assert (features(verifier_model, flipped) - expected).abs().max() > 0.1
+
+
+def test_tap_outputs_of_w0_equal_w0_with_batch_statistics(tiny_model: Maker) -> None:
+    """BatchNorm in training mode on W0 itself gives the tap outputs of the verifier model for W0."""
+    base_weights = tiny_model(0)
+    verifier_model, state = verifier_model_of(base_weights, tiny_model(1)), base_weights.state_dict()
+    with torch.no_grad():
+        output = verifier_model.tap_outputs(
+            verifier_model.canonicalize(verifier_model.select_weights(state)), IMAGES
+        )[0]
+        base_weights.train()
+        x = base_weights.layer1(
+            base_weights.maxpool(base_weights.relu(base_weights.bn1(base_weights.conv1(IMAGES))))
+        )
+    # ε is relative to the variance, and unit rows change the variance
+    torch.testing.assert_close(output, x, rtol=1e-2, atol=1e-2)
+
+
+def test_features_leave_template_and_suspect_unchanged(tiny_model: Maker) -> None:
+    template_model = tiny_model(1)
+    verifier_model = verifier_model_of(tiny_model(0), template_model)
+    before = {name: t.clone() for name, t in template_model.state_dict().items()}
+    suspect = tiny_model(3).state_dict()
+    suspect_before = {name: t.clone() for name, t in suspect.items()}
+    first = features(verifier_model, suspect)
+    assert torch.equal(features(verifier_model, suspect), first)
+    assert all(torch.equal(before[name], t) for name, t in template_model.state_dict().items())
+    assert all(torch.equal(suspect_before[name], t) for name, t in suspect.items())
+
+
+def test_features_ignore_conv_biases_and_take_other_vectors_from_reference() -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3, stride=3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, groups=4), nn.GroupNorm(2, 4)
+        )
+
+    torch.manual_seed(0)
+    base_weights, suspect = net(), net()
+    verifier_model = verifier_model_of(base_weights, net(), ("3",))
+    state = dict(suspect.state_dict())
+    expected = features(verifier_model, state)
+    for name in ("0.bias", "2.bias", "3.weight", "3.bias"):
+        state[name] = torch.full_like(state[name], 5.0)
+    assert torch.equal(features(verifier_model, state), expected)
+    assert verifier_model.other_weights == ["2.weight"] and set(verifier_model.weight_shapes) == {
+        "0.weight",
+        "2.weight",
+    }
+    state["2.weight"] = state["2.weight"] + 1
+    assert not torch.equal(features(verifier_model, state), expected)
+
+
+def test_features_gradient_reaches_every_tapped_kernel(tiny_model: Maker) -> None:
+    verifier_model, suspect = verifier_model_of(tiny_model(0), tiny_model(1)), tiny_model(2)
+    parameters = dict(suspect.named_parameters())
+    canonical = verifier_model.canonicalize(
+        verifier_model.select_weights(parameters), differentiable_rounds=2
+    )
+    verifier_model.features(canonical, IMAGES).standardised.square()[:, ::3].mul(
+        torch.rand(16, 96)
+    ).sum().backward()
+    reached = {name for name, p in parameters.items() if p.grad is not None and p.grad.any()}
+    assert reached == set(verifier_model.weight_shapes)
+
+
+def test_features_pooled_are_channel_means(tiny_model: Maker) -> None:
+    taps = ("layer1", "layer2")
+    verifier_model, state = verifier_model_of(tiny_model(0), tiny_model(1), taps), tiny_model(2).state_dict()
+    with torch.no_grad():
+        canonical = verifier_model.canonicalize(verifier_model.select_weights(state))
+        one, two = verifier_model.tap_outputs(canonical, IMAGES)
+        pooled = verifier_model.features(canonical, IMAGES, pooled=True).standardised
+        flat = verifier_model.features(canonical, IMAGES).standardised
+    assert pooled.shape == (16, 24) and flat.shape == (16, one[0].numel() + two[0].numel())
+    expected = Features.from_taps(torch.cat([one.mean((2, 3)), two.mean((2, 3))], 1)).standardised
+    torch.testing.assert_close(pooled, expected)
+
+
+def test_conv_verifier_model_with_unfitting_reference_raises(tiny_model: Maker) -> None:
+    reference = make_reference(tiny_model(0), ["layer1"], IMAGES[:2])
+    for name, value in {
+        "conv1/gamma": torch.ones(9), "conv1/columns": torch.ones(1, 1), "layer1.0.conv1/eps": None,
+    }.items():  # fmt: skip
+        tensors = {n: t for n, t in reference.tensors.items() if n != name}
+        tensors |= {} if value is None else {name: value}
+        data = serialize_safetensors(tensors)
+        if name == "conv1/columns":
+            ConvVerifierModel(
+                tiny_model(1), ["layer1"], Reference(data, tensors), IMAGES[:2]
+            )  # the shape [1, 1] fits here
+            tensors[name] = torch.ones(2, 1)
+        with pytest.raises(ArtifactError, match=name):
+            ConvVerifierModel(tiny_model(1), ["layer1"], Reference(data, tensors), IMAGES[:2])
+    with pytest.raises(ModelError, match="layer9"):
+        ConvVerifierModel(tiny_model(1), ["layer9"], reference, IMAGES[:2])
+    whole = parse_safetensors(reference.raw_bytes) | {"conv1/beta": torch.ones(8, dtype=torch.int64)}
+    with pytest.raises(ArtifactError, match="conv1/beta"):
+        ConvVerifierModel(tiny_model(1), ["layer1"], Reference(b"", whole), IMAGES[:2])

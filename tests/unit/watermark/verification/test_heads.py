@@ -1,0 +1,73 @@
+"""Tests of heads: derived from the key, or trained and stored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mtlsign.errors import ArtifactError, MTLSignError
+from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
+from mtlsign.watermark.keys.opening import head_signs
+from mtlsign.watermark.verification.features import Features
+from mtlsign.watermark.verification.heads import KeyDerivedHead, TrainedHead
+
+KEY = bytes(range(32))
+
+
+FEATURES = Features.from_taps(torch.randn(10, 12, generator=torch.Generator().manual_seed(0)))
+
+
+def test_key_derived_head_scores_equal_formula() -> None:
+    p = torch.from_numpy(head_signs(KEY, 12)).float() / 12**0.5
+    torch.testing.assert_close(KeyDerivedHead(KEY, 12)(FEATURES), FEATURES.standardised @ p)
+    other = KeyDerivedHead(bytes(32), 12)(FEATURES)
+    assert not torch.allclose(other, KeyDerivedHead(KEY, 12)(FEATURES), atol=0.01)
+
+
+def test_key_derived_head_has_no_parameters_and_no_bytes() -> None:
+    head = KeyDerivedHead(KEY, 12)
+    assert head.parameters() == [] and head.to_bytes() is None and head.pooled is False
+
+
+def test_key_derived_head_ignores_constant_coordinates() -> None:
+    flat = torch.randn(10, 12)
+    flat[:, 3] = 7.0
+    without = flat.clone()
+    without[:, 3] = 100.0
+    head = KeyDerivedHead(KEY, 12)
+    assert torch.equal(head(Features.from_taps(flat)), head(Features.from_taps(without)))
+
+
+def test_trained_head_is_two_layer_perceptron_and_round_trips() -> None:
+    head = TrainedHead(12, 5, pooled=True, seed=3)
+    w1, b1, w2, b2 = head.parameters()
+    with torch.no_grad():
+        b1.uniform_(-1, 1)
+        b2.fill_(0.25)
+    expected = torch.relu(FEATURES.standardised @ w1.T + b1) @ w2 + b2
+    torch.testing.assert_close(head(FEATURES), expected)
+    again = TrainedHead.from_bytes(head.to_bytes(), 12, 5, pooled=True)
+    assert torch.equal(again(FEATURES), head(FEATURES)) and again.pooled
+    assert {name: t.shape for name, t in parse_safetensors(head.to_bytes()).items()} == {
+        "w1": (5, 12), "b1": (5,), "w2": (5,), "b2": (),
+    }  # fmt: skip
+    assert torch.equal(
+        TrainedHead(12, 5, pooled=False, seed=3)(FEATURES), TrainedHead(12, 5, pooled=False, seed=3)(FEATURES)
+    )
+    assert not torch.equal(
+        TrainedHead(12, 5, pooled=False, seed=4)(FEATURES), TrainedHead(12, 5, pooled=False, seed=3)(FEATURES)
+    )
+
+
+def test_trained_head_from_unfitting_bytes_raises() -> None:
+    head = TrainedHead(12, 5, pooled=False)
+    good = parse_safetensors(head.to_bytes())
+    for bad in (
+        {n: t for n, t in good.items() if n != "b2"},
+        good | {"w1": torch.zeros(5, 11)},
+        good | {"w2": torch.full((5,), float("inf"))},
+    ):
+        with pytest.raises(ArtifactError, match="head: Tensor"):
+            TrainedHead.from_bytes(serialize_safetensors(bad), 12, 5, pooled=False)
+    with pytest.raises(MTLSignError):
+        TrainedHead.from_bytes(b"\x80\x04.", 12, 5, pooled=False)

@@ -1,0 +1,108 @@
+"""Tests of the reference: canonical-form values of W0, a small sketch, and hashed bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from mtlsign.errors import ArtifactError
+from mtlsign.storage.safetensors_io import serialize_safetensors
+from mtlsign.watermark.verification.alignment import apply_bn_sign, column_norms
+from mtlsign.watermark.verification.reference import (
+    SKETCH_KEY,
+    Reference,
+    make_reference,
+    random_projection,
+)
+
+SAMPLE = torch.zeros(2, 1, 24, 24)
+
+
+def test_make_reference_holds_values_of_each_tapped_convolution(tiny_model: Callable[..., nn.Module]) -> None:
+    model = tiny_model()
+    state = model.state_dict()
+    reference = make_reference(model, ["layer1"], SAMPLE)
+    convs = ["conv1", *(f"layer1.{b}.conv{c}" for b in (0, 1) for c in (1, 2))]
+    parts = ("gamma", "beta", "eps", "columns", "sketch")
+    assert set(reference.tensors) == {f"{conv}/{part}" for conv in convs for part in parts}
+    gamma, kernel = state["layer1.0.bn2.weight"], state["layer1.0.conv2.weight"]
+    values = {part: reference.tensors[f"layer1.0.conv2/{part}"] for part in parts}
+    assert (gamma < 0).any() and torch.equal(values["gamma"], gamma.abs())
+    assert torch.equal(values["beta"], state["layer1.0.bn2.bias"]) and float(values["eps"]) == 1e-5
+    assert torch.equal(values["columns"], column_norms(kernel)) and values["columns"].dtype == torch.float64
+    assert torch.equal(values["sketch"], random_projection(apply_bn_sign(kernel, gamma))) and values[
+        "sketch"
+    ].shape == (8, 18)
+    assert not torch.equal(values["sketch"], random_projection(kernel))
+    assert reference.digest == hashlib.sha256(reference.raw_bytes).hexdigest()
+
+
+def test_make_reference_ignores_mode_and_leaves_model_unchanged(tiny_model: Callable[..., nn.Module]) -> None:
+    model = tiny_model()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    one = make_reference(model, ["layer1"], SAMPLE)
+    two = make_reference(model.train(), ["layer1"], torch.ones(1, 1, 24, 24))
+    assert one.raw_bytes == two.raw_bytes and model.training
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_reference_digest_changes_with_every_change_of_w0(tiny_model: Callable[..., nn.Module]) -> None:
+    digests = {make_reference(tiny_model(), ["layer1"], SAMPLE).digest}
+    for name in ("conv1.weight", "layer1.1.conv2.weight", "bn1.bias", "layer1.0.bn1.weight"):
+        model = tiny_model()
+        with torch.no_grad():
+            model.get_parameter(name)[0] += 0.5
+        digests.add(make_reference(model, ["layer1"], SAMPLE).digest)
+    assert len(digests) == 5
+    late = tiny_model()
+    with torch.no_grad():
+        late.get_parameter("layer2.0.conv1.weight").zero_()
+    assert (
+        make_reference(late, ["layer1"], SAMPLE).digest in digests
+    )  # parameters after the taps are not stored
+
+
+def test_make_reference_of_networks_without_affine_or_batch_norm() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, affine=False, eps=1e-3), nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4)
+    )
+    tensors = make_reference(net, ["3"], SAMPLE).tensors
+    assert torch.equal(tensors["0/gamma"], torch.ones(4)) and not tensors["0/beta"].any()
+    assert float(tensors["0/eps"]) == 1e-3
+    assert {name for name in tensors if name.startswith("=")} == {"=2.bias", "=3.weight", "=3.bias"}
+
+
+def test_apply_bn_sign_reads_only_the_sign() -> None:
+    kernel = torch.ones(4, 2, 1, 1)
+    gamma = torch.tensor([-3.0, 0.0, -0.0, 2.0])
+    assert apply_bn_sign(kernel, gamma)[:, 0, 0, 0].tolist() == [-1, 1, 1, 1]
+    assert apply_bn_sign(kernel, None) is kernel
+
+
+def test_random_projection_is_small_and_linear_in_unit_rows() -> None:
+    kernel = torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    sketch = random_projection(kernel)
+    assert sketch.shape == (5, 6) and sketch.dtype == torch.float16
+    assert torch.equal(
+        random_projection(kernel * torch.tensor([1, 2, 0.25, 64, 1]).reshape(-1, 1, 1, 1)), sketch
+    )
+    assert random_projection(torch.randn(2, 64, 3, 3)).shape == (2, 32) and random_projection(
+        torch.randn(2, 3)
+    ).shape == (2, 1)
+    assert not random_projection(torch.zeros(2, 8)).any()
+    eye = random_projection(torch.eye(8))  # the matrix itself, over sqrt(2)
+    torch.testing.assert_close(eye.double().abs(), torch.full((8, 2), 0.5**0.5).double(), rtol=0, atol=1e-3)
+    assert hashlib.sha256(b"mtlsign/v0/sketch").digest() == SKETCH_KEY
+
+
+def test_reference_from_hostile_bytes_raises() -> None:
+    good = make_reference(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)), ["1"], SAMPLE)
+    assert Reference.from_bytes(good.raw_bytes).digest == good.digest
+    bad = dict(good.tensors) | {"0/beta": torch.full((4,), float("nan"))}
+    for data in (b"", b"\x80\x04.", good.raw_bytes[:-1], serialize_safetensors(bad)):
+        with pytest.raises(ArtifactError, match=r"reference: .*\. Use the reference of the same kit"):
+            Reference.from_bytes(data)
