@@ -119,5 +119,5 @@ def require_same_architecture(module: nn.Module, architecture: Mapping[str, obje
         name = next(n for n in (*expected, *actual) if expected.get(n) != actual.get(n))
         raise ModelError(
             f"The architecture differs from the module's, such as at {name!r}. Correct it, or omit it.",
-            field="graph",
+            field="architecture",
         )

@@ -191,7 +191,7 @@ def test_embed_of_other_architecture_or_unknown_option_raises(
     tiny_task: Task, tiny_graph: dict[str, object], owner: Identity
 ) -> None:
     before = Small()
-    with pytest.raises(ModelError, match="graph: The architecture differs"):
+    with pytest.raises(ModelError, match="architecture: The architecture differs"):
         mtlsign.embed(before, tiny_task, trained=True, identity=owner, architecture=tiny_graph, **FAST)
     with pytest.raises(ModelError, match="taps"):
         mtlsign.embed(Small(), tiny_task, trained=True, identity=owner, taps="stemm", **FAST)
