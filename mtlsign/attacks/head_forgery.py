@@ -39,7 +39,7 @@ def ambiguity_trained_head(
     key = scheme.generate_key(model, data, seed)
     unchanged = trainable_copy(model)
     features = key.features(unchanged)
-    head, labels = key.detector.head, key.labels.float()
+    head, labels = key.detector.feature_readout.head, key.labels.float()
 
     def loss_fn(step: int) -> Tensor:
         return watermark_loss(head(features), labels)

@@ -38,8 +38,10 @@ class Phase2Settings(SettingsGroup):
     """Embedding of the watermark, eq. (10) of the paper."""
 
     # fmt: off
-    steps: int | None = Field(None, ge=1, le=1_000_000, description="steps over the key set [800; digits 600]")
-    lr: float | None = Field(None, gt=0, le=10, description="peak learning rate (Adam, one-cycle) [0.002 at width 16, divided by the root of the width ratio]")
+    steps: int | None = Field(None, ge=1, le=1_000_000, description="optimiser steps [spread 400; otherwise 800, digits 600]")
+    lr: float | None = Field(None, gt=0, le=10, description="peak learning rate (Adam, one-cycle) [spread 0.0005, otherwise 0.002 at width 16, divided by the root of the width ratio]")
+    margin: float = Field(2.0, gt=0, le=1000, description="spread head: score that the loss demands, in standard deviations of an unmarked network's scores")
+    task_loss: float | None = Field(None, ge=0, le=1e6, description="weight of the primary loss with labels [spread 1, otherwise 0]")
     other_layers_lr_scale: float = Field(0.3, ge=0, le=100, description="learning rate of the layers after the taps, as a multiple of phase2.lr")
     distillation: float = Field(4.0, ge=0, le=1e6, description="weight of KL(W0 || W) on primary data")
     temperature: float = Field(2.0, gt=0, le=1000, description="temperature of the distillation")
@@ -51,13 +53,15 @@ class PerturbationSettings(SettingsGroup):
     """Perturbed copies of the network that R_DA requires to keep the watermark, eq. (9) of the paper."""
 
     # fmt: off
-    kinds: Annotated[tuple[PerturbationKind, ...], NoDecode] = Field(("noise", "pruned", "decorrelated", "spoiled"), description="kinds in the order of their turns: noise, pruned, fine_tuned, decorrelated, spoiled")
+    kinds: Annotated[tuple[PerturbationKind, ...] | None, NoDecode] = Field(None, description="kinds in the order of their turns: noise, pruned, fine_tuned, decorrelated, spoiled [spread fine_tuned; otherwise all but fine_tuned]")
     per_step: int = Field(1, ge=1, le=64, description="perturbed copies in each step")
     noise_sigma: float = Field(0.3, ge=0, le=10, description="noise: standard deviation in units of that of each tensor")
     max_prune_ratio: float = Field(0.85, ge=0, lt=1, description="pruned: largest ratio; ratios are drawn from 0.1 upwards")
-    inner_steps: int = Field(8, ge=1, le=10_000, description="fine_tuned, decorrelated, spoiled: steps of the inner attack")
-    refresh_steps: int = Field(8, ge=1, le=10_000, description="fine_tuned, decorrelated, spoiled: steps after which the inner attack restarts from the current network")
-    tuning_lr: float | None = Field(None, gt=0, le=100, description="fine_tuned: learning rate [that of phase 1]")
+    inner_steps: int | None = Field(None, ge=1, le=10_000, description="fine_tuned, decorrelated, spoiled: steps of the inner attack [spread 12, otherwise 8]")
+    refresh_steps: int | None = Field(None, ge=1, le=10_000, description="fine_tuned, decorrelated, spoiled: steps after which the inner attack restarts from the current network [spread 24, otherwise 8]")
+    tuning_optimizer: Literal["sgd", "adam"] | None = Field(None, description="fine_tuned: optimizer [spread adam, otherwise sgd]")
+    tuning_lr: float | None = Field(None, gt=0, le=100, description="fine_tuned: learning rate [adam 0.01, sgd that of phase 1]")
+    tuning_distillation: float | None = Field(None, ge=0, le=1e6, description="fine_tuned: weight of KL(W0 || W) besides the primary loss [spread 1, otherwise 0]")
     attack_lr: float = Field(0.03, gt=0, le=10, description="decorrelated, spoiled: learning rate of Adam in units of the standard deviation of each tensor")
     # fmt: on
 
@@ -65,6 +69,8 @@ class PerturbationSettings(SettingsGroup):
     @classmethod
     def _known_kinds(cls, value: Any) -> Any:
         """Accept comma-separated text and check every kind."""
+        if value is None:
+            return None
         texts = as_tuple(value)
         if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
             raise ValueError("give kinds separated by commas")
@@ -106,16 +112,19 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
     weights: str | None = Field(None, max_length=4096, description="trained checkpoint (.safetensors, .pt of tensors) or 'pretrained' (timm); skips phase 1")
     name: str | None = Field(None, min_length=1, max_length=128, description="name of the model in the spec")
     # key set, head, taps
-    key_size: int | None = Field(None, ge=128, le=4096, description="N, key samples = bits of the watermark [1024 keyed, 600 free]")
-    head: Literal["keyed", "free"] = Field("keyed", description="keyed: derived from the key; free: the paper's trained perceptron")
+    key_size: int | None = Field(None, ge=128, le=4096, description="N, key samples = bits of the watermark [1024; free 600]")
+    head: Literal["spread", "keyed", "free"] = Field("keyed", description="spread: responses of every layer, keyed: features on key images, both derived from the key; free: the paper's trained perceptron on these features")
+    readouts: Annotated[tuple[Literal["spread", "keyed"], ...], NoDecode] = Field((), max_length=3, description="further heads of the same key, whose bits are added")
+    layers: str | None = Field(None, max_length=8000, description="spread head: marked convolutions and linear layers, comma-separated [all before the taps]")
     hidden: int = Field(64, ge=1, le=1024, description="hidden units of the free head")
     features: Literal["flat", "pooled"] = Field("flat", description="input of the free head from each tap")
-    taps: str | None = Field(None, max_length=2000, description="module names, comma-separated [first stage; free: first three]")
+    taps: str | None = Field(None, max_length=2000, description="module names, comma-separated [keyed: first stage; free: first three; spread: last stage]")
     carrier_size: int | None = Field(None, ge=21, le=1024, description="side of the key images in pixels [that of the task, at most 64]")
     statistic: Literal["count", "weighted"] = Field("count", description="evidence from the number of matching bits, or weighted by their scores")
     # training
     phase1: Phase1Settings = Field(Phase1Settings.model_validate({}), description="training of the clean network")
-    lambda1: float = Field(0.001, ge=0, le=1e6, description="weight of R_func = sum |W-W0|^2, eq. (8)")
+    lambda1: float | None = Field(None, ge=0, le=1e6, description="weight of R_func, eq. (8) [responses 30, weights 0.001]")
+    r_func: Literal["weights", "responses"] | None = Field(None, description="R_func: sum |W-W0|^2 as in the paper, or the relative squared change of the marked layers' responses [spread responses, otherwise weights]")
     lambda2: float = Field(1.0, ge=0, le=1e6, description="weight of R_DA over the perturbed copies, eq. (9); 0 disables it at no cost")
     phase2: Phase2Settings = Field(Phase2Settings.model_validate({}), description="embedding of the watermark")
     perturbation: PerturbationSettings = Field(PerturbationSettings.model_validate({}), description="perturbed copies of R_DA")
@@ -129,6 +138,15 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
     insecure_test_key: bool = Field(False, description="derive the nonce from --seed: reproducible, worthless as evidence")
     # fmt: on
 
+    @field_validator("readouts", mode="before")
+    @classmethod
+    def _split_readouts(cls, value: Any) -> Any:
+        """Accept comma-separated text."""
+        texts = as_tuple(value)
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("give heads separated by commas")
+        return tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
+
     def with_defaults(self) -> Self:
         """Fill in the settings that depend on the task or head."""
         recipe = RECIPES.get(self.task.partition("@")[0], {})
@@ -137,23 +155,51 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
             "stem": "stock",
             "phase1.epochs": 10,
             "phase2.steps": 800,
-            "key_size": 1024 if self.head == "keyed" else 600,
+            "key_size": 600 if self.head == "free" else 1024,
             "name": f"{self.task}-{self.model}".replace(":", ".").replace("/", "-")[:128],
             **recipe,
+            **(SPREAD_DEFAULTS if self.head == "spread" else FEATURE_DEFAULTS),
         }
         width = self.width or defaults["width"]
-        defaults["phase1.lr"], defaults["phase2.lr"] = learning_rates(width)
-        defaults["perturbation.tuning_lr"] = self.phase1.lr or defaults["phase1.lr"]
+        defaults["phase1.lr"], defaults["phase2.lr"] = learning_rates(width, self.head)
+        optimizer = self.perturbation.tuning_optimizer or defaults["perturbation.tuning_optimizer"]
+        sgd_lr = self.phase1.lr or defaults["phase1.lr"]
+        defaults["perturbation.tuning_lr"] = 0.01 if optimizer == "adam" else sgd_lr
+        r_func = self.r_func or defaults["r_func"]
+        defaults["lambda1"] = 30.0 if r_func == "responses" else 0.001
         return self.updated({name: value for name, value in defaults.items() if self.value_of(name) is None})
 
 
-def learning_rates(width: int) -> tuple[float, float]:
+def learning_rates(width: int, head: str = "keyed") -> tuple[float, float]:
     """Return the default peak learning rates of phase 1 and phase 2 for a network's width.
 
     Wide networks diverge at the learning rates of narrow ones.
     """
     factor = math.sqrt(16 / width)
-    return round(0.1 * factor, 6), round(2e-3 * factor, 6)
+    phase2 = 5e-4 if head == "spread" else 2e-3
+    return round(0.1 * factor, 6), round(phase2 * factor, 6)
+
+
+#: Defaults that depend on the head.
+FEATURE_DEFAULTS: dict[str, Any] = {
+    "r_func": "weights",
+    "phase2.task_loss": 0.0,
+    "perturbation.kinds": ("noise", "pruned", "decorrelated", "spoiled"),
+    "perturbation.inner_steps": 8,
+    "perturbation.refresh_steps": 8,
+    "perturbation.tuning_optimizer": "sgd",
+    "perturbation.tuning_distillation": 0.0,
+}
+SPREAD_DEFAULTS: dict[str, Any] = {
+    "r_func": "responses",
+    "phase2.steps": 400,
+    "phase2.task_loss": 1.0,
+    "perturbation.kinds": ("fine_tuned",),
+    "perturbation.inner_steps": 12,
+    "perturbation.refresh_steps": 24,
+    "perturbation.tuning_optimizer": "adam",
+    "perturbation.tuning_distillation": 1.0,
+}
 
 
 #: Defaults of the built-in tasks.

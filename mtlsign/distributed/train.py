@@ -37,6 +37,7 @@ from mtlsign.errors import ClusterError, MTLSignError
 from mtlsign.models.input_spec import InputSpec
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.watermark.embedding import pipeline
+from mtlsign.watermark.embedding.commitment import needs_response_bases
 from mtlsign.watermark.embedding.pipeline import ProgressCallback
 from mtlsign.watermark.embedding.result import EmbeddingResult, Phase2Result, Rows, Tensors
 from mtlsign.watermark.embedding.run_folder import EmbeddingRun, load_state, state_bytes
@@ -110,6 +111,29 @@ class RayEmbeddingBackend:
 
         data, rows = self._fit("clean", phase, settings, run)
         return parse_safetensors(data), rows
+
+    def response_bases(
+        self, settings: EmbedSettings, base_weights: Tensors, architecture: Mapping[str, object]
+    ) -> dict[str, torch.Tensor] | None:
+        """Compute W0's response bases in a task on a node that holds the data.
+
+        Args:
+            settings: the settings of the job.
+            base_weights: W0.
+            architecture: the architecture of the model.
+        """
+        public = _without_identity(settings)
+        if cluster.is_single_machine():
+            return pipeline.run_response_bases(public, base_weights, architecture)
+        if not needs_response_bases(settings):
+            return None
+        secret = ray.put(serialize_safetensors(base_weights))
+
+        def compute() -> bytes:
+            weights = parse_safetensors(ray.get(secret))
+            return serialize_safetensors(pipeline.run_response_bases(public, weights, architecture) or {})
+
+        return parse_safetensors(cluster.run_on_each_node(compute, self._resources)[0])
 
     def embed_watermark(
         self,

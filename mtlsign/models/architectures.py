@@ -76,14 +76,18 @@ def build(architecture: Mapping[str, object], *, factories: Mapping[str, Factory
     return family.build(arch, options, factories or {})
 
 
-def default_taps(model: nn.Module, kind: Literal["keyed", "free"]) -> tuple[str, ...]:
+#: Kinds of heads.
+HeadKind = Literal["spread", "keyed", "free"]
+
+
+def default_taps(model: nn.Module, kind: HeadKind) -> tuple[str, ...]:
     """Return the names of the modules whose outputs carry the watermark by default.
 
-    A keyed head reads the first stage, a free head the first three (paper, section 4.1). Raises
-    `ModelError` for a model whose stages are unknown.
+    A keyed head reads the first stage, a free head the first three (paper, section 4.1). A spread head marks
+    everything before the end of the last stage. Raises `ModelError` for a model whose stages are unknown.
     """
     stages = next((stages for family in FAMILIES if (stages := family.stages(model))), ())
-    count = 1 if kind == "keyed" else 3
+    count = 3 if kind == "free" else 1
     if len(stages) < count:
         examples = ", ".join([name for name, _ in model.named_modules()][1:6])
         raise ModelError(
@@ -91,4 +95,4 @@ def default_taps(model: nn.Module, kind: Literal["keyed", "free"]) -> tuple[str,
             f"Name modules with --taps, such as {examples}.",
             field="taps",
         )
-    return tuple(stages[:count])
+    return (stages[-1],) if kind == "spread" else tuple(stages[:count])

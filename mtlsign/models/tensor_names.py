@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from mtlsign.errors import ModelError
 from mtlsign.models.families import translated_tensor_name
@@ -17,7 +17,12 @@ def is_counter(name: str) -> bool:
 
 
 def map_names(
-    names: Iterable[str], available: Iterable[str], *, optional: Iterable[str] = (), strict: bool = False
+    names: Iterable[str],
+    available: Iterable[str],
+    *,
+    optional: Iterable[str] = (),
+    strict: bool = False,
+    tolerated: Collection[str] = (),
 ) -> dict[str, str]:
     """Map each name of a model to its name in a file, under one common prefix that may be empty.
 
@@ -30,6 +35,7 @@ def map_names(
         optional: names that may be missing, besides batch norm counters.
         strict: treat the empty prefix like any other one. Verifiers do, because an attacker's file may hold
             decoys besides the real weights.
+        tolerated: names that may be missing if no prefix has them all. The prefix with most of them is taken.
 
     Returns:
         name of the model -> name in the file.
@@ -44,6 +50,7 @@ def map_names(
     for source in sources:
         translated.setdefault(translated_tensor_name(source) or source, source)
     nearest: tuple[int, list[str]] = (-1, required)
+    tables: list[Mapping[str, str]] = []
     for table in ({source: source for source in sources}, translated):
         prefixes = _prefixes(required, table)
         if len(prefixes) > 1 and (strict or "" not in prefixes):
@@ -56,12 +63,47 @@ def map_names(
             prefix = "" if "" in prefixes else next(iter(prefixes))
             return {name: table[prefix + name] for name in names if prefix + name in table}
         nearest = max(nearest, _nearest(required, table), key=lambda candidate: candidate[0])
+        tables.append(table)
+    partial = _partial_mapping(names, required, tables, tolerated)
+    if partial:
+        return partial
     shown = ", ".join(name[:80] for name in nearest[1][:3])
     raise ModelError(
         f"{len(nearest[1])} of {len(required)} tensors are missing, such as {shown}. Give a checkpoint of "
         "this architecture, or another --model.",
         field="checkpoint",
     )
+
+
+def _partial_mapping(
+    names: Sequence[str],
+    required: Sequence[str],
+    tables: Sequence[Mapping[str, str]],
+    tolerated: Collection[str],
+) -> dict[str, str]:
+    """Return the mapping under the prefix with most of the tolerated names; empty if there is no such prefix.
+
+    Raises:
+        ModelError: several prefixes have equally many, and their tensors differ.
+    """
+    if not tolerated:
+        return {}
+    strict = [name for name in required if name not in tolerated]
+    candidates: dict[tuple[str, ...], dict[str, str]] = {}
+    for table in tables:
+        prefixes = {p[: -len(n)] for n in required for p in table if p.endswith(n)}
+        for prefix in sorted(p for p in prefixes if not p or p.endswith(".")):
+            found = {name: table[prefix + name] for name in names if prefix + name in table}
+            if all(name in found for name in strict):
+                candidates[tuple(sorted(found.values()))] = found
+    most = max((sum(n in tolerated for n in found) for found in candidates.values()), default=0)
+    best = [found for found in candidates.values() if most and sum(n in tolerated for n in found) == most]
+    if len(best) > 1:
+        raise ModelError(
+            "Parts of the weights exist under several prefixes. Keep one of them in the file.",
+            field="checkpoint",
+        )
+    return best[0] if best else {}
 
 
 def _prefixes(required: Sequence[str], table: Mapping[str, str]) -> set[str]:

@@ -5,7 +5,7 @@ A suspect's file may be hostile. Problems are therefore returned as reasons inst
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +23,12 @@ class MappedTensors:
     Attributes:
         tensors: float32 on the CPU, by the verifier's name.
         problem: the reason why the tensors could not be selected; None if they were.
+        missing: tolerated tensors that are missing or damaged.
     """
 
     tensors: Mapping[str, Tensor]
     problem: str | None
+    missing: tuple[str, ...] = ()
 
 
 def select_tensors_untrusted(
@@ -34,6 +36,7 @@ def select_tensors_untrusted(
     tensors: Mapping[str, Tensor],
     *,
     optional: Mapping[str, Sequence[int]] | None = None,
+    tolerated: Collection[str] = (),
 ) -> MappedTensors:
     """Select only the requested tensors of a suspect model. Never raises.
 
@@ -44,21 +47,29 @@ def select_tensors_untrusted(
         shapes: required tensors, name -> shape.
         tensors: the suspect's tensors, of any origin.
         optional: tensors that may be missing, name -> shape.
+        tolerated: names of required tensors that may be missing or damaged as long as one remains.
     """
     expected = {**(optional or {}), **shapes}
     values: dict[str, Tensor] = {}
     try:
-        names = map_names(expected, tensors, optional=set(optional or {}) - set(shapes), strict=True)
+        names = map_names(
+            expected, tensors, optional=set(optional or {}) - set(shapes), strict=True, tolerated=tolerated
+        )
         for name, source in names.items():
             problem, value = _validated_tensor(tensors[source], tuple(expected[name]))
             if value is None:
+                if name in tolerated:
+                    continue
                 return MappedTensors({}, f"{source[:80]!r} {problem}")
             values[name] = value
     except ModelError as error:
         return MappedTensors({}, str(error))
     except Exception as error:  # a hostile object can raise anything
         return MappedTensors({}, f"the tensors cannot be read ({type(error).__name__})")
-    return MappedTensors(values, None)
+    missing = tuple(name for name in shapes if name in tolerated and name not in values)
+    if missing and len(missing) == len(shapes):
+        return MappedTensors({}, "none of the layers can be read")
+    return MappedTensors(values, None, missing)
 
 
 def _validated_tensor(tensor: Tensor, shape: tuple[int, ...]) -> tuple[str, Tensor | None]:

@@ -12,18 +12,19 @@ from torch import Tensor, nn
 
 from mtlsign.config.embed import EmbedSettings, learning_rates
 from mtlsign.errors import ModelError
-from mtlsign.models.architectures import default_taps
+from mtlsign.models.architectures import HeadKind, default_taps
 from mtlsign.models.families import custom
 from mtlsign.models.loading import cpu_state
 from mtlsign.schemes.base import Detection, SchemeResult, SchemeSettings
 from mtlsign.tasks import Task
-from mtlsign.watermark.embedding.commitment import commit_key
-from mtlsign.watermark.embedding.losses import watermark_loss
+from mtlsign.watermark.embedding.commitment import commit_key, measure_response_bases
+from mtlsign.watermark.embedding.losses import readout_loss
 from mtlsign.watermark.embedding.phase2 import embed_watermark, gradient_terms
 from mtlsign.watermark.embedding.worker import WorkerContext
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.verification.detector import WatermarkDetector, verify
 from mtlsign.watermark.verification.features import Features
+from mtlsign.watermark.verification.readouts import FeatureReadout
 
 _FACTORY = "attacked:model"
 
@@ -48,7 +49,7 @@ class MTLSignKey:
     @property
     def sample_count(self) -> int:
         """Number of key images."""
-        return self.detector.spec.n
+        return sum(r.spec.n for r in self.detector.readouts if isinstance(r, FeatureReadout))
 
     def with_labels(self, labels: Tensor) -> MTLSignKey:
         """Return the same key with other bits for `watermark_loss`."""
@@ -57,13 +58,13 @@ class MTLSignKey:
     def kernels(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the tapped kernels of a model, as the verifier selects them."""
         parameters = {n: p.to(self.detector.device) for n, p in model.named_parameters()}
-        return self.detector.model.select_weights(parameters)
+        return self.detector.select_weights(parameters)
 
     @torch.no_grad()
     def features(self, model: nn.Module) -> Features:
         """Return the features of a model on the key images."""
-        canonical = self.detector.model.canonicalize(self.kernels(model))
-        return self.detector.model.features(canonical, self.detector.images)
+        readout = self.detector.feature_readout
+        return readout.model.features(readout.read(self.kernels(model)), readout.inputs)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class MTLSignScheme:
     """Scheme of the paper.
 
     Attributes:
-        head: "keyed" or "free".
+        head: "spread", "keyed" or "free".
         key_size: bits of the watermark; None for the default of the head.
         hidden: hidden units of a free head.
         min_evidence_bits: evidence from which a detection is accepted.
@@ -80,7 +81,7 @@ class MTLSignScheme:
     name: ClassVar[str] = "mtlsign"
     access: ClassVar[Literal["white-box", "black-box"]] = "white-box"
 
-    head: Literal["keyed", "free"] = "keyed"
+    head: HeadKind = "keyed"
     key_size: int | None = None
     hidden: int = 64
     min_evidence_bits: float = 120.0
@@ -112,9 +113,11 @@ class MTLSignScheme:
             "classes": task.classes,
         }
         identity = Identity(hashlib.sha256(f"mtlsign adversary {seed}".encode()).digest(), bytes(32))
+        settings = self._embed_settings(seed=seed)
+        bases = measure_response_bases(copy.deepcopy(model), cpu_state(base), task, settings)
         opening, reference = commit_key(
-            copy.deepcopy(model).cpu(), cpu_state(base), architecture, task.input_spec,
-            self._embed_settings(seed=seed), identity,
+            copy.deepcopy(model).cpu(), cpu_state(base), architecture, task.input_spec, settings, identity,
+            bases=bases,
         )  # fmt: skip
         device = next(model.parameters()).device
         factories = {_FACTORY: lambda: copy.deepcopy(base).cpu()}
@@ -140,7 +143,7 @@ class MTLSignScheme:
         Raises:
             ModelError: training diverged.
         """
-        _, lr = learning_rates(_width(model))
+        _, lr = learning_rates(_width(model), self.head)
         embed_settings = self._embed_settings(
             seed=settings.seed,
             **{
@@ -171,7 +174,9 @@ class MTLSignScheme:
     def watermark_loss(self, model: nn.Module, key: MTLSignKey) -> Tensor:
         """Return l_WM of eq. (7) in the verifier model, on the model's device."""
         scores = key.detector.score_kernels(key.kernels(model), differentiable=True)
-        return watermark_loss(scores, key.labels.float()).to(next(model.parameters()).device)
+        margin = EmbedSettings.of({}).phase2.margin
+        loss = readout_loss(key.detector.readouts, scores, key.labels, margin)
+        return loss.to(next(model.parameters()).device)
 
     def _embed_settings(self, **options: Any) -> EmbedSettings:
         key_size = {} if self.key_size is None else {"key_size": self.key_size}

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from mtlsign.config.embed import EmbedSettings
+from mtlsign.config.embed import FEATURE_DEFAULTS
 from mtlsign.config.reproduce import ReproduceSettings
 from mtlsign.config.sweep import SweepSettings
 
 Row = dict[str, Any]
 
-DEFAULT_KINDS = ",".join(EmbedSettings.of({}).perturbation.kinds)
+DEFAULT_KINDS = ",".join(FEATURE_DEFAULTS["perturbation.kinds"])
 
 #: NP and FP of the paper prune neurons ("unnecessary", "dormant"), here channels. Weights are for comparison.
 PRUNING = {"channels": ("prune_channels", "fine_prune_channels"), "weights": ("prune", "fine_prune")}

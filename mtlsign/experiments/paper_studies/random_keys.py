@@ -15,7 +15,7 @@ from mtlsign.config.reproduce import ReproduceSettings
 from mtlsign.models.architectures import build
 from mtlsign.models.loading import architecture_from_settings, cpu_state
 from mtlsign.tasks import load_task
-from mtlsign.watermark.embedding.commitment import commit_key
+from mtlsign.watermark.embedding.commitment import commit_key, measure_response_bases
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.verification import evidence
 from mtlsign.watermark.verification.detector import WatermarkDetector, matching_bits
@@ -54,14 +54,15 @@ def random_key_accuracies(
     network.load_state_dict(dict(base_weights))
     tensors = cpu_state(network)
     owner = Identity(bytes(31) + b"\x01", bytes(32))
+    bases = measure_response_bases(build(architecture), tensors, task, embedding)
     opening, reference = commit_key(
-        build(architecture), tensors, architecture, task.input_spec, embedding, owner
+        build(architecture), tensors, architecture, task.input_spec, embedding, owner, bases=bases
     )
     detector = WatermarkDetector(opening, reference)
     measured = list(accuracies)
     for index in range(len(measured), settings.keys):
         control = detector.with_control_key(index)
-        scores, _ = control.score_state_dict(tensors)
+        scores = control.score_state_dict(tensors).scores
         assert scores is not None, "an unmarked network of the spec's architecture is always readable"
         measured.append(float(matching_bits(scores, control.labels).float().mean()))
         if len(measured) % _KEYS_PER_CHECKPOINT == 0:

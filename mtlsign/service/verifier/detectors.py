@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,15 +16,13 @@ from mtlsign.errors import MTLSignError
 from mtlsign.models import architectures
 from mtlsign.models.factories import Factory
 from mtlsign.models.taps import forward_to_taps
-from mtlsign.models.untrusted import select_tensors_untrusted
 from mtlsign.service.problems import Problem, problem_from_error
 from mtlsign.service.verifier.claim_bundle import OpenedClaim
-from mtlsign.service.verifier.lazy_safetensors import LazySafetensors
-from mtlsign.watermark.keys.spec import Spec
-from mtlsign.watermark.verification.detector import WatermarkDetector, watermark_dataset
-from mtlsign.watermark.verification.heads import KeyDerivedHead
-from mtlsign.watermark.verification.model import exact_fp32
+from mtlsign.service.verifier.lazy_safetensors import CachedReadings, LazySafetensors
+from mtlsign.watermark.keys.spec import ReadoutSpec, Spec
+from mtlsign.watermark.verification.detector import ScoreResult, WatermarkDetector, checked_scores
 from mtlsign.watermark.verification.reference import Reference
+from mtlsign.watermark.verification.response_bases import MAX_DIRECTIONS
 
 MAX_IMAGE_ELEMENTS = 2**26
 """Elements of the images of one key set: 256 MiB of float32."""
@@ -61,16 +58,18 @@ def check_compute_budget(
         Problem: `architecture-refused`.
     """
     carrier = spec.carrier
-    if spec.n * carrier.channels * carrier.height * carrier.width > MAX_IMAGE_ELEMENTS:
+    samples = max((r.n for r in spec.readouts if r.head.kind != "spread"), default=0)
+    if samples * carrier.channels * carrier.height * carrier.width > MAX_IMAGE_ELEMENTS:
         detail = f"The images of the key have over {MAX_IMAGE_ELEMENTS:,} elements. {_RUN_LOCALLY}"
         raise Problem("architecture-refused", detail)
     try:
-        gflop, largest = _measure(spec, factories)
+        measured = [_measure(spec, readout, factories) for readout in spec.readouts]
     except MTLSignError as error:
         raise Problem("architecture-refused", str(error)) from None
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         detail = f"The network cannot process the images of the key ({type(error).__name__})."
         raise Problem("architecture-refused", f"{detail} Check the spec.") from None
+    gflop, largest = sum(m[0] for m in measured), max(m[1] for m in measured)
     if largest > settings.max_activation_elements or gflop > settings.max_gflop:
         detail = (
             f"The claim takes {gflop:,.0f} GFLOP and a feature map of {largest:,} elements; "
@@ -80,8 +79,13 @@ def check_compute_budget(
     return gflop
 
 
-def _measure(spec: Spec, factories: Mapping[str, Factory] | None) -> tuple[float, int]:
-    """Return the operations (10^9) of a forward pass to the taps and the elements of its largest output."""
+def _measure(spec: Spec, readout: ReadoutSpec, factories: Mapping[str, Factory] | None) -> tuple[float, int]:
+    """Return the operations (10^9) of one read-out and the elements of its largest feature map.
+
+    A spread read-out passes two samples to find the layers, and multiplies each kernel with a basis of at
+    most `MAX_DIRECTIONS` columns.
+    """
+    spread = readout.head.kind == "spread"
     largest = 0
 
     def record_size(module: Any, args: Any, output: Any) -> None:
@@ -92,79 +96,68 @@ def _measure(spec: Spec, factories: Mapping[str, Factory] | None) -> tuple[float
     carrier = spec.carrier
     with torch.device("meta"):
         network = architectures.build(spec.graph, factories=factories).train()
-        images = torch.empty(spec.n, carrier.channels, carrier.height, carrier.width)
-    if sum(p.numel() for p in network.parameters()) > architectures.MAX_PARAMETERS:
+        images = torch.empty(2 if spread else readout.n, carrier.channels, carrier.height, carrier.width)
+    parameters = sum(p.numel() for p in network.parameters())
+    if parameters > architectures.MAX_PARAMETERS:
         detail = f"The network has over {architectures.MAX_PARAMETERS:,} parameters. {_RUN_LOCALLY}"
         raise Problem("architecture-refused", detail)
     handles = [module.register_forward_hook(record_size) for module in network.modules()]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        forward_to_taps(network, images, spec.taps)
+        forward_to_taps(network, images, readout.taps)
     for handle in handles:
         handle.remove()
-    return float(counter.get_total_flops()) / 1e9, largest
+    products = 2 * MAX_DIRECTIONS * parameters if spread else 0
+    return (float(counter.get_total_flops()) + products) / 1e9, largest
 
 
 class SharedDetector(WatermarkDetector):
     """Detector that shares everything independent of the key with other claims.
 
     Claims with one architecture and reference share the verifier model. The kernels of a suspect model are
-    brought into canonical form once for all of them.
+    read once for all of them.
     """
 
     def with_key(self, opened: OpenedClaim) -> SharedDetector:
-        """Return the detector of another key with the same verifier model. Only for key-derived heads."""
+        """Return the detector of another key with the same reference. Only for key-derived heads."""
         other = copy.copy(self)
-        other.key, other.spec = opened.key, opened.spec
-        images, bits = watermark_dataset(other.spec, other.key)
-        other.images, other.labels = images.to(self.device), bits.to(self.device)
-        other.head = KeyDerivedHead(other.key, self.d, self.device)
-        return other
+        other.spec = opened.spec
+        return other.with_raw_key(opened.key)
 
-    def without_key_images(self) -> SharedDetector:
-        """Return a copy without images and labels: all that `with_key` needs."""
+    def without_key_data(self) -> SharedDetector:
+        """Return a copy without everything that a key determines: all that `with_key` needs."""
         other = copy.copy(self)
-        other.images, other.labels = self.images[:0], self.labels[:0]
+        other.readouts = tuple(readout.without_key_data() for readout in self.readouts)
+        other.labels = self.labels[:0]
         return other
 
     @property
-    def image_bytes(self) -> int:
-        """Bytes of the images of the key."""
-        return self.images.numel() * self.images.element_size()
-
-    @cached_property
-    def d(self) -> int:
-        """Width of the features."""
-        return self._width()
+    def key_bytes(self) -> int:
+        """Bytes of all tensors that the key determines."""
+        return sum(readout.key_bytes for readout in self.readouts)
 
     @torch.no_grad()
-    def score_state_dict(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor | None, str | None]:
-        """Return the same bits as `WatermarkDetector.score_state_dict`.
+    def score_state_dict(self, tensors: Mapping[str, Tensor]) -> ScoreResult:
+        """Return the same scores as `WatermarkDetector.score_state_dict`.
 
-        A `LazySafetensors` caches its canonical kernels for the verifier model that was used last.
+        A `LazySafetensors` caches its readings for the models of the read-outs that were used last.
         """
         if not isinstance(tensors, LazySafetensors):
             return super().score_state_dict(tensors)
-        if tensors.canonical is None or tensors.canonical[0] is not self.model:
-            tensors.cache_canonical(self.model, *self._canonical(tensors))
-        assert tensors.canonical is not None
-        _, kernels, problem = tensors.canonical
-        if problem is not None:
-            return None, problem
-        with exact_fp32():
-            scores = self.head(self.model.features(kernels, self.images, pooled=self.pooled)).cpu()
-        if not torch.isfinite(scores).all():
-            return None, "its values overflow in float32"
-        return scores, None
+        models = tuple(readout.model for readout in self.readouts)
+        cached = tensors.readings
+        if cached is None or any(a is not b for a, b in zip(cached.models, models, strict=True)):
+            cached = self._read_suspect(tensors, models)
+            tensors.cache_readings(cached)
+        if cached.problem is not None:
+            return ScoreResult(None, cached.problem)
+        return checked_scores(self.score(cached.values).cpu(), cached.missing)
 
-    def _canonical(self, suspect: LazySafetensors) -> tuple[dict[str, Tensor], str | None]:
-        kernels = dict(self.model.weight_shapes)
-        mapped = select_tensors_untrusted(kernels, suspect, optional=self.model.optional_shapes)
-        if mapped.problem is not None:
-            return {}, mapped.problem
-        tensors = {name: tensor.to(self.device) for name, tensor in mapped.tensors.items()}
-        weights = self.model.select_weights(tensors)
-        with exact_fp32():
-            return self.model.canonicalize(weights), None
+    def _read_suspect(self, suspect: LazySafetensors, models: tuple[object, ...]) -> CachedReadings:
+        selected = self.select_untrusted(suspect)
+        if selected.problem is not None:
+            return CachedReadings(models, [], selected.problem)
+        tensors = {name: tensor.to(self.device) for name, tensor in selected.tensors.items()}
+        return CachedReadings(models, self.read(self.select_weights(tensors)), None, selected.missing)
 
 
 def detector_for_claim(

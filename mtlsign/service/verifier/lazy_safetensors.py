@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from mtlsign.config.service import MIB
 from mtlsign.errors import ModelError
@@ -52,6 +54,23 @@ def _raise_not_a_model(problem: str) -> NoReturn:
     raise Problem("not-a-model", f"{problem} Save the state_dict with safetensors.torch.save_file.")
 
 
+@dataclass(frozen=True)
+class CachedReadings:
+    """Everything that read-outs compute from a suspect without a key.
+
+    Attributes:
+        models: the models of the read-outs.
+        values: one reading for each of them; empty if there is a problem.
+        problem: reason why the suspect cannot be read, or None.
+        missing: kernels that are missing or damaged.
+    """
+
+    models: tuple[object, ...]
+    values: list[Any]
+    problem: str | None
+    missing: tuple[str, ...] = ()
+
+
 class LazySafetensors(Mapping[str, Tensor]):
     """Tensors of a checked file. Each is read at its first use and cached for further claims on the model.
 
@@ -70,8 +89,7 @@ class LazySafetensors(Mapping[str, Tensor]):
         self.digest = digest
         self.header = validate_header(path, max_tensors=max_tensors)
         self._tensors: dict[str, Tensor] = {}
-        #: (graph, kernels in its canonical form, problem), as the last detector computed them
-        self.canonical: tuple[object, dict[str, Tensor], str | None] | None = None
+        self.readings: CachedReadings | None = None
         self.loads = 0
         try:
             self._file = safe_open(os.fspath(path), framework="pt")
@@ -81,18 +99,13 @@ class LazySafetensors(Mapping[str, Tensor]):
     @property
     def cached_bytes(self) -> int:
         """Bytes of the tensors in memory."""
-        kernels = self.canonical[1] if self.canonical else {}
-        return sum(t.numel() * t.element_size() for t in (*self._tensors.values(), *kernels.values()))
+        readings = self.readings.values if self.readings else []
+        tensors = [t for t in tree_leaves(readings) if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in (*self._tensors.values(), *tensors))
 
-    def cache_canonical(self, graph: object, kernels: dict[str, Tensor], problem: str | None) -> None:
-        """Replace the tensors in memory by their canonical form.
-
-        Args:
-            graph: the verifier model that defines the canonical form.
-            kernels: canonical kernels by name; empty if there is a problem.
-            problem: reason why the model has no canonical form, or None.
-        """
-        self.canonical = graph, kernels, problem
+    def cache_readings(self, readings: CachedReadings) -> None:
+        """Replace the tensors in memory by what the read-outs of the last detector have read."""
+        self.readings = readings
         self._tensors.clear()
 
     def __getitem__(self, name: str) -> Tensor:

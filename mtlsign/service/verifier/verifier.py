@@ -164,8 +164,8 @@ class Verifier:
         )
         self._detectors: LruCache[tuple[str, str], SharedDetector] = LruCache(
             lambda detectors: (
-                sum(d.image_bytes for d in detectors) > DETECTOR_BYTES
-                or sum(d.spec.head.kind != "keyed" for d in detectors) > MAX_GRAPHS
+                sum(d.key_bytes for d in detectors) > DETECTOR_BYTES
+                or sum(d.spec.has_trained_head for d in detectors) > MAX_GRAPHS
             )
         )
         self._graphs: LruCache[tuple[Any, ...], SharedDetector] = LruCache(lambda g: len(g) > MAX_GRAPHS)
@@ -264,7 +264,7 @@ class Verifier:
         detector = self._detectors.get(name)
         if detector is None:
             spec = opened.spec
-            kind = (spec.graph_fields, spec.taps, spec.carrier, spec.n)
+            kind = (spec.graph_fields, spec.readouts, spec.carrier)
             if self._budgets.get(kind) is None:
                 self._budgets.put(kind, check_compute_budget(spec, self.settings, self.factories))
                 self._budgets.evict()
@@ -274,14 +274,14 @@ class Verifier:
         return detector
 
     def _build_detector(self, spec: Spec, opened: OpenedClaim) -> SharedDetector:
-        if spec.head.kind != "keyed":
+        if spec.has_trained_head:
             return detector_for_claim(opened, self.factories, device=self.device)
-        kind = (spec.graph_fields, spec.taps, spec.carrier, spec.reference)
+        kind = (spec.graph_fields, spec.readouts, spec.carrier, spec.reference)
         shared = self._graphs.get(kind)
         if shared is not None:
             return shared.with_key(opened)
         detector = detector_for_claim(opened, self.factories, device=self.device)
-        self._graphs.put(kind, detector.without_key_images())
+        self._graphs.put(kind, detector.without_key_data())
         self._graphs.evict()
         return detector
 

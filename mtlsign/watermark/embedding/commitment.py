@@ -7,20 +7,26 @@ import secrets
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import ModelError
 from mtlsign.models import architectures
+from mtlsign.models.architectures import HeadKind
 from mtlsign.models.factories import Factory
 from mtlsign.models.input_spec import InputSpec
 from mtlsign.models.loading import Tensors, cpu_state
+from mtlsign.tasks import Task
 from mtlsign.watermark import carriers
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.keys.opening import KeyOpening, sign_spec
 from mtlsign.watermark.keys.spec import make_spec
 from mtlsign.watermark.verification.detector import WatermarkDetector
 from mtlsign.watermark.verification.reference import Reference, make_reference
+from mtlsign.watermark.verification.response_bases import MOMENT_INPUTS, placeholder_bases, response_bases
+
+#: Largest number of elements of the inputs from which response bases are computed.
+MAX_MOMENT_ELEMENTS = 2**26
 
 
 def commit_key(
@@ -30,6 +36,8 @@ def commit_key(
     input_spec: InputSpec,
     settings: EmbedSettings,
     owner: Identity,
+    *,
+    bases: Mapping[str, Tensor] | None = None,
 ) -> tuple[KeyOpening, Reference]:
     """Make the reference of W0 and the spec, and sign the spec.
 
@@ -40,18 +48,21 @@ def commit_key(
         input_spec: inputs of the primary task; key images have this size up to 64 pixels.
         settings: complete settings.
         owner: the identity that signs.
+        bases: result of `measure_response_bases`; a spread head needs it.
 
     Raises:
         CarrierError, KeyMaterialError, ModelError: a setting does not fit the network or its inputs.
     """
     template_model.load_state_dict(base_weights)
-    taps = _tap_names(template_model, settings)
+    taps = _tap_names(template_model, settings.head, settings)
+    further = [(kind, architectures.default_taps(template_model, kind)) for kind in settings.readouts]
     n = settings.key_size or 1024
     key_inputs = carriers.key_input_spec(input_spec, settings.carrier_size)
     carrier = carriers.make(carriers.kind_for(input_spec), n, key_inputs)
     sample = torch.zeros(2, key_inputs.channels, key_inputs.height, key_inputs.width)
     try:
-        reference = make_reference(template_model, taps, sample)
+        all_taps = tuple(dict.fromkeys([*taps, *(tap for _, names in further for tap in names)]))
+        reference = make_reference(template_model, all_taps, sample, bases=bases)
     except RuntimeError as error:
         raise ModelError(
             f"The network cannot read {key_inputs.height}x{key_inputs.width} images "
@@ -59,7 +70,8 @@ def commit_key(
             field="carrier-size",
         ) from None
     spec = make_spec(
-        name=settings.name, nonce=_nonce(settings).hex(), n=n, readouts=1, carrier=carrier, taps=list(taps),
+        name=settings.name, nonce=_nonce(settings).hex(), n=n, carrier=carrier, taps=list(taps),
+        readouts=[{"head": {"kind": kind}, "taps": list(names), "n": n} for kind, names in further] or 1,
         head=_head_fields(settings), statistic=settings.statistic, normalise="key-batch",
         graph=dict(architecture), reference=reference.digest,
     )  # fmt: skip
@@ -84,16 +96,60 @@ def validate_before_training(
         CarrierError, KeyMaterialError, ModelError: a setting does not fit the network or its inputs.
     """
     template_model = architectures.build(architecture, factories=factories)
+    bases = None
+    if needs_response_bases(settings):
+        sample = torch.zeros(2, input_spec.channels, input_spec.height, input_spec.width)
+        bases = placeholder_bases(
+            template_model, _spread_taps(template_model, settings), sample, layers=_layer_names(settings)
+        )
     opening, reference = commit_key(
-        template_model, cpu_state(template_model), architecture, input_spec, settings, Identity.generate()
-    )
+        template_model, cpu_state(template_model), architecture, input_spec, settings, Identity.generate(),
+        bases=bases,
+    )  # fmt: skip
     WatermarkDetector(opening, reference, factories=factories)
 
 
-def _tap_names(model: nn.Module, settings: EmbedSettings) -> tuple[str, ...]:
+def needs_response_bases(settings: EmbedSettings) -> bool:
+    """Return whether the key has a spread head."""
+    return "spread" in (settings.head, *settings.readouts)
+
+
+def measure_response_bases(
+    model: nn.Module, base_weights: Tensors, task: Task, settings: EmbedSettings
+) -> dict[str, Tensor] | None:
+    """Compute the response bases of W0 from training inputs; None if no head needs them.
+
+    Args:
+        model: a network of the architecture on the task's device; it receives `base_weights`.
+        base_weights: state dict of W0.
+        task: the primary task. The first samples of its training split are used, without augmentation.
+        settings: complete settings.
+    """
+    if not needs_response_bases(settings):
+        return None
+    model.load_state_dict(base_weights)
+    elements = task.channels * task.height * task.width
+    count = min(MOMENT_INPUTS, task.size("train"), max(16, MAX_MOMENT_ELEMENTS // elements))
+    inputs = task.splits["train"].batch(torch.arange(count)).inputs
+    return response_bases(model, _spread_taps(model, settings), inputs, layers=_layer_names(settings))
+
+
+def _spread_taps(model: nn.Module, settings: EmbedSettings) -> tuple[str, ...]:
+    if settings.head == "spread":
+        return _tap_names(model, "spread", settings)
+    return architectures.default_taps(model, "spread")
+
+
+def _layer_names(settings: EmbedSettings) -> list[str] | None:
+    if settings.layers is None:
+        return None
+    return [name.strip() for name in settings.layers.split(",") if name.strip()]
+
+
+def _tap_names(model: nn.Module, kind: HeadKind, settings: EmbedSettings) -> tuple[str, ...]:
     if settings.taps:
         return tuple(name.strip() for name in settings.taps.split(",") if name.strip())
-    return architectures.default_taps(model, settings.head)
+    return architectures.default_taps(model, kind)
 
 
 def _nonce(settings: EmbedSettings) -> bytes:
@@ -103,6 +159,6 @@ def _nonce(settings: EmbedSettings) -> bytes:
 
 
 def _head_fields(settings: EmbedSettings) -> dict[str, object]:
-    if settings.head == "keyed":
-        return {"kind": "keyed"}
+    if settings.head != "free":
+        return {"kind": settings.head}
     return {"kind": "free", "hidden": settings.hidden, "features": settings.features}

@@ -7,7 +7,7 @@ computed at W + (W^t − W) and applied to W.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -56,31 +56,33 @@ class InnerLoop:
 class FineTuningLoop(InnerLoop):
     """Fine-tuning of the current W on D', as an attacker would do it.
 
-    Every refresh copies W, trains the copy for `steps` SGD steps in training mode, and stores the differences
+    Every refresh copies W, trains the copy for `steps` steps in training mode, and stores the differences
     after each step of the second half.
 
     Args:
         model: the network being marked; it is only read.
-        names: tapped kernels.
-        loss: the primary loss.
+        select_weights: (parameters by name) -> kernels as the verifier selects them.
+        loss: (copy, batch) -> loss of the attacker.
         batches: (refresh index) -> iterator of D' batches (x, y).
-        steps: SGD steps of each refresh.
+        steps: steps of each refresh.
         lr: learning rate.
+        adam: whether the optimiser is Adam instead of SGD with momentum 0.9.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        names: Sequence[str],
-        loss: Callable[[Tensor, Tensor], Tensor],
+        select_weights: Callable[[Kernels], dict[str, Tensor]],
+        loss: Callable[[nn.Module, Batch], Tensor],
         batches: Callable[[int], Iterator[Batch]],
         *,
         steps: int,
         lr: float,
+        adam: bool,
     ) -> None:
         super().__init__()
-        self._model, self._names, self._loss, self._batches = model, list(names), loss, batches
-        self._steps, self._lr = steps, lr
+        self._model, self._select, self._loss, self._batches = model, select_weights, loss, batches
+        self._steps, self._lr, self._adam = steps, lr, adam
 
     def refresh(self, index: int, kernels: Kernels) -> None:
         """Fine-tune a copy of the current W.
@@ -94,16 +96,25 @@ class FineTuningLoop(InnerLoop):
         tuned = copy.deepcopy(self._model).train()
         tuned.requires_grad_(True)
         parameters = dict(tuned.named_parameters())
-        optimizer = torch.optim.SGD(parameters.values(), lr=self._lr, momentum=0.9, foreach=False)
-        source = dict(self._model.named_parameters())
+        optimizer: torch.optim.Optimizer
+        if self._adam:
+            optimizer = torch.optim.Adam(parameters.values(), lr=self._lr, fused=True)
+        else:
+            optimizer = torch.optim.SGD(parameters.values(), lr=self._lr, momentum=0.9, foreach=False)
+        source = self._selected(dict(self._model.named_parameters()))
         deltas = []
-        for step, (x, y) in zip(range(self._steps), self._batches(index), strict=False):
+        for step, batch in zip(range(self._steps), self._batches(index), strict=False):
             optimizer.zero_grad(set_to_none=True)
-            self._loss(tuned(x), y).backward()
+            self._loss(tuned, batch).backward()
             optimizer.step()
             if _is_stored(step, self._steps):
-                deltas.append({n: (parameters[n].detach() - source[n].detach()) for n in self._names})
+                current = self._selected(parameters)
+                deltas.append({name: current[name] - source[name] for name in source})
         self.store(index, deltas)
+
+    def _selected(self, parameters: Kernels) -> dict[str, Tensor]:
+        """Return the kernels without a graph."""
+        return self._select({name: parameter.detach() for name, parameter in parameters.items()})
 
 
 class GradientAttackLoop(InnerLoop):

@@ -18,7 +18,7 @@ from mtlsign.models.memory_format import memory_format_for
 from mtlsign.tasks import Batch, Task
 from mtlsign.watermark.embedding.worker import WorkerContext
 
-Number = TypeVar("Number", int, float)
+Value = TypeVar("Value")
 _EVALUATION_BATCH = 500
 
 
@@ -140,7 +140,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("scale", 1.0)
 
 
-def require_set(value: Number | None) -> Number:
+def require_set(value: Value | None) -> Value:
     """Return a setting that `EmbedSettings.with_defaults` has filled in."""
     assert value is not None, "call settings.with_defaults() first"
     return value

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mtlsign.watermark.verification.readouts import Readout
+
 #: Tapped kernels by name.
 Kernels = Mapping[str, Tensor]
 
@@ -15,6 +17,43 @@ Kernels = Mapping[str, Tensor]
 def watermark_loss(scores: Tensor, labels: Tensor) -> Tensor:
     """Return l_WM of eq. (7): the mean cross-entropy of N scores (logits) and N bits, float32 [N] each."""
     return F.binary_cross_entropy_with_logits(scores, labels)
+
+
+def margin_loss(scores: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """Return the mean squared shortfall of signed scores from a margin; l_WM of a spread head.
+
+    Args:
+        scores: [N], in standard deviations of an unmarked network's scores.
+        labels: bits, [N] of 0 and 1.
+        margin: m; a bit whose signed score reaches m costs nothing.
+    """
+    signs = labels.to(scores.dtype) * 2 - 1
+    return F.relu(margin - signs * scores).square().mean()
+
+
+def readout_loss(readouts: Sequence[Readout], scores: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """Return the sum of the losses of all read-outs.
+
+    Args:
+        readouts: the detector's read-outs.
+        scores: joined scores [N].
+        labels: joined bits [N].
+        margin: see `margin_loss`.
+    """
+    sizes = [readout.spec.n for readout in readouts]
+    parts = zip(readouts, scores.split(sizes), labels.split(sizes), strict=True)
+    losses = [
+        margin_loss(part, bits, margin)
+        if readout.spec.head.kind == "spread"
+        else watermark_loss(part, bits.float())
+        for readout, part, bits in parts
+    ]
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+def relative_change(responses: Tensor, base_responses: Tensor) -> Tensor:
+    """Return ‖z − z0‖²/‖z0‖²: R_func (eq. 8) measured in the marked layers' responses, [D] each."""
+    return (responses - base_responses).square().sum() / base_responses.square().sum()
 
 
 def correlation_loss(a: Tensor, b: Tensor) -> Tensor:

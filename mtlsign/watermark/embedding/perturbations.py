@@ -17,13 +17,14 @@ from mtlsign.config.embed import EmbedSettings
 from mtlsign.tasks import Batch, Task
 from mtlsign.watermark import carriers
 from mtlsign.watermark.embedding.inner_loops import AttackLoss, FineTuningLoop, GradientAttackLoop
-from mtlsign.watermark.embedding.loop import require_set, seed_from, to_device
+from mtlsign.watermark.embedding.loop import mixed_precision, require_set, seed_from, to_device
 from mtlsign.watermark.embedding.losses import (
     Kernels,
     correlation_loss,
+    distillation_loss,
     noise_perturbation,
     pruning_perturbation,
-    watermark_loss,
+    readout_loss,
 )
 from mtlsign.watermark.keys.opening import watermark_integers
 from mtlsign.watermark.verification.detector import WatermarkDetector
@@ -40,6 +41,7 @@ class Perturbations:
 
     Args:
         model: the network being marked; it is only read.
+        teacher: W0, from which `fine_tuned` may distil.
         task: the primary task on the model's device.
         detector: the owner's detector.
         settings: complete settings.
@@ -47,30 +49,42 @@ class Perturbations:
     """
 
     def __init__(
-        self, model: nn.Module, task: Task, detector: WatermarkDetector, settings: EmbedSettings, window: int
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        task: Task,
+        detector: WatermarkDetector,
+        settings: EmbedSettings,
+        window: int,
     ) -> None:
         self._detector, self._settings, self._window = detector, settings, window
-        self._task = task
+        self._task, self._teacher = task, teacher
         self._pool: Tensor | None = None
         self._inner: dict[str, FineTuningLoop | GradientAttackLoop] = {}
         perturbation = settings.perturbation
-        if "fine_tuned" in perturbation.kinds:
+        kinds, inner_steps = require_set(perturbation.kinds), require_set(perturbation.inner_steps)
+        if not settings.lambda2:
+            kinds = ()
+        if "fine_tuned" in kinds:
             self._inner["fine_tuned"] = FineTuningLoop(
                 model,
-                list(detector.model.weight_shapes),
-                task.loss,
+                detector.select_weights,
+                self._tuning_loss,
                 self._inner_batches,
-                steps=perturbation.inner_steps,
+                steps=inner_steps,
                 lr=require_set(perturbation.tuning_lr),
+                adam=perturbation.tuning_optimizer == "adam",
             )
         for kind, objective in (
             ("decorrelated", self._decorrelation_loss),
             ("spoiled", self._spoiling_loss),
         ):
-            if kind in perturbation.kinds:
+            if kind in kinds:
                 self._inner[kind] = GradientAttackLoop(
-                    objective, steps=perturbation.inner_steps, lr=perturbation.attack_lr
+                    objective, steps=inner_steps, lr=perturbation.attack_lr
                 )
+        if "decorrelated" in kinds:
+            _ = detector.feature_readout  # raises for a key without one
 
     def sample(self, kind: str, kernels: Kernels, step: int, term: int) -> Kernels:
         """Return a perturbed copy.
@@ -96,7 +110,7 @@ class Perturbations:
         """Return a copy from an inner loop, which is refreshed when its interval or the window has passed."""
         inner = self._inner[kind]
         window_start, offset = step // self._window * self._window, step % self._window
-        index = window_start + offset // self._settings.perturbation.refresh_steps
+        index = window_start + offset // require_set(self._settings.perturbation.refresh_steps)
         if inner.last_refresh != index:
             inner.refresh(index, kernels)
         return inner.perturb(kernels, step)
@@ -107,7 +121,7 @@ class Perturbations:
 
     def _inner_batches(self, index: int) -> Iterator[Batch]:
         """Return the batches of D' for one refresh."""
-        settings, steps = self._settings, self._settings.perturbation.inner_steps
+        settings, steps = self._settings, require_set(self._settings.perturbation.inner_steps)
         size = min(settings.phase2.batch, len(self._task.splits["inner"]))
         batches = (
             self._task.batch_at("inner", size, index * steps + offset, seed=settings.seed, augment=True)
@@ -115,9 +129,22 @@ class Perturbations:
         )
         return to_device(self._detector.device, batches)
 
+    def _tuning_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the loss of an attacker who tunes on D': the primary loss, and distillation if it is set."""
+        settings, (x, y) = self._settings, batch
+        with mixed_precision(settings, self._detector.device):
+            outputs = model(x)
+            loss = self._task.loss(outputs, y)
+            if settings.perturbation.tuning_distillation:
+                with torch.no_grad():
+                    teacher_outputs = self._teacher(x)
+                kl = distillation_loss(outputs, teacher_outputs, settings.phase2.temperature)
+                loss = loss + settings.perturbation.tuning_distillation * kl
+        return loss
+
     def _decorrelation_loss(self, start: Kernels, index: int) -> AttackLoss:
         """Build the correlation per coordinate of features over public key inputs with those at the start."""
-        model, pool = self._detector.model, self._code_pool()
+        model, pool = self._detector.feature_readout.model, self._code_pool()
         canonical_start = model.canonicalize(start)
 
         def loss(kernels: Kernels, step: int) -> Tensor:
@@ -144,10 +171,11 @@ class Perturbations:
     def _spoiling_loss(self, start: Kernels, index: int) -> AttackLoss:
         """Build the watermark loss with random labels."""
         generator = self._generator("spoiled", index)
-        labels = torch.randint(2, (self._detector.spec.n,), generator=generator).float()
-        labels = labels.to(self._detector.device)
+        labels = torch.randint(2, (self._detector.spec.total_bits,), generator=generator).float()
+        labels, margin = labels.to(self._detector.device), self._settings.phase2.margin
 
         def loss(kernels: Kernels, step: int) -> Tensor:
-            return watermark_loss(self._detector.score_kernels(kernels, differentiable=True), labels)
+            scores = self._detector.score_kernels(kernels, differentiable=True)
+            return readout_loss(self._detector.readouts, scores, labels, margin)
 
         return loss

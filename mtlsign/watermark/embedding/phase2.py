@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtlsign.config.embed import EmbedSettings
-from mtlsign.errors import DivergedError
+from mtlsign.errors import DivergedError, SettingsError
 from mtlsign.models.memory_format import memory_format_for
 from mtlsign.tasks import Task
 from mtlsign.watermark.embedding.loop import (
@@ -38,7 +39,12 @@ from mtlsign.watermark.embedding.loop import (
     use_batch_statistics,
     with_strides_of,
 )
-from mtlsign.watermark.embedding.losses import add_r_func_gradient, distillation_loss, watermark_loss
+from mtlsign.watermark.embedding.losses import (
+    add_r_func_gradient,
+    distillation_loss,
+    readout_loss,
+    relative_change,
+)
 from mtlsign.watermark.embedding.perturbations import Perturbations
 from mtlsign.watermark.embedding.worker import State, WorkerContext
 from mtlsign.watermark.verification.detector import WatermarkDetector
@@ -78,7 +84,7 @@ def gradient_terms(step: int, settings: EmbedSettings) -> list[tuple[float, str]
     """Return the watermark gradients of one step as (weight, kind). Perturbation kinds take turns."""
     if not settings.lambda2:
         return [(1.0, "clean")]
-    count, kinds = settings.perturbation.per_step, settings.perturbation.kinds
+    count, kinds = settings.perturbation.per_step, require_set(settings.perturbation.kinds)
     chosen = [kinds[(step * count + index) % len(kinds)] for index in range(count)]
     return [(1.0, "clean"), *((settings.lambda2 / count, kind) for kind in chosen)]
 
@@ -106,14 +112,17 @@ class _Embedding:
         self._parameters = dict(model.named_parameters())
         self._trained = _freeze_batch_norm(model)
         self._base_parameters = [p for name, p in self._teacher.named_parameters() if name in self._trained]
-        self._head = detector.head.parameters()
+        self._head = detector.trained_parameters
         self._steps, self._peak = require_set(settings.phase2.steps), require_set(settings.phase2.lr)
         self._optimizer = self._make_optimizer()
         self._history: list[dict[str, Any]] = []
         checkpoint = worker.load_checkpoint()
         if checkpoint is not None:
             self._restore(checkpoint)
-        self._perturbations = Perturbations(model, self._task, detector, settings, CHECKPOINT_STEPS)
+        self._perturbations = Perturbations(
+            model, self._teacher, self._task, detector, settings, CHECKPOINT_STEPS
+        )
+        self._base_responses = self._read_base_responses()
         self._means = RunningMeans(_MEANS, worker.device)
         self._started = time.monotonic()
 
@@ -122,7 +131,7 @@ class _Embedding:
         watermarked_parameters: list[Tensor] = []
         other_parameters: list[Tensor] = []
         for name, parameter in self._trained.items():
-            in_taps = name in self._detector.model.weight_shapes
+            in_taps = name in self._detector.weight_shapes
             (watermarked_parameters if in_taps else other_parameters).append(parameter)
         scale = self._settings.phase2.other_layers_lr_scale
         groups = [
@@ -153,12 +162,11 @@ class _Embedding:
             set_lr(self._optimizer, one_cycle(step, self._steps, self._peak))
             self._optimizer.zero_grad(set_to_none=True)
             self._add_watermark_gradients(step)
-            if self._settings.phase2.distillation:
-                self._add_distillation_gradient(step)
+            if self._settings.phase2.distillation or self._settings.phase2.task_loss:
+                self._add_primary_gradient(step)
             self._sum_gradients_over_ranks()
-            deviation = add_r_func_gradient(
-                list(self._trained.values()), self._base_parameters, self._settings.lambda1
-            )
+            lambda1 = require_set(self._settings.lambda1) if self._settings.r_func == "weights" else 0.0
+            deviation = add_r_func_gradient(list(self._trained.values()), self._base_parameters, lambda1)
             self._optimizer.step()
             if step % _PROGRESS_STEPS == _PROGRESS_STEPS - 1:
                 self._worker.show_progress(self._row(step))
@@ -173,17 +181,42 @@ class _Embedding:
         for term, (weight, kind) in enumerate(gradient_terms(step, self._settings)):
             if term % self._worker.world_size != self._worker.rank:
                 continue
-            kernels = detector.model.select_weights(self._parameters)
+            kernels = detector.select_weights(self._parameters)
             copy_kernels = self._perturbations.sample(kind, kernels, step, term)
-            scores = detector.score_kernels(copy_kernels, differentiable=True)
-            loss = watermark_loss(scores, detector.labels.float())
-            (weight * loss).backward()
+            readings = detector.read(copy_kernels, differentiable=True)
+            scores = detector.score(readings)
+            loss = readout_loss(detector.readouts, scores, detector.labels, self._settings.phase2.margin)
+            total = weight * loss
+            if kind == "clean" and self._base_responses:
+                total = total + self._response_change(readings)
+            total.backward()
             prefix = "wm" if kind == "clean" else "snapshot"
             self._means.add(f"{prefix}_loss", loss)
             self._means.add(f"{prefix}_accuracy", ((scores > 0) == (detector.labels > 0)).float().mean())
 
-    def _add_distillation_gradient(self, step: int) -> None:
-        """Add the gradient of this rank's part of a primary batch."""
+    def _response_change(self, readings: Sequence[Any]) -> Tensor:
+        """Return λ1·R_func measured in responses."""
+        changes = [relative_change(readings[index], base) for index, base in self._base_responses.items()]
+        return require_set(self._settings.lambda1) * torch.stack(changes).mean()
+
+    @torch.no_grad()
+    def _read_base_responses(self) -> dict[int, Tensor]:
+        """Return W0's responses by the number of the read-out; none if R_func is measured in weights."""
+        if self._settings.r_func != "responses" or not self._settings.lambda1:
+            return {}
+        readouts = self._detector.readouts
+        kernels = self._detector.select_weights(dict(self._teacher.named_parameters()))
+        readings = self._detector.read(kernels, differentiable=True)
+        found = {i: readings[i] for i, readout in enumerate(readouts) if readout.spec.head.kind == "spread"}
+        if not found:
+            raise SettingsError(
+                "Only a spread head has responses. Choose r_func=weights or add --readouts spread.",
+                field="r_func",
+            )
+        return found
+
+    def _add_primary_gradient(self, step: int) -> None:
+        """Add the gradient of this rank's part of a primary batch: distillation and the primary loss."""
         settings, worker = self._settings.phase2, self._worker
         batch = self._task.batch_at(
             "train",
@@ -194,13 +227,19 @@ class _Embedding:
             world=worker.world_size,
             augment=True,
         )
-        x = batch.to(worker.device).inputs
+        x, y = batch.to(worker.device)
         with mixed_precision(self._settings, worker.device):
-            with torch.no_grad():
-                teacher_logits = self._teacher(x)
-            loss = distillation_loss(self._model(x), teacher_logits, settings.temperature)
-        (settings.distillation / worker.world_size * loss).backward()
-        self._means.add("distillation_loss", loss)
+            outputs = self._model(x)
+            total = torch.zeros((), device=worker.device)
+            if settings.distillation:
+                with torch.no_grad():
+                    teacher_logits = self._teacher(x)
+                loss = distillation_loss(outputs, teacher_logits, settings.temperature)
+                self._means.add("distillation_loss", loss)
+                total = settings.distillation * loss
+            if settings.task_loss:
+                total = total + settings.task_loss * self._task.loss(outputs, y)
+        (total / worker.world_size).backward()
 
     def _sum_gradients_over_ranks(self) -> None:
         """Add the gradients of all ranks; a parameter without a gradient gets zeros."""

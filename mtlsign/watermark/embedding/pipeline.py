@@ -29,7 +29,12 @@ from mtlsign.models.loading import (
     require_same_architecture,
 )
 from mtlsign.tasks import Task, from_loaders, load_task
-from mtlsign.watermark.embedding.commitment import commit_key, validate_before_training
+from mtlsign.watermark.embedding.commitment import (
+    commit_key,
+    measure_response_bases,
+    needs_response_bases,
+    validate_before_training,
+)
 from mtlsign.watermark.embedding.phase1 import train_clean_model
 from mtlsign.watermark.embedding.phase2 import embed_watermark
 from mtlsign.watermark.embedding.result import EmbeddingResult, Phase2Result, Rows, Tensors, build_result
@@ -95,7 +100,10 @@ def embed(
     template_model = copy.deepcopy(module).cpu()
     rows = [] if trained else train_clean_model(module, task, settings, worker)
     base_weights = cpu_state(module)
-    opening, reference = commit_key(template_model, base_weights, fields, task.input_spec, settings, owner)
+    bases = measure_response_bases(template_model, base_weights, task, settings)
+    opening, reference = commit_key(
+        template_model, base_weights, fields, task.input_spec, settings, owner, bases=bases
+    )
     path = custom.factory_path(str(fields["arch"]))
     factories = {} if path is None else {path: lambda: copy.deepcopy(template_model)}
     detector = WatermarkDetector(opening, reference, device=device, factories=factories)
@@ -122,6 +130,11 @@ class EmbeddingBackend(Protocol):
         Returns:
             W0 and the rows of metrics.
         """
+
+    def response_bases(
+        self, settings: EmbedSettings, base_weights: Tensors, architecture: Mapping[str, object]
+    ) -> dict[str, Tensor] | None:
+        """Compute W0's response bases where the data are; None if no head needs them."""
 
     def embed_watermark(
         self,
@@ -183,8 +196,9 @@ def run_embedding_job(
     commitment = run.load_commitment(secret)
     if commitment is None:
         template_model = architectures.build(architecture, factories=factories)
+        bases = backend.response_bases(settings, base_weights, architecture)
         opening, reference = commit_key(
-            template_model, base_weights, architecture, input_spec, settings, identity
+            template_model, base_weights, architecture, input_spec, settings, identity, bases=bases
         )
         run.save_commitment(opening, reference.raw_bytes, secret)
     else:
@@ -227,6 +241,12 @@ class LocalEmbeddingBackend:
         """Run phase 1; see `EmbeddingBackend.train_clean`."""
         return run_phase1(settings, architecture, self._worker(run, "clean"))
 
+    def response_bases(
+        self, settings: EmbedSettings, base_weights: Tensors, architecture: Mapping[str, object]
+    ) -> dict[str, Tensor] | None:
+        """Compute W0's response bases; see `EmbeddingBackend.response_bases`."""
+        return run_response_bases(settings, base_weights, architecture)
+
     def embed_watermark(
         self,
         settings: EmbedSettings,
@@ -266,6 +286,22 @@ def run_phase1(
     return cpu_state(model), rows
 
 
+def run_response_bases(
+    settings: EmbedSettings, base_weights: Tensors, architecture: Mapping[str, object]
+) -> dict[str, Tensor] | None:
+    """Compute W0's response bases, from settings alone; None if no head needs them.
+
+    Args:
+        settings: complete settings.
+        base_weights: state dict of W0.
+        architecture: fields of the spec's `graph`.
+    """
+    if not needs_response_bases(settings):
+        return None
+    model = architectures.build(architecture, factories=custom_factories(architecture))
+    return measure_response_bases(model, base_weights, _load_task(settings), settings)
+
+
 def run_phase2(
     settings: EmbedSettings,
     base_weights: Tensors,
@@ -294,7 +330,7 @@ def _phase2_result(
     model: nn.Module, task: Task, detector: WatermarkDetector, settings: EmbedSettings, worker: WorkerContext
 ) -> Phase2Result:
     rows, measured = embed_watermark(model, task, detector, settings, worker)
-    return Phase2Result(cpu_state(model), detector.head.to_bytes(), rows, measured)
+    return Phase2Result(cpu_state(model), detector.head_bytes(), rows, measured)
 
 
 def inspect_task(settings: EmbedSettings) -> InputSpec:

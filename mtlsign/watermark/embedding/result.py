@@ -113,7 +113,7 @@ def build_result(
     detector = WatermarkDetector(opening, reference, head=phase2.head, factories=factories)
     tapped = {
         name: base_weights[name]
-        for name in (*detector.model.weight_shapes, *detector.model.optional_shapes)
+        for name in (*detector.weight_shapes, *detector.optional_shapes)
         if name in base_weights
     }
     digest = model_digest(serialize_safetensors(phase2.tensors))
@@ -123,7 +123,7 @@ def build_result(
     deviations = parameter_deviation(base_weights, phase2.tensors)
     result = {
         **_settings_fields(settings),
-        "n": detector.spec.n,
+        "n": detector.spec.total_bits,
         **phase2.measured,
         **_verdict_fields(verdict),
         "deviation_l2": math.sqrt(sum(d * d for d in deviations.values())),
@@ -156,7 +156,7 @@ def _settings_fields(settings: EmbedSettings) -> dict[str, Any]:
         "seed": settings.seed,
         "lambda1": settings.lambda1,
         "lambda2": settings.lambda2,
-        "snapshots": ",".join(settings.perturbation.kinds),
+        "snapshots": ",".join(settings.perturbation.kinds or ()),
         "steps": settings.phase2.steps,
     }
 

@@ -223,3 +223,21 @@ def head_signs(key: bytes, d: int, readout: int = 0) -> npt.NDArray[np.int8]:
         raise ValueError(f"d must be from 1 to 2^28 and readout not negative, got {d} and {readout}")
     bits = _keystream_bits(key, b"mtlsign/v0/signs/%d" % readout, d)
     return bits.view(np.int8) * np.int8(2) - np.int8(1)
+
+
+def spread_order(key: bytes, d: int) -> npt.NDArray[np.int64]:
+    """Derive the permutation of the spread head's coordinates.
+
+    Coordinates are sorted by the first d big-endian 64-bit integers of a keystream, ties by position.
+
+    Args:
+        key: 32 bytes.
+        d: number of coordinates.
+
+    Returns:
+        int64 [d].
+    """
+    if not 1 <= d <= 2**26:
+        raise ValueError(f"d must be from 1 to 2^26, got {d}")
+    numbers = np.frombuffer(keystream(key, b"mtlsign/v0/spread", 8 * d), dtype=">u8")
+    return np.argsort(numbers.astype(np.uint64), kind="stable").astype(np.int64)

@@ -60,11 +60,20 @@ class CarrierSpec:
 
 @dataclass(frozen=True, slots=True)
 class HeadSpec:
-    """Fields of the head: `keyed` (from the key), or `free` (trained) with hidden units and features."""
+    """Fields of the head: `spread` or `keyed` (from the key), or `free` (trained) with units and features."""
 
     kind: str
     hidden: int | None = None
     features: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadoutSpec:
+    """Read-out: its head, taps and number of bits."""
+
+    head: HeadSpec
+    taps: tuple[str, ...]
+    n: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +84,7 @@ class Spec:
     name: str
     nonce: str = field(repr=False)
     n: int
-    readouts: int
+    further_readouts: tuple[ReadoutSpec, ...]
     carrier: CarrierSpec
     taps: tuple[str, ...]
     head: HeadSpec
@@ -84,6 +93,21 @@ class Spec:
     graph_fields: tuple[tuple[str, int | str], ...]
     reference: str
     raw: bytes = field(repr=False)
+
+    @property
+    def readouts(self) -> tuple[ReadoutSpec, ...]:
+        """All read-outs: that of `head`, `taps` and `n`, then the further ones."""
+        return ReadoutSpec(self.head, self.taps, self.n), *self.further_readouts
+
+    @property
+    def total_bits(self) -> int:
+        """Bits of all read-outs together."""
+        return sum(readout.n for readout in self.readouts)
+
+    @property
+    def has_trained_head(self) -> bool:
+        """Whether a head is trained, so that a match is evidence only with an earlier commitment."""
+        return any(readout.head.kind == "free" for readout in self.readouts)
 
     @property
     def graph(self) -> dict[str, int | str]:
@@ -166,7 +190,24 @@ def _head(value: object) -> HeadSpec:
         fields = require_fields(value, "head", "kind", "hidden", "features")
         hidden = _integer(fields, "hidden", 1, 1024, "head")
         return HeadSpec("free", hidden, _choice(fields, "features", "head", "flat", "pooled"))
-    return HeadSpec(_choice(require_fields(value, "head", "kind"), "kind", "head", "keyed"))
+    return HeadSpec(_choice(require_fields(value, "head", "kind"), "kind", "head", "keyed", "spread"))
+
+
+def _further_readouts(value: object, n: int) -> tuple[ReadoutSpec, ...]:
+    """Check `readouts`: 1, or a list of 1 to 3 further read-outs, none of them trained."""
+    if type(value) is int and value == 1:
+        return ()
+    if not isinstance(value, list) or not 1 <= len(value) <= 3:
+        raise_invalid("spec.readouts", "The value must be 1 or a list of 1 to 3 read-outs")
+    found = []
+    for item in value:
+        fields = require_fields(item, "spec.readouts", "head", "taps", "n")
+        head = _head(fields["head"])
+        if head.kind == "free":
+            raise_invalid("spec.readouts", "A further read-out must have a head from the key")
+        bits = _integer(fields, "n", MIN_N, MAX_N if head.kind == "spread" else n, "spec.readouts")
+        found.append(ReadoutSpec(head, _taps(fields["taps"]), bits))
+    return tuple(found)
 
 
 def _taps(value: object) -> tuple[str, ...]:
@@ -208,7 +249,7 @@ def parse_spec(data: bytes) -> Spec:
         name=_text(fields["name"], "spec.name", _TEXT),
         nonce=require_hex(fields["nonce"], "spec.nonce", 32).hex(),
         n=n,
-        readouts=_integer(fields, "readouts", 1, 1, "spec"),
+        further_readouts=_further_readouts(fields["readouts"], n),
         carrier=carrier,
         taps=_taps(fields["taps"]),
         head=_head(fields["head"]),

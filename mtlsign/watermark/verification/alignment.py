@@ -77,6 +77,29 @@ def canonicalize_kernels(
     return (kernel.double() * scale).float()
 
 
+def column_multipliers(squared_norms: Tensor, columns: Tensor, *, differentiable_rounds: int = 0) -> Tensor:
+    """Compute the squared multipliers of input columns that `canonicalize_kernels` applies.
+
+    Args:
+        squared_norms: result of `squared_block_norms`, float64 [groups, O/groups, I/groups].
+        columns: float64 [groups, I/groups], W0's `column_norms`.
+        differentiable_rounds: 0 for verification. In training this many rounds from multipliers of 1 are
+            differentiated: W0 is a fixed point, and W stays near it.
+
+    Returns:
+        float64 [groups, I/groups].
+    """
+    target = columns.square()
+    if not differentiable_rounds:
+        found = _sinkhorn_multipliers(squared_norms.detach().cpu().numpy(), target.cpu().numpy())
+        return torch.from_numpy(found).to(squared_norms.device)
+    multipliers = torch.ones_like(target)
+    for _ in range(differentiable_rounds):
+        rows = 1 / _safe_divisor((squared_norms @ multipliers.unsqueeze(2)).squeeze(2))
+        multipliers = target / _safe_divisor((rows.unsqueeze(1) @ squared_norms).squeeze(1))
+    return multipliers
+
+
 def _sinkhorn_multipliers(
     p: npt.NDArray[np.float64], target: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:

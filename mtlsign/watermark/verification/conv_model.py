@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mtlsign.errors import ArtifactError
 from mtlsign.models.taps import TappedLayer, forward_to_taps, tapped_layers, tapped_parameters
 from mtlsign.watermark.verification.alignment import apply_bn_sign, canonicalize_kernels
 from mtlsign.watermark.verification.features import Features
 from mtlsign.watermark.verification.model import CanonicalStep, Weights
-from mtlsign.watermark.verification.reference import Reference
+from mtlsign.watermark.verification.reference import Reference, reference_tensor
 
 
 @dataclass(frozen=True)
@@ -141,13 +140,7 @@ class ConvVerifierModel:
         return {layer.weight, bn_weight, bn_bias, conv_bias}
 
     def _reference_tensor(self, reference: Reference, name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = reference.tensors.get(name)
-        if tensor is None or tuple(tensor.shape) != shape or not tensor.dtype.is_floating_point:
-            raise ArtifactError(
-                f"The reference does not fit the architecture at {name!r}. Use that of the same kit.",
-                field="reference",
-            )
-        return tensor.to(self._device)
+        return reference_tensor(reference, name, shape).to(self._device)
 
     def _batch_norm_buffers(self) -> dict[str, Tensor]:
         """Copy the batch norms' buffers, so that runs update the copies and not the template model."""

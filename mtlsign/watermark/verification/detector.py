@@ -4,30 +4,53 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mtlsign.errors import ArtifactError
+from mtlsign.errors import ArtifactError, SettingsError
 from mtlsign.models import architectures
 from mtlsign.models.factories import Factory
-from mtlsign.models.untrusted import select_tensors_untrusted
-from mtlsign.watermark import carriers
-from mtlsign.watermark.keys.opening import KeyOpening, keystream, watermark_integers, watermark_labels
-from mtlsign.watermark.keys.spec import Spec, parse_spec
+from mtlsign.models.untrusted import MappedTensors, select_tensors_untrusted
+from mtlsign.watermark.keys.opening import KeyOpening, keystream, watermark_labels
+from mtlsign.watermark.keys.spec import parse_spec
 from mtlsign.watermark.verification import evidence
 from mtlsign.watermark.verification.conv_model import ConvVerifierModel
-from mtlsign.watermark.verification.heads import Head, KeyDerivedHead, TrainedHead
-from mtlsign.watermark.verification.model import VerifierModel, exact_fp32
+from mtlsign.watermark.verification.model import exact_fp32
+from mtlsign.watermark.verification.readouts import (
+    FeatureReadout,
+    Readout,
+    SpreadReadout,
+    readout_key,
+    watermark_dataset,
+)
 from mtlsign.watermark.verification.reference import Reference
+from mtlsign.watermark.verification.response_model import ResponseModel
 from mtlsign.watermark.verification.verdict import Verdict
 
 #: A score nearer to 0 than this counts as wrong and is reported (docs/decisions/0001).
 MIN_SCORE = 1e-4
 
 
+@dataclass(frozen=True)
+class ScoreResult:
+    """Scores of a suspect's tensors.
+
+    Attributes:
+        scores: [N] on the CPU; None if the tensors cannot be read.
+        problem: why they cannot be read; None if they were.
+        missing: kernels that are missing or damaged; they contribute nothing to the scores.
+    """
+
+    scores: Tensor | None
+    problem: str | None = None
+    missing: tuple[str, ...] = ()
+
+
 class WatermarkDetector:
-    """Detector of one key: inputs, labels, verifier model and head (lines 1 and 2 of Algorithm 1).
+    """Detector of one key: the read-outs with their bits (lines 1 and 2 of Algorithm 1).
 
     Args:
         opening: spec, public key and signature; every choice of the claimant is hashed into the key.
@@ -35,6 +58,10 @@ class WatermarkDetector:
         head: opened free head (safetensors bytes); None creates a fresh one, as embedding needs.
         device: where scores are computed.
         factories: architectures beyond the allow-list, from the operator's own settings only.
+
+    Attributes:
+        readouts: the read-outs in the spec's order; their scores and bits are joined.
+        labels: bits of all read-outs, uint8 [N].
 
     Raises:
         KeyMaterialError, ArtifactError, ModelError: the opening, reference or head is damaged or does not
@@ -58,75 +85,138 @@ class WatermarkDetector:
                 field="reference",
             )
         self.device = torch.device(device)
-        self.images, self.labels = watermark_dataset(self.spec, self.key)
-        self.images, self.labels = self.images.to(self.device), self.labels.to(self.device)
         template_model = architectures.build(self.spec.graph, factories=factories)
-        self.model: VerifierModel = ConvVerifierModel(
-            template_model, self.spec.taps, reference, self.images[:2]
+        self.readouts: tuple[Readout, ...] = tuple(
+            self._make_readout(index, template_model, reference, head)
+            for index in range(len(self.spec.readouts))
         )
-        self.pooled = self.spec.head.kind == "free" and self.spec.head.features == "pooled"
-        self.head = self._make_head(head)
+        self._join_readouts()
 
-    def _make_head(self, data: bytes | None) -> Head:
-        """Derive the keyed head, read an opened free head, or create a fresh free head."""
-        d, hidden = self._width(), self.spec.head.hidden or 1
-        if self.spec.head.kind == "keyed":
-            return KeyDerivedHead(self.key, d, self.device)
-        if data is None:
-            seed = int.from_bytes(keystream(self.key, b"mtlsign/v0/head-init", 7))
-            return TrainedHead(d, hidden, pooled=self.pooled, seed=seed, device=self.device)
-        return TrainedHead.from_bytes(data, d, hidden, pooled=self.pooled, device=self.device)
+    def _make_readout(
+        self, index: int, template_model: nn.Module, reference: Reference, head: bytes | None
+    ) -> Readout:
+        """Build read-out `index`, with the inputs of D_WM if it needs them."""
+        spec, key = self.spec.readouts[index], readout_key(self.key, index)
+        carrier = self.spec.carrier
+        if spec.head.kind == "spread":
+            sample = torch.zeros(2, carrier.channels, carrier.height, carrier.width, device=self.device)
+            labels = torch.from_numpy(watermark_labels(key, spec.n)).to(self.device)
+            responses = ResponseModel(template_model.to(self.device), spec.taps, reference, sample)
+            return SpreadReadout(responses, spec, labels, key)
+        inputs, labels = (t.to(self.device) for t in watermark_dataset(self.spec, key, spec.n))
+        model = ConvVerifierModel(copy.deepcopy(template_model), spec.taps, reference, inputs[:2])
+        return FeatureReadout(model, spec, inputs, labels, key, head if index == 0 else None)
 
-    def _width(self) -> int:
-        """Return the number of features, measured on zero weights."""
-        zeros = {
-            name: torch.zeros(shape, device=self.device) for name, shape in self.model.weight_shapes.items()
+    def _join_readouts(self) -> None:
+        """Join labels and shapes of the read-outs."""
+        self.labels = torch.cat([readout.labels for readout in self.readouts])
+        self.weight_shapes: Mapping[str, tuple[int, ...]] = {
+            name: shape for readout in self.readouts for name, shape in readout.weight_shapes.items()
         }
-        with torch.no_grad():
-            return self.model.features(zeros, self.images[:2], pooled=self.pooled).inverse_std.shape[0]
+        self.optional_shapes: Mapping[str, tuple[int, ...]] = {
+            name: shape for readout in self.readouts for name, shape in readout.optional_shapes.items()
+        }
 
-    def with_control_key(self, index: int) -> WatermarkDetector:
-        """Return the same detector for an unrelated key: other inputs, labels and keyed head."""
+    @property
+    def feature_readout(self) -> FeatureReadout:
+        """First read-out of features; raises `SettingsError` if the key has none."""
+        for readout in self.readouts:
+            if isinstance(readout, FeatureReadout):
+                return readout
+        raise SettingsError(
+            "The key has no read-out of features on key images. Use a keyed or free head.", field="head"
+        )
+
+    @property
+    def trained_parameters(self) -> list[Tensor]:
+        """Tensors of trained heads."""
+        return [tensor for readout in self.readouts for tensor in readout.trained]
+
+    def head_bytes(self) -> bytes | None:
+        """Return the bytes of the trained head that the kit stores, or None."""
+        first = self.readouts[0]
+        return first.head.to_bytes() if isinstance(first, FeatureReadout) else None
+
+    def with_control_key(self, index: int) -> Self:
+        """Return the same detector for an unrelated key: other inputs, labels and key-derived heads."""
+        return self.with_raw_key(keystream(self.key, b"mtlsign/v0/control/%d" % index, 32))
+
+    def with_raw_key(self, key: bytes) -> Self:
+        """Return the same detector for another key of 32 bytes."""
         other = copy.copy(self)
-        other.key = keystream(self.key, b"mtlsign/v0/control/%d" % index, 32)
-        images, labels = watermark_dataset(self.spec, other.key)
-        other.images, other.labels = images.to(self.device), labels.to(self.device)
-        if self.spec.head.kind == "keyed":
-            other.head = KeyDerivedHead(other.key, self._width(), self.device)
+        other.key = key
+        other.readouts = tuple(
+            readout.with_key(self.spec, readout_key(key, index))
+            for index, readout in enumerate(self.readouts)
+        )
+        other._join_readouts()
         return other
 
-    def score_kernels(self, kernels: Mapping[str, Tensor], *, differentiable: bool = False) -> Tensor:
-        """Compute scores float32 [N] of kernels on the key set as one batch.
+    def select_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the kernels that the read-outs need, with every correction that needs other tensors."""
+        kernels: dict[str, Tensor] = {}
+        for readout in self.readouts:
+            kernels |= readout.select_weights(tensors)
+        return kernels
+
+    def read(self, kernels: Mapping[str, Tensor], *, differentiable: bool = False) -> list[Any]:
+        """Compute all that is independent of the key, for each read-out.
 
         Args:
-            kernels: result of `model.select_weights`.
+            kernels: result of `select_weights`.
             differentiable: whether gradients pass through the canonical form.
         """
         with exact_fp32():
-            canonical = self.model.canonicalize(kernels, differentiable_rounds=2 if differentiable else 0)
-            return self.head(self.model.features(canonical, self.images, pooled=self.pooled))
+            return [
+                readout.read(kernels, differentiable_rounds=2 if differentiable else 0)
+                for readout in self.readouts
+            ]
+
+    def score(self, readings: Sequence[Any]) -> Tensor:
+        """Compute scores [N] of the result of `read`."""
+        with exact_fp32():
+            scores = [
+                readout.score(reading) for readout, reading in zip(self.readouts, readings, strict=True)
+            ]
+            return scores[0] if len(scores) == 1 else torch.cat([s.to(scores[0].dtype) for s in scores])
+
+    def score_kernels(self, kernels: Mapping[str, Tensor], *, differentiable: bool = False) -> Tensor:
+        """Compute scores [N] of kernels on the key set as one batch; see `read` for the arguments."""
+        return self.score(self.read(kernels, differentiable=differentiable))
 
     @torch.no_grad()
-    def score_state_dict(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor | None, str | None]:
-        """Compute scores float32 [N] on the CPU of untrusted tensors, or return why they cannot be read."""
-        selection = select_tensors_untrusted(
-            dict(self.model.weight_shapes), tensors, optional=dict(self.model.optional_shapes)
+    def score_state_dict(self, tensors: Mapping[str, Tensor]) -> ScoreResult:
+        """Compute the scores of untrusted tensors."""
+        selected = self.select_untrusted(tensors)
+        if selected.problem is not None:
+            return ScoreResult(None, selected.problem)
+        on_device = {name: tensor.to(self.device) for name, tensor in selected.tensors.items()}
+        scores = self.score_kernels(self.select_weights(on_device)).cpu()
+        return checked_scores(scores, selected.missing)
+
+    def select_untrusted(self, tensors: Mapping[str, Tensor]) -> MappedTensors:
+        """Select the tensors that the read-outs need. A spread read-out tolerates missing kernels."""
+        tolerated = {
+            name
+            for readout in self.readouts
+            if readout.tolerates_missing
+            for name in readout.weight_shapes
+        } - {
+            name
+            for readout in self.readouts
+            if not readout.tolerates_missing
+            for name in readout.weight_shapes
+        }  # fmt: skip
+        return select_tensors_untrusted(
+            dict(self.weight_shapes), tensors, optional=dict(self.optional_shapes), tolerated=tolerated
         )
-        if selection.problem is not None:
-            return None, selection.problem
-        kernels = self.model.select_weights(
-            {name: tensor.to(self.device) for name, tensor in selection.tensors.items()}
-        )
-        scores = self.score_kernels(kernels).cpu()
-        if not torch.isfinite(scores).all():
-            return None, "its values overflow in float32"
-        return scores, None
 
 
-def watermark_dataset(spec: Spec, key: bytes) -> tuple[Tensor, Tensor]:
-    """Derive D_WM (paper §3.2) from the key alone: inputs float32 [N, C, H, W] and labels uint8 [N]."""
-    inputs = carriers.for_spec(spec).inputs(watermark_integers(key, spec.n))
-    return inputs, torch.from_numpy(watermark_labels(key, spec.n))
+def checked_scores(scores: Tensor, missing: tuple[str, ...] = ()) -> ScoreResult:
+    """Return scores, or the problem that they are not finite."""
+    if not torch.isfinite(scores).all():
+        return ScoreResult(None, "its values overflow in float32")
+    return ScoreResult(scores, missing=missing)
 
 
 def matching_bits(scores: Tensor, bits: Tensor) -> Tensor:
@@ -158,12 +248,12 @@ def verify(
     Returns:
         The verdict; it is never an exception.
     """
-    scores, problem = detector.score_state_dict(tensors)
-    n = detector.spec.n
+    result = detector.score_state_dict(tensors)
+    scores, n = result.scores, detector.spec.total_bits
     if scores is None:
         return Verdict(
             "not_verifiable", False, 0, n, 0.0, 1.0, 0.0, bits, gamma, False, 1.0, 0, detector.spec.statistic,
-            model_digest=model_digest, reason=problem,
+            model_digest=model_digest, reason=result.problem,
         )  # fmt: skip
     correct = matching_bits(scores, detector.labels)
     k = int(correct.sum())
@@ -171,9 +261,7 @@ def verify(
     if detector.spec.statistic == "weighted":
         weights = evidence.score_weights(scores.numpy())
         evidence_bits = evidence.weighted_tail_bits(weights, correct.numpy())
-    status = "rejected"
-    if evidence_bits >= bits:
-        status = "needs_commitment" if detector.spec.head.kind == "free" else "accepted"
+    status, reason = _status(evidence_bits >= bits, detector, result.missing)
     return Verdict(
         status=status,
         accepted=status == "accepted",
@@ -190,7 +278,23 @@ def verify(
         statistic=detector.spec.statistic,
         controls=_control_results(tensors, detector, controls, base_weights),
         model_digest=model_digest,
+        reason=reason,
+        missing_layers=result.missing,
     )
+
+
+def _status(
+    enough_evidence: bool, detector: WatermarkDetector, missing: tuple[str, ...]
+) -> tuple[str, str | None]:
+    """Return the status and its reason. A model of which layers are missing is never rejected."""
+    if enough_evidence:
+        return ("needs_commitment" if detector.spec.has_trained_head else "accepted"), None
+    if missing:
+        return "not_verifiable", (
+            f"{len(missing)} of {len(detector.weight_shapes)} layers are missing or damaged, "
+            f"such as {', '.join(missing[:3])}"
+        )
+    return "rejected", None
 
 
 def _control_results(
@@ -204,7 +308,7 @@ def _control_results(
     if count:
         results["wrong_keys"] = control_accuracies(tensors, detector, count)
     if base_weights is not None:
-        scores, _ = detector.score_state_dict(base_weights)
+        scores = detector.score_state_dict(base_weights).scores
         if scores is not None:
             results["w0"] = [float(matching_bits(scores, detector.labels).float().mean())]
     return results
@@ -221,7 +325,7 @@ def control_accuracies(tensors: Mapping[str, Tensor], detector: WatermarkDetecto
     accuracies = []
     for index in range(count):
         control = detector.with_control_key(index)
-        scores, _ = control.score_state_dict(tensors)
+        scores = control.score_state_dict(tensors).scores
         if scores is not None:
             accuracies.append(float(matching_bits(scores, control.labels).float().mean()))
     return accuracies
@@ -230,5 +334,5 @@ def control_accuracies(tensors: Mapping[str, Tensor], detector: WatermarkDetecto
 def signed_scores(detector: WatermarkDetector, networks: Sequence[Mapping[str, Tensor]]) -> list[list[float]]:
     """Return N scores for every network that can be read, with a positive sign where the bit matches."""
     signs = detector.labels.cpu().float() * 2 - 1
-    scores = [detector.score_state_dict(network)[0] for network in networks]
+    scores = [detector.score_state_dict(network).scores for network in networks]
     return [(s * signs).tolist() for s in scores if s is not None]

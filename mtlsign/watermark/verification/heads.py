@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mtlsign.errors import ArtifactError
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
-from mtlsign.watermark.keys.opening import head_signs
+from mtlsign.watermark.keys.opening import head_signs, spread_order
 from mtlsign.watermark.verification.features import Features
 
 
@@ -48,6 +48,41 @@ class KeyDerivedHead:
     def to_bytes(self) -> None:
         """Return None: this head is not stored."""
         return
+
+
+class SpreadHead:
+    """Keyed groups of response coordinates: score_b = Σ ±z over group b, divided by the root of its size.
+
+    The key permutes the D coordinates and gives each a sign; group b holds the ⌊D/N⌋ coordinates from
+    position b·⌊D/N⌋ on. It is neither trained nor stored.
+
+    Args:
+        key: 32 bytes.
+        d: number of coordinates.
+        n: number of groups, at most d.
+        device: where scores are computed.
+
+    Raises:
+        ArtifactError: there are fewer coordinates than groups.
+    """
+
+    def __init__(self, key: bytes, d: int, n: int, device: torch.device | str = "cpu") -> None:
+        if d < n:
+            raise ArtifactError(
+                f"The marked layers have {d:,} coordinates, fewer than the {n:,} bits. "
+                "Mark more layers, or choose a smaller --key-size.",
+                field="key_size",
+            )
+        self._shape = n, d // n
+        used = n * (d // n)
+        self._order = torch.from_numpy(spread_order(key, d)[:used].copy()).to(device)
+        self._signs = torch.from_numpy(head_signs(key, d)[:used].copy()).to(device)
+
+    def __call__(self, responses: Tensor) -> Tensor:
+        """Return scores [N] of coordinates [D], in their precision."""
+        signed = responses[self._order] * self._signs.to(responses.dtype)
+        scores: Tensor = signed.reshape(self._shape).sum(1) / self._shape[1] ** 0.5
+        return scores
 
 
 class TrainedHead:

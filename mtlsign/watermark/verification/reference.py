@@ -76,13 +76,31 @@ class Reference:
         return cls(data, tensors)
 
 
-def make_reference(model: nn.Module, taps: Sequence[str], sample: Tensor) -> Reference:
-    """Extract from the base model the values that the verifier model needs.
+def reference_tensor(reference: Reference, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return a floating-point tensor of the reference.
+
+    Raises:
+        ArtifactError: the tensor is missing or has another type or shape.
+    """
+    tensor = reference.tensors.get(name)
+    if tensor is None or tuple(tensor.shape) != shape or not tensor.dtype.is_floating_point:
+        raise ArtifactError(
+            f"The reference does not fit the architecture at {name!r}. Use that of the same kit.",
+            field="reference",
+        )
+    return tensor
+
+
+def make_reference(
+    model: nn.Module, taps: Sequence[str], sample: Tensor, *, bases: Mapping[str, Tensor] | None = None
+) -> Reference:
+    """Extract from the base model the values that the verifier needs.
 
     Args:
         model: the unmarked network W0, in any mode.
         taps: module names.
         sample: float32 [1, C, H, W], any input of the carrier's geometry; only its shape matters.
+        bases: response bases of the layers that a spread head marks, by module name.
 
     Raises:
         ModelError: a tap does not exist.
@@ -91,6 +109,12 @@ def make_reference(model: nn.Module, taps: Sequence[str], sample: Tensor) -> Ref
     tensors: dict[str, Tensor] = {}
     handled: set[str] = set()
     for layer in tapped_layers(model, taps, sample):
+        if bases and layer.conv in bases:
+            groups = int(getattr(modules[layer.conv], "groups", 1))
+            kernel = parameters[layer.weight].detach().float().cpu()
+            tensors[f"{layer.conv}/basis"] = bases[layer.conv]
+            tensors[f"{layer.conv}/columns"] = column_norms(kernel, groups)
+            tensors[f"{layer.conv}/sketch"] = random_projection(kernel)
         if layer.batch_norm is None:
             continue
         tensors |= _conv_values(layer, parameters[layer.weight], modules)

@@ -29,6 +29,7 @@ class Verdict:
         controls: accuracies of unrelated keys and of W0.
         model_digest: SHA-256 of the model file, if the caller gave it.
         reason: cause of `not_verifiable`.
+        missing_layers: kernels of a spread head that are missing or damaged; they contribute nothing.
     """
 
     status: str
@@ -47,10 +48,13 @@ class Verdict:
     controls: dict[str, list[float]] = field(default_factory=dict)
     model_digest: str | None = None
     reason: str | None = None
+    missing_layers: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON-ready fields."""
-        return asdict(self)
+        """Return JSON-ready fields; `missing_layers` is present only if there are any."""
+        fields = asdict(self)
+        missing = fields.pop("missing_layers")
+        return fields | ({"missing_layers": list(missing)} if missing else {})
 
     def summary(self) -> str:
         """Describe the verdict in one sentence."""

@@ -1,0 +1,241 @@
+"""Long tuning of all weights by distillation from the marked model, and learning the network anew.
+
+Both use the attacker's images, their labels and the outputs of the marked model, but no key.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mtlsign.attacks.attacker_data import attacker_view
+from mtlsign.attacks.base import (
+    AttackerResources,
+    AttackOutcome,
+    BatchSize,
+    Epochs,
+    LearningRate,
+    LossWeight,
+    NotApplicableError,
+    Steps,
+    seeded,
+)
+from mtlsign.attacks.training import frozen_copy, optimize, trainable_copy
+from mtlsign.tasks import Task
+from mtlsign.tasks.splitting import seeded_generator
+from mtlsign.watermark.embedding.loop import one_cycle
+from mtlsign.watermark.embedding.losses import distillation_loss
+
+#: Batches from which the Fisher information is estimated.
+_FISHER_BATCHES = 16
+
+Decay = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
+Averaging = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Radius = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
+Mixing = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+def tune(
+    model: nn.Module,
+    task: Task,
+    resources: AttackerResources,
+    seed: int,
+    *,
+    steps: Steps = 500,
+    lr: LearningRate = 1e-2,
+    distillation: LossWeight = 1.0,
+    labels: LossWeight = 1.0,
+    weight_decay: Decay = 0.0,
+    average: Averaging = 0.0,
+    mixup: Mixing = 0.0,
+    sharpness: Radius = 0.0,
+    stay: LossWeight = 0.0,
+    batch: BatchSize = 128,
+) -> AttackOutcome:
+    """Train all weights with Adam under a one-cycle schedule, with batch norms in training mode.
+
+    `average` is the decay of an exponential moving average of the weights; `mixup` mixes pairs of images and
+    `labels` is the weight of their loss; `sharpness` computes gradients at an adversarial weight perturbation
+    of this relative size; `stay` is the weight of elastic weight consolidation, as REFIT has it.
+    """
+    data = attacker_view(model, task, resources, seed)
+    return tune_by_distillation(
+        trainable_copy(model), model, data, resources, seed,
+        steps=steps, lr=resources.learning_rate(lr), distillation=distillation, labels=labels,
+        weight_decay=weight_decay, average=average, mixup=mixup, sharpness=sharpness, stay=stay, batch=batch,
+    )  # fmt: skip
+
+
+def relearn(
+    model: nn.Module,
+    task: Task,
+    resources: AttackerResources,
+    seed: int,
+    *,
+    epochs: Epochs = 20,
+    lr: LearningRate = "full",
+    start: Literal["random", "shrunk"] = "random",
+    batch: BatchSize = 128,
+) -> AttackOutcome:
+    """Train the whole network anew by SGD on the marked model's outputs and the labels.
+
+    `shrunk` starts from 0.4 times the stolen weights plus a random initialisation (a warm restart).
+    """
+    data = attacker_view(model, task, resources, seed)
+    student = trainable_copy(model)
+    _reset(student, seed)
+    if start == "shrunk":
+        with torch.no_grad():
+            for parameter, stolen in zip(student.parameters(), model.parameters(), strict=True):
+                if parameter.dim() > 1:
+                    parameter.mul_(0.5).add_(stolen, alpha=0.4)
+    size = min(batch, data.size("attacker"))
+    steps = epochs * max(1, data.size("attacker") // size)
+    optimizer = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4)
+    return tune_by_distillation(
+        student, model, data, resources, seed, steps=steps, lr=resources.learning_rate(lr), batch=size,
+        optimizer_class=optimizer,
+    )  # fmt: skip
+
+
+def _reset(model: nn.Module, seed: int) -> None:
+    """Draw all weights anew."""
+    with seeded("relearn", seed):
+        for module in model.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+            elif list(module.parameters(recurse=False)):
+                raise NotApplicableError(
+                    f"{type(module).__name__} cannot be reinitialised, because its weights are no layer.",
+                    field="model",
+                )
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def tune_by_distillation(
+    attacked: nn.Module,
+    teacher: nn.Module,
+    data: Task,
+    resources: AttackerResources,
+    seed: int,
+    *,
+    steps: int,
+    lr: float,
+    distillation: float = 1.0,
+    labels: float = 1.0,
+    weight_decay: float = 0.0,
+    average: float = 0.0,
+    mixup: float = 0.0,
+    sharpness: float = 0.0,
+    stay: float = 0.0,
+    batch: int = 128,
+    optimizer_class: Callable[..., torch.optim.Optimizer] | None = None,
+) -> AttackOutcome:
+    """Train `attacked` in place; see `tune` for the arguments.
+
+    Args:
+        attacked: start of the training.
+        teacher: the marked model.
+        data: the attacker's view of the task.
+        resources: for progress.
+        seed: order of the data.
+        steps: optimiser steps.
+        lr: peak learning rate.
+        distillation: weight of KL(marked || attacked).
+        labels: weight of the primary loss.
+        weight_decay: of the optimiser.
+        average: decay of the moving average; 0 for none.
+        mixup: largest share of the second image; 0 for none.
+        sharpness: size of the adversarial weight perturbation, relative to each tensor; 0 for none.
+        stay: weight of elastic weight consolidation; 0 for none.
+        batch: batch size.
+        optimizer_class: another optimiser than Adam.
+    """
+    teacher, batch = frozen_copy(teacher), min(batch, data.size("attacker"))
+    attacked.train()
+    named = dict(attacked.named_parameters())
+    averaged = copy.deepcopy(attacked) if average else None
+    gen = seeded_generator("mtlsign/attack/tune", seed)
+    consolidation = _Consolidation(attacked, data, batch, seed) if stay else None
+
+    def batch_loss(forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+        outputs, loss = forward(x), x.new_zeros(())
+        if distillation:
+            with torch.no_grad():
+                target = teacher(x)
+            loss = loss + distillation * distillation_loss(outputs, target, 2.0)
+        return loss + labels * data.loss(outputs, y) if labels else loss
+
+    def loss_fn(step: int) -> Tensor:
+        x, y = data.batch_at("attacker", batch, step, seed=seed, augment=True)
+        if mixup:
+            share = mixup * float(torch.rand((), generator=gen))
+            x = (1 - share) * x + share * x[torch.randperm(len(x), generator=gen).to(x.device)]
+        loss = batch_loss(attacked, x, y)
+        if sharpness:
+            shifted = _ascended(named, loss, sharpness)
+            loss = batch_loss(lambda images: functional_call(attacked, shifted, (images,)), x, y)
+        return loss if consolidation is None else loss + stay * consolidation(named)
+
+    def after_step() -> None:
+        if averaged is not None:
+            _move_average(averaged, attacked, average)
+
+    optimize(
+        loss_fn, named.values(), steps, lr, resources,
+        optimizer_class=optimizer_class or partial(torch.optim.Adam, weight_decay=weight_decay),
+        lr_at=partial(one_cycle, steps=steps, peak=lr), after_step=after_step,
+    )  # fmt: skip
+    result = attacked if averaged is None else averaged
+    return AttackOutcome(result.requires_grad_(True).eval(), steps, steps * batch)
+
+
+def _ascended(parameters: Mapping[str, Tensor], loss: Tensor, size: float) -> dict[str, Tensor]:
+    """Return parameters moved along the gradient by `size` times each tensor's norm."""
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    return {
+        name: p + (size * p.detach().norm() / gradient.norm().clamp(min=1e-12)) * gradient
+        for (name, p), gradient in zip(parameters.items(), gradients, strict=True)
+    }
+
+
+class _Consolidation:
+    """Elastic weight consolidation: squared changes of the weights, weighted by the Fisher information."""
+
+    def __init__(self, model: nn.Module, data: Task, batch: int, seed: int) -> None:
+        self._anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self._information = {name: torch.zeros_like(p) for name, p in self._anchor.items()}
+        for step in range(_FISHER_BATCHES):
+            x, y = data.batch_at("attacker", batch, step, seed=seed + 1)
+            gradients = torch.autograd.grad(data.loss(model(x), y), list(model.parameters()))
+            for total, gradient in zip(self._information.values(), gradients, strict=True):
+                total += gradient.square() / _FISHER_BATCHES
+        largest = max(float(total.max()) for total in self._information.values())
+        for total in self._information.values():
+            total /= max(largest, 1e-30)
+
+    def __call__(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Return the penalty of the current parameters."""
+        penalties = [
+            (self._information[name] * (parameter - self._anchor[name]).square()).sum()
+            for name, parameter in parameters.items()
+        ]
+        return torch.stack(penalties).sum()
+
+
+@torch.no_grad()
+def _move_average(averaged: nn.Module, current: nn.Module, decay: float) -> None:
+    for mean, value in zip(averaged.state_dict().values(), current.state_dict().values(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
+        else:
+            mean.copy_(value)

@@ -1,0 +1,241 @@
+"""Attacks in the space of a layer's responses: directions that natural inputs do not excite cost nothing.
+
+The attacker knows the scheme, the marked layers and the statistics of the inputs, but not the key.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mtlsign.attacks.attacker_data import attacker_sample, attacker_view
+from mtlsign.attacks.base import (
+    AttackerResources,
+    AttackOutcome,
+    Fraction,
+    LearningRate,
+    NotApplicableError,
+    device_of,
+)
+from mtlsign.attacks.distilled_tuning import tune_by_distillation
+from mtlsign.attacks.training import recalibrate_batch_norm, trainable_copy
+from mtlsign.models.taps import tapped_layers
+from mtlsign.tasks import Task
+from mtlsign.tasks.splitting import seeded_generator
+from mtlsign.watermark.verification.response_bases import input_covariances, input_patches, supports_responses
+
+#: Noise or change in units of a row's standard deviation or response.
+Size = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+RepairSteps = Annotated[int, Field(ge=0, le=1_000_000)]
+Stages = Annotated[int, Field(ge=0, le=8)]
+#: Images from which the attacker computes the covariances of the inputs.
+_COVARIANCE_IMAGES = 1500
+
+
+class _Layers:
+    """Copy of the marked model, with the eigenvectors of the covariance of each layer's inputs."""
+
+    def __init__(self, model: nn.Module, data: Task, stages: int) -> None:
+        self.model = trainable_copy(model)
+        modules = dict(self.model.named_modules())
+        images = attacker_sample(data, _COVARIANCE_IMAGES)
+        end = [name for name, module in modules.items() if isinstance(module, nn.Linear)][-1:]
+        end = end or [name for name in modules if name][-1:]
+        found = tapped_layers(self.model, end, images[:2])
+        names = [layer.conv for layer in found if supports_responses(layer, modules) and layer.kind == "conv"]
+        if stages:
+            names = [name for name in names if not _is_later_stage(name, stages)]
+        if not names:
+            raise NotApplicableError("The network has no convolution of two dimensions.", field="model")
+        self.names, self._modules = names, modules
+        self._covariances = input_covariances(self.model, end, images, names)
+
+    def kernel(self, name: str) -> nn.Parameter:
+        """Return the kernel of a layer."""
+        weight = self._modules[name].weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def rows(self, name: str) -> Tensor:
+        """Return a kernel's rows, float64 [groups, O/groups, fan-in]."""
+        groups = int(getattr(self._modules[name], "groups", 1))
+        weight = self.kernel(name).detach().double()
+        return weight.reshape(groups, len(weight) // groups, -1)
+
+    def set_rows(self, name: str, rows: Tensor) -> None:
+        """Write rows back into the kernel."""
+        with torch.no_grad():
+            weight = self.kernel(name)
+            weight.copy_(rows.reshape(weight.shape).to(weight.dtype))
+
+    def spectrum(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return eigenvalues [groups, fan-in], largest first, and eigenvectors as columns."""
+        covariance = self._covariances[name]
+        ridge = 1e-9 * covariance.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp(min=1e-30)
+        eye = torch.eye(covariance.shape[1], dtype=torch.float64, device=covariance.device)
+        vectors, values, _ = torch.linalg.svd(covariance + ridge * eye)
+        return values, vectors
+
+
+def _is_later_stage(name: str, stages: int) -> bool:
+    """Return whether a ResNet's layer is after the first `stages` stages."""
+    first = name.split(".")[0]
+    return first.startswith("layer") and first[5:].isdigit() and int(first[5:]) > stages
+
+
+def null_space(
+    model: nn.Module,
+    task: Task,
+    resources: AttackerResources,
+    seed: int,
+    *,
+    energy: Fraction = 0.97,
+    noise: Size = 0.0,
+    stages: Stages = 0,
+    repair_steps: RepairSteps = 0,
+    repair_lr: LearningRate = 1e-3,
+) -> AttackOutcome:
+    """Keep of every kernel the directions with `energy` of the inputs' variance; put noise into the others.
+
+    The noise has `noise` times the standard deviation of each kernel. `stages` limits the attack to the first
+    stages; 0 attacks all convolutions. Nothing is trained unless `repair_steps` are given.
+    """
+    data = attacker_view(model, task, resources, seed)
+    layers, gen = _Layers(model, data, stages), seeded_generator("mtlsign/attack/null-space", seed)
+    for name in layers.names:
+        values, vectors = layers.spectrum(name)
+        kept = int((values.sum(0).cumsum(0) / values.sum() < energy).sum()) + 1
+        basis = vectors[:, :, :kept]
+        rows = layers.rows(name)
+        projected = rows @ basis @ basis.transpose(1, 2)
+        if noise:
+            drawn = torch.randn(rows.shape, generator=gen, dtype=torch.float64).to(rows.device)
+            drawn = drawn * rows.std() * noise
+            projected = projected + drawn - drawn @ basis @ basis.transpose(1, 2)
+        layers.set_rows(name, projected)
+    return _repaired(model, layers.model, data, resources, seed, repair_steps, repair_lr)
+
+
+def response_noise(
+    model: nn.Module,
+    task: Task,
+    resources: AttackerResources,
+    seed: int,
+    *,
+    size: Size = 0.3,
+    ridge: Fraction = 1e-4,
+    stages: Stages = 0,
+    repair_steps: RepairSteps = 0,
+    repair_lr: LearningRate = 1e-3,
+) -> AttackOutcome:
+    """Add noise that is large where natural inputs are weak: `size` times the response of each row.
+
+    In the eigenvectors of the inputs' covariance the noise is proportional to 1/√(λ + ridge·λ_max).
+    """
+    data = attacker_view(model, task, resources, seed)
+    layers, gen = _Layers(model, data, stages), seeded_generator("mtlsign/attack/response-noise", seed)
+    for name in layers.names:
+        values, vectors = layers.spectrum(name)
+        rows = layers.rows(name)
+        response = ((rows @ vectors).square() * values[:, None]).sum(2, keepdim=True).sqrt()
+        drawn = torch.randn(rows.shape, generator=gen, dtype=torch.float64).to(rows.device)
+        shaped = drawn * (values + ridge * values[:, :1]).rsqrt()[:, None] / rows.shape[2] ** 0.5
+        layers.set_rows(name, rows + (size * response * shaped) @ vectors.transpose(1, 2))
+    return _repaired(model, layers.model, data, resources, seed, repair_steps, repair_lr)
+
+
+def mean_shift(
+    model: nn.Module,
+    task: Task,
+    resources: AttackerResources,
+    seed: int,
+    *,
+    size: Size = 3.0,
+) -> AttackOutcome:
+    """Add random multiples of each layer's mean input to its rows; batch norms remove the effect.
+
+    The direction is the mean input divided by the covariance, along which inputs differ least relative to
+    their mean. The added rows have `size` times the norm of a kernel's rows.
+    """
+    data = attacker_view(model, task, resources, seed)
+    layers, gen = _Layers(model, data, 0), seeded_generator("mtlsign/attack/mean-shift", seed)
+    means = _input_means(layers.model, layers.names, attacker_sample(data, 500))
+    for name in layers.names:
+        values, vectors = layers.spectrum(name)
+        mean = means[name].unsqueeze(2)
+        coordinates = vectors.transpose(1, 2) @ mean
+        direction = vectors @ (coordinates / (values + 1e-4 * values[:, :1])[:, :, None])
+        direction = direction / direction.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        rows = layers.rows(name)
+        drawn = torch.randn((*rows.shape[:2], 1), generator=gen, dtype=torch.float64).to(rows.device)
+        scale = size * rows.norm(dim=2, keepdim=True)
+        layers.set_rows(name, rows + drawn * scale * direction.transpose(1, 2))
+    return AttackOutcome(recalibrate_batch_norm(layers.model, data))
+
+
+@torch.no_grad()
+def _input_means(model: nn.Module, names: list[str], images: Tensor) -> dict[str, Tensor]:
+    """Return the mean input vector of each layer, float64 [groups, fan-in]."""
+    modules, means = dict(model.named_modules()), {}
+
+    def collect(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            means[name] = input_patches(module, args[0]).double().mean(1)
+
+        return hook
+
+    handles = [modules[name].register_forward_pre_hook(collect(name)) for name in names]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return means
+
+
+def low_rank(
+    model: nn.Module,
+    task: Task,
+    resources: AttackerResources,
+    seed: int,
+    *,
+    share: Fraction = 0.5,
+    repair_steps: RepairSteps = 0,
+    repair_lr: LearningRate = 1e-3,
+) -> AttackOutcome:
+    """Keep the largest singular values of each convolution's kernel matrix: a `share` of them."""
+    data = attacker_view(model, task, resources, seed)
+    layers = _Layers(model, data, 0)
+    for name in layers.names:
+        left, values, right = torch.linalg.svd(layers.rows(name), full_matrices=False)
+        kept = max(1, int(share * values.shape[1]))
+        low = (left[:, :, :kept] * values[:, None, :kept]) @ right[:, :kept]
+        layers.set_rows(name, low)
+    return _repaired(model, layers.model, data, resources, seed, repair_steps, repair_lr)
+
+
+def _repaired(
+    model: nn.Module,
+    attacked: nn.Module,
+    data: Task,
+    resources: AttackerResources,
+    seed: int,
+    steps: int,
+    lr: LearningRate,
+) -> AttackOutcome:
+    """Recalibrate batch norms, and distil from the marked model for some steps."""
+    recalibrate_batch_norm(attacked, data)
+    if not steps:
+        return AttackOutcome(attacked.to(device_of(model)))
+    return tune_by_distillation(
+        attacked.requires_grad_(True),
+        model,
+        data,
+        resources,
+        seed,
+        steps=steps,
+        lr=resources.learning_rate(lr),
+    )

@@ -1,0 +1,195 @@
+"""Response bases: the leading directions of each layer's inputs on natural data.
+
+For a layer with kernel rows w and inputs a, the variance of its response over natural inputs is
+w·Cov(a)·wᵀ. A basis B with B·Bᵀ ≈ Cov(a) turns a row into coordinates w·B whose squared norm is this
+variance, so that a change of the coordinates is a change of the layer's output of the same relative size
+(docs/decisions/0016).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mtlsign.errors import ModelError
+from mtlsign.models.taps import TappedLayer, forward_to_taps, tapped_layers
+
+#: Training inputs from which the second moments are computed, and the samples of one pass.
+MOMENT_INPUTS, _PASS = 1024, 32
+#: Positions of a feature map that are used, on a regular grid; the others add time and little else.
+_MAX_POSITIONS = 64
+#: Share of the variance that a basis holds, and the largest number of its directions.
+ENERGY, MAX_DIRECTIONS = 0.99, 256
+
+
+def supports_responses(layer: TappedLayer, modules: Mapping[str, nn.Module]) -> bool:
+    """Return whether a layer's inputs can be collected: two-dimensional convolutions and linear layers."""
+    module = modules[layer.conv]
+    return isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and layer.kind == "linear")
+
+
+def response_bases(
+    model: nn.Module, taps: Sequence[str], inputs: Tensor, *, layers: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """Compute the response basis of every layer before the last tap.
+
+    Args:
+        model: the unmarked network W0, in any mode; it is evaluated with its running statistics.
+        taps: module names.
+        inputs: natural inputs float32 [n, C, H, W].
+        layers: names of convolutions and linear layers; None for all that `supports_responses` accepts.
+
+    Returns:
+        Module name -> float16 [groups, fan-in of a group, k], leading direction first, scaled so that the
+        largest element is 1. k is the fewest directions with 99 % of the variance, at most 256.
+
+    Raises:
+        ModelError: a tap or a layer does not exist, or no layer is left.
+    """
+    names = _marked_layer_names(model, taps, inputs[:2], layers)
+    covariances = input_covariances(model, taps, inputs, names)
+    return {name: _basis(covariances[name]) for name in names}
+
+
+def placeholder_bases(
+    model: nn.Module, taps: Sequence[str], sample: Tensor, *, layers: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """Return bases of the largest possible size without data, to check settings before phase 1.
+
+    Args:
+        model: a network of the architecture.
+        taps: module names.
+        sample: inputs of the task's geometry, float32 [n, C, H, W].
+        layers: see `response_bases`.
+
+    Raises:
+        ModelError: as `response_bases`.
+    """
+    modules = dict(model.named_modules())
+    bases = {}
+    for name in _marked_layer_names(model, taps, sample, layers):
+        weight, groups = modules[name].weight, int(getattr(modules[name], "groups", 1))
+        assert isinstance(weight, Tensor)
+        fan_in = weight[0].numel()
+        bases[name] = torch.eye(fan_in)[:, :MAX_DIRECTIONS].half().expand(groups, -1, -1).clone()
+    return bases
+
+
+def _marked_layer_names(
+    model: nn.Module, taps: Sequence[str], sample: Tensor, layers: Sequence[str] | None
+) -> list[str]:
+    """Return the layers to mark in execution order. Raises `ModelError` for unknown names."""
+    modules = dict(model.named_modules())
+    found = [layer.conv for layer in tapped_layers(model, taps, sample) if supports_responses(layer, modules)]
+    unknown = sorted(set(layers or ()) - set(found))
+    if unknown or not found or layers == []:
+        raise ModelError(
+            f"The name {', '.join(unknown)[:200]!r} is no convolution or linear layer before the taps. "
+            f"Choose among {', '.join(found)[:400] or 'the layers of another model'}.",
+            field="layers",
+        )
+    return [name for name in found if layers is None or name in layers]
+
+
+@torch.no_grad()
+def input_covariances(
+    model: nn.Module, taps: Sequence[str], inputs: Tensor, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return the covariance of the inputs of each layer: float64 [groups, fan-in, fan-in]."""
+    modules = dict(model.named_modules())
+    sums: dict[str, Tensor] = {}
+    products: dict[str, Tensor] = {}
+    counts = dict.fromkeys(names, 0)
+
+    def collect(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            patches = input_patches(module, args[0]).double()
+            if name not in sums:
+                groups, _, fan_in = patches.shape
+                sums[name] = patches.new_zeros(groups, fan_in)
+                products[name] = patches.new_zeros(groups, fan_in, fan_in)
+            sums[name] += patches.sum(1)
+            products[name] += patches.transpose(1, 2) @ patches
+            counts[name] += patches.shape[1]
+
+        return hook
+
+    modes = [(module, module.training) for module in model.modules()]
+    handles = [modules[name].register_forward_pre_hook(collect(name)) for name in names]
+    model.eval()
+    try:
+        for batch in inputs.split(_PASS):
+            forward_to_taps(model, batch, taps)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes:
+            module.training = mode
+    means = {name: sums[name] / counts[name] for name in names}
+    return {
+        name: products[name] / counts[name] - means[name].unsqueeze(2) * means[name].unsqueeze(1)
+        for name in names
+    }
+
+
+def input_patches(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the input vectors that the rows of a layer's kernel are multiplied with.
+
+    Args:
+        module: a two-dimensional convolution or a linear layer.
+        inputs: input of the layer, [n, C, H, W] or [..., C].
+
+    Returns:
+        [groups, vectors, fan-in of a group]; at most 64 positions of an image, on a regular grid.
+    """
+    if isinstance(module, nn.Linear):
+        return inputs.reshape(1, -1, inputs.shape[-1])
+    assert isinstance(module, nn.Conv2d)
+    if module.padding_mode != "zeros":
+        inputs = F.pad(inputs, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        padding: Any = 0
+    elif module.padding == "same":
+        inputs = F.pad(inputs, module._reversed_padding_repeated_twice)
+        padding = 0
+    else:
+        padding = 0 if module.padding == "valid" else module.padding
+    patches = F.unfold(
+        inputs, module.kernel_size, dilation=module.dilation, padding=padding, stride=module.stride
+    )
+    positions = patches.shape[2]
+    if positions > _MAX_POSITIONS:
+        chosen = torch.linspace(0, positions - 1, _MAX_POSITIONS, device=patches.device).round().long()
+        patches = patches[:, :, chosen]
+    grouped = patches.reshape(len(patches), module.groups, -1, patches.shape[2])
+    return grouped.permute(1, 0, 3, 2).reshape(module.groups, -1, grouped.shape[2])
+
+
+def _basis(covariance: Tensor) -> Tensor:
+    """Return the leading eigenvectors times the roots of their eigenvalues."""
+    most = min(MAX_DIRECTIONS, covariance.shape[1])
+    pairs = [_leading_eigenvectors(matrix.cpu().numpy(), most) for matrix in covariance]
+    values = torch.from_numpy(np.stack([pair[0] for pair in pairs]))
+    vectors = torch.from_numpy(np.stack([pair[1] for pair in pairs]))
+    total = covariance.diagonal(dim1=1, dim2=2).sum().cpu().clamp(min=1e-300)
+    k = min(most, int((values.sum(0).cumsum(0) / total < ENERGY).sum()) + 1)
+    # The sign of an eigenvector is arbitrary; its largest element is made positive.
+    largest = vectors.abs().argmax(1, keepdim=True)
+    vectors = vectors * torch.where(vectors.gather(1, largest) < 0, -1.0, 1.0)
+    basis = vectors[:, :, :k] * values[:, None, :k].sqrt()
+    return (basis / basis.abs().max().clamp(min=1e-300)).half()
+
+
+def _leading_eigenvectors(
+    covariance: npt.NDArray[np.float64], count: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the `count` largest eigenvalues, at least 0, and their vectors as columns, largest first."""
+    size = len(covariance)
+    values, vectors = scipy.linalg.eigh(covariance, subset_by_index=(size - count, size - 1))
+    return np.maximum(values[::-1], 0.0).copy(), vectors[:, ::-1].copy()

@@ -1,0 +1,174 @@
+"""Response model: the responses of every marked layer on natural inputs, without running a network.
+
+Each layer is read with W0's inputs: the reference holds a basis of their covariance for each marked layer,
+and a row of the suspect's kernel times this basis gives its response. The model needs matrix products only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from mtlsign.errors import ArtifactError
+from mtlsign.models.taps import TappedLayer, tapped_layers
+from mtlsign.watermark.verification.alignment import column_multipliers
+from mtlsign.watermark.verification.conv_model import apply_bn_signs
+from mtlsign.watermark.verification.model import Weights
+from mtlsign.watermark.verification.reference import Reference, reference_tensor
+from mtlsign.watermark.verification.response_bases import MAX_DIRECTIONS, supports_responses
+
+#: Largest number of coordinates of all layers together.
+MAX_COORDINATES = 2**24
+
+
+@dataclass(frozen=True)
+class MarkedLayer:
+    """Layer whose responses are read.
+
+    Attributes:
+        weight: name of its kernel, [O, I/groups, ...].
+        batch_norm: name of the batch norm after it, or None.
+        groups: the convolution's groups.
+        columns: W0's column norms, float64 [groups, I/groups].
+        basis: float64 [groups, fan-in of a group, k].
+    """
+
+    weight: str
+    batch_norm: str | None
+    groups: int
+    columns: Tensor
+    basis: Tensor
+
+    def basis_in(self, dtype: torch.dtype) -> Tensor:
+        """Return the basis in float32 or float64."""
+        return self.basis if dtype == torch.float64 else self._basis32
+
+    @cached_property
+    def _basis32(self) -> Tensor:
+        return self.basis.float()
+
+
+class ResponseModel:
+    """Responses of the marked layers: those with a basis in the reference.
+
+    Args:
+        template_model: the architecture; its own values are never used.
+        taps: module names; the marked layers are before the last of them.
+        reference: W0's reference.
+        sample: float32 [n, C, H, W] of the network's input geometry.
+
+    Attributes:
+        layers: the marked layers in execution order.
+        weight_shapes: name -> shape of every kernel that is read.
+        optional_shapes: name -> shape of the batch norms' γ, which may be absent.
+        coordinates: D, the number of coordinates of all layers together.
+
+    Raises:
+        ModelError: a tap does not exist.
+        ArtifactError: the reference does not fit the architecture.
+    """
+
+    def __init__(
+        self, template_model: nn.Module, taps: Sequence[str], reference: Reference, sample: Tensor
+    ) -> None:
+        modules = dict(template_model.named_modules())
+        shapes = {name: tuple(p.shape) for name, p in template_model.named_parameters()}
+        self.layers = tuple(
+            _marked_layer(layer, modules[layer.conv], shapes[layer.weight], reference, sample.device)
+            for layer in tapped_layers(template_model, taps, sample)
+            if f"{layer.conv}/basis" in reference.tensors and supports_responses(layer, modules)
+        )
+        bases = sum(name.endswith("/basis") for name in reference.tensors)
+        if not self.layers or bases != len(self.layers):
+            raise ArtifactError(
+                "The reference does not hold the bases of layers before the taps. Use that of the same kit.",
+                field="reference",
+            )
+        self.weight_shapes: Mapping[str, tuple[int, ...]] = {
+            layer.weight: shapes[layer.weight] for layer in self.layers
+        }
+        self._bn_weights = {
+            layer.weight: f"{layer.batch_norm}.weight" for layer in self.layers if layer.batch_norm
+        }
+        self.optional_shapes: Mapping[str, tuple[int, ...]] = {
+            bn_weight: (self.weight_shapes[weight][0],) for weight, bn_weight in self._bn_weights.items()
+        }
+        self.coordinates = sum(shapes[layer.weight][0] * layer.basis.shape[2] for layer in self.layers)
+        if self.coordinates > MAX_COORDINATES:
+            raise ArtifactError(
+                f"The reference has {self.coordinates:,} coordinates, over {MAX_COORDINATES:,}. "
+                "Mark fewer layers.",
+                field="reference",
+            )
+
+    def select_weights(self, tensors: Weights) -> dict[str, Tensor]:
+        """Return the kernels that are present, with sign(γ) on their rows; γ may be absent."""
+        names = [name for name in (*self.weight_shapes, *self.optional_shapes) if name in tensors]
+        return apply_bn_signs({name: tensors[name] for name in names}, self._bn_weights)
+
+    def responses(self, kernels: Weights, *, differentiable_rounds: int = 0) -> Tensor:
+        """Compute the coordinates of all marked layers.
+
+        Args:
+            kernels: result of `select_weights`. A layer without a kernel contributes zeros.
+            differentiable_rounds: 0 for verification, which computes in double precision. In training this
+                many rounds of the column scaling are differentiated, in the kernels' own precision.
+
+        Returns:
+            [D], layer after layer and row after row; each row has mean square 1, or is 0.
+        """
+        parts = []
+        for layer in self.layers:
+            rows = self.weight_shapes[layer.weight][0]
+            if layer.weight in kernels:
+                parts.append(_layer_responses(kernels[layer.weight], layer, differentiable_rounds))
+            else:
+                parts.append(layer.basis.new_zeros(rows * layer.basis.shape[2]))
+        return torch.cat(parts)
+
+
+def _layer_responses(kernel: Tensor, layer: MarkedLayer, differentiable_rounds: int) -> Tensor:
+    """Return the responses of one layer's rows as one vector, [O·k]."""
+    training = differentiable_rounds > 0
+    dtype = kernel.dtype if training else torch.float64
+    blocks = kernel.to(dtype).reshape(layer.groups, -1, kernel.shape[1], kernel[0, 0].numel())
+    columns = column_multipliers(
+        blocks.square().sum(3).double(), layer.columns, differentiable_rounds=differentiable_rounds
+    )
+    scaled = blocks * columns.sqrt().to(dtype)[:, None, :, None]
+    responses = (scaled.flatten(2) @ layer.basis_in(dtype)).flatten(0, 1)
+    norms = responses.square().sum(1, keepdim=True)
+    # Rows of zeros remain zeros.
+    inverse = (norms + (norms <= 0)).rsqrt()
+    unit: Tensor = responses * (inverse * responses.shape[1] ** 0.5)
+    return unit.flatten()
+
+
+def _marked_layer(
+    layer: TappedLayer,
+    module: nn.Module,
+    shape: tuple[int, ...],
+    reference: Reference,
+    device: torch.device,
+) -> MarkedLayer:
+    groups = int(getattr(module, "groups", 1))
+    fan_in = shape[1] * (torch.Size(shape[2:]).numel() if len(shape) > 2 else 1)
+    columns = reference_tensor(reference, f"{layer.conv}/columns", (groups, shape[1]))
+    basis = reference.tensors[f"{layer.conv}/basis"]
+    if (
+        basis.dim() != 3
+        or tuple(basis.shape[:2]) != (groups, fan_in)
+        or not 1 <= basis.shape[2] <= MAX_DIRECTIONS
+    ):
+        raise ArtifactError(
+            f"The reference does not fit the architecture at {layer.conv + '/basis'!r}. "
+            "Use that of the same kit.",
+            field="reference",
+        )
+    return MarkedLayer(
+        layer.weight, layer.batch_norm, groups, columns.double().to(device), basis.double().to(device)
+    )
