@@ -137,7 +137,7 @@ _ALL = (
         "mean_shift",
         response_space.mean_shift,
         "mean inputs added to kernels, which batch norms undo",
-        variants=("size=1/3/10",),
+        variants=("size=0.1/0.3",),
     ),
     Attack(
         "low_rank",

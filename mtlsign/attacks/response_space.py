@@ -153,12 +153,12 @@ def mean_shift(
     resources: AttackerResources,
     seed: int,
     *,
-    size: Size = 3.0,
+    size: Size = 0.1,
 ) -> AttackOutcome:
-    """Add random multiples of each layer's mean input to its rows; batch norms remove the effect.
+    """Add random multiples of one direction to each layer's rows; batch norms remove most of the effect.
 
-    The direction is the mean input divided by the covariance, along which inputs differ least relative to
-    their mean. The added rows have `size` times the norm of a kernel's rows.
+    Along the mean input divided by the covariance, the mean of a response changes most relative to its
+    deviation. The deviation that is added is `size` times that of each row's response.
     """
     data = attacker_view(model, task, resources, seed)
     layers, gen = _Layers(model, data, 0), seeded_generator("mtlsign/attack/mean-shift", seed)
@@ -168,10 +168,11 @@ def mean_shift(
         mean = means[name].unsqueeze(2)
         coordinates = vectors.transpose(1, 2) @ mean
         direction = vectors @ (coordinates / (values + 1e-4 * values[:, :1])[:, :, None])
-        direction = direction / direction.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        added = ((vectors.transpose(1, 2) @ direction).square() * values[:, :, None]).sum(1, keepdim=True)
         rows = layers.rows(name)
+        response = ((rows @ vectors).square() * values[:, None]).sum(2, keepdim=True)
         drawn = torch.randn((*rows.shape[:2], 1), generator=gen, dtype=torch.float64).to(rows.device)
-        scale = size * rows.norm(dim=2, keepdim=True)
+        scale = size * (response / added.clamp(min=1e-30)).sqrt()
         layers.set_rows(name, rows + drawn * scale * direction.transpose(1, 2))
     return AttackOutcome(recalibrate_batch_norm(layers.model, data))
 

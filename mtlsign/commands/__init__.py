@@ -20,6 +20,7 @@ from mtlsign.errors import SettingsError
 COMMANDS = {
     "embed": ("embed", "embed a watermark into a network"),
     "verify": ("verify", "verify models against an owner kit, or the bundle of a claim"),
+    "trace": ("trace", "find the recipients whose copies a model was made from"),
     "attack": ("attack", "attack a marked model and verify what remains"),
     "sweep": ("sweep", "embed over a grid of settings"),
     "reproduce": ("reproduce", "repeat the studies of the paper"),

@@ -110,8 +110,12 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
     width: int | None = Field(None, ge=4, le=MAX_WIDTH, description="channels of the first stage; 64 is torchvision's own network")
     stem: Literal["stock", "cifar"] | None = Field(None, description="7x7 stride 2 with pooling, or 3x3 stride 1")
     weights: str | None = Field(None, max_length=4096, description="trained checkpoint (.safetensors, .pt of tensors) or 'pretrained' (timm); skips phase 1")
+    base_kit: str | None = Field(None, max_length=4096, description="owner kit with a spread head whose W0 is marked again, for another recipient; skips phase 1")
     name: str | None = Field(None, min_length=1, max_length=128, description="name of the model in the spec")
     # key set, head, taps
+    preset: Literal["default", "spread", "keyed", "paper"] = Field("default", description="spread, keyed: the head of this name with its defaults; paper: the scheme as published (free head, N 600, R_DA by inner tuning on D', no distillation)")
+    keys: int = Field(1, ge=1, le=16, description="independent keys to embed at once, one kit each; open one of them per dispute")
+    recipient: str | None = Field(None, min_length=1, max_length=128, description="recipient of this copy, noted in its kit for jobs/trace.py")
     key_size: int | None = Field(None, ge=128, le=4096, description="N, key samples = bits of the watermark [1024; free 600]")
     head: Literal["spread", "keyed", "free"] = Field("keyed", description="spread: responses of every layer, keyed: features on key images, both derived from the key; free: the paper's trained perceptron on these features")
     readouts: Annotated[tuple[Literal["spread", "keyed"], ...], NoDecode] = Field((), max_length=3, description="further heads of the same key, whose bits are added")
@@ -148,6 +152,12 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
         return tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
 
     def with_defaults(self) -> Self:
+        """Fill in the preset, then the settings that depend on the task or head."""
+        given = self.given_values()
+        preset = {name: value for name, value in PRESETS[self.preset].items() if name not in given}
+        return self.updated(preset)._with_task_defaults()
+
+    def _with_task_defaults(self) -> Self:
         """Fill in the settings that depend on the task or head."""
         recipe = RECIPES.get(self.task.partition("@")[0], {})
         defaults: dict[str, Any] = {
@@ -202,6 +212,19 @@ SPREAD_DEFAULTS: dict[str, Any] = {
 }
 
 
+#: Settings of each preset; flags, file and environment take precedence.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "spread": {"head": "spread"},
+    "keyed": {"head": "keyed"},
+    "paper": {
+        "head": "free",
+        "lambda1": 0.1,
+        "lambda2": 0.1,
+        "phase2.distillation": 0.0,
+        "perturbation.kinds": ("fine_tuned",),
+    },
+}
 #: Defaults of the built-in tasks.
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {"width": 16, "phase1.epochs": 30, "phase2.steps": 600},

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,25 +140,25 @@ class RayEmbeddingBackend:
         settings: EmbedSettings,
         run: EmbeddingRun,
         base_weights: Tensors,
-        opening: KeyOpening,
+        openings: Sequence[KeyOpening],
         reference: Reference,
     ) -> Phase2Result:
-        """Run phase 2. The workers receive the opened key; the identity remains on the driver.
+        """Run phase 2. The workers receive the opened keys; the identity remains on the driver.
 
         Args:
             settings: the settings of the job.
             run: the folder of the run, which receives the checkpoints.
             base_weights: W0.
-            opening: the opened key.
+            openings: the opened keys.
             reference: the values of W0 that the verifier needs.
         """
         public = _without_identity(settings)
-        secret = ray.put((serialize_safetensors(base_weights), opening, reference.raw_bytes))
+        secret = ray.put((serialize_safetensors(base_weights), list(openings), reference.raw_bytes))
 
         def phase(worker: RayWorkerContext) -> tuple[Any, ...] | None:
-            data, opened_key, reference_bytes = ray.get(secret)
+            data, opened_keys, reference_bytes = ray.get(secret)
             result = pipeline.run_phase2(
-                public, parse_safetensors(data), opened_key, Reference.from_bytes(reference_bytes), worker
+                public, parse_safetensors(data), opened_keys, Reference.from_bytes(reference_bytes), worker
             )
             if worker.rank != 0:
                 return None

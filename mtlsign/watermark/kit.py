@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mtlsign.config.attack import AttackSettings
+from mtlsign.config.trace import TraceSettings
 from mtlsign.config.verify import VerifySettings
 from mtlsign.errors import ArtifactError, KeyMaterialError, ModelError
 from mtlsign.models.factories import load_factory
@@ -47,7 +48,7 @@ class OwnerKit:
     Attributes:
         opening: the key as (spec, public key, signature).
         reference: bytes of W0's reference.
-        base_weights: safetensors bytes of the tapped part of W0.
+        base_weights: safetensors bytes of W0: of all of it with a spread head, else of the tapped part.
         head: safetensors bytes of a free head, None for the keyed head.
         info: JSON object of the owner's notes: model_digest, task, created, versions, …
     """
@@ -114,7 +115,7 @@ def read_kit(location: str, secret: EncryptionSecret, *, endpoint: str | None = 
     return _parse_kit(decrypt_envelope(sealed, secret, purpose=KIT_PURPOSE))
 
 
-def open_kit(settings: VerifySettings | AttackSettings, location: str) -> OwnerKit:
+def open_kit(settings: VerifySettings | AttackSettings | TraceSettings, location: str) -> OwnerKit:
     """Decrypt a kit with the passphrase or the owner identity that the settings name.
 
     Raises:

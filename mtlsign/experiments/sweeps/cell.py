@@ -194,7 +194,7 @@ def _embed(
         template_model, base_weights, architecture, task.input_spec, settings, owner, bases=bases
     )
     context = _context(folder, CHECKPOINT_FILE, on_progress)
-    marked = pipeline.run_phase2(settings, base_weights, opening, reference, context)
+    marked = pipeline.run_phase2(settings, base_weights, [opening], reference, context)
     detector = WatermarkDetector(opening, reference, head=marked.head, factories=factories)
     verdict = verify(marked.tensors, detector, bits=shared.min_evidence_bits, base_weights=base_weights)
     deviations = parameter_deviation(base_weights, marked.tensors).values()

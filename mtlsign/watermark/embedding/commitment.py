@@ -39,7 +39,25 @@ def commit_key(
     *,
     bases: Mapping[str, Tensor] | None = None,
 ) -> tuple[KeyOpening, Reference]:
-    """Make the reference of W0 and the spec, and sign the spec.
+    """Commit to one key; see `commit_keys`."""
+    openings, reference = commit_keys(
+        template_model, base_weights, architecture, input_spec, settings.updated({"keys": 1}), owner,
+        bases=bases,
+    )  # fmt: skip
+    return openings[0], reference
+
+
+def commit_keys(
+    template_model: nn.Module,
+    base_weights: Tensors,
+    architecture: Mapping[str, object],
+    input_spec: InputSpec,
+    settings: EmbedSettings,
+    owner: Identity,
+    *,
+    bases: Mapping[str, Tensor] | None = None,
+) -> tuple[list[KeyOpening], Reference]:
+    """Make the reference of W0, and a spec with its signature for each key.
 
     Args:
         template_model: a network of the architecture; it receives `base_weights`.
@@ -69,13 +87,16 @@ def commit_key(
             f"({str(error).splitlines()[0][:100]}). Set --carrier-size to its input size.",
             field="carrier-size",
         ) from None
-    spec = make_spec(
-        name=settings.name, nonce=_nonce(settings).hex(), n=n, carrier=carrier, taps=list(taps),
-        readouts=[{"head": {"kind": kind}, "taps": list(names), "n": n} for kind, names in further] or 1,
-        head=_head_fields(settings), statistic=settings.statistic, normalise="key-batch",
-        graph=dict(architecture), reference=reference.digest,
-    )  # fmt: skip
-    return sign_spec(owner, spec), reference
+    openings = []
+    for index in range(settings.keys):
+        spec = make_spec(
+            name=settings.name, nonce=_nonce(settings, index).hex(), n=n, carrier=carrier, taps=list(taps),
+            readouts=[{"head": {"kind": kind}, "taps": list(names), "n": n} for kind, names in further] or 1,
+            head=_head_fields(settings), statistic=settings.statistic, normalise="key-batch",
+            graph=dict(architecture), reference=reference.digest,
+        )  # fmt: skip
+        openings.append(sign_spec(owner, spec))
+    return openings, reference
 
 
 def validate_before_training(
@@ -152,9 +173,10 @@ def _tap_names(model: nn.Module, kind: HeadKind, settings: EmbedSettings) -> tup
     return architectures.default_taps(model, kind)
 
 
-def _nonce(settings: EmbedSettings) -> bytes:
+def _nonce(settings: EmbedSettings, index: int) -> bytes:
     if settings.insecure_test_key:
-        return hashlib.sha256(f"mtlsign insecure test nonce {settings.seed}".encode()).digest()
+        suffix = f" {index}" if index else ""
+        return hashlib.sha256(f"mtlsign insecure test nonce {settings.seed}{suffix}".encode()).digest()
     return secrets.token_bytes(32)
 
 

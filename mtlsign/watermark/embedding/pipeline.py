@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,8 +29,9 @@ from mtlsign.models.loading import (
     require_same_architecture,
 )
 from mtlsign.tasks import Task, from_loaders, load_task
+from mtlsign.watermark.embedding.base_kit import load_base_weights
 from mtlsign.watermark.embedding.commitment import (
-    commit_key,
+    commit_keys,
     measure_response_bases,
     needs_response_bases,
     validate_before_training,
@@ -101,14 +102,14 @@ def embed(
     rows = [] if trained else train_clean_model(module, task, settings, worker)
     base_weights = cpu_state(module)
     bases = measure_response_bases(template_model, base_weights, task, settings)
-    opening, reference = commit_key(
+    openings, reference = commit_keys(
         template_model, base_weights, fields, task.input_spec, settings, owner, bases=bases
     )
     path = custom.factory_path(str(fields["arch"]))
     factories = {} if path is None else {path: lambda: copy.deepcopy(template_model)}
-    detector = WatermarkDetector(opening, reference, device=device, factories=factories)
+    detector = WatermarkDetector.joined(openings, reference, device=device, factories=factories)
     phase2 = _phase2_result(module, task, detector, settings, worker)
-    return build_result(base_weights, rows, opening, reference, phase2, settings, factories=factories)
+    return build_result(base_weights, rows, openings, reference, phase2, settings, factories=factories)
 
 
 class EmbeddingBackend(Protocol):
@@ -141,7 +142,7 @@ class EmbeddingBackend(Protocol):
         settings: EmbedSettings,
         run: EmbeddingRun,
         base_weights: Tensors,
-        opening: KeyOpening,
+        openings: Sequence[KeyOpening],
         reference: Reference,
     ) -> Phase2Result:
         """Run phase 2, or resume it from its last checkpoint.
@@ -150,7 +151,7 @@ class EmbeddingBackend(Protocol):
             settings: complete settings.
             run: the run folder, which stores checkpoints.
             base_weights: state dict of W0.
-            opening: the opened key.
+            openings: the opened keys.
             reference: W0's reference.
         """
 
@@ -185,6 +186,8 @@ def run_embedding_job(
             phase1 = load_initial_weights(settings, architecture), []
     identity, path, created = load_or_create_identity(settings.owner, settings.passphrase_file)
     secret = EncryptionSecret.from_kit_key(identity.kit_key)
+    if phase1 is None and settings.base_kit is not None:
+        phase1 = load_base_weights(settings, architecture, secret), []
     run.reserve_name(settings)
     log(f"{'new owner identity, back it up:' if created else 'owner identity'} {path}")
     log(f"run {run.name}; if it is interrupted: --resume {run.name}")
@@ -197,14 +200,14 @@ def run_embedding_job(
     if commitment is None:
         template_model = architectures.build(architecture, factories=factories)
         bases = backend.response_bases(settings, base_weights, architecture)
-        opening, reference = commit_key(
+        openings, reference = commit_keys(
             template_model, base_weights, architecture, input_spec, settings, identity, bases=bases
         )
-        run.save_commitment(opening, reference.raw_bytes, secret)
+        run.save_commitment(openings, reference.raw_bytes, secret)
     else:
-        opening, reference = commitment[0], Reference.from_bytes(commitment[1])
-    phase2 = backend.embed_watermark(settings, run, base_weights, opening, reference)
-    result = build_result(base_weights, rows, opening, reference, phase2, settings, factories=factories)
+        openings, reference = commitment[0], Reference.from_bytes(commitment[1])
+    phase2 = backend.embed_watermark(settings, run, base_weights, openings, reference)
+    result = build_result(base_weights, rows, openings, reference, phase2, settings, factories=factories)
     result.save(run.storage, secret)
     report, result_path = run.location("report.html"), run.location("result.json")
     result.result |= {"run": run.name, "report": report, "result": result_path}
@@ -252,11 +255,11 @@ class LocalEmbeddingBackend:
         settings: EmbedSettings,
         run: EmbeddingRun,
         base_weights: Tensors,
-        opening: KeyOpening,
+        openings: Sequence[KeyOpening],
         reference: Reference,
     ) -> Phase2Result:
         """Run phase 2; see `EmbeddingBackend.embed_watermark`."""
-        return run_phase2(settings, base_weights, opening, reference, self._worker(run, "mark"))
+        return run_phase2(settings, base_weights, openings, reference, self._worker(run, "mark"))
 
     def _worker(self, run: EmbeddingRun, phase: str) -> SingleProcessContext:
         return SingleProcessContext(
@@ -305,24 +308,24 @@ def run_response_bases(
 def run_phase2(
     settings: EmbedSettings,
     base_weights: Tensors,
-    opening: KeyOpening,
+    openings: Sequence[KeyOpening],
     reference: Reference,
     worker: WorkerContext,
 ) -> Phase2Result:
-    """Run phase 2 as one rank. The opening is the key; the identity's private key is not needed.
+    """Run phase 2 as one rank. The openings are the keys; the identity's private key is not needed.
 
     Args:
         settings: complete settings.
         base_weights: state dict of W0.
-        opening: the opened key.
+        openings: the opened keys.
         reference: W0's reference.
         worker: this process of the phase.
     """
-    architecture = opening.parse().graph
+    architecture = openings[0].parse().graph
     factories = custom_factories(architecture)
     model = architectures.build(architecture, factories=factories)
     model.load_state_dict(base_weights)
-    detector = WatermarkDetector(opening, reference, device=worker.device, factories=factories)
+    detector = WatermarkDetector.joined(openings, reference, device=worker.device, factories=factories)
     return _phase2_result(model, _load_task(settings), detector, settings, worker)
 
 

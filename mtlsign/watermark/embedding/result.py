@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,7 @@ class EmbeddingResult:
     Attributes:
         tensors: state dict of the marked model; public.
         kit: the owner's secret.
+        further_kits: kits of the other keys.
         verdict: verification of the marked model.
         result: content of `result.json`.
         history: rows of metrics of both phases.
@@ -66,6 +67,7 @@ class EmbeddingResult:
     result: dict[str, Any]
     history: dict[str, Rows] = field(repr=False)
     scores: dict[str, list[float]] = field(repr=False)
+    further_kits: tuple[OwnerKit, ...] = field(default=(), repr=False)
 
     def save(self, storage: Storage, secret: EncryptionSecret) -> None:
         """Write `models/<digest>/` and `kits/<id>/` below `storage`, and add their locations to `result`."""
@@ -77,8 +79,11 @@ class EmbeddingResult:
             "name": self.result["name"],
         }
         write_model(storage, self.tensors, config, _model_card(self.result, architecture))
-        kit_id = write_kit(storage, self.kit, secret)
-        self.result["kit"] = storage.child(KITS).child(kit_id).uri
+        kits = storage.child(KITS)
+        self.result["kit"] = kits.child(write_kit(storage, self.kit, secret)).uri
+        further = [kits.child(write_kit(storage, kit, secret)).uri for kit in self.further_kits]
+        if further:
+            self.result["further_kits"] = further
         self.result["model_path"] = storage.child(MODELS).child(self.result["model_digest"]).uri
 
     def report(self) -> str:
@@ -92,7 +97,7 @@ class EmbeddingResult:
 def build_result(
     base_weights: Tensors,
     rows: Rows,
-    opening: KeyOpening,
+    openings: Sequence[KeyOpening],
     reference: Reference,
     phase2: Phase2Result,
     settings: EmbedSettings,
@@ -104,22 +109,19 @@ def build_result(
     Args:
         base_weights: state dict of W0.
         rows: rows of metrics of phase 1.
-        opening: the opened key.
+        openings: the opened keys.
         reference: W0's reference.
         phase2: result of phase 2.
         settings: complete settings.
         factories: trusted factories of custom architectures.
     """
-    detector = WatermarkDetector(opening, reference, head=phase2.head, factories=factories)
-    tapped = {
-        name: base_weights[name]
-        for name in (*detector.weight_shapes, *detector.optional_shapes)
-        if name in base_weights
-    }
+    detector = WatermarkDetector(openings[0], reference, head=phase2.head, factories=factories)
+    kept_weights = _kept_base_weights(base_weights, detector)
     digest = model_digest(serialize_safetensors(phase2.tensors))
     verdict = verify(
-        phase2.tensors, detector, controls=_CONTROL_KEYS, base_weights=tapped, model_digest=digest
+        phase2.tensors, detector, controls=_CONTROL_KEYS, base_weights=kept_weights, model_digest=digest
     )
+    further = [verify(phase2.tensors, detector.with_raw_key(opening.key())) for opening in openings[1:]]
     deviations = parameter_deviation(base_weights, phase2.tensors)
     result = {
         **_settings_fields(settings),
@@ -133,17 +135,39 @@ def build_result(
         "model_digest": digest,
         "kit": None,
     }
-    kit = OwnerKit(
-        opening=opening,
-        reference=reference.raw_bytes,
-        base_weights=serialize_safetensors(tapped),
-        head=phase2.head,
-        info=_kit_info(settings, digest),
-    )
-    history = {"phase1": rows, "phase2": phase2.rows}
+    if further:
+        result["further_keys"] = [_verdict_fields(verdict) for verdict in further]
+    kits = [
+        OwnerKit(
+            opening=opening,
+            reference=reference.raw_bytes,
+            base_weights=serialize_safetensors(kept_weights),
+            head=phase2.head,
+            info=_kit_info(settings, digest),
+        )
+        for opening in openings
+    ]
     return EmbeddingResult(
-        phase2.tensors, kit, verdict, result, history, _scores(detector, phase2.tensors, tapped)
+        tensors=phase2.tensors,
+        kit=kits[0],
+        verdict=verdict,
+        result=result,
+        history={"phase1": rows, "phase2": phase2.rows},
+        scores=_scores(detector, phase2.tensors, kept_weights),
+        further_kits=tuple(kits[1:]),
     )
+
+
+def _kept_base_weights(base_weights: Tensors, detector: WatermarkDetector) -> Tensors:
+    """Return the part of W0 that the kit stores.
+
+    With a spread head this is all of it, so that `--base-kit` can mark further copies; otherwise it is the
+    tapped part, with which the kit's holder tests W0.
+    """
+    if any(readout.spec.head.kind == "spread" for readout in detector.readouts):
+        return dict(base_weights)
+    names = (*detector.weight_shapes, *detector.optional_shapes)
+    return {name: base_weights[name] for name in names if name in base_weights}
 
 
 def _settings_fields(settings: EmbedSettings) -> dict[str, Any]:
@@ -153,6 +177,7 @@ def _settings_fields(settings: EmbedSettings) -> dict[str, Any]:
         "name": settings.name,
         "width": settings.width,
         "head": settings.head,
+        **({} if settings.recipient is None else {"recipient": settings.recipient}),
         "seed": settings.seed,
         "lambda1": settings.lambda1,
         "lambda2": settings.lambda2,
@@ -181,6 +206,7 @@ def _kit_info(settings: EmbedSettings, model_digest: str) -> dict[str, Any]:
         "name": settings.name,
         "seed": settings.seed,
         "lr": settings.phase1.lr,
+        **({} if settings.recipient is None else {"recipient": settings.recipient}),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {"mtlsign": __version__, "torch": torch.__version__},
     }

@@ -1,7 +1,7 @@
 """Run folder of an embedding: the state from which an interrupted one is resumed, and its results.
 
 Until the end `runs/<name>/` holds `settings.json`, `ray/` or `checkpoints/`, `phase1.safetensors` (W0), and
-`commitment.sealed` (the key opening and the reference, encrypted for the owner). Then `result.json`,
+`commitment.sealed` (the key openings and the reference, encrypted for the owner). Then `result.json`,
 `metrics.json` and `report.html` are written, and the state is deleted.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,8 +54,8 @@ class EmbeddingRun(RunFolder[EmbedSettings]):
         self.folder.write(CLEAN_ROWS, json.dumps(rows).encode())
         self.folder.write(CLEAN_MODEL, serialize_safetensors(base_weights))
 
-    def load_commitment(self, secret: EncryptionSecret) -> tuple[KeyOpening, bytes] | None:
-        """Return the key opening and the bytes of the reference, or None before the owner has signed.
+    def load_commitment(self, secret: EncryptionSecret) -> tuple[list[KeyOpening], bytes] | None:
+        """Return the key openings and the bytes of the reference, or None before the owner has signed.
 
         Raises:
             KeyMaterialError: `secret` is that of another owner.
@@ -69,17 +69,20 @@ class EmbeddingRun(RunFolder[EmbedSettings]):
                 "This run was started by a different identity. Pass the same --owner.", field="owner"
             ) from None
         size = int.from_bytes(data[:8], "big")
-        return KeyOpening.from_json(data[8 : 8 + size]), data[8 + size :]
+        lines = data[8 : 8 + size].split(b"\n")
+        return [KeyOpening.from_json(line) for line in lines], data[8 + size :]
 
-    def save_commitment(self, opening: KeyOpening, reference: bytes, secret: EncryptionSecret) -> None:
-        """Store the key opening and the reference, encrypted for the owner.
+    def save_commitment(
+        self, openings: Sequence[KeyOpening], reference: bytes, secret: EncryptionSecret
+    ) -> None:
+        """Store the key openings and the reference, encrypted for the owner.
 
         Args:
-            opening: the opened key.
+            openings: the opened keys.
             reference: the bytes of the reference.
             secret: the owner's encryption secret.
         """
-        text = opening.to_json().encode()
+        text = "\n".join(opening.to_json() for opening in openings).encode()
         data = len(text).to_bytes(8, "big") + text + reference
         self.folder.write(COMMITMENT, encrypt_envelope(data, secret, purpose=_PURPOSE))
 

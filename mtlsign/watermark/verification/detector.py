@@ -117,6 +117,24 @@ class WatermarkDetector:
             name: shape for readout in self.readouts for name, shape in readout.optional_shapes.items()
         }
 
+    @classmethod
+    def joined(
+        cls, openings: Sequence[KeyOpening], reference: Reference, **options: Any
+    ) -> WatermarkDetector:
+        """Return one detector with the read-outs of several keys of one reference, to embed them together.
+
+        Args:
+            openings: opened keys with equal heads; only the first may have a trained head.
+            reference: W0's reference.
+            **options: see the constructor.
+        """
+        first = cls(openings[0], reference, **options)
+        others = [first.with_raw_key(opening.key()) for opening in openings[1:]]
+        joined = copy.copy(first)
+        joined.readouts = tuple(readout for detector in (first, *others) for readout in detector.readouts)
+        joined._join_readouts()
+        return joined
+
     @property
     def feature_readout(self) -> FeatureReadout:
         """First read-out of features; raises `SettingsError` if the key has none."""
@@ -166,11 +184,13 @@ class WatermarkDetector:
             kernels: result of `select_weights`.
             differentiable: whether gradients pass through the canonical form.
         """
+        rounds = 2 if differentiable else 0
+        readings: dict[int, Any] = {}
         with exact_fp32():
-            return [
-                readout.read(kernels, differentiable_rounds=2 if differentiable else 0)
-                for readout in self.readouts
-            ]
+            for readout in self.readouts:
+                if id(readout.model) not in readings:
+                    readings[id(readout.model)] = readout.read(kernels, differentiable_rounds=rounds)
+        return [readings[id(readout.model)] for readout in self.readouts]
 
     def score(self, readings: Sequence[Any]) -> Tensor:
         """Compute scores [N] of the result of `read`."""

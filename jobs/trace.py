@@ -1,0 +1,9 @@
+"""Find the recipients of a model's copies: `python jobs/trace.py --model MODEL --kits KIT,KIT`."""
+
+if __name__ == "__main__":
+    import _checkout  # noqa: F401
+
+from mtlsign.commands.trace import trace as main
+
+if __name__ == "__main__":
+    main.run()
