@@ -34,6 +34,7 @@ TINY: dict[str, Any] = {
     "task": "own",
     "model": "resnet18",
     "width": 8,
+    "head": "keyed",
     "key_size": 128,
     "phase2.steps": 120,
     "lambda2": 0,

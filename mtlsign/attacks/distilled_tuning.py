@@ -1,4 +1,4 @@
-"""Long tuning of all weights by distillation from the marked model, and learning the network anew.
+"""Tuning of all weights by distillation from the marked model, and training from random weights.
 
 Both use the attacker's images, their labels and the outputs of the marked model, but no key.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
@@ -42,6 +43,43 @@ Radius = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
 Mixing = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """Settings of a training by distillation, with a one-cycle schedule.
+
+    Attributes:
+        steps: optimiser steps.
+        lr: peak learning rate.
+        distillation: weight of KL(marked || attacked).
+        labels: weight of the primary loss.
+        weight_decay: of the optimiser.
+        average: decay of the moving average of the weights; 0 for none.
+        mixup: largest share of the second image; 0 for none.
+        sharpness: size of the adversarial weight perturbation, relative to each tensor; 0 for none.
+        stay: weight of elastic weight consolidation; 0 for none.
+        batch: batch size.
+        adam: whether the optimiser is Adam instead of SGD with momentum 0.9.
+    """
+
+    steps: int
+    lr: float
+    distillation: float = 1.0
+    labels: float = 1.0
+    weight_decay: float = 0.0
+    average: float = 0.0
+    mixup: float = 0.0
+    sharpness: float = 0.0
+    stay: float = 0.0
+    batch: int = 128
+    adam: bool = True
+
+    def optimizer(self) -> Callable[..., torch.optim.Optimizer]:
+        """Return the optimiser's class with its settings."""
+        if self.adam:
+            return partial(torch.optim.Adam, weight_decay=self.weight_decay)
+        return partial(torch.optim.SGD, momentum=0.9, weight_decay=self.weight_decay)
+
+
 def tune(
     model: nn.Module,
     task: Task,
@@ -66,11 +104,11 @@ def tune(
     of this relative size; `stay` is the weight of elastic weight consolidation, as REFIT has it.
     """
     data = attacker_view(model, task, resources, seed)
-    return tune_by_distillation(
-        trainable_copy(model), model, data, resources, seed,
-        steps=steps, lr=resources.learning_rate(lr), distillation=distillation, labels=labels,
-        weight_decay=weight_decay, average=average, mixup=mixup, sharpness=sharpness, stay=stay, batch=batch,
+    tuning = Tuning(
+        steps, resources.learning_rate(lr), distillation=distillation, labels=labels, batch=batch,
+        weight_decay=weight_decay, average=average, mixup=mixup, sharpness=sharpness, stay=stay,
     )  # fmt: skip
+    return tune_by_distillation(trainable_copy(model), model, data, resources, seed, tuning)
 
 
 def relearn(
@@ -84,7 +122,7 @@ def relearn(
     start: Literal["random", "shrunk"] = "random",
     batch: BatchSize = 128,
 ) -> AttackOutcome:
-    """Train the whole network anew by SGD on the marked model's outputs and the labels.
+    """Train the whole network from random weights by SGD on the marked model's outputs and the labels.
 
     `shrunk` starts from 0.4 times the stolen weights plus a random initialisation (a warm restart).
     """
@@ -98,15 +136,12 @@ def relearn(
                     parameter.mul_(0.5).add_(stolen, alpha=0.4)
     size = min(batch, data.size("attacker"))
     steps = epochs * max(1, data.size("attacker") // size)
-    optimizer = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4)
-    return tune_by_distillation(
-        student, model, data, resources, seed, steps=steps, lr=resources.learning_rate(lr), batch=size,
-        optimizer_class=optimizer,
-    )  # fmt: skip
+    tuning = Tuning(steps, resources.learning_rate(lr), batch=size, weight_decay=5e-4, adam=False)
+    return tune_by_distillation(student, model, data, resources, seed, tuning)
 
 
 def _reset(model: nn.Module, seed: int) -> None:
-    """Draw all weights anew."""
+    """Draw all weights at random."""
     with seeded("relearn", seed):
         for module in model.modules():
             reset = getattr(module, "reset_parameters", None)
@@ -127,20 +162,9 @@ def tune_by_distillation(
     data: Task,
     resources: AttackerResources,
     seed: int,
-    *,
-    steps: int,
-    lr: float,
-    distillation: float = 1.0,
-    labels: float = 1.0,
-    weight_decay: float = 0.0,
-    average: float = 0.0,
-    mixup: float = 0.0,
-    sharpness: float = 0.0,
-    stay: float = 0.0,
-    batch: int = 128,
-    optimizer_class: Callable[..., torch.optim.Optimizer] | None = None,
+    tuning: Tuning,
 ) -> AttackOutcome:
-    """Train `attacked` in place; see `tune` for the arguments.
+    """Train `attacked` in place.
 
     Args:
         attacked: start of the training.
@@ -148,55 +172,44 @@ def tune_by_distillation(
         data: the attacker's view of the task.
         resources: for progress.
         seed: order of the data.
-        steps: optimiser steps.
-        lr: peak learning rate.
-        distillation: weight of KL(marked || attacked).
-        labels: weight of the primary loss.
-        weight_decay: of the optimiser.
-        average: decay of the moving average; 0 for none.
-        mixup: largest share of the second image; 0 for none.
-        sharpness: size of the adversarial weight perturbation, relative to each tensor; 0 for none.
-        stay: weight of elastic weight consolidation; 0 for none.
-        batch: batch size.
-        optimizer_class: another optimiser than Adam.
+        tuning: settings of the training.
     """
-    teacher, batch = frozen_copy(teacher), min(batch, data.size("attacker"))
+    teacher, batch = frozen_copy(teacher), min(tuning.batch, data.size("attacker"))
     attacked.train()
     named = dict(attacked.named_parameters())
-    averaged = copy.deepcopy(attacked) if average else None
+    averaged = copy.deepcopy(attacked) if tuning.average else None
     gen = seeded_generator("mtlsign/attack/tune", seed)
-    consolidation = _Consolidation(attacked, data, batch, seed) if stay else None
+    consolidation = _Consolidation(attacked, data, batch, seed) if tuning.stay else None
 
     def batch_loss(forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         outputs, loss = forward(x), x.new_zeros(())
-        if distillation:
+        if tuning.distillation:
             with torch.no_grad():
                 target = teacher(x)
-            loss = loss + distillation * distillation_loss(outputs, target, 2.0)
-        return loss + labels * data.loss(outputs, y) if labels else loss
+            loss = loss + tuning.distillation * distillation_loss(outputs, target, 2.0)
+        return loss + tuning.labels * data.loss(outputs, y) if tuning.labels else loss
 
     def loss_fn(step: int) -> Tensor:
         x, y = data.batch_at("attacker", batch, step, seed=seed, augment=True)
-        if mixup:
-            share = mixup * float(torch.rand((), generator=gen))
+        if tuning.mixup:
+            share = tuning.mixup * float(torch.rand((), generator=gen))
             x = (1 - share) * x + share * x[torch.randperm(len(x), generator=gen).to(x.device)]
         loss = batch_loss(attacked, x, y)
-        if sharpness:
-            shifted = _ascended(named, loss, sharpness)
+        if tuning.sharpness:
+            shifted = _ascended(named, loss, tuning.sharpness)
             loss = batch_loss(lambda images: functional_call(attacked, shifted, (images,)), x, y)
-        return loss if consolidation is None else loss + stay * consolidation(named)
+        return loss if consolidation is None else loss + tuning.stay * consolidation(named)
 
     def after_step() -> None:
         if averaged is not None:
-            _move_average(averaged, attacked, average)
+            _move_average(averaged, attacked, tuning.average)
 
     optimize(
-        loss_fn, named.values(), steps, lr, resources,
-        optimizer_class=optimizer_class or partial(torch.optim.Adam, weight_decay=weight_decay),
-        lr_at=partial(one_cycle, steps=steps, peak=lr), after_step=after_step,
+        loss_fn, named.values(), tuning.steps, tuning.lr, resources, optimizer_class=tuning.optimizer(),
+        lr_at=partial(one_cycle, steps=tuning.steps, peak=tuning.lr), after_step=after_step,
     )  # fmt: skip
     result = attacked if averaged is None else averaged
-    return AttackOutcome(result.requires_grad_(True).eval(), steps, steps * batch)
+    return AttackOutcome(result.requires_grad_(True).eval(), tuning.steps, tuning.steps * batch)
 
 
 def _ascended(parameters: Mapping[str, Tensor], loss: Tensor, size: float) -> dict[str, Tensor]:

@@ -34,24 +34,26 @@ def overwrite(
     seed: int,
     *,
     epochs: Epochs = 50,
-    head: Literal["keyed", "free"] = "keyed",
+    head: Literal["same", "spread", "keyed", "free"] = "same",
     lambda2: LossWeight = 1.0,
     n: KeySize = 0,
     images: Images = 0,
 ) -> AttackOutcome:
     """Embed a second watermark with the attacker's data; the marked model serves as W0.
 
-    One epoch is one step of the optimiser: the attacker's key set as one batch, and as many primary images,
-    or `images` of them. `n` is the attacker's key size (0: the default of the head). `lambda2` is the
-    attacker's weight of R_DA; other settings are the owner's defaults. The images counted are those of the
-    steps, without those of R_DA's inner loops.
+    One epoch is one step of the optimiser: the attacker's key set as one batch, and as many primary images
+    (128 if the head reads none), or `images` of them. `head` is that of the owner's key unless it is given.
+    `n` is the attacker's key size (0: the default of the head). `lambda2` is the attacker's weight of R_DA;
+    other settings are the owner's defaults. The images counted are those of the steps, without those of
+    R_DA's inner loops.
     """
     data = attacker_view(model, task, resources, seed)
-    scheme = resources.scheme.with_key_options(head=head, key_size=n or None)
+    options = {} if head == "same" else {"head": head}
+    scheme = resources.scheme.with_key_options(key_size=n or None, **options)
     key = scheme.generate_key(model, data, seed)
     settings = SchemeSettings(
         steps=epochs,
-        batch=min(images or key.sample_count, data.size("attacker")),
+        batch=min(images or key.sample_count or 128, data.size("attacker")),
         training_lr=resources.training_lr,
         seed=seed,
         options={"lambda2": lambda2},

@@ -110,7 +110,7 @@ _ALL = (
     Attack(
         "relearn",
         distilled_tuning.relearn,
-        "whole network trained anew on the marked model's outputs and labels",
+        "whole network trained from random weights on the marked model's outputs and labels",
         variants=("epochs=20", "epochs=20,start=shrunk"),
     ),
     Attack(
@@ -136,7 +136,7 @@ _ALL = (
     Attack(
         "mean_shift",
         response_space.mean_shift,
-        "mean inputs added to kernels, which batch norms undo",
+        "response means shifted, which batch norms undo",
         variants=("size=0.1/0.3",),
     ),
     Attack(

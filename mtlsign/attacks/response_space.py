@@ -20,7 +20,7 @@ from mtlsign.attacks.base import (
     NotApplicableError,
     device_of,
 )
-from mtlsign.attacks.distilled_tuning import tune_by_distillation
+from mtlsign.attacks.distilled_tuning import Tuning, tune_by_distillation
 from mtlsign.attacks.training import recalibrate_batch_norm, trainable_copy
 from mtlsign.models.taps import tapped_layers
 from mtlsign.tasks import Task
@@ -231,12 +231,5 @@ def _repaired(
     recalibrate_batch_norm(attacked, data)
     if not steps:
         return AttackOutcome(attacked.to(device_of(model)))
-    return tune_by_distillation(
-        attacked.requires_grad_(True),
-        model,
-        data,
-        resources,
-        seed,
-        steps=steps,
-        lr=resources.learning_rate(lr),
-    )
+    tuning = Tuning(steps, resources.learning_rate(lr))
+    return tune_by_distillation(attacked.requires_grad_(True), model, data, resources, seed, tuning)

@@ -38,9 +38,9 @@ class Phase2Settings(SettingsGroup):
     """Embedding of the watermark, eq. (10) of the paper."""
 
     # fmt: off
-    steps: int | None = Field(None, ge=1, le=1_000_000, description="optimiser steps [spread 400; otherwise 800, digits 600]")
+    steps: int | None = Field(None, ge=1, le=1_000_000, description="optimiser steps [spread 500; otherwise 800, digits 600]")
     lr: float | None = Field(None, gt=0, le=10, description="peak learning rate (Adam, one-cycle) [spread 0.0005, otherwise 0.002 at width 16, divided by the root of the width ratio]")
-    margin: float = Field(2.0, gt=0, le=1000, description="spread head: score that the loss demands, in standard deviations of an unmarked network's scores")
+    margin: float = Field(4.0, gt=0, le=1000, description="spread head: score that the loss demands, in standard deviations of an unmarked network's scores")
     task_loss: float | None = Field(None, ge=0, le=1e6, description="weight of the primary loss with labels [spread 1, otherwise 0]")
     other_layers_lr_scale: float = Field(0.3, ge=0, le=100, description="learning rate of the layers after the taps, as a multiple of phase2.lr")
     distillation: float = Field(4.0, ge=0, le=1e6, description="weight of KL(W0 || W) on primary data")
@@ -117,7 +117,7 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
     keys: int = Field(1, ge=1, le=16, description="independent keys to embed at once, one kit each; open one of them per dispute")
     recipient: str | None = Field(None, min_length=1, max_length=128, description="recipient of this copy, noted in its kit for jobs/trace.py")
     key_size: int | None = Field(None, ge=128, le=4096, description="N, key samples = bits of the watermark [1024; free 600]")
-    head: Literal["spread", "keyed", "free"] = Field("keyed", description="spread: responses of every layer, keyed: features on key images, both derived from the key; free: the paper's trained perceptron on these features")
+    head: Literal["spread", "keyed", "free"] = Field("spread", description="spread: responses of every layer, keyed: features on key images, both derived from the key; free: the paper's trained perceptron on these features")
     readouts: Annotated[tuple[Literal["spread", "keyed"], ...], NoDecode] = Field((), max_length=3, description="further heads of the same key, whose bits are added")
     layers: str | None = Field(None, max_length=8000, description="spread head: marked convolutions and linear layers, comma-separated [all before the taps]")
     hidden: int = Field(64, ge=1, le=1024, description="hidden units of the free head")
@@ -127,9 +127,9 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
     statistic: Literal["count", "weighted"] = Field("count", description="evidence from the number of matching bits, or weighted by their scores")
     # training
     phase1: Phase1Settings = Field(Phase1Settings.model_validate({}), description="training of the clean network")
-    lambda1: float | None = Field(None, ge=0, le=1e6, description="weight of R_func, eq. (8) [responses 30, weights 0.001]")
+    lambda1: float | None = Field(None, ge=0, le=1e6, description="weight of R_func, eq. (8) [responses 3, weights 0.001]")
     r_func: Literal["weights", "responses"] | None = Field(None, description="R_func: sum |W-W0|^2 as in the paper, or the relative squared change of the marked layers' responses [spread responses, otherwise weights]")
-    lambda2: float = Field(1.0, ge=0, le=1e6, description="weight of R_DA over the perturbed copies, eq. (9); 0 disables it at no cost")
+    lambda2: float | None = Field(None, ge=0, le=1e6, description="weight of R_DA over the perturbed copies, eq. (9); 0 disables it at no cost [spread 0, otherwise 1]")
     phase2: Phase2Settings = Field(Phase2Settings.model_validate({}), description="embedding of the watermark")
     perturbation: PerturbationSettings = Field(PerturbationSettings.model_validate({}), description="perturbed copies of R_DA")
     # resources
@@ -176,11 +176,11 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
         sgd_lr = self.phase1.lr or defaults["phase1.lr"]
         defaults["perturbation.tuning_lr"] = 0.01 if optimizer == "adam" else sgd_lr
         r_func = self.r_func or defaults["r_func"]
-        defaults["lambda1"] = 30.0 if r_func == "responses" else 0.001
+        defaults["lambda1"] = 3.0 if r_func == "responses" else 0.001
         return self.updated({name: value for name, value in defaults.items() if self.value_of(name) is None})
 
 
-def learning_rates(width: int, head: str = "keyed") -> tuple[float, float]:
+def learning_rates(width: int, head: str = "spread") -> tuple[float, float]:
     """Return the default peak learning rates of phase 1 and phase 2 for a network's width.
 
     Wide networks diverge at the learning rates of narrow ones.
@@ -192,6 +192,7 @@ def learning_rates(width: int, head: str = "keyed") -> tuple[float, float]:
 
 #: Defaults that depend on the head.
 FEATURE_DEFAULTS: dict[str, Any] = {
+    "lambda2": 1.0,
     "r_func": "weights",
     "phase2.task_loss": 0.0,
     "perturbation.kinds": ("noise", "pruned", "decorrelated", "spoiled"),
@@ -202,7 +203,8 @@ FEATURE_DEFAULTS: dict[str, Any] = {
 }
 SPREAD_DEFAULTS: dict[str, Any] = {
     "r_func": "responses",
-    "phase2.steps": 400,
+    "lambda2": 0.0,
+    "phase2.steps": 500,
     "phase2.task_loss": 1.0,
     "perturbation.kinds": ("fine_tuned",),
     "perturbation.inner_steps": 12,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from mtlsign.errors import ModelError
 from mtlsign.models.families import translated_tensor_name
@@ -81,29 +82,48 @@ def _partial_mapping(
     tables: Sequence[Mapping[str, str]],
     tolerated: Collection[str],
 ) -> dict[str, str]:
-    """Return the mapping under the prefix with most of the tolerated names; empty if there is no such prefix.
+    """Return the mapping under the prefix with most of the tolerated names; empty if there is none.
 
     Raises:
         ModelError: several prefixes have equally many, and their tensors differ.
     """
     if not tolerated:
         return {}
-    strict = [name for name in required if name not in tolerated]
-    candidates: dict[tuple[str, ...], dict[str, str]] = {}
+    wanted, strict = set(required), [name for name in required if name not in tolerated]
+    dots = max((name.count(".") for name in required), default=0)
+    candidates: dict[tuple[str, ...], tuple[int, dict[str, str]]] = {}
     for table in tables:
-        prefixes = {p[: -len(n)] for n in required for p in table if p.endswith(n)}
-        for prefix in sorted(p for p in prefixes if not p or p.endswith(".")):
-            found = {name: table[prefix + name] for name in names if prefix + name in table}
-            if all(name in found for name in strict):
-                candidates[tuple(sorted(found.values()))] = found
-    most = max((sum(n in tolerated for n in found) for found in candidates.values()), default=0)
-    best = [found for found in candidates.values() if most and sum(n in tolerated for n in found) == most]
+        counts = Counter(prefix for name in table for prefix in _prefixes_of(name, wanted, dots))
+        most = max(counts.values(), default=0)
+        for prefix in sorted(prefix for prefix, count in counts.items() if count == most):
+            mapping = {name: table[prefix + name] for name in names if prefix + name in table}
+            if all(name in mapping for name in strict):
+                candidates[tuple(sorted(mapping.values()))] = most, mapping
+            if len(candidates) > 2:
+                break
+    most = max((count for count, _ in candidates.values()), default=0)
+    best = [mapping for count, mapping in candidates.values() if count == most]
     if len(best) > 1:
         raise ModelError(
             "Parts of the weights exist under several prefixes. Keep one of them in the file.",
             field="checkpoint",
         )
     return best[0] if best else {}
+
+
+def _prefixes_of(name: str, wanted: Collection[str], dots: int) -> Iterator[str]:
+    """Yield the prefixes, empty or ending with a dot, after which one of the wanted names follows.
+
+    Args:
+        name: a name in the file.
+        wanted: names of the model.
+        dots: largest number of dots in a wanted name.
+    """
+    parts = name.split(".")
+    for index in range(max(0, len(parts) - 1 - dots), len(parts)):
+        suffix = ".".join(parts[index:])
+        if suffix in wanted:
+            yield name[: len(name) - len(suffix)]
 
 
 def _prefixes(required: Sequence[str], table: Mapping[str, str]) -> set[str]:

@@ -47,7 +47,7 @@ def select_tensors_untrusted(
         shapes: required tensors, name -> shape.
         tensors: the suspect's tensors, of any origin.
         optional: tensors that may be missing, name -> shape.
-        tolerated: names of required tensors that may be missing or damaged as long as one remains.
+        tolerated: names of tensors that may be missing or damaged as long as one required tensor remains.
     """
     expected = {**(optional or {}), **shapes}
     values: dict[str, Tensor] = {}

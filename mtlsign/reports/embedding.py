@@ -33,7 +33,7 @@ def render_embedding_report(
         history: ``phase1`` rows (epoch, loss, train_accuracy, validation_accuracy, seconds) and ``phase2``
             rows (step, wm_loss, snapshot_loss, distillation_loss, deviation_l2, wm_accuracy,
             snapshot_accuracy, validation_accuracy, seconds).
-        scores: ``marked``, ``w0`` and ``wrong_key``, each N floats; positive agrees with the key's label.
+        scores: ``marked``, ``w0`` and ``wrong_key``, each N floats; positive agrees with the key's bit.
 
     Returns:
         The HTML text.
@@ -131,9 +131,9 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Task", text("task")),
         ("Model", text("model")),
         ("Seed", text("seed")),
-        ("λ₁ (weight of R_func, keeps weights near W0)", plain("lambda1")),
+        ("λ₁ (weight of R_func, keeps the network near W0)", plain("lambda1")),
         ("λ₂ (weight of R_DA, robustness to changes)", plain("lambda2")),
-        ("N (number of key images and bits)", plain("n", "{:,.0f}")),
+        ("N (number of bits)", plain("n", "{:,.0f}")),
         ("Task accuracy before embedding", _share(result, "primary_clean")),
         ("Task accuracy after embedding", _share(result, "primary_marked")),
         ("Matching bits, marked model", _share(result, "wm_accuracy")),

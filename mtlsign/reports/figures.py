@@ -48,7 +48,7 @@ def draw(result: Mapping[str, Any], history: Mapping[str, Rows], scores: Scores)
     Args:
         result: fields of ``result.json``, as `mtlsign.reports.embedding.render_embedding_report` takes them.
         history: rows of phases 1 and 2, as above.
-        scores: scores of the key images, as above.
+        scores: scores of the key's bits, as above.
 
     Returns:
         Figure name -> an ``<svg>`` element with its text alternative.
@@ -187,7 +187,7 @@ def _draw_scores(ax: Axes, scores: Scores) -> None:
         ax.hist(values, bins=edges, histtype="step", color=colour, linestyle=line, linewidth=1.6, label=label)
     ax.axvline(0, color="#111827", linewidth=0.9)
     ax.set_xlabel("score (positive = agrees with the key)")
-    ax.set_ylabel("key images")
+    ax.set_ylabel("bits of the key")
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     add_legend_above(ax, columns=3)
 

@@ -51,6 +51,11 @@ class MTLSignKey:
         """Number of key images."""
         return sum(r.spec.n for r in self.detector.readouts if isinstance(r, FeatureReadout))
 
+    @property
+    def head_kind(self) -> HeadKind:
+        """Kind of the first head."""
+        return self.detector.readouts[0].spec.head.kind  # type: ignore[return-value]  # parsed spec
+
     def with_labels(self, labels: Tensor) -> MTLSignKey:
         """Return the same key with other bits for `watermark_loss`."""
         return replace(self, other_labels=labels)
@@ -81,7 +86,7 @@ class MTLSignScheme:
     name: ClassVar[str] = "mtlsign"
     access: ClassVar[Literal["white-box", "black-box"]] = "white-box"
 
-    head: HeadKind = "keyed"
+    head: HeadKind = "spread"
     key_size: int | None = None
     hidden: int = 64
     min_evidence_bits: float = 120.0

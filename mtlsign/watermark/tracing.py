@@ -1,8 +1,9 @@
 """Tracing: which recipients' copies a suspect was made from.
 
-Each recipient got a copy of one W0 with a key of its own. The suspect is read with every key. For a key that
-had no part in the suspect, the number of matching bits is exactly Binomial(N, ½); with R keys the chance that
-any innocent one reaches the threshold is at most R times the tail, so that log2 R bits are subtracted.
+Each recipient got a copy of one W0 that is marked with another key. The suspect is read with every key. For a
+key that had no part in the suspect, the number of matching bits is exactly Binomial(N, ½); with R keys the
+chance that any innocent one reaches the threshold is at most R times the tail, so that log2 R bits are
+subtracted.
 """
 
 from __future__ import annotations

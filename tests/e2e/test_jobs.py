@@ -28,8 +28,8 @@ Run = Callable[..., Ran]
 
 #: Seconds, not minutes: one process, few steps.
 QUICK = shlex.split(
-    "--task digits --width 8 --key-size 128 --phase1.epochs 1 --phase2.steps 10 --phase1.batch 64 "
-    "--phase2.batch 16 --lambda2 0 --workers 0 --insecure-test-key"
+    "--task digits --width 8 --head keyed --key-size 128 --phase1.epochs 1 --phase2.steps 10 "
+    "--phase1.batch 64 --phase2.batch 16 --lambda2 0 --workers 0 --insecure-test-key"
 )
 
 

@@ -247,8 +247,9 @@ def evaluate_suspect(
 ) -> dict[str, Any]:
     """Return the canonical kernels, scores, k and control keys of a suspect, by the package."""
     detector = WatermarkDetector(opening, reference, factories={"golden:tiny": tiny})
-    canonical = detector.model.canonicalize(detector.model.select_weights(tensors))
-    scores, _ = detector.score_state_dict(tensors)
+    model = detector.feature_readout.model
+    canonical = model.canonicalize(model.select_weights(tensors))
+    scores = detector.score_state_dict(tensors).scores
     assert scores is not None
     verdict = verify(tensors, detector)
     controls = [key.keystream(detector.key, f"mtlsign/v0/control/{i}".encode(), 32).hex() for i in range(2)]

@@ -62,8 +62,8 @@ def run_attack(
     """
     row: Row = {**dict.fromkeys(COLUMNS), **row_header(plan), "seed": seed, "status": "ok"}
     model, task = target.model(device), target.load_task().to(device)
-    scheme = MTLSignScheme(min_evidence_bits=target.min_evidence_bits)
     key = MTLSignKey(detector_for_kit(target.kit, target.trusted_factory, device=device))
+    scheme = MTLSignScheme(head=key.head_kind, min_evidence_bits=target.min_evidence_bits)
     resources = AttackerResources(
         extra_data_fraction=target.extra_data_fraction,
         training_lr=target.learning_rate,

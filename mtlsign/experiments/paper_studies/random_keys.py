@@ -18,7 +18,8 @@ from mtlsign.tasks import load_task
 from mtlsign.watermark.embedding.commitment import commit_key, measure_response_bases
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.verification import evidence
-from mtlsign.watermark.verification.detector import WatermarkDetector, matching_bits
+from mtlsign.watermark.verification.detector import WatermarkDetector
+from mtlsign.watermark.verification.scores import matching_bits
 
 #: Number of keys after which the accuracies so far are stored.
 _KEYS_PER_CHECKPOINT = 100

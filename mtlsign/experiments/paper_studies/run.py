@@ -22,7 +22,7 @@ from mtlsign.storage.safetensors_io import parse_safetensors
 TABLE, TEXT, STUDY, RESULT = "study.csv", "study.md", "study.json", "result.json"
 _ACCURACIES_LIMIT = 2**26
 #: Number of bits of the watermark, by head.
-_BITS = {"keyed": 1024, "free": 600}
+_BITS = {"spread": 1024, "keyed": 1024, "free": 600}
 
 
 def run_study(

@@ -20,9 +20,10 @@ from mtlsign.service.problems import Problem, problem_from_error
 from mtlsign.service.verifier.claim_bundle import OpenedClaim
 from mtlsign.service.verifier.lazy_safetensors import CachedReadings, LazySafetensors
 from mtlsign.watermark.keys.spec import ReadoutSpec, Spec
-from mtlsign.watermark.verification.detector import ScoreResult, WatermarkDetector, checked_scores
+from mtlsign.watermark.verification.detector import WatermarkDetector
 from mtlsign.watermark.verification.reference import Reference
 from mtlsign.watermark.verification.response_bases import MAX_DIRECTIONS
+from mtlsign.watermark.verification.scores import ScoreResult, checked_scores
 
 MAX_IMAGE_ELEMENTS = 2**26
 """Elements of the images of one key set: 256 MiB of float32."""

@@ -171,7 +171,7 @@ class Perturbations:
     def _spoiling_loss(self, start: Kernels, index: int) -> AttackLoss:
         """Build the watermark loss with random labels."""
         generator = self._generator("spoiled", index)
-        labels = torch.randint(2, (self._detector.spec.total_bits,), generator=generator).float()
+        labels = torch.randint(2, (len(self._detector.labels),), generator=generator).float()
         labels, margin = labels.to(self._detector.device), self._settings.phase2.margin
 
         def loss(kernels: Kernels, step: int) -> Tensor:

@@ -137,16 +137,8 @@ def build_result(
     }
     if further:
         result["further_keys"] = [_verdict_fields(verdict) for verdict in further]
-    kits = [
-        OwnerKit(
-            opening=opening,
-            reference=reference.raw_bytes,
-            base_weights=serialize_safetensors(kept_weights),
-            head=phase2.head,
-            info=_kit_info(settings, digest),
-        )
-        for opening in openings
-    ]
+    base_bytes, info = serialize_safetensors(kept_weights), _kit_info(settings, digest)
+    kits = [OwnerKit(key, reference.raw_bytes, base_bytes, phase2.head, info) for key in openings]
     return EmbeddingResult(
         tensors=phase2.tensors,
         kit=kits[0],

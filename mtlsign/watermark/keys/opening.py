@@ -214,7 +214,7 @@ def head_signs(key: bytes, d: int, readout: int = 0) -> npt.NDArray[np.int8]:
     Args:
         key: 32 bytes.
         d: number of features.
-        readout: number of the read-out; format v0 has one, 0.
+        readout: 0; further read-outs have other keys (`mtlsign.watermark.verification.readouts`).
 
     Returns:
         int8 [d] of +1 (bit 1) and -1 (bit 0).

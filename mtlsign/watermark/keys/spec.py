@@ -106,7 +106,7 @@ class Spec:
 
     @property
     def has_trained_head(self) -> bool:
-        """Whether a head is trained, so that a match is evidence only with an earlier commitment."""
+        """True if a head is trained, so that a match is evidence only with an earlier commitment."""
         return any(readout.head.kind == "free" for readout in self.readouts)
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -28,25 +27,8 @@ from mtlsign.watermark.verification.readouts import (
 )
 from mtlsign.watermark.verification.reference import Reference
 from mtlsign.watermark.verification.response_model import ResponseModel
+from mtlsign.watermark.verification.scores import MIN_SCORE, ScoreResult, checked_scores, matching_bits
 from mtlsign.watermark.verification.verdict import Verdict
-
-#: A score nearer to 0 than this counts as wrong and is reported (docs/decisions/0001).
-MIN_SCORE = 1e-4
-
-
-@dataclass(frozen=True)
-class ScoreResult:
-    """Scores of a suspect's tensors.
-
-    Attributes:
-        scores: [N] on the CPU; None if the tensors cannot be read.
-        problem: why they cannot be read; None if they were.
-        missing: kernels that are missing or damaged; they contribute nothing to the scores.
-    """
-
-    scores: Tensor | None
-    problem: str | None = None
-    missing: tuple[str, ...] = ()
 
 
 class WatermarkDetector:
@@ -198,7 +180,7 @@ class WatermarkDetector:
             scores = [
                 readout.score(reading) for readout, reading in zip(self.readouts, readings, strict=True)
             ]
-            return scores[0] if len(scores) == 1 else torch.cat([s.to(scores[0].dtype) for s in scores])
+            return scores[0] if len(scores) == 1 else torch.cat(scores)
 
     def score_kernels(self, kernels: Mapping[str, Tensor], *, differentiable: bool = False) -> Tensor:
         """Compute scores [N] of kernels on the key set as one batch; see `read` for the arguments."""
@@ -216,32 +198,13 @@ class WatermarkDetector:
 
     def select_untrusted(self, tensors: Mapping[str, Tensor]) -> MappedTensors:
         """Select the tensors that the read-outs need. A spread read-out tolerates missing kernels."""
-        tolerated = {
-            name
-            for readout in self.readouts
-            if readout.tolerates_missing
-            for name in readout.weight_shapes
-        } - {
-            name
-            for readout in self.readouts
-            if not readout.tolerates_missing
-            for name in readout.weight_shapes
-        }  # fmt: skip
+        names: dict[bool, set[str]] = {True: set(), False: set()}
+        for readout in self.readouts:
+            names[readout.tolerates_missing] |= {*readout.weight_shapes, *readout.optional_shapes}
+        tolerated = names[True] - names[False]
         return select_tensors_untrusted(
             dict(self.weight_shapes), tensors, optional=dict(self.optional_shapes), tolerated=tolerated
         )
-
-
-def checked_scores(scores: Tensor, missing: tuple[str, ...] = ()) -> ScoreResult:
-    """Return scores, or the problem that they are not finite."""
-    if not torch.isfinite(scores).all():
-        return ScoreResult(None, "its values overflow in float32")
-    return ScoreResult(scores, missing=missing)
-
-
-def matching_bits(scores: Tensor, bits: Tensor) -> Tensor:
-    """Compare N scores with N bits: bool [N]. A score within 1e-4 of 0 never matches."""
-    return ((scores > 0) == (bits.to(scores.device) > 0)) & (scores.abs() >= MIN_SCORE)
 
 
 def verify(

@@ -1,8 +1,8 @@
 """Response bases: the leading directions of each layer's inputs on natural data.
 
 For a layer with kernel rows w and inputs a, the variance of its response over natural inputs is
-w·Cov(a)·wᵀ. A basis B with B·Bᵀ ≈ Cov(a) turns a row into coordinates w·B whose squared norm is this
-variance, so that a change of the coordinates is a change of the layer's output of the same relative size
+w·Cov(a)·wᵀ. The eigenvectors of Cov(a) with the largest eigenvalues span the part of the weights that natural
+inputs excite. A row's coordinates along them cannot be changed without changing the layer's output
 (docs/decisions/0016).
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
+import scipy.sparse.linalg
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,12 +22,14 @@ from torch.nn import functional as F
 from mtlsign.errors import ModelError
 from mtlsign.models.taps import TappedLayer, forward_to_taps, tapped_layers
 
-#: Training inputs from which the second moments are computed, and the samples of one pass.
+#: Training inputs from which the covariances are computed, and the samples of one pass.
 MOMENT_INPUTS, _PASS = 1024, 32
 #: Positions of a feature map that are used, on a regular grid; the others add time and little else.
-_MAX_POSITIONS = 64
+_MAX_POSITIONS = 16
 #: Share of the variance that a basis holds, and the largest number of its directions.
-ENERGY, MAX_DIRECTIONS = 0.99, 256
+ENERGY, MAX_DIRECTIONS = 0.97, 256
+#: From this fan-in on, Lanczos' method finds the leading eigenvectors.
+_DENSE_SIZE = 1024
 
 
 def supports_responses(layer: TappedLayer, modules: Mapping[str, nn.Module]) -> bool:
@@ -47,8 +50,8 @@ def response_bases(
         layers: names of convolutions and linear layers; None for all that `supports_responses` accepts.
 
     Returns:
-        Module name -> float16 [groups, fan-in of a group, k], leading direction first, scaled so that the
-        largest element is 1. k is the fewest directions with 99 % of the variance, at most 256.
+        Module name -> float16 [groups, fan-in of a group, k]: orthonormal columns, leading direction first. k
+        is the fewest directions with 97 % of the variance, at most 256.
 
     Raises:
         ModelError: a tap or a layer does not exist, or no layer is left.
@@ -106,16 +109,21 @@ def input_covariances(
     modules = dict(model.named_modules())
     sums: dict[str, Tensor] = {}
     products: dict[str, Tensor] = {}
+    offsets: dict[str, Tensor] = {}
     counts = dict.fromkeys(names, 0)
 
     def collect(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            patches = input_patches(module, args[0]).double()
+            patches = input_patches(module, args[0]).float()
+            # Covariances do not depend on an offset, and float32 products need inputs near 0.
+            patches = patches - offsets.setdefault(name, patches.mean(1, keepdim=True))
             if name not in sums:
                 groups, _, fan_in = patches.shape
-                sums[name] = patches.new_zeros(groups, fan_in)
-                products[name] = patches.new_zeros(groups, fan_in, fan_in)
-            sums[name] += patches.sum(1)
+                sums[name] = torch.zeros(groups, fan_in, dtype=torch.float64, device=patches.device)
+                products[name] = torch.zeros(
+                    groups, fan_in, fan_in, dtype=torch.float64, device=patches.device
+                )
+            sums[name] += patches.double().sum(1)
             products[name] += patches.transpose(1, 2) @ patches
             counts[name] += patches.shape[1]
 
@@ -147,7 +155,7 @@ def input_patches(module: nn.Module, inputs: Tensor) -> Tensor:
         inputs: input of the layer, [n, C, H, W] or [..., C].
 
     Returns:
-        [groups, vectors, fan-in of a group]; at most 64 positions of an image, on a regular grid.
+        [groups, vectors, fan-in of a group]; at most 16 positions of an image, on a regular grid.
     """
     if isinstance(module, nn.Linear):
         return inputs.reshape(1, -1, inputs.shape[-1])
@@ -172,7 +180,7 @@ def input_patches(module: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def _basis(covariance: Tensor) -> Tensor:
-    """Return the leading eigenvectors times the roots of their eigenvalues."""
+    """Return the leading eigenvectors as columns: float16 [groups, fan-in, k]."""
     most = min(MAX_DIRECTIONS, covariance.shape[1])
     pairs = [_leading_eigenvectors(matrix.cpu().numpy(), most) for matrix in covariance]
     values = torch.from_numpy(np.stack([pair[0] for pair in pairs]))
@@ -182,8 +190,7 @@ def _basis(covariance: Tensor) -> Tensor:
     # The sign of an eigenvector is arbitrary; its largest element is made positive.
     largest = vectors.abs().argmax(1, keepdim=True)
     vectors = vectors * torch.where(vectors.gather(1, largest) < 0, -1.0, 1.0)
-    basis = vectors[:, :, :k] * values[:, None, :k].sqrt()
-    return (basis / basis.abs().max().clamp(min=1e-300)).half()
+    return vectors[:, :, :k].half()
 
 
 def _leading_eigenvectors(
@@ -191,5 +198,11 @@ def _leading_eigenvectors(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return the `count` largest eigenvalues, at least 0, and their vectors as columns, largest first."""
     size = len(covariance)
-    values, vectors = scipy.linalg.eigh(covariance, subset_by_index=(size - count, size - 1))
-    return np.maximum(values[::-1], 0.0).copy(), vectors[:, ::-1].copy()
+    if not covariance.any():  # constant inputs
+        return np.zeros(count), np.eye(size, count)
+    if size < _DENSE_SIZE or 4 * count > size:
+        values, vectors = scipy.linalg.eigh(covariance, subset_by_index=(size - count, size - 1))
+    else:
+        values, vectors = scipy.sparse.linalg.eigsh(covariance, k=count, v0=np.ones(size))
+    order = np.argsort(values)[::-1]
+    return np.maximum(values[order], 0.0), vectors[:, order].copy()

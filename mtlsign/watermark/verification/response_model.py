@@ -160,7 +160,8 @@ def _marked_layer(
     columns = reference_tensor(reference, f"{layer.conv}/columns", (groups, shape[1]))
     basis = reference.tensors[f"{layer.conv}/basis"]
     if (
-        basis.dim() != 3
+        not basis.dtype.is_floating_point
+        or basis.dim() != 3
         or tuple(basis.shape[:2]) != (groups, fan_in)
         or not 1 <= basis.shape[2] <= MAX_DIRECTIONS
     ):

@@ -23,10 +23,13 @@ QUICK = {
     "overwrite": "epochs=3,n=128,images=16", "spoil": "steps=3,batch=16",
     "decorrelate": "steps=2,codes=32,batch=16", "reinit_early_layers": "steps=3,batch=16",
     "ambiguity_trained_head": "steps=5,hidden=4", "average_models": "copies=1",
-    "prune_to_accuracy_drop": "points=50",
+    "prune_to_accuracy_drop": "points=50", "tune": "steps=3,batch=16", "relearn": "epochs=1,batch=16",
 }  # fmt: skip
 TUNING = ("ftll", "ftal", "rtll", "rtal", "retrain", "fine_prune", "fine_prune_channels")
-TRAINING = (*TUNING, "overwrite", "spoil", "decorrelate", "reinit_early_layers", "ambiguity_trained_head")
+TRAINING = (
+    *(*TUNING, "tune", "relearn", "overwrite", "spoil", "decorrelate", "reinit_early_layers"),
+    "ambiguity_trained_head",
+)
 
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))
@@ -75,11 +78,11 @@ def test_free_head_is_attacked_without_being_trained(
         **{name: value for name, value in options.items() if name not in ("task", "model", "width")},
     )  # fmt: skip
     key = MTLSignKey(detector_for_kit(done.kit))
-    head = key.detector.head.to_bytes()
+    head = key.detector.head_bytes()
     before = verify(model.state_dict(), key.detector).accuracy
     spoiled = run("spoil:steps=15,batch=16,lr=0.003", model, tiny_task, key=key)
     assert verify(spoiled.model.state_dict(), key.detector).accuracy < before - 0.1
-    assert key.detector.head.to_bytes() == head, "the attacker trained the owner's head"
+    assert key.detector.head_bytes() == head, "the attacker trained the owner's head"
     run("decorrelate:steps=2,codes=32,batch=16,stages=3", model, tiny_task)
 
 

@@ -116,7 +116,7 @@ def test_of_group_accepts_nested_and_dotted_names() -> None:
 def test_with_defaults_depends_on_task_and_head() -> None:
     settings = EmbedSettings.of({})
     assert (settings.width, settings.key_size, settings.phase1.epochs) == (None, None, None)
-    digits = settings.with_defaults()
+    digits = EmbedSettings.of({"head": "keyed"}).with_defaults()
     free = EmbedSettings.of({"task": "cifar10", "head": "free"}).with_defaults()
     assert (digits.width, digits.key_size, digits.phase1.epochs) == (
         16,
@@ -130,6 +130,7 @@ def test_with_defaults_depends_on_task_and_head() -> None:
     own = EmbedSettings.of(
         {
             "task": "a.b:f",
+            "head": "keyed",
             "model": "c.d:g",
             "width": 32,
             "key_size": 256,
@@ -144,6 +145,63 @@ def test_with_defaults_depends_on_task_and_head() -> None:
     assert complete.with_defaults() == complete
     kinds = EmbedSettings.of({"perturbation.kinds": " noise , pruned"}).perturbation.kinds
     assert kinds == ("noise", "pruned")
+
+
+@pytest.mark.parametrize("head", ["keyed", "free"])
+def test_with_defaults_of_feature_heads_are_those_of_the_first_release(head: str) -> None:
+    settings = EmbedSettings.of({"head": head}).with_defaults()
+    perturbation = settings.perturbation
+    assert (settings.lambda1, settings.lambda2, settings.r_func) == (0.001, 1.0, "weights")
+    assert perturbation.kinds == ("noise", "pruned", "decorrelated", "spoiled")
+    assert (perturbation.inner_steps, perturbation.refresh_steps) == (8, 8)
+    assert (perturbation.tuning_optimizer, perturbation.tuning_lr) == ("sgd", settings.phase1.lr)
+    assert (perturbation.tuning_distillation, settings.phase2.task_loss) == (0.0, 0.0)
+    assert settings.phase2.steps == 600 and settings.phase2.lr == 0.002
+
+
+def test_with_defaults_of_spread_head_fill_every_setting() -> None:
+    settings = EmbedSettings.of({"head": "spread", "task": "own"}).with_defaults()
+    perturbation = settings.perturbation
+    assert settings.r_func == "responses" and settings.key_size == 1024
+    assert settings.lambda1 == 3.0 and settings.lambda2 == 0.0
+    assert perturbation.kinds == ("fine_tuned",) and perturbation.tuning_optimizer == "adam"
+    assert (perturbation.inner_steps, perturbation.refresh_steps, perturbation.tuning_lr) == (12, 24, 0.01)
+    assert (perturbation.tuning_distillation, settings.phase2.task_loss) == (1.0, 1.0)
+    assert (settings.phase2.steps, settings.phase2.lr) == (500, 0.00025)
+    assert settings.with_defaults() == settings
+    open_settings = {"owner", "passphrase_file", "endpoint", "data", "weights", "layers", "taps", "run"}
+    open_settings |= {"carrier_size", "base_kit", "recipient", "resume", "cpus_per_worker"}
+    empty = {name for name, value in settings.flat_dump().items() if value is None}
+    assert {name.replace("-", "_") for name in empty} <= open_settings, "a default is missing"
+
+
+def test_with_defaults_keep_given_values_of_the_spread_head() -> None:
+    values = {
+        "head": "spread", "lambda1": 0.5, "lambda2": 2.0, "perturbation.kinds": "noise", "phase2.steps": 7,
+        "phase2.task_loss": 0.0, "perturbation.tuning_optimizer": "sgd", "perturbation.inner_steps": 3,
+    }  # fmt: skip
+    settings = EmbedSettings.of(values).with_defaults()
+    assert (settings.lambda1, settings.lambda2, settings.phase2.steps) == (0.5, 2.0, 7)
+    assert settings.perturbation.kinds == ("noise",) and settings.phase2.task_loss == 0.0
+    assert settings.perturbation.tuning_lr == settings.phase1.lr and settings.perturbation.inner_steps == 3
+    weights = EmbedSettings.of({"head": "spread", "r_func": "weights"}).with_defaults()
+    assert (weights.r_func, weights.lambda1) == ("weights", 0.001)
+
+
+def test_with_defaults_of_preset_give_way_to_given_values() -> None:
+    paper = EmbedSettings.of({"preset": "paper"}).with_defaults()
+    assert (paper.head, paper.key_size, paper.lambda1, paper.lambda2) == ("free", 600, 0.1, 0.1)
+    assert paper.perturbation.kinds == ("fine_tuned",) and paper.phase2.distillation == 0.0
+    assert EmbedSettings.of({"preset": "paper", "lambda1": 0.3}).with_defaults().lambda1 == 0.3
+    assert EmbedSettings.of({"preset": "keyed"}).with_defaults().head == "keyed"
+
+
+def test_readouts_setting_accepts_at_most_three_key_derived_heads() -> None:
+    assert EmbedSettings.of({"readouts": " keyed , spread"}).readouts == ("keyed", "spread")
+    assert EmbedSettings.of({}).readouts == ()
+    for value in ("free", "keyed,keyed,keyed,keyed", ["keyed", 3], 3):
+        with pytest.raises(SettingsError, match=r"^readouts"):
+            EmbedSettings.of({"readouts": value})
 
 
 def test_settings_are_frozen() -> None:

@@ -59,3 +59,51 @@ def test_select_tensors_untrusted_rejects_decoys_without_prefix() -> None:
     mapped = select_tensors_untrusted(wanted, {"net.conv1.weight": real, "conv1.weight": decoy})
     assert mapped.problem is not None and "several prefixes" in mapped.problem
     assert select_tensors_untrusted(wanted, {"net.conv1.weight": real}).problem is None
+
+
+SHAPES = {"a.weight": (2, 2), "b.weight": (3,)}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.full((2, 2), math.nan),
+        torch.full((2, 2), 1e300, dtype=torch.float64),
+        torch.ones(2, 2, dtype=torch.int8),
+        torch.ones(3, 2),
+        torch.ones(2, 2, device="meta"),
+        "text",
+        None,
+    ],
+    ids=["nan", "overflow", "int8", "shape", "meta", "text", "none"],
+)
+def test_select_tensors_untrusted_tolerates_damaged_tensors(value: Any) -> None:
+    tensors: Any = {"net.a.weight": value, "net.b.weight": torch.ones(3).half()}
+    mapped = select_tensors_untrusted(SHAPES, tensors, tolerated=SHAPES)
+    assert mapped.problem is None and mapped.missing == ("a.weight",)
+    assert set(mapped.tensors) == {"b.weight"} and mapped.tensors["b.weight"].dtype == torch.float32
+    strict = select_tensors_untrusted(SHAPES, tensors, tolerated=["b.weight"])
+    assert strict.problem is not None and not strict.tensors
+
+
+def test_select_tensors_untrusted_lists_missing_tolerated_tensors_in_order() -> None:
+    shapes = {name: (1,) for name in ("c", "a", "b")}
+    mapped = select_tensors_untrusted(shapes, {"a": torch.ones(1)}, tolerated=shapes)
+    assert (mapped.problem, mapped.missing, set(mapped.tensors)) == (None, ("c", "b"), {"a"})
+    complete = select_tensors_untrusted(shapes, dict.fromkeys(shapes, torch.ones(1)), tolerated=shapes)
+    assert complete.missing == ()
+
+
+def test_select_tensors_untrusted_without_readable_tensor_gives_reason() -> None:
+    damaged = {"a.weight": torch.full((2, 2), math.nan), "b.weight": torch.ones(4)}
+    mapped = select_tensors_untrusted(SHAPES, damaged, tolerated=SHAPES)
+    assert mapped.problem == "none of the layers can be read" and not mapped.tensors
+    for tensors in ({}, {"x": torch.ones(1)}):
+        absent = select_tensors_untrusted(SHAPES, tensors, tolerated=SHAPES)
+        assert absent.problem is not None and "2 of 2 tensors are missing" in absent.problem
+
+
+def test_select_tensors_untrusted_rejects_ambiguous_partial_prefixes() -> None:
+    tensors = {"net.a.weight": torch.ones(2, 2), "ema.a.weight": torch.zeros(2, 2)}
+    mapped = select_tensors_untrusted(SHAPES, tensors, tolerated=SHAPES)
+    assert mapped.problem is not None and "several prefixes" in mapped.problem and not mapped.tensors

@@ -47,7 +47,7 @@ def test_verify_of_other_architecture_gives_reason(key: MTLSignKey) -> None:
 def test_watermark_loss_is_that_of_key_labels_or_of_others(marked_module: nn.Module, key: MTLSignKey) -> None:
     scheme, detector = MTLSignScheme(), key.detector
     loss = scheme.watermark_loss(marked_module, key)
-    kernels = detector.model.select_weights(dict(marked_module.named_parameters()))
+    kernels = detector.select_weights(dict(marked_module.named_parameters()))
     scores = detector.score_kernels(kernels, differentiable=True)
     assert torch.equal(loss, watermark_loss(scores, detector.labels.float()))
     wrong = key.with_labels(1 - key.labels.float())
@@ -57,7 +57,7 @@ def test_watermark_loss_is_that_of_key_labels_or_of_others(marked_module: nn.Mod
 
 def test_generate_key_follows_seed_and_options(tiny_task: Task, tiny_model: Maker) -> None:
     model = tiny_model()
-    scheme = MTLSignScheme().with_key_options(key_size=128)
+    scheme = MTLSignScheme(head="keyed").with_key_options(key_size=128)
     keys = [scheme.generate_key(model, tiny_task, seed) for seed in (0, 0, 1)]
     assert keys[0].detector.key == keys[1].detector.key != keys[2].detector.key
     assert keys[0].sample_count == len(keys[0].labels) == 128
@@ -66,7 +66,7 @@ def test_generate_key_follows_seed_and_options(tiny_task: Task, tiny_model: Make
 
 
 def test_embed_marks_model_and_reports_cost(tiny_task: Task, tiny_model: Maker) -> None:
-    model, scheme = tiny_model(), MTLSignScheme(key_size=128)
+    model, scheme = tiny_model(), MTLSignScheme(head="keyed", key_size=128)
     key = scheme.generate_key(model, tiny_task, 0)
     before = scheme.verify(model, key).accuracy
     settings = SchemeSettings(steps=20, batch=16, training_lr=0.02, seed=0, options={"lambda2": 0.0})
@@ -78,6 +78,6 @@ def test_embed_marks_model_and_reports_cost(tiny_task: Task, tiny_model: Maker) 
 
 
 def test_unsupported_reason_names_unknown_stages(tiny_task: Task, tiny_model: Maker) -> None:
-    assert MTLSignScheme().unsupported_reason(tiny_model(), tiny_task) is None
-    reason = MTLSignScheme().unsupported_reason(flat_network(), tiny_task)
+    assert MTLSignScheme(head="keyed").unsupported_reason(tiny_model(), tiny_task) is None
+    reason = MTLSignScheme(head="keyed").unsupported_reason(flat_network(), tiny_task)
     assert reason is not None and "Sequential" in reason

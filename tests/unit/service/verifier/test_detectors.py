@@ -6,17 +6,27 @@ import base64
 import copy
 import json
 from functools import partial
+from pathlib import Path
 
-from safetensors.torch import load
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
 
-from mtlsign.service.verifier.claim_bundle import parse_bundle, to_json
+from mtlsign.config.service import ServiceSettings
+from mtlsign.service.problems import Problem
+from mtlsign.service.verifier.claim_bundle import OpenedClaim, parse_bundle, to_json
+from mtlsign.service.verifier.detectors import check_compute_budget, detector_for_claim
+from mtlsign.service.verifier.lazy_safetensors import LazySafetensors
 from mtlsign.watermark.carriers import qr
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.keys.opening import KeyOpening
 from mtlsign.watermark.verification.detector import WatermarkDetector, verify
 from mtlsign.watermark.verification.heads import TrainedHead
 from mtlsign.watermark.verification.reference import Reference
+from mtlsign.watermark.verification.response_model import ResponseModel
 from tests.unit.service.fixtures import ClaimFixtures, ServiceHarness, limit_memory_and_time
+from tests.unit.watermark.verification import spread_examples
 
 
 def test_check_compute_budget_with_factories_or_huge_cost_is_refused(
@@ -74,13 +84,14 @@ def test_two_heads_of_one_key_use_separate_detectors(
     opening = KeyOpening.from_json(json.dumps(bundle["opening"]))
     reference = base64.b64decode(bundle["reference"])
     detector = WatermarkDetector(opening, Reference.from_bytes(reference))
-    first, second = detector.head, copy.deepcopy(detector.head)
+    readout = detector.feature_readout
+    first, second = readout.head, copy.deepcopy(readout.head)
     assert isinstance(first, TrainedHead) and isinstance(second, TrainedHead)
     second.parameters()[2].data.neg_()
     bundles = [to_json(opening, reference, head.to_bytes()) for head in (first, second)]
     expected = []
     for head in (first, second):
-        detector.head = head
+        readout.head = head
         expected.append(verify(load(claim_fixtures.model_bytes), detector).matches)
     assert expected[0] != expected[1]
     for headers in (service.headers(), service.headers()):
@@ -88,3 +99,74 @@ def test_two_heads_of_one_key_use_separate_detectors(
             *[claim_fixtures.claim(bundle=bundle) for bundle in bundles], headers=headers
         ).json()["results"]
         assert [r["verdict"]["matches"] for r in results] == expected
+
+
+def opened_claim(**changes: object) -> OpenedClaim:
+    """Return a claim with a spread head whose architecture the verifier builds from a factory."""
+    key_opening = spread_examples.opening(**changes)
+    reference = spread_examples.example_reference()
+    return parse_bundle(to_json(key_opening, reference.raw_bytes, None))
+
+
+def suspect_file(folder: Path, tensors: dict[str, Tensor]) -> LazySafetensors:
+    path = folder / "suspect.safetensors"
+    path.write_bytes(save({name: t.contiguous() for name, t in tensors.items()}))
+    return LazySafetensors(path, "digest")
+
+
+FACTORIES = {spread_examples.FACTORY: lambda: spread_examples.network(9)}
+
+
+@pytest.mark.parametrize("readouts", [1, [{"head": {"kind": "keyed"}, "taps": ["2"], "n": 128}]], ids=str)
+def test_shared_spread_detector_gives_scores_of_fresh_detector(readouts: object, tmp_path: Path) -> None:
+    first = opened_claim(readouts=readouts)
+    second = opened_claim(readouts=readouts, nonce="cd" * 32)
+    shared = detector_for_claim(first, FACTORIES)
+    bare = shared.without_key_data()
+    assert len(bare.labels) == 0 and len(shared.labels) == shared.spec.total_bits
+    state = spread_examples.network(4).state_dict()
+    del state["9.weight"]
+    suspect, loads = suspect_file(tmp_path, state), 0
+    for claim in (first, second, first):
+        fresh = WatermarkDetector(claim.opening, spread_examples.example_reference(), factories=FACTORIES)
+        expected, found = fresh.score_state_dict(state), bare.with_key(claim).score_state_dict(suspect)
+        assert expected.scores is not None and found.scores is not None
+        assert torch.equal(found.scores, expected.scores) and found.missing == ("9.weight",)
+        assert verify(suspect, bare.with_key(claim)).matches == verify(state, fresh).matches
+        loads = loads or suspect.loads
+    assert suspect.loads == loads > 0, "each kernel is read once for all claims"
+    assert verify(suspect, bare.with_key(first)).missing_layers == ("9.weight",)
+
+
+def test_key_bytes_are_those_of_all_readouts() -> None:
+    keyed = {"head": {"kind": "keyed"}, "taps": ["2"], "n": 128}
+    single, both = (
+        detector_for_claim(opened_claim(readouts=readouts), FACTORIES) for readouts in (1, [keyed])
+    )
+    model = single.readouts[0].model
+    assert isinstance(model, ResponseModel) and single.key_bytes == 9 * model.coordinates
+    assert both.key_bytes == single.key_bytes + 128 * 21 * 21 * 4
+
+
+def test_suspect_without_readable_layers_is_cached_with_its_problem(tmp_path: Path) -> None:
+    detector = detector_for_claim(opened_claim(), FACTORIES)
+    suspect = suspect_file(tmp_path, {"x": torch.ones(1)})
+    for _ in range(2):
+        verdict = verify(suspect, detector)
+        assert verdict.status == "not_verifiable" and verdict.reason is not None
+    assert suspect.readings is not None and suspect.readings.problem == verdict.reason
+
+
+def test_check_compute_budget_of_spread_head_counts_products_and_layers() -> None:
+    service = ServiceSettings.of({})
+    cost = check_compute_budget(opened_claim().spec, service, FACTORIES)
+    parameters = sum(p.numel() for p in spread_examples.network().parameters())
+    assert 2 * 256 * parameters / 1e9 < cost < 2 * 256 * parameters / 1e9 + 0.01
+    keyed = {"head": {"kind": "keyed"}, "taps": ["2"], "n": 128}
+    assert check_compute_budget(opened_claim(readouts=[keyed]).spec, service, FACTORIES) > cost
+    small = ServiceSettings.of({"max_gflop": cost / 2})
+    with pytest.raises(Problem) as caught:
+        check_compute_budget(opened_claim().spec, small, FACTORIES)
+    assert caught.value.kind == "architecture-refused"
+    with pytest.raises(Problem):
+        check_compute_budget(opened_claim(taps=["99"]).spec, service, FACTORIES)

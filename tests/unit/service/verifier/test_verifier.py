@@ -12,6 +12,7 @@ from safetensors.torch import load, save
 from mtlsign.config.service import ServiceSettings
 from mtlsign.service.verifier.detectors import SharedDetector, detector_for_claim
 from mtlsign.service.verifier.verifier import ClaimTimeout, DeadlineMode, _is_allocation_failure
+from mtlsign.watermark.verification.scores import ScoreResult
 from tests.unit.service.fixtures import (
     ClaimFixtures,
     ServiceFactory,
@@ -84,7 +85,7 @@ class GreedyDetector(SharedDetector):
     """Detector that allocates more memory than any machine has."""
 
     def score_state_dict(self, tensors: Any) -> Any:
-        return torch.empty(2**60), None
+        return ScoreResult(torch.empty(2**60))
 
 
 def test_claim_with_too_large_allocation_gives_problem_too_large(

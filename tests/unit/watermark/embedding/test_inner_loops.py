@@ -8,21 +8,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mtlsign.tasks import Batch
 from mtlsign.watermark.embedding.inner_loops import FineTuningLoop
+from mtlsign.watermark.embedding.losses import Kernels
 
 
 def gen(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def tuner(model: nn.Module, steps: int, lr: float, seen: list[int]) -> FineTuningLoop:
-    def batches(index: int) -> Iterator[tuple[Tensor, Tensor]]:
+def tuner(model: nn.Module, steps: int, lr: float, seen: list[int], *, adam: bool = False) -> FineTuningLoop:
+    def batches(index: int) -> Iterator[Batch]:
         seen.append(index)
         for i in range(steps):
             x = torch.randn(8, 4, generator=gen(100 * index + i))
-            yield x, (x[:, 0] > 0).long()
+            yield Batch(x, (x[:, 0] > 0).long())
 
-    return FineTuningLoop(model, ["0.weight"], F.cross_entropy, batches, steps=steps, lr=lr)
+    def select(parameters: Kernels) -> dict[str, Tensor]:
+        return {"0.weight": parameters["0.weight"].clone()}
+
+    def loss(copy: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(copy(batch.inputs), batch.targets)
+
+    return FineTuningLoop(model, select, loss, batches, steps=steps, lr=lr, adam=adam)
 
 
 def net() -> nn.Module:
@@ -49,6 +57,36 @@ def test_fine_tuning_loop_equals_sgd_trajectory() -> None:
     for delta, expected in zip(tuning.deltas, deltas[2:], strict=True):
         torch.testing.assert_close(delta["0.weight"], expected)
         assert expected.abs().max() > 1e-3
+
+
+def test_fine_tuning_loop_with_adam_equals_adam_trajectory() -> None:
+    model = net()
+    before = model.state_dict()["0.weight"].clone()
+    tuning = tuner(model, 4, 0.01, [], adam=True)
+    tuning.refresh(3, {})
+    twin = net().train()
+    optimizer = torch.optim.Adam(twin.parameters(), lr=0.01)
+    deltas = []
+    for i in range(4):
+        x = torch.randn(8, 4, generator=gen(300 + i))
+        optimizer.zero_grad()
+        F.cross_entropy(twin(x), (x[:, 0] > 0).long()).backward()
+        optimizer.step()
+        deltas.append(twin.state_dict()["0.weight"] - before)
+    assert len(tuning.deltas) == 2 and float(deltas[3].abs().max()) > 1e-3
+    for delta, expected in zip(tuning.deltas, deltas[2:], strict=True):
+        torch.testing.assert_close(delta["0.weight"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_fine_tuning_loop_stores_differences_of_selected_kernels() -> None:
+    """Differences are those of the kernels as the verifier selects them, such as with the sign of γ."""
+    model = net()
+    plain, flipped = tuner(model, 4, 0.1, []), tuner(model, 4, 0.1, [])
+    flipped._select = lambda parameters: {"0.weight": -parameters["0.weight"]}
+    for loop in (plain, flipped):
+        loop.refresh(0, {})
+    for one, two in zip(plain.deltas, flipped.deltas, strict=True):
+        torch.testing.assert_close(one["0.weight"], -two["0.weight"])
 
 
 def test_fine_tuning_loop_gradient_is_of_first_order() -> None:

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from mtlsign.watermark.embedding.losses import (
     add_r_func_gradient,
     distillation_loss,
+    margin_loss,
     noise_perturbation,
     pruning_perturbation,
+    relative_change,
     watermark_loss,
 )
 
@@ -25,6 +27,27 @@ def test_watermark_loss_equals_mean_cross_entropy() -> None:
     scores, bits = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1.0, 0.0, 0.0])
     expected = sum(math.log1p(math.exp(-s)) for s in (2.0, 1.0, -0.5)) / 3
     assert float(watermark_loss(scores, bits)) == pytest.approx(expected)
+
+
+def test_margin_loss_equals_mean_squared_shortfall() -> None:
+    scores = torch.tensor([3.0, 1.0, -3.0, 0.5, -0.5], dtype=torch.float64, requires_grad=True)
+    bits = torch.tensor([1, 1, 0, 0, 0], dtype=torch.uint8)
+    loss = margin_loss(scores, bits, 2.0)
+    assert float(loss.detach()) == pytest.approx((0 + 1 + 0 + 2.5**2 + 1.5**2) / 5)
+    (gradient,) = torch.autograd.grad(loss, scores)
+    assert gradient.tolist() == pytest.approx([0, -2 / 5, 0, 2 * 2.5 / 5, 2 * 1.5 / 5])
+    assert float(margin_loss(torch.tensor([2.0, -2.0]), torch.tensor([1, 0]), 2.0)) == 0
+    assert torch.equal(margin_loss(scores, bits.double(), 2.0), loss)
+
+
+def test_relative_change_is_squared_relative_distance() -> None:
+    base = torch.randn(50, generator=gen(1))
+    assert float(relative_change(base, base)) == 0
+    assert float(relative_change(1.1 * base, base)) == pytest.approx(0.01, rel=1e-3)
+    moved = base + torch.randn(50, generator=gen(2))
+    expected = float((moved - base).norm() / base.norm()) ** 2
+    assert float(relative_change(moved, base)) == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(relative_change(7 * moved, 7 * base), relative_change(moved, base))
 
 
 def test_add_r_func_gradient_equals_gradient_of_summed_square() -> None:

@@ -30,18 +30,20 @@ def test_sample_of_inner_attack_raises_loss_and_leaves_model_unchanged(
         model, tiny_task, detector, s.model_copy(update={"lambda2": 0.0}), SingleProcessContext()
     )
     before = loading.cpu_state(model)
-    kernels = detector.model.select_weights(dict(model.named_parameters()))
+    kernels = detector.select_weights(dict(model.named_parameters()))
     bits = detector.labels.float()
 
     def loss(of: Any) -> float:
         return float(losses.watermark_loss(detector.score_kernels(of), bits).detach())
 
-    copies = perturbations.Perturbations(model, tiny_task, detector, s, 50)
+    teacher = tiny_model()
+    copies = perturbations.Perturbations(model, teacher, tiny_task, detector, s, 50)
     attacked = [copies.sample(kind, kernels, step, 1) for step in (49, 0, 1, s.perturbation.refresh_steps)]
     assert all(loss(copy) > loss(kernels) + 0.01 for copy in attacked)
     sizes = [{n: float((c[n] - k).detach().norm()) for n, k in kernels.items()} for c in attacked[1:]]
     assert sizes[0] != sizes[1] and all(size > 0 for found in sizes for size in found.values())
-    again = perturbations.Perturbations(model, tiny_task, detector, s, 50).sample(kind, kernels, 0, 1)
+    fresh = perturbations.Perturbations(model, teacher, tiny_task, detector, s, 50)
+    again = fresh.sample(kind, kernels, 0, 1)
     assert all(torch.equal(again[n], attacked[1][n]) for n in kernels)
     assert_equal(loading.cpu_state(model), before)
     grads = torch.autograd.grad(
@@ -56,8 +58,8 @@ def test_sample_of_inner_attack_gives_no_gradient_to_trained_head(
 ) -> None:
     s = tiny_settings(lambda2=1.0, head="free", **{"perturbation.kinds": kind, "perturbation.inner_steps": 2})
     model, detector = tiny_model(), detector_of(s)
-    assert list(detector.head.parameters())
-    kernels = detector.model.select_weights(dict(model.named_parameters()))
-    perturbations.Perturbations(model, tiny_task, detector, s, 50).sample(kind, kernels, 0, 1)
-    parameters = [*detector.head.parameters(), *model.parameters()]
+    assert detector.trained_parameters
+    kernels = detector.select_weights(dict(model.named_parameters()))
+    perturbations.Perturbations(model, tiny_model(), tiny_task, detector, s, 50).sample(kind, kernels, 0, 1)
+    parameters = [*detector.trained_parameters, *model.parameters()]
     assert all(p.grad is None for p in parameters)

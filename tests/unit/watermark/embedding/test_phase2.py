@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtlsign.errors import ModelError
+from mtlsign.errors import ModelError, SettingsError
 from mtlsign.models import loading
 from mtlsign.tasks import Task, from_tensors
-from mtlsign.watermark.embedding import inner_loops, loop, losses, perturbations, phase1, phase2
+from mtlsign.watermark.embedding import commitment, inner_loops, loop, losses, perturbations, phase1, phase2
 from mtlsign.watermark.embedding.run_folder import load_state
 from mtlsign.watermark.embedding.worker import SingleProcessContext
+from mtlsign.watermark.verification.detector import WatermarkDetector
 from tests.unit.watermark.embedding.phase_helpers import (
     Maker,
     ProgressRecorder,
@@ -62,7 +63,7 @@ def test_embed_watermark_resumes_bit_for_bit(
             again, tiny_task, fresh, s, ProgressRecorder(load_state(recorder.checkpoints[at]))
         )
         assert_equal(loading.cpu_state(again), final)
-        assert fresh.head.to_bytes() == detector.head.to_bytes()
+        assert fresh.head_bytes() == detector.head_bytes()
         assert without_seconds(rows_again) == without_seconds(rows) and measured_again == measured
 
 
@@ -189,7 +190,7 @@ def test_embed_watermark_gradient_equals_autograd_of_objective(
             module.train()
     parameters = dict(model.named_parameters())
     trained = [p for n, p in parameters.items() if "bn" not in n and "downsample.1" not in n]
-    kernels = detector.model.select_weights(parameters)
+    kernels = detector.select_weights(parameters)
     generator = torch.Generator().manual_seed(loop.seed_from(s.seed, "noise", 1, 1))
     noisy = losses.noise_perturbation(kernels, s.perturbation.noise_sigma, generator)
     bits = detector.labels.float()
@@ -216,6 +217,54 @@ def test_diverging_phase_raises_error_naming_setting(
         phase1.train_clean_model(tiny_model(), broken, tiny_settings(), SingleProcessContext())
     s = tiny_settings(**{"phase2.steps": 2})
     detector = detector_of(s)
-    detector.images = detector.images * float("nan")
+    readout = detector.feature_readout
+    readout.inputs = readout.inputs * float("nan")
     with pytest.raises(ModelError, match=r"Lower --phase2\.lr"):
         phase2.embed_watermark(tiny_model(), tiny_task, detector, s, SingleProcessContext())
+
+
+def spread_detector(model: nn.Module, settings: Any, task: Task, graph: Any, owner: Any) -> Any:
+    """Return the detector of a spread head with `model` as W0."""
+    base_weights = loading.cpu_state(model)
+    bases = commitment.measure_response_bases(model, base_weights, task, settings)
+    opening, reference = commitment.commit_key(
+        model, base_weights, graph, task.input_spec, settings, owner, bases=bases
+    )
+    return WatermarkDetector(opening, reference)
+
+
+def test_embed_watermark_with_spread_head_resumes_bit_for_bit(
+    frequent_checkpoints: int,
+    tiny_task: Task,
+    tiny_settings: Settings,
+    tiny_model: Maker,
+    tiny_graph: dict[str, object],
+    owner: Any,
+) -> None:
+    s = tiny_settings(
+        head="spread", lambda2=1.0, **{"phase2.steps": 6, "phase2.lr": 2e-3, "perturbation.refresh_steps": 2}
+    )
+    assert s.r_func == "responses" and s.perturbation.kinds == ("fine_tuned",)
+    detector, model, recorder = (
+        spread_detector(tiny_model(), s, tiny_task, tiny_graph, owner),
+        tiny_model(),
+        ProgressRecorder(),
+    )
+    rows, measured = phase2.embed_watermark(model, tiny_task, detector, s, recorder)
+    assert [row["step"] for row in rows] == [4, 6] and rows[1]["wm_loss"] < rows[0]["wm_loss"]
+    final = loading.cpu_state(model)
+    torch.manual_seed(99)
+    again = tiny_model()
+    rows_again, measured_again = phase2.embed_watermark(
+        again, tiny_task, detector, s, ProgressRecorder(load_state(recorder.checkpoints[0]))
+    )
+    assert_equal(loading.cpu_state(again), final)
+    assert without_seconds(rows_again) == without_seconds(rows) and measured_again == measured
+
+
+def test_embed_watermark_with_r_func_in_responses_needs_spread_head(
+    tiny_task: Task, tiny_settings: Settings, tiny_model: Maker, detector_of: Any
+) -> None:
+    s = tiny_settings(r_func="responses", **{"phase2.steps": 2})
+    with pytest.raises(SettingsError, match="r_func: Only a spread head has responses"):
+        phase2.embed_watermark(tiny_model(), tiny_task, detector_of(s), s, SingleProcessContext())

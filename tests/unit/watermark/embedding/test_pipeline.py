@@ -32,6 +32,7 @@ Maker = Callable[..., nn.Module]
 
 
 FAST: dict[str, Any] = {
+    "head": "keyed",
     "key_size": 128,
     "lambda2": 0,
     "phase1.epochs": 1,
@@ -113,10 +114,9 @@ def test_embed_with_free_head_needs_commitment(
         trained=True,
         identity=owner,
         architecture=tiny_graph,
-        head="free",
         hidden=16,
         features="pooled",
-        **(FAST | {"phase2.lr": 0.02}),
+        **(FAST | {"head": "free", "phase2.lr": 0.02}),
         **{"phase2.steps": 30},
     )
     assert done.kit.head is not None and done.result["wm_accuracy"] > 0.7

@@ -17,6 +17,7 @@ from mtlsign.errors import ArtifactError, KeyMaterialError, SettingsError, Stora
 from mtlsign.watermark.embedding.run_folder import EmbeddingRun, load_state, state_bytes
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.keys.sealing import EncryptionSecret
+from tests.unit.watermark.keys.examples import OPENING
 
 SECRET = EncryptionSecret.from_kit_key(bytes(32))
 
@@ -113,8 +114,9 @@ def test_state_of_both_phases_is_returned_and_commitment_is_encrypted(
     assert clean is not None and clean[1] == rows
     assert all(torch.equal(base_weights[name], tensor) for name, tensor in clean[0].items())
     kit = marked_model[1].kit
-    run.save_commitment(kit.opening, kit.reference, SECRET)
-    assert run.load_commitment(SECRET) == (kit.opening, kit.reference)
+    for openings in ([kit.opening, OPENING], [kit.opening]):
+        run.save_commitment(openings, kit.reference, SECRET)
+        assert run.load_commitment(SECRET) == (openings, kit.reference)
     stored = (Path(store_dir) / "runs" / "a" / "commitment.sealed").read_bytes()
     assert kit.opening.spec not in stored and b"nonce" not in stored[200:]
     with pytest.raises(KeyMaterialError, match=r"^owner: This run was started by a different identity"):

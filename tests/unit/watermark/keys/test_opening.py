@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import pickle
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from mtlsign.watermark.keys import identity
 from mtlsign.watermark.keys import opening as opening_module
 from mtlsign.watermark.keys.spec import m_bits, parse_spec
 from tests.unit.watermark.keys.examples import OPENING, OWNER, SPEC, changed
+
+#: SHA-256 of `spread_order(bytes(range(32)), 10_000)` as little-endian int64.
+GOLDEN = "da620ff4c7923577bbf71ce7dc0c6333bc32d4f09a080a91309511301bbd0514"
 
 P = 2**255 - 19
 
@@ -184,3 +188,26 @@ def test_keystream_functions_refuse_invalid_arguments() -> None:
     for call in calls:
         with pytest.raises(ValueError):
             call()
+
+
+def test_spread_order_is_permutation_with_golden_digest() -> None:
+    key = bytes(range(32))
+    order = opening_module.spread_order(key, 10_000)
+    assert order.dtype == np.int64 and sorted(order.tolist()) == list(range(10_000))
+    assert hashlib.sha256(order.astype("<i8").tobytes()).hexdigest() == GOLDEN
+    assert not np.array_equal(order, opening_module.spread_order(bytes(32), 10_000))
+
+
+@pytest.mark.parametrize("d", [1, 2, 777])
+def test_spread_order_sorts_big_endian_integers_of_keystream(d: int) -> None:
+    key = bytes(range(32))
+    stream = opening_module.keystream(key, b"mtlsign/v0/spread", 8 * d)
+    numbers = [int.from_bytes(stream[8 * i : 8 * i + 8], "big") for i in range(d)]
+    expected = sorted(range(d), key=lambda i: (numbers[i], i))
+    assert opening_module.spread_order(key, d).tolist() == expected
+
+
+@pytest.mark.parametrize("d", [0, -1, 2**26 + 1])
+def test_spread_order_refuses_invalid_sizes(d: int) -> None:
+    with pytest.raises(ValueError, match="d must be"):
+        opening_module.spread_order(bytes(32), d)

@@ -73,6 +73,48 @@ def test_parse_spec_refuses_values_outside_limits(path: str, value: object) -> N
         parse_spec(changed(path, value))
 
 
+KEYED = {"head": {"kind": "keyed"}, "taps": ["layer1"], "n": 600}
+SPREAD = {"head": {"kind": "spread"}, "taps": ["layer4"], "n": 4096}
+
+
+def test_parse_spec_of_one_readout_has_no_further_ones() -> None:
+    spec = parse_spec(SPEC)
+    assert spec.further_readouts == () and spec.total_bits == 600 and not spec.has_trained_head
+    (only,) = spec.readouts
+    assert (only.head, only.taps, only.n) == (spec.head, spec.taps, spec.n)
+
+
+def test_parse_spec_returns_further_readouts_in_order() -> None:
+    spec = parse_spec(changed("readouts", [SPREAD, KEYED]))
+    assert [(r.head.kind, r.taps, r.n) for r in spec.readouts] == [
+        ("keyed", ("layer1",), 600), ("spread", ("layer4",), 4096), ("keyed", ("layer1",), 600),
+    ]  # fmt: skip
+    assert spec.total_bits == 600 + 4096 + 600 and spec.n == 600 and not spec.has_trained_head
+    assert pickle.loads(pickle.dumps(spec)) == spec and spec != parse_spec(SPEC)
+    assert len(parse_spec(changed("readouts", [KEYED] * 3)).readouts) == 4
+    head = parse_spec(changed("head", {"kind": "spread"})).head
+    assert (head.kind, head.hidden, head.features) == ("spread", None, None)
+    free = json.loads(changed("head", {"kind": "free", "hidden": 8, "features": "flat"}))
+    trained = parse_spec(json.dumps(free | {"readouts": [SPREAD]}).encode())
+    assert trained.has_trained_head and trained.total_bits == 4696
+
+
+@pytest.mark.parametrize("value", [
+    0, 2, -1, True, 1.0, "1", None, {}, KEYED, [], [KEYED] * 4, [1], [None], [[KEYED]],
+    [KEYED | {"head": {"kind": "free", "hidden": 8, "features": "flat"}}],
+    [KEYED | {"head": {"kind": "free"}}], [KEYED | {"head": "keyed"}], [KEYED | {"head": {"kind": "other"}}],
+    [KEYED | {"head": {"kind": "keyed", "hidden": 8}}], [SPREAD | {"head": {"kind": "spread", "layers": []}}],
+    [KEYED | {"extra": 1}], [{"head": {"kind": "keyed"}, "n": 600}], [{"taps": ["a"], "n": 600}],
+    [{"head": {"kind": "keyed"}, "taps": ["layer1"]}], [KEYED | {"n": 127}], [KEYED | {"n": 601}],
+    [KEYED | {"n": 4096}], [SPREAD | {"n": 4097}], [SPREAD | {"n": 127}], [SPREAD | {"n": True}],
+    [SPREAD | {"n": 600.0}], [SPREAD | {"n": "600"}], [KEYED | {"taps": []}], [KEYED | {"taps": "layer1"}],
+    [KEYED | {"taps": ["a", "a"]}], [KEYED | {"taps": ["a/b"]}], [KEYED, KEYED | {"extra": 1}],
+])  # fmt: skip
+def test_parse_spec_refuses_invalid_readouts(value: object) -> None:
+    with pytest.raises(KeyMaterialError):
+        parse_spec(changed("readouts", value))
+
+
 def test_parse_spec_refuses_ambiguous_bytes() -> None:
     text = SPEC.decode()
     hostile = [

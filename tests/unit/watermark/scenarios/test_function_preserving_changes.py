@@ -120,7 +120,7 @@ def test_verify_is_invariant_to_function_preserving_scalings(
     tiny_model: Callable[..., nn.Module],
 ) -> None:
     state = {name: t.clone() for name, t in marked_model[1].tensors.items()}
-    assert any((state[n] < 0).any() for n in detector.model.optional_shapes)
+    assert any((state[n] < 0).any() for n in detector.optional_shapes)
     model = tiny_model().eval()
     model.load_state_dict(state)
     before, changed = model(X), dict(state)
@@ -128,13 +128,13 @@ def test_verify_is_invariant_to_function_preserving_scalings(
     model.load_state_dict(changed)
     torch.testing.assert_close(model(X), before, rtol=1e-3, atol=1e-3)  # the change does not cost accuracy
     changed_kernels = [
-        n for n in detector.model.weight_shapes if not torch.allclose(changed[n], state[n], rtol=0.1)
+        n for n in detector.weight_shapes if not torch.allclose(changed[n], state[n], rtol=0.1)
     ]
     assert changed_kernels or change is reparameterize_batch_norms
     one, two = verify(state, detector), verify(changed, detector)
     assert (two.matches, two.status, two.near_zero) == (one.matches, one.status, one.near_zero)
     torch.testing.assert_close(
-        detector.score_state_dict(changed)[0], detector.score_state_dict(state)[0], rtol=0, atol=2e-2
+        detector.score_state_dict(changed).scores, detector.score_state_dict(state).scores, rtol=0, atol=2e-2
     )
 
 
@@ -143,13 +143,13 @@ def test_verify_is_invariant_to_folded_batch_norms(
     change: Callable[[Tensors], None] | None, marked_model: Marked, detector: WatermarkDetector
 ) -> None:
     state = {name: t.clone() for name, t in marked_model[1].tensors.items()}
-    expected, expected_scores = verify(state, detector), detector.score_state_dict(state)[0]
+    expected, expected_scores = verify(state, detector), detector.score_state_dict(state).scores
     if change is not None:
         change(state)
     suspect = fold_batch_norms(state)
     assert "conv1.bias" in suspect and "bn1.weight" not in suspect
     assert verify(suspect, detector).matches == expected.matches
-    torch.testing.assert_close(detector.score_state_dict(suspect)[0], expected_scores, rtol=0, atol=2e-2)
+    torch.testing.assert_close(detector.score_state_dict(suspect).scores, expected_scores, rtol=0, atol=2e-2)
 
 
 def test_verify_of_permuted_channels_loses_matches(marked_model: Marked, detector: WatermarkDetector) -> None:

@@ -7,9 +7,9 @@ import torch
 
 from mtlsign.errors import ArtifactError, MTLSignError
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
-from mtlsign.watermark.keys.opening import head_signs
+from mtlsign.watermark.keys.opening import head_signs, spread_order
 from mtlsign.watermark.verification.features import Features
-from mtlsign.watermark.verification.heads import KeyDerivedHead, TrainedHead
+from mtlsign.watermark.verification.heads import KeyDerivedHead, SpreadHead, TrainedHead
 
 KEY = bytes(range(32))
 
@@ -71,3 +71,31 @@ def test_trained_head_from_unfitting_bytes_raises() -> None:
             TrainedHead.from_bytes(serialize_safetensors(bad), 12, 5, pooled=False)
     with pytest.raises(MTLSignError):
         TrainedHead.from_bytes(b"\x80\x04.", 12, 5, pooled=False)
+
+
+def test_spread_head_scores_are_signed_sums_of_groups_in_key_order() -> None:
+    responses = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    order, signs = spread_order(KEY, 1000), head_signs(KEY, 1000)
+    expected = [
+        sum(float(signs[i]) * float(responses[order[i]]) for i in range(7 * b, 7 * b + 7)) / 7**0.5
+        for b in range(128)
+    ]
+    scores = SpreadHead(KEY, 1000, 128)(responses)
+    assert scores.dtype == torch.float64 and scores.tolist() == pytest.approx(expected, abs=1e-12)
+    single = SpreadHead(KEY, 1000, 128)(responses.float())
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), scores, rtol=0, atol=1e-5)
+    assert not torch.allclose(SpreadHead(bytes(32), 1000, 128)(responses), scores, atol=0.01)
+
+
+def test_spread_head_reads_each_coordinate_at_most_once() -> None:
+    head = SpreadHead(KEY, 1000, 128)
+    jacobian = torch.autograd.functional.jacobian(head, torch.zeros(1000, dtype=torch.float64))
+    assert ((jacobian != 0).sum(0) <= 1).all() and ((jacobian != 0).sum(1) == 7).all()
+    torch.testing.assert_close(jacobian @ jacobian.T, torch.eye(128, dtype=torch.float64))
+
+
+def test_spread_head_with_fewer_coordinates_than_bits_raises() -> None:
+    assert SpreadHead(KEY, 128, 128)(torch.ones(128)).abs().tolist() == [1.0] * 128
+    with pytest.raises(ArtifactError, match=r"key_size: .*127 coordinates, fewer than the 128 bits"):
+        SpreadHead(KEY, 127, 128)

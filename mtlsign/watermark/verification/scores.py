@@ -1,0 +1,38 @@
+"""Scores of a suspect, and the bits that are read from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: A score nearer to 0 than this counts as wrong and is reported (docs/decisions/0001).
+MIN_SCORE = 1e-4
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """Scores of a suspect's tensors.
+
+    Attributes:
+        scores: [N] on the CPU; None if the tensors cannot be read.
+        problem: why they cannot be read; None if they were.
+        missing: kernels that are missing or damaged; they contribute nothing to the scores.
+    """
+
+    scores: Tensor | None
+    problem: str | None = None
+    missing: tuple[str, ...] = ()
+
+
+def checked_scores(scores: Tensor, missing: tuple[str, ...] = ()) -> ScoreResult:
+    """Return scores, or the problem that they are not finite."""
+    if not torch.isfinite(scores).all():
+        return ScoreResult(None, "its values overflow in float32")
+    return ScoreResult(scores, missing=missing)
+
+
+def matching_bits(scores: Tensor, bits: Tensor) -> Tensor:
+    """Compare N scores with N bits: bool [N]. A score within 1e-4 of 0 never matches."""
+    return ((scores > 0) == (bits.to(scores.device) > 0)) & (scores.abs() >= MIN_SCORE)
