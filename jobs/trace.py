@@ -1,4 +1,4 @@
-"""Find the recipients of a model's copies: `python jobs/trace.py --model MODEL --kits KIT,KIT`."""
+"""Find the recipients of a model's copies: `python jobs/trace.py --model MODEL --kits KIT --kits KIT`."""
 
 if __name__ == "__main__":
     import _checkout  # noqa: F401

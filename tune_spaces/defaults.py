@@ -9,6 +9,7 @@ def defaults() -> dict[str, Any]:
     """Return kinds of perturbations on Fashion-MNIST at width 16, keyed head."""
     kinds = ("noise,pruned,decorrelated", "noise,pruned,decorrelated,spoiled", "noise,pruned", "noise")
     return {
-        "task": "fashion-mnist", "model": "resnet18", "width": 16, "perturbation.max_prune_ratio": 0.85,
+        "task": "fashion-mnist", "model": "resnet18", "width": 16, "head": "keyed",
+        "perturbation.max_prune_ratio": 0.85,
         "perturbation.kinds": {"grid_search": list(kinds)},
     }  # fmt: skip

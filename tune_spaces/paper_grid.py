@@ -9,11 +9,12 @@ STEPS = [round(0.02 * i, 2) for i in range(1, 11)]
 
 
 def paper_grid() -> dict[str, Any]:
-    """Return 100 cells λ1 × λ2 on Fashion-MNIST, width 16, with the R_DA of the paper: fine-tuning on D'."""
+    """Return 100 cells λ1 × λ2 on Fashion-MNIST, width 16, free head, with the R_DA of the paper."""
     return {
         "task": "fashion-mnist",
         "model": "resnet18",
         "width": 16,
+        "head": "free",
         "perturbation.kinds": "fine_tuned",
         "lambda1": {"grid_search": STEPS},
         "lambda2": {"grid_search": STEPS},

@@ -251,5 +251,6 @@ CHAINS = (
 #: Attacks that a watermark with default settings must survive, as an `--attacks` list.
 STANDARD = (
     "none,ftal:lr=quarter/full,retrain,fine_prune:ratio=0.5,prune_to_accuracy_drop:points=10,"
-    "overwrite:epochs=350,int8,spoil:steps=60,decorrelate:steps=40"
+    "overwrite:epochs=350,int8,spoil:steps=60,decorrelate:steps=40,null_space:energy=0.95,noise=1,"
+    "repair_steps=300,repair_lr=0.003,tune:steps=1500,lr=0.01,relearn:epochs=20"
 )

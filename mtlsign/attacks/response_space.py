@@ -44,8 +44,10 @@ class _Layers:
         images = attacker_sample(data, _COVARIANCE_IMAGES)
         end = [name for name, module in modules.items() if isinstance(module, nn.Linear)][-1:]
         end = end or [name for name in modules if name][-1:]
-        found = tapped_layers(self.model, end, images[:2])
-        names = [layer.conv for layer in found if supports_responses(layer, modules) and layer.kind == "conv"]
+        layers = tapped_layers(self.model, end, images[:2])
+        names = [
+            layer.conv for layer in layers if supports_responses(layer, modules) and layer.kind == "conv"
+        ]
         if stages:
             names = [name for name in names if not _is_later_stage(name, stages)]
         if not names:
@@ -107,8 +109,8 @@ def null_space(
     layers, gen = _Layers(model, data, stages), seeded_generator("mtlsign/attack/null-space", seed)
     for name in layers.names:
         values, vectors = layers.spectrum(name)
-        kept = int((values.sum(0).cumsum(0) / values.sum() < energy).sum()) + 1
-        basis = vectors[:, :, :kept]
+        rank = int((values.sum(0).cumsum(0) / values.sum() < energy).sum()) + 1
+        basis = vectors[:, :, :rank]
         rows = layers.rows(name)
         projected = rows @ basis @ basis.transpose(1, 2)
         if noise:
@@ -212,8 +214,8 @@ def low_rank(
     layers = _Layers(model, data, 0)
     for name in layers.names:
         left, values, right = torch.linalg.svd(layers.rows(name), full_matrices=False)
-        kept = max(1, int(share * values.shape[1]))
-        low = (left[:, :, :kept] * values[:, None, :kept]) @ right[:, :kept]
+        rank = max(1, int(share * values.shape[1]))
+        low = (left[:, :, :rank] * values[:, None, :rank]) @ right[:, :rank]
         layers.set_rows(name, low)
     return _repaired(model, layers.model, data, resources, seed, repair_steps, repair_lr)
 

@@ -153,8 +153,8 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
 
     def with_defaults(self) -> Self:
         """Fill in the preset, then the settings that depend on the task or head."""
-        given = self.given_values()
-        preset = {name: value for name, value in PRESETS[self.preset].items() if name not in given}
+        explicit = self.given_values()
+        preset = {name: value for name, value in PRESETS[self.preset].items() if name not in explicit}
         return self.updated(preset)._with_task_defaults()
 
     def _with_task_defaults(self) -> Self:

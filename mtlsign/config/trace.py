@@ -18,7 +18,7 @@ class TraceSettings(Settings):
 
     # fmt: off
     model: str = Field(min_length=1, max_length=4096, description="suspect: model folder or .safetensors file, local or s3://")
-    kits: Annotated[Texts, Field(min_length=1, max_length=1000, description="owner kit folders, one for each recipient; repeat the flag or separate them by commas")]
+    kits: Annotated[Texts, Field(min_length=1, max_length=1000, description="owner kit folders, one for each recipient; repeat the flag for several")]
     kit_passphrase_file: Path | None = Field(None, description=KIT_PASSPHRASE_FILE)
     min_evidence_bits: float = Field(120.0, ge=0, le=4096, description=MIN_EVIDENCE_BITS)
     trusted_factory: str | None = Field(None, max_length=200, description=TRUSTED_FACTORY)

@@ -89,11 +89,11 @@ def _partial_mapping(
     """
     if not tolerated:
         return {}
-    wanted, strict = set(required), [name for name in required if name not in tolerated]
+    targets, strict = set(required), [name for name in required if name not in tolerated]
     dots = max((name.count(".") for name in required), default=0)
     candidates: dict[tuple[str, ...], tuple[int, dict[str, str]]] = {}
     for table in tables:
-        counts = Counter(prefix for name in table for prefix in _prefixes_of(name, wanted, dots))
+        counts = Counter(prefix for name in table for prefix in _prefixes_of(name, targets, dots))
         most = max(counts.values(), default=0)
         for prefix in sorted(prefix for prefix, count in counts.items() if count == most):
             mapping = {name: table[prefix + name] for name in names if prefix + name in table}
@@ -111,18 +111,18 @@ def _partial_mapping(
     return best[0] if best else {}
 
 
-def _prefixes_of(name: str, wanted: Collection[str], dots: int) -> Iterator[str]:
-    """Yield the prefixes, empty or ending with a dot, after which one of the wanted names follows.
+def _prefixes_of(name: str, targets: Collection[str], dots: int) -> Iterator[str]:
+    """Yield the prefixes, empty or ending with a dot, after which one of the targets names follows.
 
     Args:
         name: a name in the file.
-        wanted: names of the model.
-        dots: largest number of dots in a wanted name.
+        targets: names of the model.
+        dots: largest number of dots in a targets name.
     """
     parts = name.split(".")
     for index in range(max(0, len(parts) - 1 - dots), len(parts)):
         suffix = ".".join(parts[index:])
-        if suffix in wanted:
+        if suffix in targets:
             yield name[: len(name) - len(suffix)]
 
 

@@ -82,7 +82,7 @@ def summary(result: Mapping[str, Any], verdict: str) -> str:
         ("parameter deviation (L2)", f"{result['deviation_l2']:.3f}"),
         ("duration", f"{result['seconds_phase1']:.0f} s phase 1, {result['seconds_phase2']:.0f} s phase 2"),
         ("marked model (public)", str(result["model_path"])),
-        ("owner kit (SECRET)", str(result["kit"])),
+        *(("owner kit (SECRET)", str(kit)) for kit in (result["kit"], *result.get("further_kits", []))),
         ("report", str(result["report"])),
     ]
     return f"{verdict}\n{table(rows)}\nresult: {result['result']}"

@@ -39,7 +39,7 @@ def load_base_weights(
         raise KeyMaterialError(
             f"The kit belongs to another architecture: {', '.join(differing)} differ. "
             "Give the --model, --width, --stem and --task of the first run.",
-            field="base_kit",
+            field="base-kit",
         )
     weights = parse_safetensors(kit.base_weights)
     model = architectures.build(architecture, factories=custom_factories(architecture))
@@ -48,6 +48,6 @@ def load_base_weights(
         raise KeyMaterialError(
             f"The kit holds only a part of W0; {len(missing)} tensors are missing, such as {missing[0]}. "
             "Use a kit with a spread head.",
-            field="base_kit",
+            field="base-kit",
         )
     return weights

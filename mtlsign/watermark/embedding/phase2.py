@@ -207,13 +207,15 @@ class _Embedding:
         readouts = self._detector.readouts
         kernels = self._detector.select_weights(dict(self._teacher.named_parameters()))
         readings = self._detector.read(kernels, differentiable=True)
-        found = {i: readings[i] for i, readout in enumerate(readouts) if readout.spec.head.kind == "spread"}
-        if not found:
+        responses = {
+            i: readings[i] for i, readout in enumerate(readouts) if readout.spec.head.kind == "spread"
+        }
+        if not responses:
             raise SettingsError(
                 "Only a spread head has responses. Choose r_func=weights or add --readouts spread.",
                 field="r_func",
             )
-        return found
+        return responses
 
     def _add_primary_gradient(self, step: int) -> None:
         """Add the gradient of this rank's part of a primary batch: distillation and the primary loss."""

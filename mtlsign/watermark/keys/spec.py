@@ -199,15 +199,15 @@ def _further_readouts(value: object, n: int) -> tuple[ReadoutSpec, ...]:
         return ()
     if not isinstance(value, list) or not 1 <= len(value) <= 3:
         raise_invalid("spec.readouts", "The value must be 1 or a list of 1 to 3 read-outs")
-    found = []
+    readouts = []
     for item in value:
         fields = require_fields(item, "spec.readouts", "head", "taps", "n")
         head = _head(fields["head"])
         if head.kind == "free":
             raise_invalid("spec.readouts", "A further read-out must have a head from the key")
         bits = _integer(fields, "n", MIN_N, MAX_N if head.kind == "spread" else n, "spec.readouts")
-        found.append(ReadoutSpec(head, _taps(fields["taps"]), bits))
-    return tuple(found)
+        readouts.append(ReadoutSpec(head, _taps(fields["taps"]), bits))
+    return tuple(readouts)
 
 
 def _taps(value: object) -> tuple[str, ...]:

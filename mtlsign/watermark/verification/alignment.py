@@ -91,8 +91,8 @@ def column_multipliers(squared_norms: Tensor, columns: Tensor, *, differentiable
     """
     target = columns.square()
     if not differentiable_rounds:
-        found = _sinkhorn_multipliers(squared_norms.detach().cpu().numpy(), target.cpu().numpy())
-        return torch.from_numpy(found).to(squared_norms.device)
+        fixed_point = _sinkhorn_multipliers(squared_norms.detach().cpu().numpy(), target.cpu().numpy())
+        return torch.from_numpy(fixed_point).to(squared_norms.device)
     multipliers = torch.ones_like(target)
     for _ in range(differentiable_rounds):
         rows = 1 / _safe_divisor((squared_norms @ multipliers.unsqueeze(2)).squeeze(2))

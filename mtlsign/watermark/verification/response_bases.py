@@ -90,15 +90,17 @@ def _marked_layer_names(
 ) -> list[str]:
     """Return the layers to mark in execution order. Raises `ModelError` for unknown names."""
     modules = dict(model.named_modules())
-    found = [layer.conv for layer in tapped_layers(model, taps, sample) if supports_responses(layer, modules)]
-    unknown = sorted(set(layers or ()) - set(found))
-    if unknown or not found or layers == []:
+    candidates = [
+        layer.conv for layer in tapped_layers(model, taps, sample) if supports_responses(layer, modules)
+    ]
+    unknown = sorted(set(layers or ()) - set(candidates))
+    if unknown or not candidates or layers == []:
         raise ModelError(
             f"The name {', '.join(unknown)[:200]!r} is no convolution or linear layer before the taps. "
-            f"Choose among {', '.join(found)[:400] or 'the layers of another model'}.",
+            f"Choose among {', '.join(candidates)[:400] or 'the layers of another model'}.",
             field="layers",
         )
-    return [name for name in found if layers is None or name in layers]
+    return [name for name in candidates if layers is None or name in layers]
 
 
 @torch.no_grad()

@@ -110,7 +110,7 @@ def test_feature_readout_without_key_data_gives_same_scores_after_with_key() -> 
     assert torch.equal(again.labels, readout.labels) and again.model is readout.model
 
 
-def test_further_readout_has_inputs_labels_and_head_of_its_own_key() -> None:
+def test_further_readout_has_inputs_labels_and_head_of_another_key() -> None:
     detector = example_detector(readouts=[KEYED])
     further = detector.feature_readout
     inputs, labels = watermark_dataset(detector.spec, readout_key(detector.key, 1), N)
