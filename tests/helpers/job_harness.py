@@ -29,10 +29,10 @@ T = TypeVar("T")
 
 #: Flags of a small run that uses several kinds of perturbation.
 SMALL = shlex.split(
-    "--task digits --width 16 --head keyed --key-size 256 --phase1.epochs 6 --phase1.batch 64 "
-    "--phase2.batch 64 --phase2.steps 150 --phase2.lr 0.01 --perturbation.noise-sigma 0.1 --lambda1 0.02 "
-    "--lambda2 0.5 --phase2.distillation 2 --perturbation.kinds noise,pruned,fine_tuned "
-    "--phase2.other-layers-lr-scale 0.3 --seed 0 --cpus-per-worker 1 --insecure-test-key"
+    "--task digits --width 16 --key-size 256 --phase1.epochs 6 --phase1.batch 64 --phase2.batch 64 "
+    "--phase2.steps 150 --phase2.lr 0.002 --phase2.margin 2 --lambda2 0.5 "
+    "--perturbation.kinds noise,pruned,fine_tuned --perturbation.inner-steps 4 "
+    "--perturbation.noise-sigma 0.1 --seed 0 --cpus-per-worker 1 --insecure-test-key"
 )
 
 

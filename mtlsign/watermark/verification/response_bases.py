@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
-import scipy.sparse.linalg
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,8 +27,6 @@ MOMENT_INPUTS, _PASS = 1024, 32
 _MAX_POSITIONS = 16
 #: Share of the variance that a basis holds, and the largest number of its directions.
 ENERGY, MAX_DIRECTIONS = 0.97, 256
-#: From this fan-in on, Lanczos' method finds the leading eigenvectors.
-_DENSE_SIZE = 1024
 
 
 def supports_responses(layer: TappedLayer, modules: Mapping[str, nn.Module]) -> bool:
@@ -116,8 +113,8 @@ def input_covariances(
 
     def collect(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            patches = input_patches(module, args[0]).float()
-            # Covariances do not depend on an offset, and float32 products need inputs near 0.
+            patches = input_patches(module, args[0]).double()
+            # Covariances do not depend on an offset, and products lose fewer digits near 0.
             patches = patches - offsets.setdefault(name, patches.mean(1, keepdim=True))
             if name not in sums:
                 groups, _, fan_in = patches.shape
@@ -125,7 +122,7 @@ def input_covariances(
                 products[name] = torch.zeros(
                     groups, fan_in, fan_in, dtype=torch.float64, device=patches.device
                 )
-            sums[name] += patches.double().sum(1)
+            sums[name] += patches.sum(1)
             products[name] += patches.transpose(1, 2) @ patches
             counts[name] += patches.shape[1]
 
@@ -142,11 +139,13 @@ def input_covariances(
             handle.remove()
         for module, mode in modes:
             module.training = mode
-    means = {name: sums[name] / counts[name] for name in names}
-    return {
-        name: products[name] / counts[name] - means[name].unsqueeze(2) * means[name].unsqueeze(1)
-        for name in names
-    }
+    covariances = {}
+    for name in names:
+        means = sums[name] / counts[name]
+        covariance = products[name] / counts[name] - means.unsqueeze(2) * means.unsqueeze(1)
+        # The last bits depend on the process. Without them, two runs give one reference on equal hardware.
+        covariances[name] = covariance.float().double()
+    return covariances
 
 
 def input_patches(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -202,9 +201,6 @@ def _leading_eigenvectors(
     size = len(covariance)
     if not covariance.any():  # constant inputs
         return np.zeros(count), np.eye(size, count)
-    if size < _DENSE_SIZE or 4 * count > size:
-        values, vectors = scipy.linalg.eigh(covariance, subset_by_index=(size - count, size - 1))
-    else:
-        values, vectors = scipy.sparse.linalg.eigsh(covariance, k=count, v0=np.ones(size))
-    order = np.argsort(values)[::-1]
-    return np.maximum(values[order], 0.0), vectors[:, order].copy()
+    # Not scipy.sparse.linalg.eigsh, which gives other digits in each process.
+    values, vectors = scipy.linalg.eigh(covariance, subset_by_index=(size - count, size - 1))
+    return np.maximum(values[::-1], 0.0), vectors[:, ::-1].copy()
