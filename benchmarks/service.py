@@ -169,7 +169,7 @@ def bare_forward(
     with torch.no_grad():
         while len(seconds) < repeats + 2 and not (stop and stop.wait(pause)):
             start = time.thread_time()
-            forward_to_taps(net, detector.images, detector.spec.taps)
+            forward_to_taps(net, detector.feature_readout.inputs, detector.spec.taps)
             seconds.append(time.thread_time() - start)
     return seconds[2:] or seconds
 

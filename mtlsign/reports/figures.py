@@ -6,6 +6,7 @@ Each figure is small, so that a narrow screen shows one below the other at a rea
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -216,12 +217,18 @@ def _draw_null(ax: Axes, scores: Scores) -> None:
 
 
 def _layers(value: object) -> list[tuple[str, float]]:
-    """Return the layers that changed most, in the order of the network."""
+    """Return the layers that changed most, sorted by name, because files do not keep the network's order."""
     if not isinstance(value, Mapping):
         return []
     layers = [(words(name, 40), size) for name, raw in value.items() if (size := number(raw)) is not None]
     largest = {id(row) for row in sorted(layers, key=lambda row: -row[1])[:_MAX_LAYERS]}
-    return [row for row in layers if id(row) in largest]
+    return sorted((row for row in layers if id(row) in largest), key=lambda row: _name_order(row[0]))
+
+
+def _name_order(name: str) -> list[tuple[int, int, str]]:
+    """Return a sorting key by which `layer2` precedes `layer10`, and numbers follow their value."""
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 def _draw_layers(ax: Axes, layers: Sequence[tuple[str, float]]) -> None:

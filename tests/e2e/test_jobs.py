@@ -276,4 +276,4 @@ def test_embed_interrupted_run_prints_one_line_and_continues(jobs: JobLauncher, 
     files = {p.name for p in (tmp_path / "runs/i").iterdir()}
     assert files == {"settings.json", "checkpoints", "phase1.safetensors", "phase1.json", "commitment.sealed"}
     changed = jobs.resume("i", "--lambda1", "0.5", storage=tmp_path)
-    assert changed.wait(2) == "" and changed.err.startswith("error: lambda1: Run 'i' has the value 0.02.")
+    assert changed.wait(2) == "" and changed.err.startswith("error: lambda1: Run 'i' has the value 0.001.")
