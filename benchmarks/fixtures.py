@@ -12,7 +12,7 @@ from mtlsign.config.embed import EmbedSettings
 from mtlsign.models import architectures, loading
 from mtlsign.models.taps import forward_to_taps
 from mtlsign.tasks import Task, load_task
-from mtlsign.watermark.embedding.commitment import commit_key, measure_response_bases
+from mtlsign.watermark.embedding.commitment import commit_keys, measure_response_bases
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.keys.opening import KeyOpening
 from mtlsign.watermark.verification.detector import WatermarkDetector
@@ -54,7 +54,7 @@ class BenchmarkSetup:
         architecture = loading.architecture_from_settings(settings, loaded.input_spec)
         torch.manual_seed(0)
         model = architectures.build(architecture)
-        opening, reference = commit_key(
+        (opening,), reference = commit_keys(
             architectures.build(architecture),
             loading.cpu_state(model),
             architecture,

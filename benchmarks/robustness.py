@@ -27,7 +27,7 @@ from mtlsign.models.architectures import build
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.tasks import Task, load_task
 from mtlsign.watermark.embedding import loop, pipeline
-from mtlsign.watermark.embedding.commitment import commit_key, measure_response_bases
+from mtlsign.watermark.embedding.commitment import commit_keys, measure_response_bases
 from mtlsign.watermark.embedding.worker import SingleProcessContext
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.verification.detector import WatermarkDetector, verify
@@ -79,7 +79,7 @@ def main() -> None:
     # The words of the seed must not change: the key follows from them, and published results from the key.
     owner = Identity(hashlib.sha256(f"survival study {options.key}".encode()).digest(), bytes(32))
     bases = measure_response_bases(build(architecture), base_weights, task, settings)
-    opening, reference = commit_key(
+    (opening,), reference = commit_keys(
         build(architecture), base_weights, architecture, task.input_spec, settings, owner, bases=bases
     )
     started = time.process_time()

@@ -4,12 +4,15 @@ Documents link to each other and to source files by relative paths. On the site,
 root become pages, and links to files that are not on the site become plain text.
 """
 
+from __future__ import annotations
+
 import posixpath
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.structure.files import File, Files
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Documents outside of `docs/` and their pages on the site.
@@ -25,6 +28,8 @@ _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the documents of `MOUNTED`."""
+    from mkdocs.structure.files import File  # tests rewrite links without MkDocs
+
     for source, page in MOUNTED.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     return files

@@ -15,6 +15,7 @@ from pydantic_settings import NoDecode
 from mtlsign.config import renamed
 from mtlsign.config.base import Settings, SettingsGroup, as_tuple
 from mtlsign.config.mixins import RESOURCE_TIMEOUT_S, RESUMABLE, RunPlacement, RunStorage, TaskData
+from mtlsign.errors import SettingsError
 
 PerturbationKind = Literal["noise", "pruned", "fine_tuned", "decorrelated", "spoiled"]
 #: Kinds of perturbed copies for R_DA, eq. (9) of the paper (`mtlsign.watermark.embedding.perturbations`).
@@ -155,7 +156,32 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
         """Fill in the preset, then the settings that depend on the task or head."""
         explicit = self.given_values()
         preset = {name: value for name, value in PRESETS[self.preset].items() if name not in explicit}
-        return self.updated(preset)._with_task_defaults()
+        complete = self.updated(preset)._with_task_defaults()
+        complete._check_heads()
+        return complete
+
+    def _check_heads(self) -> None:
+        """Raise `SettingsError` for settings that the chosen heads do not support."""
+        heads = {self.head, *self.readouts}
+        if self.r_func == "responses" and self.lambda1 and "spread" not in heads:
+            raise SettingsError(
+                "Only a spread head has responses. Choose r-func weights, or add --readouts spread.",
+                field="r-func",
+            )
+        if self.layers is not None and "spread" not in heads:
+            raise SettingsError(
+                "Only a spread head marks chosen layers. Name modules with --taps, or add --readouts spread.",
+                field="layers",
+            )
+        if self.lambda2 and "decorrelated" in (self.perturbation.kinds or ()) and heads == {"spread"}:
+            raise SettingsError(
+                "Only a head that reads key images has the kind decorrelated. Choose other kinds.",
+                field="perturbation.kinds",
+            )
+        if self.keys > 1 and self.head == "free":
+            raise SettingsError("A free head has one key. Choose --head spread or keyed.", field="keys")
+        if self.base_kit is not None and self.weights is not None:
+            raise SettingsError("Give either a checkpoint or a kit with W0, not both.", field="base-kit")
 
     def _with_task_defaults(self) -> Self:
         """Fill in the settings that depend on the task or head."""

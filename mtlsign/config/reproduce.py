@@ -38,7 +38,7 @@ class ReproduceSettings(RunStorage, RunPlacement, TaskData, Settings):
     task: str = Field("fashion-mnist", min_length=1, max_length=200, description="primary task")
     model: str = Field("resnet18", min_length=1, max_length=200, description="model")
     width: int | None = Field(16, ge=4, le=MAX_WIDTH, description="channels of the first stage; 64 is full size")
-    heads: str = Field("free,keyed", pattern=r"^(free|keyed|spread)(,(free|keyed))?$", description="heads to study: free, keyed, spread, or free and keyed")
+    heads: str = Field("free,keyed", pattern=r"^(free|keyed|spread|free,keyed|keyed,free)$", description="heads to study: free, keyed, spread, or free and keyed")
     seeds: int = Field(3, ge=1, le=1000, description="repetitions, each with its own W0, key and attackers")
     epochs: str = Field("50/150/250/350", pattern=r"^\d{1,4}(/\d{1,4}){0,9}$", description="overwriting: epochs")
     units: Literal["channels", "weights"] = Field("channels", description="ablation: units that NP and FP prune; the paper names neurons")

@@ -210,19 +210,12 @@ def run_on_each_node(check: Callable[[], Any], each: Mapping[str, float]) -> lis
     Raises:
         MTLSignError: the first one that `check` raised, with the name of its node.
     """
-
-    def guarded() -> Any:
-        try:
-            return check()
-        except MTLSignError as error:  # returned, because Ray would wrap an exception and run the task again
-            return error
-
     nodes = [
         node
         for node in living_nodes()
         if all(node["Resources"].get(kind, 0) >= need for kind, need in each.items())
     ]
-    remote = ray.remote(num_cpus=0, max_retries=1)(guarded)
+    remote = ray.remote(num_cpus=0, max_retries=1)(_returning_errors(check))
     calls = [
         remote.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -237,6 +230,35 @@ def run_on_each_node(check: Callable[[], Any], each: Mapping[str, float]) -> lis
                 result.args = (f"{result.field}: {result.detail}" if result.field else result.detail,)
             raise result
     return results
+
+
+def run_on_one_node(work: Callable[[], Any], resources: Mapping[str, float]) -> Any:
+    """Run `work` once, on a node with the resources of a worker, and return its result.
+
+    Args:
+        work: function without arguments; Ray copies it to the node.
+        resources: resources of one worker, as `worker_resources` returns them.
+
+    Raises:
+        MTLSignError: raised by `work`.
+    """
+    remote = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_retries=1)
+    result = ray.get(remote(_returning_errors(work)).remote())
+    if isinstance(result, MTLSignError):
+        raise result
+    return result
+
+
+def _returning_errors(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Return `work` with this package's errors as results: Ray would wrap an exception and run it again."""
+
+    def guarded() -> Any:
+        try:
+            return work()
+        except MTLSignError as error:
+            return error
+
+    return guarded
 
 
 def run_in_thread(work: Callable[[], Any]) -> Any:

@@ -133,7 +133,7 @@ class RayEmbeddingBackend:
             weights = parse_safetensors(ray.get(secret))
             return serialize_safetensors(pipeline.run_response_bases(public, weights, architecture) or {})
 
-        return parse_safetensors(cluster.run_on_each_node(compute, self._resources)[0])
+        return parse_safetensors(cluster.run_on_one_node(compute, self._resources))
 
     def embed_watermark(
         self,

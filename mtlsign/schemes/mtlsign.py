@@ -17,7 +17,7 @@ from mtlsign.models.families import custom
 from mtlsign.models.loading import cpu_state
 from mtlsign.schemes.base import Detection, SchemeResult, SchemeSettings
 from mtlsign.tasks import Task
-from mtlsign.watermark.embedding.commitment import commit_key, measure_response_bases
+from mtlsign.watermark.embedding.commitment import commit_keys, measure_response_bases
 from mtlsign.watermark.embedding.losses import readout_loss
 from mtlsign.watermark.embedding.phase2 import embed_watermark, gradient_terms
 from mtlsign.watermark.embedding.worker import WorkerContext
@@ -120,7 +120,7 @@ class MTLSignScheme:
         identity = Identity(hashlib.sha256(f"mtlsign adversary {seed}".encode()).digest(), bytes(32))
         settings = self._embed_settings(seed=seed)
         bases = measure_response_bases(copy.deepcopy(model), cpu_state(base), task, settings)
-        opening, reference = commit_key(
+        (opening,), reference = commit_keys(
             copy.deepcopy(model).cpu(), cpu_state(base), architecture, task.input_spec, settings, identity,
             bases=bases,
         )  # fmt: skip

@@ -279,13 +279,12 @@ def test_citation_names_the_version_of_the_package() -> None:
     ],
 )
 def test_site_rewrites_links(source: str, page: str, text: str, expected: str) -> None:
-    pytest.importorskip("mkdocs")
     assert script("site_hooks").rewrite_links(text, source=source, page=page) == expected
 
 
 @pytest.mark.slow
 def test_site_builds_without_warnings(tmp_path: Path) -> None:
-    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocs", reason="MkDocs is in the group docs: uv run --group docs pytest -m slow")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

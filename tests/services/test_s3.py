@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from pyarrow import fs
 
 from mtlsign.errors import ArtifactError, StorageError
 from mtlsign.storage.base import Storage
@@ -104,7 +105,6 @@ def test_read_model_and_read_kit_return_written_artifacts(store: Storage, s3: S3
 
 
 def test_ray_path_names_same_files_for_pyarrow(store: Storage) -> None:
-    fs = pytest.importorskip("pyarrow.fs")
     store.write("from-boto3", b"1")
     filesystem, path = fs.FileSystem.from_uri(store.ray_path())
     with filesystem.open_input_stream(f"{path}/from-boto3") as stream:

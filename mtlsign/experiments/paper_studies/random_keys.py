@@ -15,7 +15,7 @@ from mtlsign.config.reproduce import ReproduceSettings
 from mtlsign.models.architectures import build
 from mtlsign.models.loading import architecture_from_settings, cpu_state
 from mtlsign.tasks import load_task
-from mtlsign.watermark.embedding.commitment import commit_key, measure_response_bases
+from mtlsign.watermark.embedding.commitment import commit_keys, measure_response_bases
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.verification import evidence
 from mtlsign.watermark.verification.detector import WatermarkDetector
@@ -56,7 +56,7 @@ def random_key_accuracies(
     tensors = cpu_state(network)
     owner = Identity(bytes(31) + b"\x01", bytes(32))
     bases = measure_response_bases(build(architecture), tensors, task, embedding)
-    opening, reference = commit_key(
+    (opening,), reference = commit_keys(
         build(architecture), tensors, architecture, task.input_spec, embedding, owner, bases=bases
     )
     detector = WatermarkDetector(opening, reference)

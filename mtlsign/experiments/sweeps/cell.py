@@ -40,7 +40,7 @@ from mtlsign.storage.base import Storage
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.tasks import Task, load_task
 from mtlsign.watermark.embedding import pipeline
-from mtlsign.watermark.embedding.commitment import commit_key, measure_response_bases
+from mtlsign.watermark.embedding.commitment import commit_keys, measure_response_bases
 from mtlsign.watermark.embedding.result import parameter_deviation
 from mtlsign.watermark.embedding.run_folder import load_state, state_bytes
 from mtlsign.watermark.embedding.worker import SingleProcessContext, State
@@ -190,7 +190,7 @@ def _embed(
     owner = Identity(hashlib.sha256(f"mtlsign sweep {settings.seed}".encode()).digest(), bytes(32))
     template_model = architectures.build(architecture, factories=factories)
     bases = measure_response_bases(template_model, base_weights, task, settings)
-    opening, reference = commit_key(
+    (opening,), reference = commit_keys(
         template_model, base_weights, architecture, task.input_spec, settings, owner, bases=bases
     )
     context = _context(folder, CHECKPOINT_FILE, on_progress)

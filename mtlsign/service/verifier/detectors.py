@@ -146,7 +146,7 @@ class SharedDetector(WatermarkDetector):
             return super().score_state_dict(tensors)
         models = tuple(readout.model for readout in self.readouts)
         cached = tensors.readings
-        if cached is None or any(a is not b for a, b in zip(cached.models, models, strict=True)):
+        if cached is None or cached.models != models:
             cached = self._read_suspect(tensors, models)
             tensors.cache_readings(cached)
         if cached.problem is not None:

@@ -29,24 +29,6 @@ from mtlsign.watermark.verification.response_bases import MOMENT_INPUTS, placeho
 MAX_MOMENT_ELEMENTS = 2**26
 
 
-def commit_key(
-    template_model: nn.Module,
-    base_weights: Tensors,
-    architecture: Mapping[str, object],
-    input_spec: InputSpec,
-    settings: EmbedSettings,
-    owner: Identity,
-    *,
-    bases: Mapping[str, Tensor] | None = None,
-) -> tuple[KeyOpening, Reference]:
-    """Commit to one key; see `commit_keys`."""
-    openings, reference = commit_keys(
-        template_model, base_weights, architecture, input_spec, settings.updated({"keys": 1}), owner,
-        bases=bases,
-    )  # fmt: skip
-    return openings[0], reference
-
-
 def commit_keys(
     template_model: nn.Module,
     base_weights: Tensors,
@@ -123,11 +105,11 @@ def validate_before_training(
         bases = placeholder_bases(
             template_model, _spread_taps(template_model, settings), sample, layers=_layer_names(settings)
         )
-    opening, reference = commit_key(
+    openings, reference = commit_keys(
         template_model, cpu_state(template_model), architecture, input_spec, settings, Identity.generate(),
         bases=bases,
     )  # fmt: skip
-    WatermarkDetector(opening, reference, factories=factories)
+    WatermarkDetector(openings[0], reference, factories=factories)
 
 
 def needs_response_bases(settings: EmbedSettings) -> bool:

@@ -83,8 +83,6 @@ class Perturbations:
                 self._inner[kind] = GradientAttackLoop(
                     objective, steps=inner_steps, lr=perturbation.attack_lr
                 )
-        if "decorrelated" in kinds:
-            _ = detector.feature_readout  # raises for a key without one
 
     def sample(self, kind: str, kernels: Kernels, step: int, term: int) -> Kernels:
         """Return a perturbed copy.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtlsign.config.embed import EmbedSettings
-from mtlsign.errors import DivergedError, SettingsError
+from mtlsign.errors import DivergedError
 from mtlsign.models.memory_format import memory_format_for
 from mtlsign.tasks import Task
 from mtlsign.watermark.embedding.loop import (
@@ -201,21 +201,18 @@ class _Embedding:
 
     @torch.no_grad()
     def _read_base_responses(self) -> dict[int, Tensor]:
-        """Return W0's responses by the number of the read-out; none if R_func is measured in weights."""
+        """Return W0's responses by the number of a read-out; none if R_func is measured in weights.
+
+        Read-outs of several keys share one model and its responses, which count once.
+        """
         if self._settings.r_func != "responses" or not self._settings.lambda1:
             return {}
         readouts = self._detector.readouts
         kernels = self._detector.select_weights(dict(self._teacher.named_parameters()))
         readings = self._detector.read(kernels, differentiable=True)
-        responses = {
-            i: readings[i] for i, readout in enumerate(readouts) if readout.spec.head.kind == "spread"
-        }
-        if not responses:
-            raise SettingsError(
-                "Only a spread head has responses. Choose r_func=weights or add --readouts spread.",
-                field="r_func",
-            )
-        return responses
+        spread = [index for index, readout in enumerate(readouts) if readout.spec.head.kind == "spread"]
+        one_each = {id(readouts[index].model): index for index in spread}
+        return {index: readings[index] for index in one_each.values()}
 
     def _add_primary_gradient(self, step: int) -> None:
         """Add the gradient of this rank's part of a primary batch: distillation and the primary loss."""

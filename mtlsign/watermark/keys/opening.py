@@ -165,16 +165,6 @@ def sign_spec(identity: Identity, spec: bytes) -> KeyOpening:
     return KeyOpening(raw, identity.public_key, identity.sign(_signed_message(raw, identity.public_key)))
 
 
-def _keystream_bits(key: bytes, label: bytes, count: int) -> npt.NDArray[np.uint8]:
-    """Return the first `count` bits of the keystream of (key, label), MSB of each byte first, as 0 and 1."""
-    if not isinstance(key, bytes) or len(key) != 32:
-        raise KeyMaterialError("The key must have 32 bytes. Compute it with KeyOpening.key.", field="key")
-    subkey = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=label).derive(key)
-    encryptor = Cipher(algorithms.ChaCha20(subkey, bytes(16)), mode=None).encryptor()
-    stream = np.frombuffer(encryptor.update(bytes((count + 7) // 8)), dtype=np.uint8)
-    return np.unpackbits(stream, count=count)
-
-
 def keystream(key: bytes, label: bytes, size: int) -> bytes:
     """Return the first `size` bytes of the ChaCha20 stream under HKDF-SHA256(key, label).
 
@@ -183,7 +173,17 @@ def keystream(key: bytes, label: bytes, size: int) -> bytes:
         label: name of the stream.
         size: number of bytes.
     """
-    return np.packbits(_keystream_bits(key, label, 8 * size)).tobytes()
+    if not isinstance(key, bytes) or len(key) != 32:
+        raise KeyMaterialError("The key must have 32 bytes. Compute it with KeyOpening.key.", field="key")
+    subkey = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=label).derive(key)
+    encryptor = Cipher(algorithms.ChaCha20(subkey, bytes(16)), mode=None).encryptor()
+    return encryptor.update(bytes(size))
+
+
+def _keystream_bits(key: bytes, label: bytes, count: int) -> npt.NDArray[np.uint8]:
+    """Return the first `count` bits of the keystream of (key, label), MSB of each byte first, as 0 and 1."""
+    stream = np.frombuffer(keystream(key, label, (count + 7) // 8), dtype=np.uint8)
+    return np.unpackbits(stream, count=count)
 
 
 def watermark_integers(key: bytes, n: int) -> npt.NDArray[np.int64]:

@@ -93,10 +93,10 @@ class WatermarkDetector:
         """Join labels and shapes of the read-outs."""
         self.labels = torch.cat([readout.labels for readout in self.readouts])
         self.weight_shapes: Mapping[str, tuple[int, ...]] = {
-            name: shape for readout in self.readouts for name, shape in readout.weight_shapes.items()
+            name: shape for readout in self.readouts for name, shape in readout.model.weight_shapes.items()
         }
         self.optional_shapes: Mapping[str, tuple[int, ...]] = {
-            name: shape for readout in self.readouts for name, shape in readout.optional_shapes.items()
+            name: shape for readout in self.readouts for name, shape in readout.model.optional_shapes.items()
         }
 
     @classmethod
@@ -142,7 +142,13 @@ class WatermarkDetector:
         return self.with_raw_key(keystream(self.key, b"mtlsign/v0/control/%d" % index, 32))
 
     def with_raw_key(self, key: bytes) -> Self:
-        """Return the same detector for another key of 32 bytes."""
+        """Return the same detector for another key of 32 bytes.
+
+        Raises:
+            ValueError: the detector was `joined` from several keys.
+        """
+        if len(self.readouts) != len(self.spec.readouts):
+            raise ValueError("a detector of several keys has no control keys")
         other = copy.copy(self)
         other.key = key
         other.readouts = tuple(
@@ -156,7 +162,7 @@ class WatermarkDetector:
         """Return the kernels that the read-outs need, with every correction that needs other tensors."""
         kernels: dict[str, Tensor] = {}
         for readout in self.readouts:
-            kernels |= readout.select_weights(tensors)
+            kernels |= readout.model.select_weights(tensors)
         return kernels
 
     def read(self, kernels: Mapping[str, Tensor], *, differentiable: bool = False) -> list[Any]:
@@ -200,7 +206,7 @@ class WatermarkDetector:
         """Select the tensors that the read-outs need. A spread read-out tolerates missing kernels."""
         names: dict[bool, set[str]] = {True: set(), False: set()}
         for readout in self.readouts:
-            names[readout.tolerates_missing] |= {*readout.weight_shapes, *readout.optional_shapes}
+            names[readout.tolerates_missing] |= {*readout.model.weight_shapes, *readout.model.optional_shapes}
         tolerated = names[True] - names[False]
         return select_tensors_untrusted(
             dict(self.weight_shapes), tensors, optional=dict(self.optional_shapes), tolerated=tolerated
@@ -232,7 +238,7 @@ def verify(
         The verdict; it is never an exception.
     """
     result = detector.score_state_dict(tensors)
-    scores, n = result.scores, detector.spec.total_bits
+    scores, n = result.scores, len(detector.labels)
     if scores is None:
         return Verdict(
             "not_verifiable", False, 0, n, 0.0, 1.0, 0.0, bits, gamma, False, 1.0, 0, detector.spec.statistic,

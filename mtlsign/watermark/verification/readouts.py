@@ -40,17 +40,6 @@ class Readout(Protocol):
     def model(self) -> VerifierModel | ResponseModel:
         """Everything that depends on architecture and reference alone."""
 
-    @property
-    def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Name -> shape of every kernel that is read."""
-
-    @property
-    def optional_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Name -> shape of tensors that are read if the network has them."""
-
-    def select_weights(self, tensors: Weights) -> dict[str, Tensor]:
-        """Return the kernels with every correction that needs other tensors."""
-
     def read(self, kernels: Weights, *, differentiable_rounds: int = 0) -> Any:
         """Compute all that is independent of the key.
 
@@ -101,20 +90,6 @@ class FeatureReadout:
         self.d = self._width()
         self.head = self._make_head(key, head)
         self.trained = self.head.parameters()
-
-    @property
-    def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Name -> shape of every tapped kernel."""
-        return self.model.weight_shapes
-
-    @property
-    def optional_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Name -> shape of the batch norms' γ."""
-        return self.model.optional_shapes
-
-    def select_weights(self, tensors: Weights) -> dict[str, Tensor]:
-        """Return the tapped kernels with sign(γ) on their rows."""
-        return self.model.select_weights(tensors)
 
     def read(self, kernels: Weights, *, differentiable_rounds: int = 0) -> dict[str, Tensor]:
         """Return the kernels in canonical form."""
@@ -182,20 +157,6 @@ class SpreadReadout:
         self.model, self.spec, self.labels = model, spec, labels
         self.head = SpreadHead(key, model.coordinates, spec.n, labels.device)
         self.trained: list[Tensor] = []
-
-    @property
-    def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Name -> shape of every marked kernel."""
-        return self.model.weight_shapes
-
-    @property
-    def optional_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Name -> shape of the batch norms' γ."""
-        return self.model.optional_shapes
-
-    def select_weights(self, tensors: Weights) -> dict[str, Tensor]:
-        """Return the marked kernels that are present, with sign(γ) on their rows."""
-        return self.model.select_weights(tensors)
 
     def read(self, kernels: Weights, *, differentiable_rounds: int = 0) -> Tensor:
         """Return the coordinates of all marked layers, [D]."""

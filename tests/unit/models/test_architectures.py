@@ -60,7 +60,6 @@ def test_default_taps_of_unknown_network_raises_model_error() -> None:
 
 
 def test_build_of_timm_name_has_stages_and_batch_norms() -> None:
-    pytest.importorskip("timm")
     model = build(architecture_for("timm/test_byobnet", channels=1, classes=10))
     taps = default_taps(model, "free")
     assert taps == ("stages.0", "stages.1", "stages.2")
@@ -76,14 +75,12 @@ def test_build_of_timm_name_has_stages_and_batch_norms() -> None:
 
 
 def test_build_of_timm_network_without_batch_norm_has_layers() -> None:
-    pytest.importorskip("timm")
     model = build(architecture_for("timm/test_convnext", channels=3, classes=10))
     layers = tapped_layers(model, default_taps(model, "keyed"), torch.rand(1, 3, 32, 32))
     assert layers and all(layer.batch_norm is None for layer in layers)
 
 
 def test_build_of_timm_transformer_takes_size() -> None:
-    pytest.importorskip("timm")
     model = build(architecture_for("timm/test_vit", channels=1, classes=10, size=32))
     taps = default_taps(model, "keyed")
     assert taps == ("blocks.0",)

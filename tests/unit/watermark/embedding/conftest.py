@@ -10,7 +10,7 @@ from mtlsign.config.embed import EmbedSettings
 from mtlsign.models import loading
 from mtlsign.models.input_spec import InputSpec
 from mtlsign.watermark.embedding import phase2
-from mtlsign.watermark.embedding.commitment import commit_key
+from mtlsign.watermark.embedding.commitment import commit_keys
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.verification.detector import WatermarkDetector
 from tests.unit.watermark.embedding.phase_helpers import (
@@ -33,7 +33,7 @@ def detector_of(
 
     def make(settings: EmbedSettings) -> WatermarkDetector:
         base_weights = tiny_model()
-        opening, reference = commit_key(
+        (opening,), reference = commit_keys(
             base_weights,
             loading.cpu_state(base_weights),
             tiny_graph,

@@ -227,7 +227,7 @@ def spread_detector(model: nn.Module, settings: Any, task: Task, graph: Any, own
     """Return the detector of a spread head with `model` as W0."""
     base_weights = loading.cpu_state(model)
     bases = commitment.measure_response_bases(model, base_weights, task, settings)
-    opening, reference = commitment.commit_key(
+    (opening,), reference = commitment.commit_keys(
         model, base_weights, graph, task.input_spec, settings, owner, bases=bases
     )
     return WatermarkDetector(opening, reference)

@@ -53,7 +53,7 @@ def test_watermark_dataset_is_that_of_the_key_with_given_size() -> None:
 
 def test_spread_readout_with_key_equals_new_readout_of_that_key() -> None:
     readout, spec = spread_readout(), example_detector().spec
-    kernels = readout.select_weights(network(4).state_dict())
+    kernels = readout.model.select_weights(network(4).state_dict())
     labels = torch.from_numpy(watermark_labels(KEY, N))
     new = SpreadReadout(readout.model, readout.spec, labels, KEY)
     other = readout.with_key(spec, KEY)
@@ -68,7 +68,7 @@ def test_spread_readout_without_key_data_gives_same_scores_after_with_key() -> N
     bare = readout.without_key_data()
     assert not hasattr(bare, "head") and len(bare.labels) == 0 and bare.model is readout.model
     again = bare.with_key(detector.spec, detector.key)
-    reading = readout.read(readout.select_weights(network(4).state_dict()))
+    reading = readout.read(readout.model.select_weights(network(4).state_dict()))
     assert torch.equal(again.score(reading), readout.score(reading))
     assert torch.equal(again.labels, readout.labels) and len(readout.labels) == N
 
@@ -84,7 +84,7 @@ def test_spread_readout_key_bytes_are_those_of_permutation_and_signs() -> None:
 
 def test_spread_readout_scores_of_unmarked_network_have_unit_variance() -> None:
     readout, spec = spread_readout(), example_detector().spec
-    reading = readout.read(readout.select_weights(network(4).state_dict()))
+    reading = readout.read(readout.model.select_weights(network(4).state_dict()))
     scores = torch.cat([readout.with_key(spec, bytes([i]) * 32).score(reading) for i in range(30)])
     assert abs(float(scores.mean())) < 0.1 and 0.9 < float(scores.std()) < 1.1
 
@@ -92,7 +92,7 @@ def test_spread_readout_scores_of_unmarked_network_have_unit_variance() -> None:
 def test_spread_readout_selects_present_kernels_with_signs() -> None:
     readout, state = spread_readout(), network(4).state_dict()
     del state["9.weight"], state["7.weight"]
-    kernels = readout.select_weights(state)
+    kernels = readout.model.select_weights(state)
     assert list(kernels) == [name for name in KERNELS if name != "9.weight"]
     flipped = torch.where(state["4.weight"] < 0, -1.0, 1.0)[:, None, None, None]
     assert torch.equal(kernels["3.weight"], state["3.weight"] * flipped)
@@ -105,7 +105,7 @@ def test_feature_readout_without_key_data_gives_same_scores_after_with_key() -> 
     assert len(bare.inputs) == len(bare.labels) == 0 == bare.key_bytes
     assert readout.key_bytes == N * 21 * 21 * 4 and not readout.tolerates_missing
     again = bare.with_key(detector.spec, detector.key)
-    reading = readout.read(readout.select_weights(network(4).state_dict()))
+    reading = readout.read(readout.model.select_weights(network(4).state_dict()))
     assert torch.equal(again.score(reading), readout.score(reading))
     assert torch.equal(again.labels, readout.labels) and again.model is readout.model
 
