@@ -53,10 +53,10 @@ class Tuning:
         distillation: weight of KL(marked || attacked).
         labels: weight of the primary loss.
         weight_decay: of the optimiser.
-        average: decay of the moving average of the weights; 0 for none.
+        ema_decay: decay of the moving average of the weights; 0 for none.
         mixup: largest share of the second image; 0 for none.
-        sharpness: size of the adversarial weight perturbation, relative to each tensor; 0 for none.
-        stay: weight of elastic weight consolidation; 0 for none.
+        sam_radius: size of the adversarial weight perturbation, relative to each tensor; 0 for none.
+        ewc: weight of elastic weight consolidation; 0 for none.
         batch: batch size.
         adam: whether the optimiser is Adam instead of SGD with momentum 0.9.
     """
@@ -66,10 +66,10 @@ class Tuning:
     distillation: float = 1.0
     labels: float = 1.0
     weight_decay: float = 0.0
-    average: float = 0.0
+    ema_decay: float = 0.0
     mixup: float = 0.0
-    sharpness: float = 0.0
-    stay: float = 0.0
+    sam_radius: float = 0.0
+    ewc: float = 0.0
     batch: int = 128
     adam: bool = True
 
@@ -91,22 +91,22 @@ def tune(
     distillation: LossWeight = 1.0,
     labels: LossWeight = 1.0,
     weight_decay: Decay = 0.0,
-    average: Averaging = 0.0,
+    ema_decay: Averaging = 0.0,
     mixup: Mixing = 0.0,
-    sharpness: Radius = 0.0,
-    stay: LossWeight = 0.0,
+    sam_radius: Radius = 0.0,
+    ewc: LossWeight = 0.0,
     batch: BatchSize = 128,
 ) -> AttackOutcome:
     """Train all weights with Adam under a one-cycle schedule, with batch norms in training mode.
 
-    `average` is the decay of an exponential moving average of the weights; `mixup` mixes pairs of images and
-    `labels` is the weight of their loss; `sharpness` computes gradients at an adversarial weight perturbation
-    of this relative size; `stay` is the weight of elastic weight consolidation, as REFIT has it.
+    `ema_decay` is that of an exponential moving average of the weights. `mixup` mixes pairs of images;
+    `labels` is the weight of their loss. `sam_radius` computes gradients at an adversarial perturbation of
+    this relative size, as SAM does. `ewc` is the weight of elastic weight consolidation, as in REFIT.
     """
     data = attacker_view(model, task, resources, seed)
     tuning = Tuning(
         steps, resources.learning_rate(lr), distillation=distillation, labels=labels, batch=batch,
-        weight_decay=weight_decay, average=average, mixup=mixup, sharpness=sharpness, stay=stay,
+        weight_decay=weight_decay, ema_decay=ema_decay, mixup=mixup, sam_radius=sam_radius, ewc=ewc,
     )  # fmt: skip
     return tune_by_distillation(trainable_copy(model), model, data, resources, seed, tuning)
 
@@ -119,17 +119,17 @@ def relearn(
     *,
     epochs: Epochs = 20,
     lr: LearningRate = "full",
-    start: Literal["random", "shrunk"] = "random",
+    start: Literal["random", "shrink_perturb"] = "random",
     batch: BatchSize = 128,
 ) -> AttackOutcome:
     """Train the whole network from random weights by SGD on the marked model's outputs and the labels.
 
-    `shrunk` starts from 0.4 times the stolen weights plus a random initialisation (a warm restart).
+    `shrink_perturb` starts from 0.4 times the stolen weights plus half a random initialisation.
     """
     data = attacker_view(model, task, resources, seed)
     student = trainable_copy(model)
     _reset(student, seed)
-    if start == "shrunk":
+    if start == "shrink_perturb":
         with torch.no_grad():
             for parameter, stolen in zip(student.parameters(), model.parameters(), strict=True):
                 if parameter.dim() > 1:
@@ -177,9 +177,9 @@ def tune_by_distillation(
     teacher, batch = frozen_copy(teacher), min(tuning.batch, data.size("attacker"))
     attacked.train()
     named = dict(attacked.named_parameters())
-    averaged = copy.deepcopy(attacked) if tuning.average else None
+    averaged = copy.deepcopy(attacked) if tuning.ema_decay else None
     gen = seeded_generator("mtlsign/attack/tune", seed)
-    consolidation = _Consolidation(attacked, data, batch, seed) if tuning.stay else None
+    consolidation = _Consolidation(attacked, data, batch, seed) if tuning.ewc else None
 
     def batch_loss(forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         outputs, loss = forward(x), x.new_zeros(())
@@ -195,14 +195,14 @@ def tune_by_distillation(
             share = tuning.mixup * float(torch.rand((), generator=gen))
             x = (1 - share) * x + share * x[torch.randperm(len(x), generator=gen).to(x.device)]
         loss = batch_loss(attacked, x, y)
-        if tuning.sharpness:
-            shifted = _ascended(named, loss, tuning.sharpness)
+        if tuning.sam_radius:
+            shifted = _ascended(named, loss, tuning.sam_radius)
             loss = batch_loss(lambda images: functional_call(attacked, shifted, (images,)), x, y)
-        return loss if consolidation is None else loss + tuning.stay * consolidation(named)
+        return loss if consolidation is None else loss + tuning.ewc * consolidation(named)
 
     def after_step() -> None:
         if averaged is not None:
-            _move_average(averaged, attacked, tuning.average)
+            _move_average(averaged, attacked, tuning.ema_decay)
 
     optimize(
         loss_fn, named.values(), tuning.steps, tuning.lr, resources, optimizer_class=tuning.optimizer(),

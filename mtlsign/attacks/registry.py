@@ -100,10 +100,10 @@ _ALL = (
         variants=(
             "steps=500/1500,lr=0.003/0.01",
             "steps=1500,lr=0.01,weight_decay=0.0005/0.005",
-            "steps=1500,lr=0.01,average=0.99",
+            "steps=1500,lr=0.01,ema_decay=0.99",
             "steps=1500,lr=0.01,mixup=0.5",
-            "steps=750,lr=0.01,sharpness=0.05",
-            "steps=500,lr=0.003,labels=0,stay=10",
+            "steps=750,lr=0.01,sam_radius=0.05",
+            "steps=500,lr=0.003,labels=0,ewc=10",
         ),
         fast=("steps=20,lr=0.003",),
     ),
@@ -111,7 +111,7 @@ _ALL = (
         "relearn",
         distilled_tuning.relearn,
         "whole network trained from random weights on the marked model's outputs and labels",
-        variants=("epochs=20", "epochs=20,start=shrunk"),
+        variants=("epochs=20", "epochs=20,start=shrink_perturb"),
     ),
     Attack(
         "null_space",

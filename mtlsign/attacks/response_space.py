@@ -5,7 +5,7 @@ The attacker knows the scheme, the marked layers and the statistics of the input
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -22,15 +22,17 @@ from mtlsign.attacks.base import (
 )
 from mtlsign.attacks.distilled_tuning import Tuning, tune_by_distillation
 from mtlsign.attacks.training import recalibrate_batch_norm, trainable_copy
-from mtlsign.models.taps import tapped_layers
+from mtlsign.errors import ModelError
+from mtlsign.models.architectures import default_taps
+from mtlsign.models.taps import last_layer, tapped_layers
 from mtlsign.tasks import Task
 from mtlsign.tasks.splitting import seeded_generator
-from mtlsign.watermark.verification.response_bases import input_covariances, input_patches, supports_responses
+from mtlsign.watermark.verification.response_bases import input_moments, supports_responses
 
 #: Noise or change in units of a row's standard deviation or response.
 Size = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 RepairSteps = Annotated[int, Field(ge=0, le=1_000_000)]
-Stages = Annotated[int, Field(ge=0, le=8)]
+Stages = Annotated[int, Field(ge=0, le=3)]
 #: Images from which the attacker computes the covariances of the inputs.
 _COVARIANCE_IMAGES = 1500
 
@@ -42,18 +44,15 @@ class _Layers:
         self.model = trainable_copy(model)
         modules = dict(self.model.named_modules())
         images = attacker_sample(data, _COVARIANCE_IMAGES)
-        end = [name for name, module in modules.items() if isinstance(module, nn.Linear)][-1:]
-        end = end or [name for name in modules if name][-1:]
-        layers = tapped_layers(self.model, end, images[:2])
-        names = [
+        end = _tap_of_stage(model, stages) if stages else last_layer(model)
+        layers = tapped_layers(self.model, (end,), images[:2])
+        self.names = [
             layer.conv for layer in layers if supports_responses(layer, modules) and layer.kind == "conv"
         ]
-        if stages:
-            names = [name for name in names if not _is_later_stage(name, stages)]
-        if not names:
+        if not self.names:
             raise NotApplicableError("The network has no convolution of two dimensions.", field="model")
-        self.names, self._modules = names, modules
-        self._covariances = input_covariances(self.model, end, images, names)
+        self._modules = modules
+        self._moments = input_moments(self.model, (end,), images, self.names)
 
     def kernel(self, name: str) -> nn.Parameter:
         """Return the kernel of a layer."""
@@ -73,19 +72,25 @@ class _Layers:
             weight = self.kernel(name)
             weight.copy_(rows.reshape(weight.shape).to(weight.dtype))
 
+    def mean(self, name: str) -> Tensor:
+        """Return the mean input, float64 [groups, fan-in]."""
+        return self._moments[name].mean
+
     def spectrum(self, name: str) -> tuple[Tensor, Tensor]:
         """Return eigenvalues [groups, fan-in], largest first, and eigenvectors as columns."""
-        covariance = self._covariances[name]
+        covariance = self._moments[name].covariance
         ridge = 1e-9 * covariance.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp(min=1e-30)
         eye = torch.eye(covariance.shape[1], dtype=torch.float64, device=covariance.device)
         vectors, values, _ = torch.linalg.svd(covariance + ridge * eye)
         return values, vectors
 
 
-def _is_later_stage(name: str, stages: int) -> bool:
-    """Return whether a ResNet's layer is after the first `stages` stages."""
-    first = name.split(".")[0]
-    return first.startswith("layer") and first[5:].isdigit() and int(first[5:]) > stages
+def _tap_of_stage(model: nn.Module, stages: int) -> str:
+    """Return the module whose output ends the first `stages` stages."""
+    try:
+        return default_taps(model, "free")[stages - 1]
+    except ModelError as error:
+        raise NotApplicableError(error.detail, field="stages") from None
 
 
 def null_space(
@@ -164,11 +169,9 @@ def mean_shift(
     """
     data = attacker_view(model, task, resources, seed)
     layers, gen = _Layers(model, data, 0), seeded_generator("mtlsign/attack/mean-shift", seed)
-    means = _input_means(layers.model, layers.names, attacker_sample(data, 500))
     for name in layers.names:
         values, vectors = layers.spectrum(name)
-        mean = means[name].unsqueeze(2)
-        coordinates = vectors.transpose(1, 2) @ mean
+        coordinates = vectors.transpose(1, 2) @ layers.mean(name).unsqueeze(2)
         direction = vectors @ (coordinates / (values + 1e-4 * values[:, :1])[:, :, None])
         added = ((vectors.transpose(1, 2) @ direction).square() * values[:, :, None]).sum(1, keepdim=True)
         rows = layers.rows(name)
@@ -177,26 +180,6 @@ def mean_shift(
         scale = size * (response / added.clamp(min=1e-30)).sqrt()
         layers.set_rows(name, rows + drawn * scale * direction.transpose(1, 2))
     return AttackOutcome(recalibrate_batch_norm(layers.model, data))
-
-
-@torch.no_grad()
-def _input_means(model: nn.Module, names: list[str], images: Tensor) -> dict[str, Tensor]:
-    """Return the mean input vector of each layer, float64 [groups, fan-in]."""
-    modules, means = dict(model.named_modules()), {}
-
-    def collect(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            means[name] = input_patches(module, args[0]).double().mean(1)
-
-        return hook
-
-    handles = [modules[name].register_forward_pre_hook(collect(name)) for name in names]
-    try:
-        model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return means
 
 
 def low_rank(

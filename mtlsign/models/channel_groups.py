@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mtlsign.errors import ModelError
 from mtlsign.models.families import FAMILIES
 from mtlsign.models.families.base import ChannelGroup
-from mtlsign.models.taps import tapped_layers
+from mtlsign.models.taps import last_layer, tapped_layers
 
 __all__ = ["ChannelGroup", "batch_norm_of_conv", "find_channel_groups", "permute_channels", "scale_channels"]
 
@@ -36,10 +36,7 @@ def batch_norm_of_conv(model: nn.Module, sample: Tensor) -> dict[str, str]:
         model: any network.
         sample: float32 [1, C, H, W], an input that the network accepts.
     """
-    leaves = [n for n, m in model.named_modules() if n and not list(m.children())]
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    end = linear[-1] if linear else leaves[-1]
-    layers = tapped_layers(model, (end,), sample)
+    layers = tapped_layers(model, (last_layer(model),), sample)
     return {layer.conv: layer.batch_norm for layer in layers if layer.batch_norm is not None}
 
 

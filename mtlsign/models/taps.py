@@ -92,6 +92,14 @@ def _unknown_tap(tap: str, modules: Mapping[str, nn.Module], reason: str) -> Mod
     return ModelError(f"{reason} {tap[:80]!r}. The nearest names are {', '.join(near)}.", field="taps")
 
 
+def last_layer(model: nn.Module) -> str:
+    """Return the name of the last linear layer, or of the last module without children if there is none."""
+    leaves = [name for name, module in model.named_modules() if name and not list(module.children())]
+    linear = [name for name in leaves if isinstance(model.get_submodule(name), nn.Linear)]
+    name: str = (linear or leaves)[-1]
+    return name
+
+
 @dataclass(frozen=True)
 class TappedLayer:
     """Weight that is used before the last tap.

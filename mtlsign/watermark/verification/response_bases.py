@@ -9,7 +9,7 @@ inputs excite. A row's coordinates along them cannot be changed without changing
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,13 @@ MOMENT_INPUTS, _PASS = 1024, 32
 _MAX_POSITIONS = 16
 #: Share of the variance that a basis holds, and the largest number of its directions.
 ENERGY, MAX_DIRECTIONS = 0.97, 256
+
+
+class InputMoments(NamedTuple):
+    """Mean float64 [groups, fan-in] and covariance float64 [groups, fan-in, fan-in] of a layer's inputs."""
+
+    mean: Tensor
+    covariance: Tensor
 
 
 def supports_responses(layer: TappedLayer, modules: Mapping[str, nn.Module]) -> bool:
@@ -54,8 +61,8 @@ def response_bases(
         ModelError: a tap or a layer does not exist, or no layer is left.
     """
     names = _marked_layer_names(model, taps, inputs[:2], layers)
-    covariances = input_covariances(model, taps, inputs, names)
-    return {name: _basis(covariances[name]) for name in names}
+    moments = input_moments(model, taps, inputs, names)
+    return {name: _basis(moments[name].covariance) for name in names}
 
 
 def placeholder_bases(
@@ -101,10 +108,17 @@ def _marked_layer_names(
 
 
 @torch.no_grad()
-def input_covariances(
+def input_moments(
     model: nn.Module, taps: Sequence[str], inputs: Tensor, names: Sequence[str]
-) -> dict[str, Tensor]:
-    """Return the covariance of the inputs of each layer: float64 [groups, fan-in, fan-in]."""
+) -> dict[str, InputMoments]:
+    """Compute mean and covariance of the inputs of each layer.
+
+    Args:
+        model: in any mode; it is evaluated with its running statistics.
+        taps: module names; the layers are before the last of them.
+        inputs: natural inputs float32 [n, C, H, W].
+        names: names of convolutions and linear layers.
+    """
     modules = dict(model.named_modules())
     sums: dict[str, Tensor] = {}
     products: dict[str, Tensor] = {}
@@ -139,13 +153,13 @@ def input_covariances(
             handle.remove()
         for module, mode in modes:
             module.training = mode
-    covariances = {}
+    moments = {}
     for name in names:
         means = sums[name] / counts[name]
         covariance = products[name] / counts[name] - means.unsqueeze(2) * means.unsqueeze(1)
         # The last bits depend on the process. Without them, two runs give one reference on equal hardware.
-        covariances[name] = covariance.float().double()
-    return covariances
+        moments[name] = InputMoments(means + offsets[name].squeeze(1), covariance.float().double())
+    return moments
 
 
 def input_patches(module: nn.Module, inputs: Tensor) -> Tensor:

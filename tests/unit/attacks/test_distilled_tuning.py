@@ -27,11 +27,11 @@ def distance(model: nn.Module, teacher: nn.Module, images: Tensor) -> float:
     [
         "tune:steps=3,batch=8",
         "tune:steps=3,batch=8,mixup=0.5",
-        "tune:steps=3,batch=8,sharpness=0.05",
-        "tune:steps=3,batch=8,average=0.9,weight_decay=0.01",
-        "tune:steps=2,batch=4,labels=0,stay=10",
+        "tune:steps=3,batch=8,sam_radius=0.05",
+        "tune:steps=3,batch=8,ema_decay=0.9,weight_decay=0.01",
+        "tune:steps=2,batch=4,labels=0,ewc=10",
         "relearn:epochs=1,batch=8",
-        "relearn:epochs=1,batch=8,start=shrunk",
+        "relearn:epochs=1,batch=8,start=shrink_perturb",
     ],
 )
 def test_attack_is_deterministic_in_seed_and_keeps_marked_model(
@@ -82,8 +82,8 @@ def test_tune_without_labels_stays_nearer_to_marked_outputs(
 def test_tune_with_elastic_weight_consolidation_moves_weights_less(
     marked_module: nn.Module, tiny_task: Task
 ) -> None:
-    def moved(stay: float) -> float:
-        model = run(f"tune:steps=6,lr=0.003,batch=8,stay={stay}", marked_module, tiny_task).model
+    def moved(ewc: float) -> float:
+        model = run(f"tune:steps=6,lr=0.003,batch=8,ewc={ewc}", marked_module, tiny_task).model
         original = dict(marked_module.named_parameters())
         changes = [(p - original[n]).detach().flatten() for n, p in model.named_parameters()]
         return float(torch.cat(changes).norm())
@@ -93,7 +93,7 @@ def test_tune_with_elastic_weight_consolidation_moves_weights_less(
 
 def test_tune_with_average_stays_nearer_to_marked_weights(marked_module: nn.Module, tiny_task: Task) -> None:
     plain = run("tune:steps=6,batch=8", marked_module, tiny_task).model
-    averaged = run("tune:steps=6,batch=8,average=0.9", marked_module, tiny_task).model
+    averaged = run("tune:steps=6,batch=8,ema_decay=0.9", marked_module, tiny_task).model
     name = "layer1.0.conv1.weight"
     original = marked_module.get_parameter(name)
     near, far = (float((m.get_parameter(name) - original).detach().norm()) for m in (averaged, plain))
@@ -113,7 +113,7 @@ def test_ascended_moves_each_tensor_along_its_gradient() -> None:
 def test_relearn_starts_from_random_weights(marked_module: nn.Module, tiny_task: Task) -> None:
     text = "relearn:epochs=1,batch=8,lr=0.0001"
     student = dict(run(text, marked_module, tiny_task).model.named_parameters())
-    shrunk = dict(run(f"{text},start=shrunk", marked_module, tiny_task).model.named_parameters())
+    shrunk = dict(run(f"{text},start=shrink_perturb", marked_module, tiny_task).model.named_parameters())
     for name, parameter in marked_module.named_parameters():
         if parameter.dim() == 4 and parameter.numel() > 500:
             assert abs(cosine(student[name], parameter)) < 0.2, name

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mtlsign.attacks import NotApplicableError
 from mtlsign.attacks.base import AttackerResources
 from mtlsign.tasks import Task
-from mtlsign.watermark.verification.response_bases import input_covariances
+from mtlsign.watermark.verification.response_bases import input_moments
 from tests.unit.attacks.helpers import attacker_images, changed_parameters, flat_network, run
 
 
@@ -32,7 +32,7 @@ def kernel(model: nn.Module, name: str = "0") -> Tensor:
 
 def eigenvectors(model: nn.Module, task: Task) -> tuple[Tensor, Tensor]:
     """Return eigenvalues, largest first, and eigenvectors of the first layer's inputs."""
-    covariance = input_covariances(model, ["3"], attacker_images(model, task), ["0"])["0"][0]
+    covariance = input_moments(model, ["3"], attacker_images(model, task), ["0"])["0"].covariance[0]
     values, vectors = torch.linalg.eigh(covariance)
     return values.flip(0), vectors.flip(1)
 

@@ -196,6 +196,39 @@ def test_with_defaults_of_preset_give_way_to_given_values() -> None:
     assert EmbedSettings.of({"preset": "keyed"}).with_defaults().head == "keyed"
 
 
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"head": "keyed", "r_func": "responses"}, "r-func"),
+        ({"head": "free", "layers": "conv1"}, "layers"),
+        ({"head": "spread", "lambda2": 1, "perturbation.kinds": "noise,decorrelated"}, "perturbation.kinds"),
+        ({"head": "free", "keys": 2}, "keys"),
+        ({"base_kit": "kits/1", "weights": "w0.safetensors"}, "base-kit"),
+    ],
+)
+def test_with_defaults_of_settings_that_exclude_one_another_raises(
+    values: dict[str, object], field: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        EmbedSettings.of(values).with_defaults()
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"head": "keyed", "readouts": "spread", "r_func": "responses", "layers": "conv1"},
+        {"head": "keyed", "r_func": "responses", "lambda1": 0},
+        {"head": "spread", "readouts": "keyed", "lambda2": 1, "perturbation.kinds": "decorrelated"},
+        {"head": "spread", "lambda2": 0, "perturbation.kinds": "decorrelated"},
+        {"head": "keyed", "keys": 16},
+    ],
+)
+def test_with_defaults_of_settings_that_fit_their_heads_passes(values: dict[str, object]) -> None:
+    settings = EmbedSettings.of(values).with_defaults()
+    assert settings.with_defaults() == settings
+
+
 def test_readouts_setting_accepts_at_most_three_key_derived_heads() -> None:
     assert EmbedSettings.of({"readouts": " keyed , spread"}).readouts == ("keyed", "spread")
     assert EmbedSettings.of({}).readouts == ()

@@ -138,6 +138,20 @@ def test_shared_spread_detector_gives_scores_of_fresh_detector(readouts: object,
     assert verify(suspect, bare.with_key(first)).missing_layers == ("9.weight",)
 
 
+def test_claims_with_other_numbers_of_readouts_are_scored_in_turn(tmp_path: Path) -> None:
+    """Readings that are cached for one claim must not end a claim with more or fewer read-outs."""
+    further = [{"head": {"kind": "spread"}, "taps": list(spread_examples.TAPS), "n": spread_examples.N}]
+    factories = {spread_examples.FACTORY: lambda: spread_examples.network(9)}
+    suspect = suspect_file(tmp_path, spread_examples.network(4).state_dict())
+    sizes = []
+    for readouts in (1, further, 1):
+        detector = detector_for_claim(opened_claim(readouts=readouts), factories)
+        scores = detector.score_state_dict(suspect).scores
+        assert scores is not None
+        sizes.append(len(scores))
+    assert sizes == [spread_examples.N, 2 * spread_examples.N, spread_examples.N]
+
+
 def test_key_bytes_are_those_of_all_readouts() -> None:
     keyed = {"head": {"kind": "keyed"}, "taps": ["2"], "n": 128}
     single, both = (

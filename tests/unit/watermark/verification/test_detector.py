@@ -24,6 +24,7 @@ from mtlsign.watermark.verification.detector import (
 )
 from mtlsign.watermark.verification.reference import Reference
 from mtlsign.watermark.verification.scores import matching_bits
+from tests.unit.watermark.verification import spread_examples
 from tests.unit.watermark.verification.spread_examples import (
     FACTORY,
     KERNELS,
@@ -418,3 +419,14 @@ def test_joined_detector_of_one_key_equals_its_detector(spread: WatermarkDetecto
 def test_spread_detector_with_more_bits_than_coordinates_raises() -> None:
     with pytest.raises(ArtifactError, match="fewer than the 4,096 bits"):
         example_detector(n=4096, carrier=make_carrier(4096, 1, 21, 21))
+
+
+def test_joined_detector_of_two_keys_has_all_bits_and_no_control_keys() -> None:
+    openings = [spread_examples.opening(nonce=digits * 32) for digits in ("ab", "cd")]
+    factories = {spread_examples.FACTORY: lambda: spread_examples.network(9)}
+    joined = WatermarkDetector.joined(openings, spread_examples.example_reference(), factories=factories)
+    alone = WatermarkDetector(openings[1], spread_examples.example_reference(), factories=factories)
+    assert torch.equal(joined.labels[spread_examples.N :], alone.labels)
+    assert verify(spread_examples.network(4).state_dict(), joined).n == 2 * spread_examples.N
+    with pytest.raises(ValueError, match="several keys"):
+        joined.with_control_key(0)

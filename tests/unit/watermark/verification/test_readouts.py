@@ -120,6 +120,6 @@ def test_further_readout_has_inputs_labels_and_head_of_another_key() -> None:
     alone = FeatureReadout(
         further.model, further.spec, inputs, labels, readout_key(detector.key, 1), head=None
     )
-    reading = further.read(further.select_weights(network(4).state_dict()))
+    reading = further.read(further.model.select_weights(network(4).state_dict()))
     assert torch.equal(alone.score(reading), further.score(reading))
     assert images(2).shape[2:] == inputs.shape[2:]

@@ -17,7 +17,7 @@ from mtlsign.watermark.verification import response_bases as module
 from mtlsign.watermark.verification.response_bases import (
     ENERGY,
     MAX_DIRECTIONS,
-    input_covariances,
+    input_moments,
     input_patches,
     placeholder_bases,
     response_bases,
@@ -65,9 +65,9 @@ def rows_of(layer: nn.Module, groups: int) -> Tensor:
 
 @pytest.mark.usefixtures("all_positions")
 @pytest.mark.parametrize("kind", LAYERS)
-def test_input_covariances_give_variance_of_layer_outputs(kind: str) -> None:
+def test_input_moments_give_variance_of_layer_outputs(kind: str) -> None:
     model, name, layer = built(kind)
-    covariance = input_covariances(model, ["1"], INPUTS, [name])[name]
+    covariance = input_moments(model, ["1"], INPUTS, [name])[name].covariance
     rows = rows_of(layer, len(covariance))
     predicted = ((rows @ covariance) * rows).sum(2).flatten()
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_input_covariances_give_variance_of_layer_outputs(kind: str) -> None:
 def test_response_bases_reproduce_covariance_up_to_one_percent(kind: str) -> None:
     """Inside the span B the covariance is reproduced; outside remains at most 3 % of the variance."""
     model, name, _ = built(kind)
-    covariance = input_covariances(model, ["1"], INPUTS, [name])[name]
+    covariance = input_moments(model, ["1"], INPUTS, [name])[name].covariance
     basis = response_bases(model, ["1"], INPUTS)[name]
     assert basis.dtype == torch.float16 and basis.shape[:2] == covariance.shape[:2]
     columns = basis.double()
@@ -107,7 +107,7 @@ def test_response_bases_have_orthonormal_columns_with_positive_largest_element(k
     torch.testing.assert_close(gram, torch.eye(gram.shape[1]).double().expand_as(gram), rtol=0, atol=5e-3)
     largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
     assert bool((largest > 0).all())
-    covariance = input_covariances(model, ["1"], INPUTS, [name])[name]
+    covariance = input_moments(model, ["1"], INPUTS, [name])[name].covariance
     variances = (basis.transpose(1, 2) @ covariance @ basis).diagonal(dim1=1, dim2=2)
     first = variances[:, :1]
     assert bool((variances[:, 1:] <= variances[:, :-1] + 5e-3 * first).all()), "leading direction first"
