@@ -20,6 +20,8 @@ from mtlsign.errors import SettingsError
 PerturbationKind = Literal["noise", "pruned", "fine_tuned", "decorrelated", "spoiled"]
 #: Kinds of perturbed copies for R_DA, eq. (9) of the paper (`mtlsign.watermark.embedding.perturbations`).
 PERTURBATION_KINDS: tuple[str, ...] = get_args(PerturbationKind)
+#: Score that phase 2 demands of every bit of a spread head.
+DEFAULT_MARGIN = 4.0
 #: Largest width of a ResNet (`mtlsign.models.families.resnet`).
 MAX_WIDTH = 128
 
@@ -41,7 +43,7 @@ class Phase2Settings(SettingsGroup):
     # fmt: off
     steps: int | None = Field(None, ge=1, le=1_000_000, description="optimiser steps [spread 500; otherwise 800, digits 600]")
     lr: float | None = Field(None, gt=0, le=10, description="peak learning rate (Adam, one-cycle) [spread 0.0005, otherwise 0.002 at width 16, divided by the root of the width ratio]")
-    margin: float = Field(4.0, gt=0, le=1000, description="spread head: score that the loss demands, in standard deviations of an unmarked network's scores")
+    margin: float = Field(DEFAULT_MARGIN, gt=0, le=1000, description="spread head: score that the loss demands, in standard deviations of an unmarked network's scores")
     task_loss: float | None = Field(None, ge=0, le=1e6, description="weight of the primary loss with labels [spread 1, otherwise 0]")
     other_layers_lr_scale: float = Field(0.3, ge=0, le=100, description="learning rate of the layers after the taps, as a multiple of phase2.lr")
     distillation: float = Field(4.0, ge=0, le=1e6, description="weight of KL(W0 || W) on primary data")
@@ -114,7 +116,7 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
     base_kit: str | None = Field(None, max_length=4096, description="owner kit with a spread head whose W0 is marked again, for another recipient; skips phase 1")
     name: str | None = Field(None, min_length=1, max_length=128, description="name of the model in the spec")
     # key set, head, taps
-    preset: Literal["default", "spread", "keyed", "paper"] = Field("default", description="spread, keyed: the head of this name with its defaults; paper: the scheme as published (free head, N 600, R_DA by inner tuning on D', no distillation)")
+    preset: Literal["spread", "keyed", "paper"] = Field("spread", description="spread, keyed: the head of this name with its defaults; paper: the scheme as published (free head, N 600, R_DA by inner tuning on D', no distillation)")
     keys: int = Field(1, ge=1, le=16, description="independent keys to embed at once, one kit each; open one of them per dispute")
     recipient: str | None = Field(None, min_length=1, max_length=128, description="recipient of this copy, noted in its kit for jobs/trace.py")
     key_size: int | None = Field(None, ge=128, le=4096, description="N, key samples = bits of the watermark [1024; free 600]")
@@ -242,7 +244,6 @@ SPREAD_DEFAULTS: dict[str, Any] = {
 
 #: Settings of each preset; flags, file and environment take precedence.
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
     "spread": {"head": "spread"},
     "keyed": {"head": "keyed"},
     "paper": {

@@ -112,12 +112,12 @@ def _partial_mapping(
 
 
 def _prefixes_of(name: str, targets: Collection[str], dots: int) -> Iterator[str]:
-    """Yield the prefixes, empty or ending with a dot, after which one of the targets names follows.
+    """Yield the prefixes, empty or ending with a dot, after which one of the target names follows.
 
     Args:
         name: a name in the file.
         targets: names of the model.
-        dots: largest number of dots in a targets name.
+        dots: largest number of dots in a target name.
     """
     parts = name.split(".")
     for index in range(max(0, len(parts) - 1 - dots), len(parts)):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from mtlsign.config.embed import EmbedSettings, learning_rates
+from mtlsign.config.embed import DEFAULT_MARGIN, EmbedSettings, learning_rates
 from mtlsign.errors import ModelError
 from mtlsign.models.architectures import HeadKind, default_taps
 from mtlsign.models.families import custom
@@ -179,8 +179,7 @@ class MTLSignScheme:
     def watermark_loss(self, model: nn.Module, key: MTLSignKey) -> Tensor:
         """Return l_WM of eq. (7) in the verifier model, on the model's device."""
         scores = key.detector.score_kernels(key.kernels(model), differentiable=True)
-        margin = EmbedSettings.of({}).phase2.margin
-        loss = readout_loss(key.detector.readouts, scores, key.labels, margin)
+        loss = readout_loss(key.detector.readouts, scores, key.labels, DEFAULT_MARGIN)
         return loss.to(next(model.parameters()).device)
 
     def _embed_settings(self, **options: Any) -> EmbedSettings:

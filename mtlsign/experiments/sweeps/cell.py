@@ -190,12 +190,12 @@ def _embed(
     owner = Identity(hashlib.sha256(f"mtlsign sweep {settings.seed}".encode()).digest(), bytes(32))
     template_model = architectures.build(architecture, factories=factories)
     bases = measure_response_bases(template_model, base_weights, task, settings)
-    (opening,), reference = commit_keys(
+    openings, reference = commit_keys(
         template_model, base_weights, architecture, task.input_spec, settings, owner, bases=bases
     )
     context = _context(folder, CHECKPOINT_FILE, on_progress)
-    marked = pipeline.run_phase2(settings, base_weights, [opening], reference, context)
-    detector = WatermarkDetector(opening, reference, head=marked.head, factories=factories)
+    marked = pipeline.run_phase2(settings, base_weights, openings, reference, context)
+    detector = WatermarkDetector(openings[0], reference, head=marked.head, factories=factories)
     verdict = verify(marked.tensors, detector, bits=shared.min_evidence_bits, base_weights=base_weights)
     deviations = parameter_deviation(base_weights, marked.tensors).values()
     row: Row = {
@@ -208,7 +208,7 @@ def _embed(
     }  # fmt: skip
     target = AttackTarget(
         tensors=serialize_safetensors(marked.tensors),
-        kit=OwnerKit(opening, reference.raw_bytes, b"", marked.head, {}),
+        kit=OwnerKit(openings[0], reference.raw_bytes, b"", marked.head, {}),
         architecture=architecture,
         trusted_factory=next(iter(factories), None),
         task=settings.task,

@@ -168,3 +168,9 @@ def test_train_shared_clean_model_is_resumed_and_trained_once(
         "mtlsign.watermark.embedding.pipeline.run_phase1", lambda *_: pytest.fail("trained twice")
     )
     assert train_shared_clean_model(cell, folder) == data
+
+
+def test_run_cell_with_two_keys_reports_the_first(tmp_path: Path) -> None:
+    cell = first_cell(tiny_sweep(set=[*SHORT, "keys=2"]))
+    row = run_cell(cell, shared_data(tmp_path, cell))
+    assert row["status"] == "ok" and row["keys"] == "2" and 0 <= row["wm_accuracy"] <= 1
