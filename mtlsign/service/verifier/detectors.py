@@ -132,6 +132,11 @@ class SharedDetector(WatermarkDetector):
         return other
 
     @property
+    def model_bytes(self) -> dict[int, int]:
+        """Bytes of each model of the read-outs, by its `id`: detectors may share models."""
+        return {id(readout.model): readout.model.byte_count for readout in self.readouts}
+
+    @property
     def key_bytes(self) -> int:
         """Bytes of all tensors that the key determines."""
         return sum(readout.key_bytes for readout in self.readouts)

@@ -10,7 +10,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +40,8 @@ OnClaimStart = Callable[[ClaimOutcome | None], None]
 DETECTOR_BYTES = 128 * MIB
 #: Cached verifier models: an architecture with the canonical form of one base model. They are read only.
 MAX_GRAPHS = 8
+#: Bytes of the verifier models of all cached detectors. A model of a spread head holds a claimant's bases.
+MODEL_BYTES = 512 * MIB
 #: Cached results of `check_compute_budget`.
 MAX_BUDGETS = 256
 #: A claim ends between two operations after `claim_timeout_s`. A verifier that is still inside one operation
@@ -166,9 +168,12 @@ class Verifier:
             lambda detectors: (
                 sum(d.key_bytes for d in detectors) > DETECTOR_BYTES
                 or sum(d.spec.has_trained_head for d in detectors) > MAX_GRAPHS
+                or _model_bytes(detectors) > MODEL_BYTES
             )
         )
-        self._graphs: LruCache[tuple[Any, ...], SharedDetector] = LruCache(lambda g: len(g) > MAX_GRAPHS)
+        self._graphs: LruCache[tuple[Any, ...], SharedDetector] = LruCache(
+            lambda graphs: len(graphs) > MAX_GRAPHS or _model_bytes(graphs) > MODEL_BYTES
+        )
         self._budgets: LruCache[tuple[Any, ...], float] = LruCache(lambda b: len(b) > MAX_BUDGETS)
         self._compute = threading.Lock()
         self.busy_since: float | None = None
@@ -284,6 +289,14 @@ class Verifier:
         self._graphs.put(kind, detector.without_key_data())
         self._graphs.evict()
         return detector
+
+
+def _model_bytes(detectors: Iterable[SharedDetector]) -> int:
+    """Return the bytes of the models of all detectors; a shared one counts once."""
+    sizes: dict[int, int] = {}
+    for detector in detectors:
+        sizes |= detector.model_bytes
+    return sum(sizes.values())
 
 
 def _failed(error: Exception) -> ClaimOutcome:

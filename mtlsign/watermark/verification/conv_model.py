@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -150,6 +150,12 @@ class ConvVerifierModel:
             for conv in self.normalized_convs
             for name, buffer in modules[conv.bn].named_buffers()
         }
+
+    @cached_property
+    def byte_count(self) -> int:
+        """Bytes of the tensors that the model keeps, the template's included."""
+        tensors = [*self._net.parameters(), *self._net.buffers(), *self._buffers.values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def select_weights(self, tensors: Weights) -> dict[str, Tensor]:
         """Return the network's kernels with sign(γ) on their rows; γ may be absent."""

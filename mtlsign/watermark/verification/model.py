@@ -40,6 +40,10 @@ class VerifierModel(Protocol):
     weight_shapes: Mapping[str, tuple[int, ...]]
     optional_shapes: Mapping[str, tuple[int, ...]]
 
+    @property
+    def byte_count(self) -> int:
+        """Bytes of the tensors that the model keeps."""
+
     def select_weights(self, tensors: Weights) -> dict[str, Tensor]:
         """Return the kernels that `weight_shapes` names, with every correction that needs other tensors."""
 

@@ -34,7 +34,7 @@ class MarkedLayer:
         batch_norm: name of the batch norm after it, or None.
         groups: the convolution's groups.
         columns: W0's column norms, float64 [groups, I/groups].
-        basis: float64 [groups, fan-in of a group, k].
+        basis: [groups, fan-in of a group, k], in the type of the reference, because a service keeps many.
     """
 
     weight: str
@@ -44,8 +44,8 @@ class MarkedLayer:
     basis: Tensor
 
     def basis_in(self, dtype: torch.dtype) -> Tensor:
-        """Return the basis in float32 or float64."""
-        return self.basis if dtype == torch.float64 else self._basis32
+        """Return the basis in float64 for verification, or in float32 for training, where it is kept."""
+        return self._basis32 if dtype == torch.float32 else self.basis.to(dtype)
 
     @cached_property
     def _basis32(self) -> Tensor:
@@ -105,6 +105,11 @@ class ResponseModel:
                 field="reference",
             )
 
+    @cached_property
+    def byte_count(self) -> int:
+        """Bytes of the tensors that the model keeps."""
+        return sum(t.numel() * t.element_size() for x in self.layers for t in (x.basis, x.columns))
+
     def select_weights(self, tensors: Weights) -> dict[str, Tensor]:
         """Return the kernels that are present, with sign(γ) on their rows; γ may be absent."""
         names = [name for name in (*self.weight_shapes, *self.optional_shapes) if name in tensors]
@@ -121,13 +126,13 @@ class ResponseModel:
         Returns:
             [D], layer after layer and row after row; each row has mean square 1, or is 0.
         """
-        parts = []
+        parts, device = [], self.layers[0].basis.device
         for layer in self.layers:
             rows = self.weight_shapes[layer.weight][0]
             if layer.weight in kernels:
                 parts.append(_layer_responses(kernels[layer.weight], layer, differentiable_rounds))
             else:
-                parts.append(layer.basis.new_zeros(rows * layer.basis.shape[2]))
+                parts.append(torch.zeros(rows * layer.basis.shape[2], dtype=torch.float64, device=device))
         return torch.cat(parts)
 
 
@@ -170,6 +175,4 @@ def _marked_layer(
             "Use that of the same kit.",
             field="reference",
         )
-    return MarkedLayer(
-        layer.weight, layer.batch_norm, groups, columns.double().to(device), basis.double().to(device)
-    )
+    return MarkedLayer(layer.weight, layer.batch_norm, groups, columns.double().to(device), basis.to(device))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mtlsign.config.service import ServiceSettings
 from mtlsign.service.problems import Problem
+from mtlsign.service.verifier import verifier
 from mtlsign.service.verifier.claim_bundle import OpenedClaim, parse_bundle, to_json
 from mtlsign.service.verifier.detectors import check_compute_budget, detector_for_claim
 from mtlsign.service.verifier.lazy_safetensors import LazySafetensors
@@ -160,6 +161,20 @@ def test_key_bytes_are_those_of_all_readouts() -> None:
     model = single.readouts[0].model
     assert isinstance(model, ResponseModel) and single.key_bytes == 9 * model.coordinates
     assert both.key_bytes == single.key_bytes + 128 * 21 * 21 * 4
+
+
+def test_model_bytes_of_detectors_that_share_a_model_count_once() -> None:
+    factories = {spread_examples.FACTORY: lambda: spread_examples.network(9)}
+    first = detector_for_claim(opened_claim(), factories)
+    sharing = first.with_key(opened_claim(nonce="cd" * 32))
+    other = detector_for_claim(opened_claim(nonce="ef" * 32), factories)
+    size = sum(
+        t.numel() * t.element_size()
+        for name, t in spread_examples.example_reference().tensors.items()
+        if name.rpartition("/")[2] in ("basis", "columns")
+    )
+    assert verifier._model_bytes([first, sharing]) == size
+    assert verifier._model_bytes([first, sharing, other]) == 2 * size
 
 
 def test_suspect_without_readable_layers_is_cached_with_its_problem(tmp_path: Path) -> None:

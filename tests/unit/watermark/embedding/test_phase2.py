@@ -262,9 +262,6 @@ def test_embed_watermark_with_spread_head_resumes_bit_for_bit(
     assert without_seconds(rows_again) == without_seconds(rows) and measured_again == measured
 
 
-def test_embed_watermark_with_r_func_in_responses_needs_spread_head(
-    tiny_task: Task, tiny_settings: Settings, tiny_model: Maker, detector_of: Any
-) -> None:
-    s = tiny_settings(r_func="responses", **{"phase2.steps": 2})
-    with pytest.raises(SettingsError, match="r_func: Only a spread head has responses"):
-        phase2.embed_watermark(tiny_model(), tiny_task, detector_of(s), s, SingleProcessContext())
+def test_settings_with_r_func_in_responses_need_spread_head(tiny_settings: Settings) -> None:
+    with pytest.raises(SettingsError, match="r-func: Only a spread head has responses"):
+        tiny_settings(r_func="responses", **{"phase2.steps": 2})

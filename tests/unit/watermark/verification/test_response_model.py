@@ -162,7 +162,7 @@ def test_responses_equal_rows_times_basis_of_canonical_kernel() -> None:
     for layer in model.layers:
         rows = model.select_weights(state)[layer.weight].double()
         blocks = rows.reshape(layer.groups, len(rows) // layer.groups, -1)
-        expected = (blocks @ layer.basis).flatten(0, 1)
+        expected = (blocks @ layer.basis.double()).flatten(0, 1)
         expected = expected / expected.square().mean(1, keepdim=True).sqrt()
         torch.testing.assert_close(parts[layer.weight], expected, rtol=0, atol=1e-5)
 
