@@ -30,7 +30,8 @@ from mtlsign.watermark.embedding import loop, pipeline
 from mtlsign.watermark.embedding.commitment import commit_keys, measure_response_bases
 from mtlsign.watermark.embedding.worker import SingleProcessContext
 from mtlsign.watermark.keys.identity import Identity
-from mtlsign.watermark.verification.detector import WatermarkDetector, verify
+from mtlsign.watermark.verification.algorithm import verify
+from mtlsign.watermark.verification.detector import WatermarkDetector
 
 #: Name -> expression, as `jobs/attack.py --attacks` takes it. Learning rates are parts of that of phase 1.
 SETS: dict[str, dict[str, str]] = {

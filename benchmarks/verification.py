@@ -9,7 +9,7 @@ from benchmarks.measure import Row, cost, ratio
 from mtlsign.models import loading
 from mtlsign.watermark.carriers import qr
 from mtlsign.watermark.keys.opening import watermark_integers
-from mtlsign.watermark.verification.detector import verify
+from mtlsign.watermark.verification.algorithm import verify
 
 _LIBRARY_SYMBOLS, _WARM_UP = 128, 2
 

@@ -33,7 +33,7 @@ _MODULES = {
     "embed": "watermark.embedding.pipeline",
     "read_kit": "watermark.kit",
     "read_model": "storage.model_folder",
-    "verify": "watermark.verification.detector",
+    "verify": "watermark.verification.algorithm",
 }
 __all__ = [
     "EmbedSettings",
@@ -62,7 +62,8 @@ if TYPE_CHECKING:
     from mtlsign.watermark.keys.identity import Identity
     from mtlsign.watermark.keys.opening import KeyOpening
     from mtlsign.watermark.kit import OwnerKit, read_kit
-    from mtlsign.watermark.verification.detector import WatermarkDetector, verify
+    from mtlsign.watermark.verification.algorithm import verify
+    from mtlsign.watermark.verification.detector import WatermarkDetector
     from mtlsign.watermark.verification.reference import Reference
     from mtlsign.watermark.verification.verdict import Verdict
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlsign.errors import ModelError
-from mtlsign.models.families import translated_tensor_name
+from mtlsign.models.families import translation_of
 from mtlsign.models.tensor_names import is_counter, map_names
 from mtlsign.storage.safetensors_io import parse_safetensors
 
@@ -162,7 +162,7 @@ def _unexpected(names: Mapping[str, str], tensors: Mapping[str, Tensor], used: S
     first = next(iter(names), "")
     prefix = names[first][: -len(first)] if first and names[first].endswith(first) else None
     if prefix is None:  # names of another library
-        unexpected = [n for n in tensors if n not in used and translated_tensor_name(n) is not None]
+        unexpected = [n for n in tensors if n not in used and translation_of(n) is not None]
     else:
         unexpected = [n for n in tensors if n not in used and n.startswith(prefix)]
     return [n for n in unexpected if not is_counter(n)]

@@ -1,4 +1,9 @@
-"""Mapping from the names of a model's tensors to the names in a file."""
+"""Mappings from the names of a model's tensors to the names in a file.
+
+A file can hold the tensors more than once: under several prefixes, or under the names of several libraries.
+An owner's file must leave no choice (`map_names`). For a suspect's file a verifier tries every mapping
+(`suspect_mappings`), because an attacker can add decoys.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,14 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from mtlsign.errors import ModelError
-from mtlsign.models.families import translated_tensor_name
+from mtlsign.models.families import translation_of
 
-MAX_NAME = 512
 COUNTER = "num_batches_tracked"
+#: Most mappings of one suspect that a verifier tries; each costs evidence.
+MAX_MAPPINGS = 8
+
+#: Name of the model -> name in the file.
+NameMapping = dict[str, str]
 
 
 def is_counter(name: str) -> bool:
@@ -17,15 +26,8 @@ def is_counter(name: str) -> bool:
     return name.rpartition(".")[2] == COUNTER
 
 
-def map_names(
-    names: Iterable[str],
-    available: Iterable[str],
-    *,
-    optional: Iterable[str] = (),
-    strict: bool = False,
-    tolerated: Collection[str] = (),
-) -> dict[str, str]:
-    """Map each name of a model to its name in a file, under one common prefix that may be empty.
+def map_names(names: Iterable[str], available: Iterable[str], *, optional: Iterable[str] = ()) -> NameMapping:
+    """Map each name of a model to its name in an owner's file, under one common prefix that may be empty.
 
     The names are tried as they are, then under the only prefix that has them all (`module.`, `_orig_mod.`,
     `model.`, ...), then in the same way with the names of other libraries.
@@ -34,81 +36,145 @@ def map_names(
         names: names of the model's tensors.
         available: names in the file.
         optional: names that may be missing, besides batch norm counters.
-        strict: treat the empty prefix like any other one. Verifiers do, because an attacker's file may hold
-            decoys besides the real weights.
-        tolerated: names that may be missing if no prefix has them all. The prefix with most of them is taken.
-
-    Returns:
-        name of the model -> name in the file.
 
     Raises:
         ModelError: some tensors are missing (the message names up to three), or several prefixes fit.
     """
-    names, optional = list(dict.fromkeys(names)), set(optional)
-    required = [n for n in names if n not in optional and not is_counter(n)]
-    sources = [n for n in dict.fromkeys(available) if isinstance(n, str) and len(n) <= MAX_NAME]
-    translated: dict[str, str] = {}
-    for source in sources:
-        translated.setdefault(translated_tensor_name(source) or source, source)
-    nearest: tuple[int, list[str]] = (-1, required)
-    tables: list[Mapping[str, str]] = []
-    for table in ({source: source for source in sources}, translated):
-        prefixes = _prefixes(required, table)
-        if len(prefixes) > 1 and (strict or "" not in prefixes):
-            shown = ", ".join(repr(p[:80]) for p in sorted(prefixes)[:3])
+    names, required = _required(names, optional)
+    own, *translated = _tables(available)
+    for tables in ([own], translated):
+        mappings = _complete_mappings(names, required, tables)
+        unprefixed = [mapping for prefix, mapping in mappings if not prefix]
+        if len(mappings) > 1 and len(unprefixed) != 1:
+            shown = ", ".join(repr(prefix[:80]) for prefix, _ in mappings[:3])
             raise ModelError(
                 f"The weights exist under several prefixes ({shown}). Keep one of them in the file.",
                 field="checkpoint",
             )
-        if prefixes:
-            prefix = "" if "" in prefixes else next(iter(prefixes))
-            return {name: table[prefix + name] for name in names if prefix + name in table}
-        nearest = max(nearest, _nearest(required, table), key=lambda candidate: candidate[0])
-        tables.append(table)
-    partial = _partial_mapping(names, required, tables, tolerated)
-    if partial:
-        return partial
-    shown = ", ".join(name[:80] for name in nearest[1][:3])
-    raise ModelError(
-        f"{len(nearest[1])} of {len(required)} tensors are missing, such as {shown}. Give a checkpoint of "
-        "this architecture, or another --model.",
-        field="checkpoint",
-    )
+        if mappings:
+            return unprefixed[0] if unprefixed else mappings[0][1]
+    raise _missing_tensors(required, [own, *translated])
 
 
-def _partial_mapping(
+def suspect_mappings(
+    names: Iterable[str],
+    available: Iterable[str],
+    *,
+    optional: Iterable[str] = (),
+    tolerated: Collection[str] = (),
+) -> list[NameMapping]:
+    """Return every mapping of a model's names to the names in a suspect's file.
+
+    Complete mappings stand first. A mapping without some of the tolerated names counts if it has half of them
+    or, if no mapping is complete, as many as any other.
+
+    Args:
+        names: names of the model's tensors.
+        available: names in the file; their order has no influence.
+        optional: names that may be missing, besides batch norm counters.
+        tolerated: required names that may be missing.
+
+    Raises:
+        ModelError: there is no mapping, or there are more than `MAX_MAPPINGS`.
+    """
+    names, required = _required(names, optional)
+    tables = _tables(available)
+    distinct: dict[tuple[str, ...], NameMapping] = {}
+    for _, mapping in _complete_mappings(names, required, tables):
+        distinct.setdefault(tuple(sorted(mapping.values())), mapping)
+    complete = [set(sources) for sources in distinct]
+    for mapping in _partial_mappings(names, required, tables, tolerated, minimum=not complete):
+        if not any(set(mapping.values()) <= sources for sources in complete):
+            distinct.setdefault(tuple(sorted(mapping.values())), mapping)
+    if len(distinct) > MAX_MAPPINGS:
+        raise ModelError(
+            f"The weights exist in over {MAX_MAPPINGS} places of the file. Keep one of them.",
+            field="checkpoint",
+        )
+    if not distinct:
+        raise _missing_tensors(required, tables)
+    return list(distinct.values())
+
+
+def _required(names: Iterable[str], optional: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the distinct names, and those of them that a complete mapping has."""
+    distinct, omissible = list(dict.fromkeys(names)), set(optional)
+    return distinct, [name for name in distinct if name not in omissible and not is_counter(name)]
+
+
+def _tables(available: Iterable[str]) -> list[dict[str, str]]:
+    """Return tables from a name to its name in the file: the file's own names, then each other spelling.
+
+    Each spelling translates no two names alike, so that no table depends on an order.
+    """
+    sources = sorted({name for name in available if isinstance(name, str)})
+    translations = [(source, t) for source in sources if (t := translation_of(source)) is not None]
+    spellings = sorted({t.spelling for _, t in translations if t.spelling is not None})
+    return [
+        {source: source for source in sources},
+        *(
+            {t.target: source for source, t in translations if t.spelling in (spelling, None)}
+            for spelling in spellings
+        ),
+    ]
+
+
+def _complete_mappings(
+    names: Sequence[str], required: Sequence[str], tables: Sequence[Mapping[str, str]]
+) -> list[tuple[str, NameMapping]]:
+    """Return the distinct mappings with all required names, each with its prefix."""
+    mappings: list[tuple[str, NameMapping]] = []
+    for table in tables:
+        for prefix in sorted(_complete_prefixes(required, table)):
+            mapping = {name: table[prefix + name] for name in names if prefix + name in table}
+            if all(mapping != other for _, other in mappings):
+                mappings.append((prefix, mapping))
+    return mappings
+
+
+def _complete_prefixes(required: Sequence[str], table: Mapping[str, str]) -> set[str]:
+    """Return the prefixes under which all required names exist; a prefix ends with no word character."""
+    if not required:
+        return {""}
+    longest = max(required, key=len)
+    starts = {name[: -len(longest)] for name in table if name.endswith(longest)}
+    return {
+        prefix
+        for prefix in starts
+        if not (prefix and (prefix[-1].isalnum() or prefix[-1] == "_"))
+        and all(prefix + name in table for name in required)
+    }
+
+
+def _partial_mappings(
     names: Sequence[str],
     required: Sequence[str],
     tables: Sequence[Mapping[str, str]],
     tolerated: Collection[str],
-) -> dict[str, str]:
-    """Return the mapping under the prefix with most of the tolerated names; empty if there is none.
+    *,
+    minimum: bool,
+) -> Iterator[NameMapping]:
+    """Yield the mappings with half of the tolerated names.
 
-    Raises:
-        ModelError: several prefixes have equally many, and their tensors differ.
+    Args:
+        names: names of the model's tensors.
+        required: names of a complete mapping.
+        tables: see `_tables`.
+        tolerated: required names that may be missing.
+        minimum: whether the mappings with most of the tolerated names count even if they have fewer.
     """
     if not tolerated:
-        return {}
+        return
     targets, strict = set(required), [name for name in required if name not in tolerated]
     dots = max((name.count(".") for name in required), default=0)
-    candidates: dict[tuple[str, ...], tuple[int, dict[str, str]]] = {}
     for table in tables:
         counts = Counter(prefix for name in table for prefix in _prefixes_of(name, targets, dots))
-        most = max(counts.values(), default=0)
-        for prefix in sorted(prefix for prefix, count in counts.items() if count == most):
-            mapping = {name: table[prefix + name] for name in names if prefix + name in table}
-            if all(name in mapping for name in strict):
-                candidates[tuple(sorted(mapping.values()))] = most, mapping
-            if len(candidates) > 2:
-                break
-    most = max((count for count, _ in candidates.values()), default=0)
-    best = [mapping for count, mapping in candidates.values() if count == most]
-    if len(best) > 1:
-        raise ModelError(
-            "Parts of the weights exist under several prefixes. Keep one of them in the file.",
-            field="checkpoint",
-        )
-    return best[0] if best else {}
+        eligible = [p for p in sorted(counts) if all(p + name in table for name in strict)]
+        most = max((counts[prefix] for prefix in eligible), default=0)
+        bound = min(most, len(required) / 2) if minimum else len(required) / 2
+        for prefix in eligible:
+            if bound <= counts[prefix] < len(required):
+                yield {name: table[prefix + name] for name in names if prefix + name in table}
 
 
 def _prefixes_of(name: str, targets: Collection[str], dots: int) -> Iterator[str]:
@@ -126,19 +192,21 @@ def _prefixes_of(name: str, targets: Collection[str], dots: int) -> Iterator[str
             yield name[: len(name) - len(suffix)]
 
 
-def _prefixes(required: Sequence[str], table: Mapping[str, str]) -> set[str]:
-    if not required:
-        return {""}
-    longest = max(required, key=len)
-    starts = {name[: -len(longest)] for name in table if name.endswith(longest)}
-    return {p for p in starts if (not p or p.endswith(".")) and all(p + name in table for name in required)}
+def _missing_tensors(required: Sequence[str], tables: Sequence[Mapping[str, str]]) -> ModelError:
+    """Return the error that names up to three missing tensors under the best prefix of any table."""
+    missing = min((_missing(required, table) for table in tables), key=len)
+    shown = ", ".join(name[:80] for name in missing[:3])
+    return ModelError(
+        f"{len(missing)} of {len(required)} tensors are missing, such as {shown}. Give a checkpoint of "
+        "this architecture, or another --model.",
+        field="checkpoint",
+    )
 
 
-def _nearest(required: Sequence[str], table: Mapping[str, str]) -> tuple[int, list[str]]:
-    """Return (tensors present, names missing) under the best prefix that the first names suggest."""
+def _missing(required: Sequence[str], table: Mapping[str, str]) -> list[str]:
+    """Return the names missing under the best prefix that the first names suggest."""
     starts = {""}
     for name in required[:3]:
-        starts |= {n[: -len(name)] for n in table if n.endswith("." + name)}
+        starts |= {source[: -len(name)] for source in table if source.endswith("." + name)}
     results = [[name for name in required if p + name not in table] for p in sorted(starts, key=len)[:20]]
-    missing = min(results, key=len)
-    return len(required) - len(missing), missing
+    return min(results, key=len)

@@ -1,11 +1,12 @@
 """Tensors of a suspect model, selected and checked by the verifier.
 
-A suspect's file may be hostile. Problems are therefore returned as reasons instead of being raised.
+A suspect's file may be hostile. Problems are therefore returned as reasons instead of being raised, and no
+reason quotes a name of the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from mtlsign.errors import ModelError
 from mtlsign.models.checkpoints import FLOATS
-from mtlsign.models.tensor_names import map_names
+from mtlsign.models.tensor_names import NameMapping, suspect_mappings
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,13 @@ def select_tensors_untrusted(
     *,
     optional: Mapping[str, Sequence[int]] | None = None,
     tolerated: Collection[str] = (),
-) -> MappedTensors:
-    """Select only the requested tensors of a suspect model. Never raises.
+) -> Iterator[MappedTensors]:
+    """Select only the requested tensors of a suspect model, once for each place where the file has them.
 
-    Half, bfloat16 and double become float32. NaN, infinity, other types, wrong shapes, missing names and
-    ambiguous names are a `problem`.
+    At least one result is yielded, and at most `MAX_MAPPINGS` of `models/tensor_names.py`. Each is made when
+    it is requested, so that the caller can release one before the next. Half, bfloat16 and double become
+    float32. NaN, infinity, other types, wrong shapes and missing names are a `problem`. An optional tensor
+    that is damaged counts as absent. Nothing is raised because of the file.
 
     Args:
         shapes: required tensors, name -> shape.
@@ -49,37 +52,61 @@ def select_tensors_untrusted(
         optional: tensors that may be missing, name -> shape.
         tolerated: names of tensors that may be missing or damaged as long as one required tensor remains.
     """
-    expected = {**(optional or {}), **shapes}
-    values: dict[str, Tensor] = {}
     try:
-        names = map_names(
-            expected, tensors, optional=set(optional or {}) - set(shapes), strict=True, tolerated=tolerated
+        mappings = suspect_mappings(
+            {**(optional or {}), **shapes},
+            tensors,
+            optional=set(optional or {}) - set(shapes),
+            tolerated=tolerated,
         )
-        for name, source in names.items():
-            problem, value = _validated_tensor(tensors[source], tuple(expected[name]))
-            if value is None:
-                if name in tolerated:
-                    continue
-                return MappedTensors({}, f"{source[:80]!r} {problem}")
-            values[name] = value
     except ModelError as error:
-        return MappedTensors({}, str(error))
+        yield MappedTensors({}, str(error))
+        return
     except Exception as error:  # a hostile object can raise anything
-        return MappedTensors({}, f"the tensors cannot be read ({type(error).__name__})")
+        yield MappedTensors({}, f"the tensors cannot be read ({type(error).__name__})")
+        return
+    for mapping in mappings:
+        yield _selected(mapping, shapes, tensors, optional or {}, tolerated)
+
+
+def _selected(
+    mapping: NameMapping,
+    shapes: Mapping[str, Sequence[int]],
+    tensors: Mapping[str, Tensor],
+    optional: Mapping[str, Sequence[int]],
+    tolerated: Collection[str],
+) -> MappedTensors:
+    values: dict[str, Tensor] = {}
+    for name, source in mapping.items():
+        required = name in shapes
+        problem, value = _validated_tensor(tensors, source, tuple((shapes if required else optional)[name]))
+        if value is not None:
+            values[name] = value
+        elif required and name not in tolerated:
+            return MappedTensors({}, f"{name!r} {problem}")
     missing = tuple(name for name in shapes if name in tolerated and name not in values)
     if missing and len(missing) == len(shapes):
         return MappedTensors({}, "none of the layers can be read")
     return MappedTensors(values, None, missing)
 
 
-def _validated_tensor(tensor: Tensor, shape: tuple[int, ...]) -> tuple[str, Tensor | None]:
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-        return "is no plain tensor", None
-    if tuple(tensor.shape) != shape:
-        return f"is {list(tensor.shape)} and should be {list(shape)}", None
-    if tensor.dtype not in FLOATS:
-        return f"is {tensor.dtype}; only float16, bfloat16, float32 and float64 are supported", None
-    value = tensor.detach().to("cpu", torch.float32)
-    if not bool(torch.isfinite(value).all()):
-        return "holds NaN or infinity", None
+def _validated_tensor(
+    tensors: Mapping[str, Tensor], source: str, shape: tuple[int, ...]
+) -> tuple[str, Tensor | None]:
+    """Return a tensor as float32, or a description of what is wrong with it."""
+    try:
+        tensor = tensors[source]
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            return "is no plain tensor", None
+        if tuple(tensor.shape) != shape:
+            return f"is {list(tensor.shape)} and should be {list(shape)}", None
+        if tensor.dtype not in FLOATS:
+            return f"is {tensor.dtype}; only float16, bfloat16, float32 and float64 are supported", None
+        value = tensor.detach().to("cpu", torch.float32)
+        if not bool(torch.isfinite(value).all()):
+            return "holds NaN or infinity", None
+    except (OSError, MemoryError):  # the machine's fault, not the file's
+        raise
+    except Exception as error:  # a hostile object can raise anything
+        return f"cannot be read ({type(error).__name__})", None
     return "", value

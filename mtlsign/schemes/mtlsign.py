@@ -22,7 +22,8 @@ from mtlsign.watermark.embedding.losses import readout_loss
 from mtlsign.watermark.embedding.phase2 import embed_watermark, gradient_terms
 from mtlsign.watermark.embedding.worker import WorkerContext
 from mtlsign.watermark.keys.identity import Identity
-from mtlsign.watermark.verification.detector import WatermarkDetector, verify
+from mtlsign.watermark.verification.algorithm import verify
+from mtlsign.watermark.verification.detector import WatermarkDetector
 from mtlsign.watermark.verification.features import Features
 from mtlsign.watermark.verification.readouts import FeatureReadout
 

@@ -21,11 +21,19 @@ _DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-DTYPE_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "C64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8,
-    "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+DTYPE_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64, "I64": 64, "I32": 32, "I16": 16, "I8": 8,
+    "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
-"""Bytes of one element, for each dtype that a header may name."""
+"""Bits of one element, for each dtype that a header may name: those of safetensors 0.8."""
+
+#: Dtypes that files from outside may have in addition; this package does not write them.
+_TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()} | {
+    "C64": torch.complex64, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
 
 _MAX_WHOLE_NUMBER = 2**48
 _FIX = "Save the state_dict with safetensors.torch.save_file."
@@ -102,13 +110,12 @@ def parse_safetensors(
         max_dims: most dimensions of a tensor.
 
     Returns:
-        The tensors by name, on the CPU.
+        The tensors by name, in sorted order, on the CPU. Tensors of a dtype that PyTorch lacks are left out.
 
     Raises:
         ModelError: the bytes are no valid safetensors file, or are over a limit.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+    from safetensors import SafetensorError, deserialize
 
     if len(data) > max_bytes:
         raise ModelError(
@@ -118,9 +125,18 @@ def parse_safetensors(
     limits = HeaderLimits(max_tensors=max_tensors, max_dims=max_dims)
     parse_safetensors_header(io.BytesIO(data), len(data), limits=limits)
     try:
-        return dict(load(data))
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError):
+        views = sorted(deserialize(data))  # type: ignore[no-untyped-call]  # the library has no types
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError):
         _raise_invalid("The safetensors library refuses the file.")
+    return {name: _tensor(view) for name, view in views if view["dtype"] in _TORCH_DTYPES}
+
+
+def _tensor(view: Mapping[str, Any]) -> Tensor:
+    """Return the tensor of an entry that the safetensors library has read."""
+    dtype = _TORCH_DTYPES[view["dtype"]]
+    if not len(view["data"]):
+        return torch.empty(view["shape"], dtype=dtype)
+    return torch.frombuffer(view["data"], dtype=dtype).reshape(view["shape"])
 
 
 def parse_safetensors_header(
@@ -182,14 +198,14 @@ def _entry(name: str, value: Any, limits: HeaderLimits) -> TensorEntry:
     if len(name) > limits.max_name_length:
         _raise_invalid(f"The name of a tensor is longer than {limits.max_name_length} characters.")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         _raise_invalid("A tensor has an unknown dtype.")
     if not isinstance(shape, list) or len(shape) > limits.max_dims or not all(map(_is_whole_number, shape)):
         _raise_invalid(f"The shape of a tensor is not a list of at most {limits.max_dims} whole numbers.")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_whole_number, offsets)):
         _raise_invalid("The offsets of a tensor are not two whole numbers.")
     start, stop = offsets
-    if stop - start != math.prod(shape) * DTYPE_BYTES[dtype]:
+    if (stop - start) * 8 != math.prod(shape) * DTYPE_BITS[dtype]:
         _raise_invalid("The size of a tensor does not match its shape.")
     return TensorEntry(dtype, tuple(shape), start, stop)
 

@@ -28,7 +28,8 @@ from mtlsign.watermark.keys.sealing import (
     decrypt_envelope,
     encrypt_envelope,
 )
-from mtlsign.watermark.verification.detector import WatermarkDetector, verify
+from mtlsign.watermark.verification.algorithm import verify
+from mtlsign.watermark.verification.detector import WatermarkDetector
 from mtlsign.watermark.verification.reference import Reference
 from mtlsign.watermark.verification.verdict import Verdict
 
@@ -87,7 +88,8 @@ def write_kit(storage: Storage, kit: OwnerKit, secret: EncryptionSecret) -> str:
     plaintext = _KIT_MAGIC + b"".join(len(part).to_bytes(_LENGTH_BYTES, "big") + part for part in parts)
     sealed = encrypt_envelope(plaintext, secret, purpose=KIT_PURPOSE)
     kit_id = hashlib.sha256(sealed).hexdigest()[:16]
-    write_manifest_folder(storage.child(f"{KITS}/{kit_id}"), {KIT_FILE: sealed})
+    folder = storage.child(KITS, private=True).child(kit_id)
+    write_manifest_folder(folder, {KIT_FILE: sealed}, replace_uncommitted=False)
     return kit_id
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from mtlsign.config.trace import TraceSettings
 from mtlsign.storage.model_folder import read_model
 from mtlsign.watermark.kit import detector_for_kit, open_kit
-from mtlsign.watermark.verification.detector import verify
+from mtlsign.watermark.verification.algorithm import verify
 from mtlsign.watermark.verification.verdict import Verdict
 
 

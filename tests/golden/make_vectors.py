@@ -21,7 +21,8 @@ from mtlsign.watermark.carriers import qr
 from mtlsign.watermark.keys import identity, spec
 from mtlsign.watermark.keys import opening as key
 from mtlsign.watermark.verification import evidence
-from mtlsign.watermark.verification.detector import WatermarkDetector, verify
+from mtlsign.watermark.verification.algorithm import verify
+from mtlsign.watermark.verification.detector import WatermarkDetector
 from mtlsign.watermark.verification.reference import Reference, make_reference
 
 TEST_SEED = b"MTLSIGN TEST OWNER, NEVER USE IT"

@@ -28,7 +28,7 @@ from mtlsign.claims.commands.settings import (
 from mtlsign.claims.judging.council import MemberRound, run_member_round
 from mtlsign.claims.judging.judge import ClaimVerifier, DetectorClaimVerifier
 from mtlsign.claims.judging.lineage import DisputeResult, resolve_dispute
-from mtlsign.claims.ledger.view import read_ledger
+from mtlsign.claims.ledger.view import IncrementalReader, read_ledger
 from mtlsign.claims.model_card import provenance_block
 from mtlsign.config.claims import ClaimSettings, CouncilSettings, DisputeSettings, PublishSettings
 from mtlsign.errors import ArtifactError, ClaimError, KeyMaterialError, LedgerError, StorageError
@@ -153,7 +153,7 @@ def _require_key_present(kits: Sequence[OwnerKit], suspect: bytes, factory: str 
     """
     from mtlsign.storage.safetensors_io import parse_safetensors
     from mtlsign.watermark.kit import detector_for_kit
-    from mtlsign.watermark.verification.detector import verify
+    from mtlsign.watermark.verification.algorithm import verify
 
     tensors = parse_safetensors(suspect, max_bytes=MAX_MODEL)
     verdicts = [verify(tensors, detector_for_kit(kit, factory), bits=float(bits)) for kit in kits]
@@ -209,13 +209,15 @@ def council(
         raise KeyMaterialError(error.detail, field="identity") from None
     archive = blob_store_from(settings)
     judge = judge or DetectorClaimVerifier(trusted_factories(settings.trusted_factory))
+    reader: IncrementalReader | None = None
     while True:
         try:
             with open_ledger_from_settings(settings) as ledger:
+                reader = IncrementalReader(ledger, reader)
                 member_round = run_member_round(
-                    identity, ledger, archive, judge, witness_state=settings.witness_state
+                    identity, ledger, archive, judge, witness_state=settings.witness_state, reader=reader
                 )
-                checkpoint = checkpoint_json(ledger, read_ledger(ledger))
+                checkpoint = checkpoint_json(ledger, reader.view())
                 result = _round_json(identity, member_round) | {"head": checkpoint}
         except (LedgerError, StorageError) as error:
             if settings.once:
@@ -238,7 +240,10 @@ def _round_json(identity: Identity, member_round: MemberRound | None) -> dict[st
             asdict(finding) | {"claim": claim, "entry": vote} for claim, finding, vote in member_round.votes
         ],
         "cosigned": list(dict.fromkeys(before.cosigned + after.cosigned)),
-        "remarks": list(dict.fromkeys(before.warnings + after.warnings)),
+        "remarks": [
+            *dict.fromkeys(before.warnings + after.warnings),
+            *(f"The vote on claim {claim} is postponed: {why}" for claim, why in member_round.postponed),
+        ],
     }
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mtlsign.claims.blob_store import MAX_HEAD, MAX_MODEL, MAX_REFERENCE, BlobStore
 from mtlsign.claims.statements.types import Claim
-from mtlsign.errors import ArtifactError, CarrierError, KeyMaterialError, MTLSignError
+from mtlsign.errors import ArtifactError, KeyMaterialError, MTLSignError
 
 if TYPE_CHECKING:
-    from mtlsign.watermark.verification.verdict import Verdict
+    from mtlsign.watermark.verification.detector import WatermarkDetector
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,57 +51,107 @@ class ClaimVerifier(Protocol):
         """
 
 
+#: Errors that untrusted parts can cause anywhere in the verification. They must not stop the council.
+FAILURES = (
+    MTLSignError, RuntimeError, ValueError, ArithmeticError, MemoryError, LookupError, TypeError,
+    AttributeError, NotImplementedError, AssertionError, OSError,
+)  # fmt: skip
+
+
 class DetectorClaimVerifier:
-    """Algorithm 1 on untrusted bytes: safetensors and allow-listed architectures only.
+    """Algorithm 1 on untrusted bytes in this process: safetensors and allow-listed architectures only.
+
+    Every failure before the model's tensors are read is a defect of the claim, which is then inadmissible.
 
     Args:
         factories: architectures beyond the allow-list, from the operator's settings.
+
+    Attributes:
+        verdicts: complete verdict on each verified model, by its SHA-256.
     """
 
     def __init__(self, factories: Mapping[str, object] | None = None) -> None:
-        self.factories = factories
+        self.factories: Any = factories
+        self.verdicts: dict[str, dict[str, Any]] = {}
 
-    def verdict(self, claim: Claim, reference: bytes, head: bytes | None, model: bytes, bits: int) -> Verdict:
-        """Return the complete verdict; see `ClaimVerifier.judge` for the arguments.
+    def detector(self, claim: Claim, reference: bytes, head: bytes | None) -> WatermarkDetector:
+        """Return the detector of the parts that a claim opens.
 
         Args:
             claim: the claim.
             reference: bytes of the reference.
             head: bytes of the trained head, or None.
-            model: safetensors bytes of the model.
-            bits: required evidence in bits.
 
         Raises:
-            ArtifactError, KeyMaterialError: the parts that the claim opens do not belong together.
-            ModelError: the model or its architecture cannot be read.
+            MTLSignError: the parts do not belong together, or the claim is too heavy.
         """
-        from mtlsign.storage.safetensors_io import parse_safetensors
-        from mtlsign.watermark.verification.detector import WatermarkDetector, verify
+        from mtlsign.watermark.verification.compute_budget import check_claim_budget
+        from mtlsign.watermark.verification.detector import WatermarkDetector
         from mtlsign.watermark.verification.reference import Reference
 
-        detector = WatermarkDetector(
-            claim.opening,
-            Reference.from_bytes(reference),
-            head=head,
-            factories=self.factories,  # type: ignore[arg-type]  # from load_factory
+        check_claim_budget(claim.opening.parse(), factories=self.factories)
+        return WatermarkDetector(
+            claim.opening, Reference.from_bytes(reference), head=head, factories=self.factories
         )
-        tensors = parse_safetensors(model, max_bytes=MAX_MODEL)
-        return verify(tensors, detector, bits=float(bits), model_digest=hashlib.sha256(model).hexdigest())
 
     def judge(  # noqa: D102
         self, claim: Claim, reference: bytes, head: bytes | None, model: bytes, bits: int
     ) -> Finding:
         try:
-            verdict = self.verdict(claim, reference, head, model, bits)
-        except (ArtifactError, KeyMaterialError, CarrierError) as error:
-            return Finding("inadmissible", reason=_short(error))
-        except (
-            MTLSignError, RuntimeError, ValueError, ArithmeticError, MemoryError, LookupError, TypeError,
-        ) as error:  # fmt: skip
-            # A malicious file must not stop the council.
-            return Finding("not_verifiable", reason=_short(error))
+            detector = self.detector(claim, reference, head)
+        except FAILURES as error:
+            return Finding("inadmissible", reason=_origin(error))
+        return self.judge_model(detector, model, bits)
+
+    def judge_model(self, detector: WatermarkDetector, model: bytes, bits: int) -> Finding:
+        """Return the finding of a detector on a model.
+
+        Args:
+            detector: result of `detector`.
+            model: safetensors bytes of the model, untrusted.
+            bits: required evidence in bits.
+        """
+        from mtlsign.storage.safetensors_io import parse_safetensors
+        from mtlsign.watermark.verification.detector import verify
+
+        digest = hashlib.sha256(model).hexdigest()
+        try:
+            tensors = parse_safetensors(model, max_bytes=MAX_MODEL)
+            verdict = verify(tensors, detector, bits=float(bits), model_digest=digest)
+        except FAILURES as error:
+            return _finding_without_verdict(detector, _origin(error))
+        if verdict.status == "not_verifiable":
+            return _finding_without_verdict(detector, _short(verdict.reason or ""))
+        self.verdicts[digest] = verdict.to_json()
         reason = _short(verdict.reason or "")
         return Finding(verdict.status, verdict.matches, verdict.n, verdict.evidence_bits, reason)
+
+
+def _finding_without_verdict(detector: WatermarkDetector, reason: str) -> Finding:
+    """Return the finding on a model without verdict: the claim is at fault if it fits no model at all."""
+    defect = _defect_on_any_model(detector)
+    if defect is not None:
+        return Finding("inadmissible", reason=defect)
+    return Finding("not_verifiable", reason=reason)
+
+
+def _defect_on_any_model(detector: WatermarkDetector) -> str | None:
+    """Return the reason why the claimant's values allow no score even for ordinary random kernels, or None."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = {**detector.weight_shapes, **detector.optional_shapes}
+    kernels = {name: torch.randn(shape, generator=generator).abs() + 0.1 for name, shape in shapes.items()}
+    signs = {name: torch.randn(shape, generator=generator).sign() for name, shape in shapes.items()}
+    tensors = {
+        name: kernel * signs[name] if name in detector.weight_shapes else kernel
+        for name, kernel in kernels.items()
+    }
+    try:
+        result = detector.score_state_dict(tensors)
+    except FAILURES as error:
+        return _origin(error)
+    return None if result.scores is not None else "the opened values give no finite score on any model"
 
 
 def fetch_and_verify(
@@ -123,13 +173,19 @@ def fetch_and_verify(
         reference = archive.get(bytes.fromhex(claim.opening.parse().reference), MAX_REFERENCE)
         head_digest = claim.heads[claim.key_index] if claim.key_index < len(claim.heads) else None
         head = None if head_digest is None else archive.get(head_digest, MAX_HEAD)
-    except (ArtifactError, ValueError) as error:
-        return Finding("inadmissible", reason=_short(error))
+    except (ArtifactError, KeyMaterialError) as error:
+        return Finding("inadmissible", reason=_short(error.detail))
     try:
         data = archive.get(model, MAX_MODEL)
     except ArtifactError as error:
-        return Finding("not_verifiable", reason=_short(error))
+        return Finding("not_verifiable", reason=_short(error.detail))
     return judge.judge(claim, reference, head, data, bits)
+
+
+def _origin(error: BaseException) -> str:
+    """Return class and field of an error. Its text may quote names from an untrusted file."""
+    field = error.field if isinstance(error, MTLSignError) else None
+    return _short(type(error).__name__ + (f" in {field}" if field else ""))
 
 
 def _short(error: object) -> str:

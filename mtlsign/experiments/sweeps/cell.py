@@ -46,7 +46,8 @@ from mtlsign.watermark.embedding.run_folder import load_state, state_bytes
 from mtlsign.watermark.embedding.worker import SingleProcessContext, State
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.kit import OwnerKit
-from mtlsign.watermark.verification.detector import WatermarkDetector, verify
+from mtlsign.watermark.verification.algorithm import verify
+from mtlsign.watermark.verification.detector import WatermarkDetector
 from mtlsign.watermark.verification.verdict import Verdict
 
 ProgressCallback = Callable[[Mapping[str, Any]], None]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from mtlsign.errors import ModelError
-from mtlsign.models.families.base import ArchitectureFamily
+from mtlsign.models.families.base import ArchitectureFamily, Translation
 from mtlsign.models.families.custom import CustomFamily
 from mtlsign.models.families.resnet import ResNetFamily
 from mtlsign.models.families.timm import TimmFamily
 
-__all__ = ["FAMILIES", "ArchitectureFamily", "family_of", "translated_tensor_name"]
+__all__ = ["FAMILIES", "ArchitectureFamily", "Translation", "family_of", "translation_of"]
 
 #: Searched in this order.
 FAMILIES: tuple[ArchitectureFamily, ...] = (ResNetFamily(), TimmFamily(), CustomFamily())
@@ -23,7 +23,7 @@ def family_of(arch: str) -> ArchitectureFamily:
     raise ModelError(f"Unknown architecture {arch[:80]!r}. Use one of {names}.", field="model")
 
 
-def translated_tensor_name(name: str) -> str | None:
+def translation_of(name: str) -> Translation | None:
     """Return this package's name of another library's tensor, its prefix kept; None for any other name."""
-    translations = (family.translated_tensor_name(name) for family in FAMILIES)
+    translations = (family.translation_of(name) for family in FAMILIES)
     return next((translation for translation in translations if translation is not None), None)

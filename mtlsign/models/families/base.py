@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -49,6 +49,18 @@ Field = IntegerField | ChoiceField
 
 CHANNELS = IntegerField(1, 16)
 CLASSES = IntegerField(1, 65_536)
+
+
+class Translation(NamedTuple):
+    """This package's name of another library's tensor, its prefix kept.
+
+    Attributes:
+        target: the name. Of one spelling, no two names have the same target.
+        spelling: which of the other libraries' spellings the name has; None if several have it.
+    """
+
+    target: str
+    spelling: str | None
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,7 @@ class ArchitectureFamily(Protocol):
         """Return the channel groups of the model in execution order; None if they are unknown."""
         return None
 
-    def translated_tensor_name(self, name: str) -> str | None:
+    def translation_of(self, name: str) -> Translation | None:
         """Return the family's name of another library's tensor; None for any other name."""
         return None
 

@@ -20,6 +20,7 @@ from mtlsign.models.families.base import (
     ChoiceField,
     Field,
     IntegerField,
+    Translation,
 )
 
 RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
@@ -33,7 +34,7 @@ STAGES = ("layer1", "layer2", "layer3", "layer4")
 _CONV = r"(convolution|normalization)"
 #: Names of the transformers library, after any prefix.
 _STEM = re.compile(rf"((?:.*\.)?)embedder\.embedder\.{_CONV}\.(\w+)")
-_BLOCK = r"((?:.*\.)?)encoder\.stages\.([0-9])\.layers\.([0-9]+)"
+_BLOCK = r"((?:.*\.)?)encoder\.stages\.([0-9])\.layers\.(0|[1-9][0-9]*)"
 _INNER = re.compile(rf"{_BLOCK}\.layer\.([0-9])\.{_CONV}\.(\w+)")
 _SHORTCUT = re.compile(rf"{_BLOCK}\.shortcut\.{_CONV}\.(\w+)")
 _HEAD = re.compile(r"((?:.*\.)?)classifier\.1\.(\w+)")
@@ -129,13 +130,16 @@ class ResNetFamily(ArchitectureFamily):
             producers.append(last)
         return [*groups, _group(modules, "residual", tuple(producers), (*consumers, "fc"))]
 
-    def translated_tensor_name(self, name: str) -> str | None:
+    def translation_of(self, name: str) -> Translation | None:
         """Return the torchvision name of a tensor of a transformers ResNet."""
         return torchvision_name(name)
 
 
-def torchvision_name(name: str) -> str | None:
-    """Return the torchvision name of a transformers ResNet tensor, its prefix kept; None for other names."""
+def torchvision_name(name: str) -> Translation | None:
+    """Return the torchvision name of a transformers ResNet tensor, its prefix kept; None for other names.
+
+    A file has the backbone's names with `resnet.` or without it. These are two spellings.
+    """
     if match := _STEM.fullmatch(name):
         prefix, kind, leaf = match.groups()
         target = "conv1" if kind == "convolution" else "bn1"
@@ -147,12 +151,13 @@ def torchvision_name(name: str) -> str | None:
         target = f"layer{int(stage) + 1}.{block}.downsample.{int(kind == 'normalization')}"
     elif match := _HEAD.fullmatch(name):
         prefix, leaf = match.groups()
-        target = "fc"
+        return Translation(f"{prefix}fc.{leaf}", None)
     else:
         return None
+    spelling = "transformers backbone"
     if prefix == "resnet." or prefix.endswith(".resnet."):
-        prefix = prefix.removesuffix("resnet.")
-    return f"{prefix}{target}.{leaf}"
+        prefix, spelling = prefix.removesuffix("resnet."), "transformers"
+    return Translation(f"{prefix}{target}.{leaf}", spelling)
 
 
 def _blocks(modules: Mapping[str, nn.Module]) -> list[tuple[str, BasicBlock | Bottleneck]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,12 +18,11 @@ from mtlsign.models.factories import Factory
 from mtlsign.models.taps import forward_to_taps
 from mtlsign.service.problems import Problem, problem_from_error
 from mtlsign.service.verifier.claim_bundle import OpenedClaim
-from mtlsign.service.verifier.lazy_safetensors import CachedReadings, LazySafetensors
+from mtlsign.service.verifier.lazy_safetensors import CachedReading, LazySafetensors
 from mtlsign.watermark.keys.spec import ReadoutSpec, Spec
-from mtlsign.watermark.verification.detector import WatermarkDetector
+from mtlsign.watermark.verification.detector import SuspectReading, WatermarkDetector
 from mtlsign.watermark.verification.reference import Reference
 from mtlsign.watermark.verification.response_bases import MAX_DIRECTIONS
-from mtlsign.watermark.verification.scores import ScoreResult, checked_scores
 
 MAX_IMAGE_ELEMENTS = 2**26
 """Elements of the images of one key set: 256 MiB of float32."""
@@ -142,28 +141,26 @@ class SharedDetector(WatermarkDetector):
         return sum(readout.key_bytes for readout in self.readouts)
 
     @torch.no_grad()
-    def score_state_dict(self, tensors: Mapping[str, Tensor]) -> ScoreResult:
-        """Return the same scores as `WatermarkDetector.score_state_dict`.
+    def read_untrusted(self, tensors: Mapping[str, Tensor]) -> Iterator[SuspectReading]:
+        """Return the same readings as `WatermarkDetector.read_untrusted`.
 
-        A `LazySafetensors` caches its readings for the models of the read-outs that were used last.
+        A `LazySafetensors` caches its reading for the models of the read-outs that were used last, unless
+        the file has the kernels several times.
         """
         if not isinstance(tensors, LazySafetensors):
-            return super().score_state_dict(tensors)
+            yield from super().read_untrusted(tensors)
+            return
         models = tuple(readout.model for readout in self.readouts)
-        cached = tensors.readings
-        if cached is None or cached.models != models:
-            cached = self._read_suspect(tensors, models)
-            tensors.cache_readings(cached)
-        if cached.problem is not None:
-            return ScoreResult(None, cached.problem)
-        return checked_scores(self.score(cached.values).cpu(), cached.missing)
-
-    def _read_suspect(self, suspect: LazySafetensors, models: tuple[object, ...]) -> CachedReadings:
-        selected = self.select_untrusted(suspect)
-        if selected.problem is not None:
-            return CachedReadings(models, [], selected.problem)
-        tensors = {name: tensor.to(self.device) for name, tensor in selected.tensors.items()}
-        return CachedReadings(models, self.read(self.select_weights(tensors)), None, selected.missing)
+        if tensors.cached is not None and tensors.cached.models == models:
+            yield tensors.cached.reading
+            return
+        count = 0
+        for reading in super().read_untrusted(tensors):
+            count += 1
+            yield reading
+            tensors.release_tensors()
+        if count == 1:
+            tensors.cache_reading(CachedReading(models, reading))
 
 
 def detector_for_claim(

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,16 +18,14 @@ from torch.utils._pytree import tree_leaves
 
 from mtlsign.config.service import MIB
 from mtlsign.errors import ModelError
-from mtlsign.models.tensor_names import MAX_NAME
 from mtlsign.service.problems import Problem
 from mtlsign.storage.safetensors_io import HeaderLimits, TensorEntry, parse_safetensors_header
+from mtlsign.watermark.verification.detector import SuspectReading
 
 MAX_DIMS = 8
 #: A header of 10,000 tensors has about 2 MB; parsing takes about ten times as much memory.
 MAX_HEADER = 8 * MIB
 MAX_TENSOR = 64 * MIB
-#: Dtypes of the safetensors format that no supported model has.
-_UNSUPPORTED = {"C64", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 
 
 def validate_header(path: Path, *, max_tensors: int) -> dict[str, TensorEntry]:
@@ -38,15 +36,13 @@ def validate_header(path: Path, *, max_tensors: int) -> dict[str, TensorEntry]:
     """
     limits = HeaderLimits(
         max_header_bytes=MAX_HEADER, min_tensors=1, max_tensors=max_tensors, max_dims=MAX_DIMS,
-        max_name_length=MAX_NAME, max_values=24 * max_tensors + 1000,
+        max_values=24 * max_tensors + 1000,
     )  # fmt: skip
     try:
         with path.open("rb") as file:
             entries = parse_safetensors_header(file, path.stat().st_size, limits=limits)
     except ModelError as error:
         raise Problem("not-a-model", error.detail) from None
-    if any(entry.dtype in _UNSUPPORTED for entry in entries.values()):
-        _raise_not_a_model("A tensor has an unsupported dtype.")
     return entries
 
 
@@ -55,20 +51,16 @@ def _raise_not_a_model(problem: str) -> NoReturn:
 
 
 @dataclass(frozen=True)
-class CachedReadings:
-    """Everything that read-outs compute from a suspect without a key.
+class CachedReading:
+    """Reading of a suspect that the models of the read-outs have made without a key.
 
     Attributes:
         models: the models of the read-outs.
-        values: one reading for each of them; empty if there is a problem.
-        problem: reason why the suspect cannot be read, or None.
-        missing: kernels that are missing or damaged.
+        reading: what they have read.
     """
 
     models: tuple[object, ...]
-    values: list[Any]
-    problem: str | None
-    missing: tuple[str, ...] = ()
+    reading: SuspectReading
 
 
 class LazySafetensors(Mapping[str, Tensor]):
@@ -89,7 +81,7 @@ class LazySafetensors(Mapping[str, Tensor]):
         self.digest = digest
         self.header = validate_header(path, max_tensors=max_tensors)
         self._tensors: dict[str, Tensor] = {}
-        self.readings: CachedReadings | None = None
+        self.cached: CachedReading | None = None
         self.loads = 0
         try:
             self._file = safe_open(os.fspath(path), framework="pt")
@@ -99,13 +91,17 @@ class LazySafetensors(Mapping[str, Tensor]):
     @property
     def cached_bytes(self) -> int:
         """Bytes of the tensors in memory."""
-        readings = self.readings.values if self.readings else []
-        tensors = [t for t in tree_leaves(readings) if isinstance(t, Tensor)]
+        values = self.cached.reading.values if self.cached else ()
+        tensors = [t for t in tree_leaves(values) if isinstance(t, Tensor)]
         return sum(t.numel() * t.element_size() for t in (*self._tensors.values(), *tensors))
 
-    def cache_readings(self, readings: CachedReadings) -> None:
+    def cache_reading(self, cached: CachedReading) -> None:
         """Replace the tensors in memory by what the read-outs of the last detector have read."""
-        self.readings = readings
+        self.cached = cached
+        self.release_tensors()
+
+    def release_tensors(self) -> None:
+        """Remove the file's tensors from memory."""
         self._tensors.clear()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -119,7 +115,7 @@ class LazySafetensors(Mapping[str, Tensor]):
         return self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.header)
+        return iter(sorted(self.header))
 
     def __len__(self) -> int:
         return len(self.header)

@@ -30,7 +30,7 @@ from mtlsign.service.verifier.detectors import SharedDetector, check_compute_bud
 from mtlsign.service.verifier.lazy_safetensors import LazySafetensors
 from mtlsign.service.verifier.lru_cache import LruCache
 from mtlsign.watermark.keys.spec import Spec
-from mtlsign.watermark.verification.detector import verify
+from mtlsign.watermark.verification.algorithm import verify
 from mtlsign.watermark.verification.verdict import Verdict
 
 ClaimOutcome = dict[str, Any]

@@ -21,7 +21,8 @@ from mtlsign.storage.safetensors_io import serialize_safetensors
 from mtlsign.watermark.keys.opening import KeyOpening
 from mtlsign.watermark.keys.sealing import EncryptionSecret
 from mtlsign.watermark.kit import OwnerKit, write_kit
-from mtlsign.watermark.verification.detector import WatermarkDetector, signed_scores, verify
+from mtlsign.watermark.verification.algorithm import signed_scores, verify
+from mtlsign.watermark.verification.detector import WatermarkDetector
 from mtlsign.watermark.verification.reference import Reference
 from mtlsign.watermark.verification.verdict import Verdict
 

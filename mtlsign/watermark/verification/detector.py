@@ -1,9 +1,10 @@
-"""Algorithm 1 of the paper: the detector of one key. A failed claim is a `Verdict`, never an exception."""
+"""Detector of one key: from the tensors of a suspect to its scores."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -12,10 +13,9 @@ from torch import Tensor, nn
 from mtlsign.errors import ArtifactError, SettingsError
 from mtlsign.models import architectures
 from mtlsign.models.factories import Factory
-from mtlsign.models.untrusted import MappedTensors, select_tensors_untrusted
+from mtlsign.models.untrusted import select_tensors_untrusted
 from mtlsign.watermark.keys.opening import KeyOpening, keystream, watermark_labels
 from mtlsign.watermark.keys.spec import parse_spec
-from mtlsign.watermark.verification import evidence
 from mtlsign.watermark.verification.conv_model import ConvVerifierModel
 from mtlsign.watermark.verification.model import exact_fp32
 from mtlsign.watermark.verification.readouts import (
@@ -27,8 +27,22 @@ from mtlsign.watermark.verification.readouts import (
 )
 from mtlsign.watermark.verification.reference import Reference
 from mtlsign.watermark.verification.response_model import ResponseModel
-from mtlsign.watermark.verification.scores import MIN_SCORE, ScoreResult, checked_scores, matching_bits
-from mtlsign.watermark.verification.verdict import Verdict
+from mtlsign.watermark.verification.scores import ScoreResult, best_result, checked_scores
+
+
+@dataclass(frozen=True)
+class SuspectReading:
+    """All that is independent of the key, of the kernels in one place of a suspect's file.
+
+    Attributes:
+        values: one value for each read-out; empty if there is a problem.
+        problem: reason why the kernels cannot be read, or None.
+        missing: kernels that are missing or damaged.
+    """
+
+    values: tuple[Any, ...]
+    problem: str | None
+    missing: tuple[str, ...] = ()
 
 
 class WatermarkDetector:
@@ -192,136 +206,37 @@ class WatermarkDetector:
         """Compute scores [N] of kernels on the key set as one batch; see `read` for the arguments."""
         return self.score(self.read(kernels, differentiable=differentiable))
 
-    @torch.no_grad()
     def score_state_dict(self, tensors: Mapping[str, Tensor]) -> ScoreResult:
-        """Compute the scores of untrusted tensors."""
-        selected = self.select_untrusted(tensors)
-        if selected.problem is not None:
-            return ScoreResult(None, selected.problem)
-        on_device = {name: tensor.to(self.device) for name, tensor in selected.tensors.items()}
-        scores = self.score_kernels(self.select_weights(on_device)).cpu()
-        return checked_scores(scores, selected.missing)
+        """Compute the scores of untrusted tensors: the best, if the file has the kernels several times."""
+        return best_result(self.score_all(tensors), self.labels.cpu())
 
-    def select_untrusted(self, tensors: Mapping[str, Tensor]) -> MappedTensors:
-        """Select the tensors that the read-outs need. A spread read-out tolerates missing kernels."""
+    @torch.no_grad()
+    def score_all(self, tensors: Mapping[str, Tensor]) -> list[ScoreResult]:
+        """Compute the scores of untrusted tensors for each place where the file has the kernels."""
+        return [
+            ScoreResult(None, reading.problem)
+            if reading.problem is not None
+            else checked_scores(self.score(reading.values).cpu(), reading.missing)
+            for reading in self.read_untrusted(tensors)
+        ]
+
+    def read_untrusted(self, tensors: Mapping[str, Tensor]) -> Iterator[SuspectReading]:
+        """Compute all that is independent of the key, for each place where the file has the kernels.
+
+        A spread read-out tolerates missing kernels.
+        """
         names: dict[bool, set[str]] = {True: set(), False: set()}
         for readout in self.readouts:
             names[readout.tolerates_missing] |= {*readout.model.weight_shapes, *readout.model.optional_shapes}
-        tolerated = names[True] - names[False]
-        return select_tensors_untrusted(
-            dict(self.weight_shapes), tensors, optional=dict(self.optional_shapes), tolerated=tolerated
-        )
-
-
-def verify(
-    tensors: Mapping[str, Tensor],
-    detector: WatermarkDetector,
-    *,
-    bits: float = 120.0,
-    gamma: float = 0.7,
-    controls: int = 0,
-    base_weights: Mapping[str, Tensor] | None = None,
-    model_digest: str | None = None,
-) -> Verdict:
-    """Run Algorithm 1 on a network's tensors.
-
-    Args:
-        tensors: the suspect's state dict, any floating dtype; prefixes and other libraries' names may occur.
-        detector: detector of the claimed key.
-        bits: evidence from which the claim is accepted; the verifier's policy (docs/decisions/0006).
-        gamma: the paper's threshold, reported next to the exact tail.
-        controls: number of unrelated keys to test on the same suspect.
-        base_weights: tapped kernels of W0, if the owner provides them, as a further control.
-        model_digest: copied into the verdict.
-
-    Returns:
-        The verdict; it is never an exception.
-    """
-    result = detector.score_state_dict(tensors)
-    scores, n = result.scores, len(detector.labels)
-    if scores is None:
-        return Verdict(
-            "not_verifiable", False, 0, n, 0.0, 1.0, 0.0, bits, gamma, False, 1.0, 0, detector.spec.statistic,
-            model_digest=model_digest, reason=result.problem,
-        )  # fmt: skip
-    correct = matching_bits(scores, detector.labels)
-    k = int(correct.sum())
-    evidence_bits = evidence.binomial_evidence_bits(k, n)
-    if detector.spec.statistic == "weighted":
-        weights = evidence.score_weights(scores.numpy())
-        evidence_bits = evidence.weighted_tail_bits(weights, correct.numpy())
-    status, reason = _status(evidence_bits >= bits, detector, result.missing)
-    return Verdict(
-        status=status,
-        accepted=status == "accepted",
-        matches=k,
-        n=n,
-        accuracy=k / n,
-        p_value=evidence.p_value(evidence_bits),
-        evidence_bits=evidence_bits,
-        bits_required=bits,
-        gamma=gamma,
-        passes_gamma=k >= gamma * n,
-        chernoff_bound=evidence.chernoff_bound(k, n),
-        near_zero=int((scores.abs() < MIN_SCORE).sum()),
-        statistic=detector.spec.statistic,
-        controls=_control_results(tensors, detector, controls, base_weights),
-        model_digest=model_digest,
-        reason=reason,
-        missing_layers=result.missing,
-    )
-
-
-def _status(
-    enough_evidence: bool, detector: WatermarkDetector, missing: tuple[str, ...]
-) -> tuple[str, str | None]:
-    """Return the status and its reason. A model of which layers are missing is never rejected."""
-    if enough_evidence:
-        return ("needs_commitment" if detector.spec.has_trained_head else "accepted"), None
-    if missing:
-        return "not_verifiable", (
-            f"{len(missing)} of {len(detector.weight_shapes)} layers are missing or damaged, "
-            f"such as {', '.join(missing[:3])}"
-        )
-    return "rejected", None
-
-
-def _control_results(
-    tensors: Mapping[str, Tensor],
-    detector: WatermarkDetector,
-    count: int,
-    base_weights: Mapping[str, Tensor] | None,
-) -> dict[str, list[float]]:
-    """Compute the accuracies of unrelated keys on the suspect and of the claimed key on W0."""
-    results: dict[str, list[float]] = {}
-    if count:
-        results["wrong_keys"] = control_accuracies(tensors, detector, count)
-    if base_weights is not None:
-        scores = detector.score_state_dict(base_weights).scores
-        if scores is not None:
-            results["w0"] = [float(matching_bits(scores, detector.labels).float().mean())]
-    return results
-
-
-def control_accuracies(tensors: Mapping[str, Tensor], detector: WatermarkDetector, count: int) -> list[float]:
-    """Compute the accuracies of unrelated keys on the same suspect.
-
-    Args:
-        tensors: the suspect's state dict.
-        detector: detector of the claimed key.
-        count: number of unrelated keys.
-    """
-    accuracies = []
-    for index in range(count):
-        control = detector.with_control_key(index)
-        scores = control.score_state_dict(tensors).scores
-        if scores is not None:
-            accuracies.append(float(matching_bits(scores, control.labels).float().mean()))
-    return accuracies
-
-
-def signed_scores(detector: WatermarkDetector, networks: Sequence[Mapping[str, Tensor]]) -> list[list[float]]:
-    """Return N scores for every network that can be read, with a positive sign where the bit matches."""
-    signs = detector.labels.cpu().float() * 2 - 1
-    scores = [detector.score_state_dict(network).scores for network in networks]
-    return [(s * signs).tolist() for s in scores if s is not None]
+        for selected in select_tensors_untrusted(
+            dict(self.weight_shapes),
+            tensors,
+            optional=dict(self.optional_shapes),
+            tolerated=names[True] - names[False],
+        ):
+            if selected.problem is not None:
+                yield SuspectReading((), selected.problem)
+                continue
+            on_device = {name: tensor.to(self.device) for name, tensor in selected.tensors.items()}
+            values = tuple(self.read(self.select_weights(on_device)))
+            yield SuspectReading(values, None, selected.missing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ MIN_SCORE = 1e-4
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """Scores of a suspect's tensors.
+    """Scores of a suspect's tensors, found in one place of its file.
 
     Attributes:
         scores: [N] on the CPU; None if the tensors cannot be read.
@@ -31,6 +32,15 @@ def checked_scores(scores: Tensor, missing: tuple[str, ...] = ()) -> ScoreResult
     if not torch.isfinite(scores).all():
         return ScoreResult(None, "its values overflow in float32")
     return ScoreResult(scores, missing=missing)
+
+
+def best_result(results: Sequence[ScoreResult], bits: Tensor) -> ScoreResult:
+    """Return the result with most matching bits; if no tensors can be read, the first result."""
+
+    def count(result: ScoreResult) -> int:
+        return -1 if result.scores is None else int(matching_bits(result.scores, bits).sum())
+
+    return max(results, key=count)
 
 
 def matching_bits(scores: Tensor, bits: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ class Verdict:
         model_digest: SHA-256 of the model file, if the caller gave it.
         reason: cause of `not_verifiable`.
         missing_layers: kernels of a spread head that are missing or damaged; they contribute nothing.
+        readings: how many times the file has the kernels. Each is tested. The best counts, and
+            log2(readings) is subtracted from its evidence.
     """
 
     status: str
@@ -49,12 +51,14 @@ class Verdict:
     model_digest: str | None = None
     reason: str | None = None
     missing_layers: tuple[str, ...] = ()
+    readings: int = 1
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON-ready fields; `missing_layers` is present only if there are any."""
+        """Return JSON-ready fields; `missing_layers` and `readings` only if they are not () and 1."""
         fields = asdict(self)
-        missing = fields.pop("missing_layers")
-        return fields | ({"missing_layers": list(missing)} if missing else {})
+        missing, readings = fields.pop("missing_layers"), fields.pop("readings")
+        fields |= {"missing_layers": list(missing)} if missing else {}
+        return fields | ({"readings": readings} if readings > 1 else {})
 
     def summary(self) -> str:
         """Describe the verdict in one sentence."""
@@ -62,7 +66,7 @@ class Verdict:
             return f"Not verifiable: {self.reason}. The model may still be marked."
         evidence_text = (
             f"{self.matches:,} of {self.n:,} bits agree; "
-            f"by chance this happens once in 2^{self.evidence_bits:.1f} keys"
+            f"a random key agrees as well with a probability of 2^-{self.evidence_bits:.1f}"
         )
         if self.status == "needs_commitment":
             return (
@@ -74,4 +78,7 @@ class Verdict:
                 f"Accepted: {evidence_text}. "
                 "These weights descend from a model that the holder of this key changed."
             )
-        return f"Rejected: {evidence_text}, less than the 2^{self.bits_required:g} required."
+        return (
+            f"Rejected: {evidence_text}, and 2^-{self.bits_required:g} is required. "
+            "The key was not shown to be in the model; this does not show that the model is unmarked."
+        )

@@ -6,7 +6,7 @@ from mtlsign.attacks import AttackerResources
 from mtlsign.attacks.attacker_data import attacker_view
 from mtlsign.schemes.mtlsign import MTLSignScheme
 from mtlsign.tasks import Task
-from mtlsign.watermark.verification.detector import verify
+from mtlsign.watermark.verification.algorithm import verify
 from tests.unit.attacks.helpers import run
 
 

@@ -14,7 +14,7 @@ from mtlsign.attacks.registry import RENAMED, RENAMED_PARAMETERS
 from mtlsign.schemes.mtlsign import MTLSignKey
 from mtlsign.tasks import Task
 from mtlsign.watermark.kit import detector_for_kit
-from mtlsign.watermark.verification.detector import verify
+from mtlsign.watermark.verification.algorithm import verify
 from tests.conftest import TINY
 from tests.unit.attacks.helpers import Maker, run
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mtlsign.attacks import NotApplicableError
 from mtlsign.schemes.mtlsign import MTLSignKey, MTLSignScheme
 from mtlsign.tasks import Task
-from mtlsign.watermark.verification.detector import verify
+from mtlsign.watermark.verification.algorithm import verify
 from tests.unit.attacks.helpers import run
 
 

@@ -10,7 +10,7 @@ from mtlsign.attacks.symmetries import TOLERANCE, function_change
 from mtlsign.models import architectures
 from mtlsign.schemes.mtlsign import MTLSignKey
 from mtlsign.tasks import Task
-from mtlsign.watermark.verification.detector import verify
+from mtlsign.watermark.verification.algorithm import verify
 from tests.unit.attacks.helpers import Maker, flat_network, run
 
 FREE = [name for name, attack in ATTACKS.items() if attack.kind == "free"]

@@ -76,7 +76,8 @@ def test_load_checkpoint_converts_half_precision(tmp_path: Path, state: dict[str
 def test_load_checkpoint_accepts_transformers_names(tmp_path: Path, arch: str) -> None:
     state = network(arch).state_dict()
     names = {name: transformers_name(name) for name in state}
-    assert all(torchvision_name(theirs) == ours for ours, theirs in names.items())
+    translations = {ours: torchvision_name(theirs) for ours, theirs in names.items()}
+    assert all(t is not None and t.target == ours for ours, t in translations.items())
     save_file({names[name]: value for name, value in state.items()}, tmp_path / "w.safetensors")
     model = network(arch)
     load_checkpoint(tmp_path / "w.safetensors", model)

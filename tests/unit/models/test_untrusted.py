@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from mtlsign.models.untrusted import select_tensors_untrusted
+from mtlsign.models.untrusted import MappedTensors, select_tensors_untrusted
+
+
+def select_single(*args: Any, **options: Any) -> MappedTensors:
+    """Return the result for a file that has the tensors once, or not at all."""
+    (result,) = select_tensors_untrusted(*args, **options)
+    return result
 
 
 def test_select_tensors_untrusted_reads_requested_tensors() -> None:
@@ -15,9 +21,7 @@ def test_select_tensors_untrusted_reads_requested_tensors() -> None:
         "net.n.weight": torch.ones(2),
         "net.evil": torch.ones(1),
     }
-    mapped = select_tensors_untrusted(
-        {"a.weight": (2, 2)}, tensors, optional={"n.weight": (2,), "m.weight": (2,)}
-    )
+    mapped = select_single({"a.weight": (2, 2)}, tensors, optional={"n.weight": (2,), "m.weight": (2,)})
     assert mapped.problem is None
     assert set(mapped.tensors) == {"a.weight", "n.weight"}
     assert all(value.dtype == torch.float32 for value in mapped.tensors.values())
@@ -39,26 +43,57 @@ def test_select_tensors_untrusted_reads_requested_tensors() -> None:
     ],
 )
 def test_select_tensors_untrusted_of_invalid_tensor_gives_reason(value: Any, text: str) -> None:
-    mapped = select_tensors_untrusted({"a.weight": (2, 2)}, {"a.weight": value})
+    mapped = select_single({"a.weight": (2, 2)}, {"a.weight": value})
     assert not mapped.tensors and mapped.problem is not None and text in mapped.problem
 
 
 def test_select_tensors_untrusted_of_invalid_names_gives_reason() -> None:
-    for names in ([], ["x." * 10_000 + "a.weight"], ["p.a.weight", "q.a.weight"]):
-        mapped = select_tensors_untrusted({"a.weight": (1,)}, {name: torch.ones(1) for name in names})
+    for names in ([], ["xa.weight"], [f"p{i}.a.weight" for i in range(9)]):
+        mapped = select_single({"a.weight": (1,)}, {name: torch.ones(1) for name in names})
         assert not mapped.tensors and mapped.problem
     odd: Any = {7: torch.ones(1), None: torch.ones(1)}
-    assert select_tensors_untrusted({"a.weight": (1,)}, odd).problem
+    assert select_single({"a.weight": (1,)}, odd).problem
     broken: Any = 5
-    assert "TypeError" in (select_tensors_untrusted({"a.weight": (1,)}, broken).problem or "")
+    assert "TypeError" in (select_single({"a.weight": (1,)}, broken).problem or "")
 
 
-def test_select_tensors_untrusted_rejects_decoys_without_prefix() -> None:
+def test_select_tensors_untrusted_yields_decoys_and_real_tensors() -> None:
     real, decoy = torch.ones(4, 1, 3, 3), torch.zeros(4, 1, 3, 3)
     wanted = {"conv1.weight": (4, 1, 3, 3)}
-    mapped = select_tensors_untrusted(wanted, {"net.conv1.weight": real, "conv1.weight": decoy})
-    assert mapped.problem is not None and "several prefixes" in mapped.problem
-    assert select_tensors_untrusted(wanted, {"net.conv1.weight": real}).problem is None
+    both = {"net.conv1.weight": real, "conv1.weight": decoy}
+    first, second = select_tensors_untrusted(wanted, both)
+    assert torch.equal(first.tensors["conv1.weight"], decoy)
+    assert torch.equal(second.tensors["conv1.weight"], real)
+    damaged, second = select_tensors_untrusted(wanted, both | {"conv1.weight": torch.ones(3)})
+    assert damaged.problem is not None and "should be" in damaged.problem
+    assert torch.equal(second.tensors["conv1.weight"], real)
+
+
+@pytest.mark.parametrize(
+    "value", [torch.tensor([math.nan, 1]), torch.ones(3), torch.ones(2, dtype=torch.int8), None], ids=str
+)
+def test_select_tensors_untrusted_reads_damaged_optional_tensor_as_absent(value: Any) -> None:
+    tensors = {"a.weight": torch.ones(2, 2), "n.weight": value}
+    mapped = select_single({"a.weight": (2, 2)}, tensors, optional={"n.weight": (2,)})
+    assert mapped.problem is None and set(mapped.tensors) == {"a.weight"} and mapped.missing == ()
+
+
+def test_select_tensors_untrusted_ignores_tensors_that_are_not_needed() -> None:
+    tensors = {
+        "a.weight": torch.ones(2, 2),
+        "x" * 2000: torch.ones(1),
+        "c": torch.ones(1, dtype=torch.complex64),
+        "f8": torch.ones(1).to(torch.float8_e4m3fnuz),
+        "nan": torch.tensor([math.nan]),
+    }
+    assert select_single({"a.weight": (2, 2)}, tensors).problem is None
+
+
+def test_select_tensors_untrusted_never_quotes_a_name_of_the_file() -> None:
+    prefix = "<!-- evil -->."
+    for value in (torch.full((2, 2), math.nan), torch.ones(3), torch.ones(2, 2, dtype=torch.int8)):
+        problem = select_single({"a.weight": (2, 2)}, {f"{prefix}a.weight": value}).problem
+        assert problem is not None and "evil" not in problem and problem.startswith("'a.weight' ")
 
 
 SHAPES = {"a.weight": (2, 2), "b.weight": (3,)}
@@ -79,31 +114,32 @@ SHAPES = {"a.weight": (2, 2), "b.weight": (3,)}
 )
 def test_select_tensors_untrusted_tolerates_damaged_tensors(value: Any) -> None:
     tensors: Any = {"net.a.weight": value, "net.b.weight": torch.ones(3).half()}
-    mapped = select_tensors_untrusted(SHAPES, tensors, tolerated=SHAPES)
+    mapped = select_single(SHAPES, tensors, tolerated=SHAPES)
     assert mapped.problem is None and mapped.missing == ("a.weight",)
     assert set(mapped.tensors) == {"b.weight"} and mapped.tensors["b.weight"].dtype == torch.float32
-    strict = select_tensors_untrusted(SHAPES, tensors, tolerated=["b.weight"])
+    strict = select_single(SHAPES, tensors, tolerated=["b.weight"])
     assert strict.problem is not None and not strict.tensors
 
 
 def test_select_tensors_untrusted_lists_missing_tolerated_tensors_in_order() -> None:
     shapes = {name: (1,) for name in ("c", "a", "b")}
-    mapped = select_tensors_untrusted(shapes, {"a": torch.ones(1)}, tolerated=shapes)
+    mapped = select_single(shapes, {"a": torch.ones(1)}, tolerated=shapes)
     assert (mapped.problem, mapped.missing, set(mapped.tensors)) == (None, ("c", "b"), {"a"})
-    complete = select_tensors_untrusted(shapes, dict.fromkeys(shapes, torch.ones(1)), tolerated=shapes)
+    complete = select_single(shapes, dict.fromkeys(shapes, torch.ones(1)), tolerated=shapes)
     assert complete.missing == ()
 
 
 def test_select_tensors_untrusted_without_readable_tensor_gives_reason() -> None:
     damaged = {"a.weight": torch.full((2, 2), math.nan), "b.weight": torch.ones(4)}
-    mapped = select_tensors_untrusted(SHAPES, damaged, tolerated=SHAPES)
+    mapped = select_single(SHAPES, damaged, tolerated=SHAPES)
     assert mapped.problem == "none of the layers can be read" and not mapped.tensors
     for tensors in ({}, {"x": torch.ones(1)}):
-        absent = select_tensors_untrusted(SHAPES, tensors, tolerated=SHAPES)
+        absent = select_single(SHAPES, tensors, tolerated=SHAPES)
         assert absent.problem is not None and "2 of 2 tensors are missing" in absent.problem
 
 
-def test_select_tensors_untrusted_rejects_ambiguous_partial_prefixes() -> None:
+def test_select_tensors_untrusted_yields_equal_partial_prefixes() -> None:
     tensors = {"net.a.weight": torch.ones(2, 2), "ema.a.weight": torch.zeros(2, 2)}
-    mapped = select_tensors_untrusted(SHAPES, tensors, tolerated=SHAPES)
-    assert mapped.problem is not None and "several prefixes" in mapped.problem and not mapped.tensors
+    ema, net = select_tensors_untrusted(SHAPES, tensors, tolerated=SHAPES)
+    assert not ema.tensors["a.weight"].any() and net.tensors["a.weight"].all()
+    assert ema.missing == net.missing == ("b.weight",)

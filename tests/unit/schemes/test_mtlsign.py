@@ -12,7 +12,7 @@ from mtlsign.tasks import Task
 from mtlsign.watermark.embedding.losses import watermark_loss
 from mtlsign.watermark.embedding.worker import SingleProcessContext
 from mtlsign.watermark.kit import detector_for_kit
-from mtlsign.watermark.verification.detector import verify
+from mtlsign.watermark.verification.algorithm import verify
 from tests.unit.attacks.helpers import Maker, flat_network
 
 

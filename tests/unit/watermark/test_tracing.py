@@ -25,7 +25,7 @@ from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.keys.sealing import EncryptionSecret
 from mtlsign.watermark.kit import detector_for_kit, write_kit
 from mtlsign.watermark.tracing import trace
-from mtlsign.watermark.verification.detector import verify
+from mtlsign.watermark.verification.algorithm import verify
 
 OPTIONS: dict[str, Any] = {
     "head": "spread",

@@ -22,7 +22,8 @@ from mtlsign.service.verifier.lazy_safetensors import LazySafetensors
 from mtlsign.watermark.carriers import qr
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.keys.opening import KeyOpening
-from mtlsign.watermark.verification.detector import WatermarkDetector, verify
+from mtlsign.watermark.verification.algorithm import verify
+from mtlsign.watermark.verification.detector import WatermarkDetector
 from mtlsign.watermark.verification.heads import TrainedHead
 from mtlsign.watermark.verification.reference import Reference
 from mtlsign.watermark.verification.response_model import ResponseModel
@@ -183,7 +184,20 @@ def test_suspect_without_readable_layers_is_cached_with_its_problem(tmp_path: Pa
     for _ in range(2):
         verdict = verify(suspect, detector)
         assert verdict.status == "not_verifiable" and verdict.reason is not None
-    assert suspect.readings is not None and suspect.readings.problem == verdict.reason
+    assert suspect.cached is not None and suspect.cached.reading.problem == verdict.reason
+
+
+def test_suspect_with_decoys_is_read_in_each_place(tmp_path: Path) -> None:
+    claim = opened_claim()
+    detector = detector_for_claim(claim, FACTORIES)
+    real, decoys = spread_examples.network(4).state_dict(), spread_examples.network(5).state_dict()
+    both = {f"net.{name}": t for name, t in real.items()} | decoys
+    results = detector.score_all(suspect_file(tmp_path, both))
+    expected = [*detector.score_all(decoys), *detector.score_all(real)]
+    assert len(results) == 2
+    for result, single in zip(results, expected, strict=True):
+        assert result.scores is not None and single.scores is not None
+        assert torch.equal(result.scores, single.scores)
 
 
 def test_check_compute_budget_of_spread_head_counts_products_and_layers() -> None:

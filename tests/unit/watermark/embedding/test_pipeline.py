@@ -26,7 +26,7 @@ from mtlsign.watermark.embedding.result import EmbeddingResult
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.keys.sealing import EncryptionSecret
 from mtlsign.watermark.kit import detector_for_kit, verify_with_kit
-from mtlsign.watermark.verification.detector import verify
+from mtlsign.watermark.verification.algorithm import verify
 
 Maker = Callable[..., nn.Module]
 

@@ -9,10 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtlsign.watermark.verification.detector import (
-    WatermarkDetector,
-    verify,
-)
+from mtlsign.watermark.verification.algorithm import verify
+from mtlsign.watermark.verification.detector import WatermarkDetector
 
 Tensors = dict[str, Tensor]
 

@@ -16,12 +16,8 @@ from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.keys.opening import KeyOpening, sign_spec
 from mtlsign.watermark.keys.spec import make_spec
 from mtlsign.watermark.verification import evidence
-from mtlsign.watermark.verification.detector import (
-    WatermarkDetector,
-    control_accuracies,
-    signed_scores,
-    verify,
-)
+from mtlsign.watermark.verification.algorithm import control_accuracies, signed_scores, verify
+from mtlsign.watermark.verification.detector import WatermarkDetector
 from mtlsign.watermark.verification.reference import Reference
 from mtlsign.watermark.verification.scores import matching_bits
 from tests.unit.watermark.verification import spread_examples

@@ -1,0 +1,126 @@
+"""Suspect files with the marked weights and decoys: every reading is tested, in any order of the names."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mtlsign.watermark.verification.algorithm import verify
+from mtlsign.watermark.verification.detector import WatermarkDetector
+from tests.unit.models.network import transformers_name
+
+Tensors = dict[str, Tensor]
+Marked = tuple[nn.Module, "object"]
+
+
+@pytest.fixture(scope="module")
+def tapped(marked_model: tuple[object, object], detector: WatermarkDetector) -> Tensors:
+    """Return the marked weights that the detector reads, γ included."""
+    names = {*detector.weight_shapes, *detector.optional_shapes}
+    return {name: t for name, t in marked_model[1].tensors.items() if name in names}  # type: ignore[attr-defined]
+
+
+def decoys(tensors: Tensors, spelling: Callable[[str], str] = str) -> Tensors:
+    """Return random tensors of the same shapes under another spelling of the names."""
+    generator = torch.Generator().manual_seed(1)
+    return {spelling(name): torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
+
+
+def renamed(tensors: Tensors, spelling: Callable[[str], str]) -> Tensors:
+    return {spelling(name): t for name, t in tensors.items()}
+
+
+def backbone_name(name: str) -> str:
+    return transformers_name(name).removeprefix("resnet.")
+
+
+DECOY_FILES: dict[str, Callable[[Tensors], Tensors]] = {
+    "transformers names, torchvision decoys": lambda t: renamed(t, transformers_name) | decoys(t),
+    "transformers names, prefixed decoys": lambda t: renamed(t, transformers_name) | decoys(t, "x.{}".format),
+    "two transformers spellings": lambda t: renamed(t, transformers_name) | decoys(t, backbone_name),
+    "prefix without a dot": lambda t: renamed(t, "module/{}".format) | decoys(t),
+    "prefix of 600 characters": lambda t: renamed(t, lambda name: "p" * 600 + "." + name) | decoys(t),
+    "two prefixes": lambda t: renamed(t, "net.{}".format) | decoys(t, "ema.{}".format),
+}
+
+
+@pytest.mark.parametrize("name", DECOY_FILES)
+def test_verify_of_marked_weights_with_decoys_is_accepted_less_one_bit(
+    name: str, tapped: Tensors, detector: WatermarkDetector
+) -> None:
+    single = verify(tapped, detector, bits=40)
+    tensors = DECOY_FILES[name](tapped)
+    for file in (tensors, dict(reversed(tensors.items()))):
+        verdict = verify(file, detector, bits=40)
+        assert verdict.accepted and verdict.matches == single.matches and verdict.readings == 2
+        assert verdict.evidence_bits == pytest.approx(single.evidence_bits - 1)
+        assert verdict.to_json()["readings"] == 2
+    assert "readings" not in single.to_json()
+
+
+def test_verify_with_decoys_of_γ_alone_reads_γ_of_each_spelling(
+    tapped: Tensors, detector: WatermarkDetector
+) -> None:
+    gammas = {name: -torch.ones_like(tapped[name]) for name in detector.optional_shapes}
+    verdict = verify(renamed(tapped, transformers_name) | gammas, detector, bits=40)
+    assert verdict.accepted and verdict.readings == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_verify_with_one_damaged_γ_is_not_ended(
+    value: float, tapped: Tensors, detector: WatermarkDetector
+) -> None:
+    name = next(iter(detector.optional_shapes))
+    assert verify({**tapped, name: torch.full_like(tapped[name], value)}, detector).status != "not_verifiable"
+    assert verify({**tapped, name: torch.ones(1)}, detector).status != "not_verifiable"
+
+
+def test_verify_of_unmarked_weights_in_two_places_pays_for_both(
+    tapped: Tensors, detector: WatermarkDetector
+) -> None:
+    unmarked = decoys(tapped)
+    verdict = verify(unmarked | decoys(tapped, "a.{}".format), detector)
+    assert verdict.status == "rejected" and verdict.readings == 2 and verdict.evidence_bits < 20
+    damaged = unmarked | {f"a.{name}": t[:1] for name, t in tapped.items()}
+    verdict = verify(damaged, detector)
+    assert verdict.status == "not_verifiable" and verdict.reason is not None
+    assert "2 times" in verdict.reason and "should be" in verdict.reason
+
+
+def test_verify_of_weights_in_many_places_is_not_verifiable(
+    tapped: Tensors, detector: WatermarkDetector
+) -> None:
+    many = {f"p{i}.{name}": t for i in range(9) for name, t in decoys(tapped).items()}
+    verdict = verify(many, detector)
+    assert verdict.status == "not_verifiable" and "over 8 places" in (verdict.reason or "")
+
+
+MAPPING_SCRIPT = """
+import sys
+from mtlsign.models.tensor_names import suspect_mappings
+from mtlsign.storage.safetensors_io import parse_safetensors
+names = sys.argv[2:]
+print(suspect_mappings(names, parse_safetensors(open(sys.argv[1], "rb").read())))
+"""
+
+
+def test_mappings_in_processes_with_other_hash_seeds_are_equal(tmp_path: Path, tapped: Tensors) -> None:
+    """The library returns tensors in the order of a hash map, which each process chooses by itself."""
+    tensors = DECOY_FILES["two transformers spellings"](tapped)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "m.safetensors")
+    command = [sys.executable, "-c", MAPPING_SCRIPT, str(tmp_path / "m.safetensors"), *tapped]
+    outputs = {
+        subprocess.run(
+            command, capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1 and outputs != {""}
