@@ -9,24 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from mtlsign.config.service import ServiceSettings
-from mtlsign.errors import MTLSignError
-from mtlsign.models import architectures
+from mtlsign.errors import ArtifactError, MTLSignError
 from mtlsign.models.factories import Factory
-from mtlsign.models.taps import forward_to_taps
 from mtlsign.service.problems import Problem, problem_from_error
 from mtlsign.service.verifier.claim_bundle import OpenedClaim
 from mtlsign.service.verifier.lazy_safetensors import CachedReading, LazySafetensors
-from mtlsign.watermark.keys.spec import ReadoutSpec, Spec
+from mtlsign.watermark.keys.spec import Spec
+from mtlsign.watermark.verification.compute_budget import ComputeLimits, check_claim_budget
 from mtlsign.watermark.verification.detector import SuspectReading, WatermarkDetector
 from mtlsign.watermark.verification.reference import Reference
-from mtlsign.watermark.verification.response_bases import MAX_DIRECTIONS
-
-MAX_IMAGE_ELEMENTS = 2**26
-"""Elements of the images of one key set: 256 MiB of float32."""
-_RUN_LOCALLY = "Verify the claim on your own machine (jobs/verify.py)."
 
 
 class _SkipInit(TorchFunctionMode):
@@ -44,7 +37,7 @@ class _SkipInit(TorchFunctionMode):
 def check_compute_budget(
     spec: Spec, settings: ServiceSettings, factories: Mapping[str, Factory] | None = None
 ) -> float:
-    """Check the cost of a claim by running its architecture on the meta device, which computes nothing.
+    """Check the cost of a claim against the service's limits.
 
     Args:
         spec: the claim's spec.
@@ -57,57 +50,11 @@ def check_compute_budget(
     Raises:
         Problem: `architecture-refused`.
     """
-    carrier = spec.carrier
-    samples = max((r.n for r in spec.readouts if r.head.kind != "spread"), default=0)
-    if samples * carrier.channels * carrier.height * carrier.width > MAX_IMAGE_ELEMENTS:
-        detail = f"The images of the key have over {MAX_IMAGE_ELEMENTS:,} elements. {_RUN_LOCALLY}"
-        raise Problem("architecture-refused", detail)
+    limits = ComputeLimits(settings.max_gflop, settings.max_activation_elements)
     try:
-        measured = [_measure(spec, readout, factories) for readout in spec.readouts]
-    except MTLSignError as error:
-        raise Problem("architecture-refused", str(error)) from None
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        detail = f"The network cannot process the images of the key ({type(error).__name__})."
-        raise Problem("architecture-refused", f"{detail} Check the spec.") from None
-    gflop, largest = sum(m[0] for m in measured), max(m[1] for m in measured)
-    if largest > settings.max_activation_elements or gflop > settings.max_gflop:
-        detail = (
-            f"The claim takes {gflop:,.0f} GFLOP and a feature map of {largest:,} elements; "
-            f"{settings.max_gflop:,.0f} and {settings.max_activation_elements:,} are allowed. {_RUN_LOCALLY}"
-        )
-        raise Problem("architecture-refused", detail)
-    return gflop
-
-
-def _measure(spec: Spec, readout: ReadoutSpec, factories: Mapping[str, Factory] | None) -> tuple[float, int]:
-    """Return the operations (10^9) of one read-out and the elements of its largest feature map.
-
-    A spread read-out passes two samples to find the layers, and multiplies each kernel with a basis of at
-    most `MAX_DIRECTIONS` columns.
-    """
-    spread = readout.head.kind == "spread"
-    largest = 0
-
-    def record_size(module: Any, args: Any, output: Any) -> None:
-        nonlocal largest
-        if isinstance(output, torch.Tensor):
-            largest = max(largest, output.numel())
-
-    carrier = spec.carrier
-    with torch.device("meta"):
-        network = architectures.build(spec.graph, factories=factories).train()
-        images = torch.empty(2 if spread else readout.n, carrier.channels, carrier.height, carrier.width)
-    parameters = sum(p.numel() for p in network.parameters())
-    if parameters > architectures.MAX_PARAMETERS:
-        detail = f"The network has over {architectures.MAX_PARAMETERS:,} parameters. {_RUN_LOCALLY}"
-        raise Problem("architecture-refused", detail)
-    handles = [module.register_forward_hook(record_size) for module in network.modules()]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        forward_to_taps(network, images, readout.taps)
-    for handle in handles:
-        handle.remove()
-    products = 2 * MAX_DIRECTIONS * parameters if spread else 0
-    return (float(counter.get_total_flops()) + products) / 1e9, largest
+        return check_claim_budget(spec, factories, limits=limits)
+    except ArtifactError as error:
+        raise Problem("architecture-refused", error.detail) from None
 
 
 class SharedDetector(WatermarkDetector):

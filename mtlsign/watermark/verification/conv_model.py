@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mtlsign.models.taps import TappedLayer, forward_to_taps, tapped_layers, tapped_parameters
+from mtlsign.models.batch_norms import replace_frozen_batch_norms
+from mtlsign.models.taps import (
+    TappedLayer,
+    forward_to_taps,
+    tapped_buffers,
+    tapped_layers,
+    tapped_parameters,
+)
 from mtlsign.watermark.verification.alignment import apply_bn_sign, canonicalize_kernels
 from mtlsign.watermark.verification.features import Features
 from mtlsign.watermark.verification.model import CanonicalStep, Weights
@@ -83,6 +90,7 @@ class ConvVerifierModel:
         self, template_model: nn.Module, taps: Sequence[str], reference: Reference, sample: Tensor
     ) -> None:
         self.taps = tuple(taps)
+        replace_frozen_batch_norms(template_model)
         self._net = template_model.to(sample.device).eval()
         for module in template_model.modules():
             if isinstance(module, _BatchNorm):
@@ -113,7 +121,7 @@ class ConvVerifierModel:
         self.canonical_steps: tuple[CanonicalStep, ...] = (
             partial(normalize_scales, convs=self.normalized_convs),
         )
-        self._buffers = self._batch_norm_buffers()
+        self._buffers = self._batch_norm_buffers() | self._reference_buffers(taps, reference, sample)
 
     def _add_conv(
         self, layer: TappedLayer, parameters: Mapping[str, Tensor], reference: Reference
@@ -151,6 +159,17 @@ class ConvVerifierModel:
             for name, buffer in modules[conv.bn].named_buffers()
         }
 
+    def _reference_buffers(
+        self, taps: Sequence[str], reference: Reference, sample: Tensor
+    ) -> dict[str, Tensor]:
+        """Read the other buffers of the tapped part, such as the mean of the inputs, from the reference."""
+        state = self._net.state_dict()
+        return {
+            name: self._reference_tensor(reference, f"={name}", tuple(state[name].shape))
+            for name in tapped_buffers(self._net, taps, sample)
+            if name in state
+        }
+
     @cached_property
     def byte_count(self) -> int:
         """Bytes of the tensors that the model keeps, the template's included."""
@@ -178,7 +197,11 @@ class ConvVerifierModel:
         return canonical
 
     def tap_outputs(self, canonical: Weights, inputs: Tensor) -> list[Tensor]:
-        """Return the outputs of all taps on the whole key set as one batch: float32 [N, ...] each."""
+        """Return the outputs of all taps on the whole key set as one batch: [N, ...] each.
+
+        They have the precision of the kernels: binary64 for verification, so that machines agree.
+        """
+        dtype = next(iter(canonical.values())).dtype
         # Channels last, because pooling, batch norm and convolutions of small kernels then take two thirds of
         # the time on CPUs.
         weights = {
@@ -186,19 +209,24 @@ class ConvVerifierModel:
             for name, kernel in canonical.items()
         }
         values = {**weights, **self._reference_values, **self._buffers}
+        if dtype != torch.float32:
+            values = {
+                name: value.to(dtype) if value.is_floating_point() else value
+                for name, value in values.items()
+            }
         return forward_to_taps(
-            self._net, inputs, self.taps, call=lambda x: functional_call(self._net, values, (x,))
+            self._net, inputs.to(dtype), self.taps, call=lambda x: functional_call(self._net, values, (x,))
         )
 
     def features(self, canonical: Weights, inputs: Tensor, *, pooled: bool = False) -> Features:
         """Return the joined tap outputs with their statistics over the key set.
 
         Args:
-            canonical: result of `canonicalize`.
+            canonical: result of `canonicalize`, in the precision of the computation.
             inputs: the key set as one batch, float32 [N, C, H, W].
             pooled: average each tap over its spatial positions instead of flattening it.
         """
-        outputs = [output.float() for output in self.tap_outputs(canonical, inputs)]
+        outputs = self.tap_outputs(canonical, inputs)
         flat = [
             output.mean(tuple(range(2, output.dim()))) if pooled and output.dim() > 2 else output.flatten(1)
             for output in outputs

@@ -18,8 +18,8 @@ class Features:
     product.
 
     Attributes:
-        centred: float32 [N, d].
-        inverse_std: float32 [d], 0 where a coordinate is constant over the key set.
+        centred: [N, d].
+        inverse_std: [d], 0 where a coordinate is constant over the key set.
     """
 
     centred: Tensor
@@ -27,7 +27,7 @@ class Features:
 
     @classmethod
     def from_taps(cls, features: Tensor) -> Features:
-        """Compute population statistics over the N rows of float32 [N, d].
+        """Compute population statistics over the N rows of [N, d].
 
         A constant coordinate passes no gradient to its statistics.
         """
@@ -36,7 +36,7 @@ class Features:
 
     @property
     def standardised(self) -> Tensor:
-        """The product, float32 [N, d]."""
+        """The product, [N, d]."""
         return self.centred * self.inverse_std
 
 

@@ -19,7 +19,7 @@ class Head(Protocol):
     pooled: bool
 
     def __call__(self, features: Features) -> Tensor:
-        """Return scores float32 [N]."""
+        """Return scores [N] in the features' precision."""
 
     def parameters(self) -> list[Tensor]:
         """Return the trained tensors."""
@@ -37,8 +37,8 @@ class KeyDerivedHead:
         self._projection = torch.from_numpy(head_signs(key, d)).to(device, torch.float32) / d**0.5
 
     def __call__(self, features: Features) -> Tensor:
-        """Return scores float32 [N]."""
-        scores: Tensor = features.centred @ (self._projection * features.inverse_std)
+        """Return scores [N] in the features' precision."""
+        scores: Tensor = features.centred @ (self._projection.to(features.centred) * features.inverse_std)
         return scores
 
     def parameters(self) -> list[Tensor]:
@@ -99,9 +99,10 @@ class TrainedHead:
         self._b2 = nn.Parameter(torch.zeros((), device=device))
 
     def __call__(self, features: Features) -> Tensor:
-        """Return scores float32 [N]."""
-        hidden = features.centred @ (self._w1 * features.inverse_std).T + self._b1
-        return torch.relu(hidden) @ self._w2 + self._b2
+        """Return scores [N] in the features' precision."""
+        w1, b1, w2, b2 = (parameter.to(features.centred) for parameter in self.parameters())
+        hidden = features.centred @ (w1 * features.inverse_std).T + b1
+        return torch.relu(hidden) @ w2 + b2
 
     def parameters(self) -> list[Tensor]:
         """Return the four trained tensors."""
@@ -129,13 +130,21 @@ class TrainedHead:
         Raises:
             ArtifactError: the head does not fit the spec.
         """
-        head, tensors = cls(d, hidden, pooled=pooled, device=device), parse_safetensors(data)
-        for name, parameter in zip(("w1", "b1", "w2", "b2"), head.parameters(), strict=True):
+        tensors = parse_safetensors(data, max_tensors=4)
+        shapes = {"w1": (hidden, d), "b1": (hidden,), "w2": (hidden,), "b2": ()}
+        for name, shape in shapes.items():  # before anything of that size is allocated
             tensor = tensors.get(name)
-            if tensor is None or tensor.shape != parameter.shape or not torch.isfinite(tensor).all():
+            if (
+                tensor is None
+                or tuple(tensor.shape) != shape
+                or tensor.dtype != torch.float32
+                or not torch.isfinite(tensor).all()
+            ):
                 raise ArtifactError(
                     f"Tensor {name!r} does not fit the spec. Use the head of the same kit, unmodified.",
                     field="head",
                 )
-            parameter.data.copy_(tensor)
+        head = cls(d, hidden, pooled=pooled, device=device)
+        for name, parameter in zip(shapes, head.parameters(), strict=True):
+            parameter.data.copy_(tensors[name])
         return head

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,20 @@ from mtlsign.watermark.verification.features import Features
 
 #: Weights by name: raw tensors of a network, its selected kernels, or kernels in canonical form.
 Weights = Mapping[str, Tensor]
+
+
+#: Operators whose precision a caller can reduce, from general to single ones.
+_PRECISIONS: tuple[Any, ...] = (
+    torch.backends,
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn,
+    torch.backends.cudnn.conv,  # type: ignore[attr-defined]  # missing in the annotations
+    torch.backends.cudnn.rnn,
+    torch.backends.mkldnn,
+    torch.backends.mkldnn.conv,  # type: ignore[attr-defined]  # missing in the annotations
+    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]  # as above
+    torch.backends.mkldnn.rnn,  # type: ignore[attr-defined]  # as above
+)
 
 
 class CanonicalStep(Protocol):
@@ -59,13 +73,13 @@ class VerifierModel(Protocol):
         """
 
     def tap_outputs(self, canonical: Weights, inputs: Tensor) -> list[Tensor]:
-        """Return the outputs of all taps on the whole key set as one batch: float32 [N, ...] each."""
+        """Return the outputs of all taps on the whole key set as one batch: [N, ...] each."""
 
     def features(self, canonical: Weights, inputs: Tensor, *, pooled: bool = False) -> Features:
         """Return the joined tap outputs with their statistics over the key set.
 
         Args:
-            canonical: result of `canonicalize`.
+            canonical: result of `canonicalize`, in the precision of the computation.
             inputs: the key set as one batch, float32 [N, ...].
             pooled: average each tap over its spatial positions instead of flattening it.
         """
@@ -73,11 +87,18 @@ class VerifierModel(Protocol):
 
 @contextmanager
 def exact_fp32() -> Iterator[None]:
-    """Compute in fp32 without TF32 and autocast, so that machines agree on scores (docs/decisions/0001)."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    """Compute in fp32 without TF32, bfloat16 and autocast, so that machines agree (docs/decisions/0001).
+
+    The settings of the caller are restored, also those of single operators.
+    """
+    before = [operator.fp32_precision for operator in _PRECISIONS]
     try:
+        for operator in _PRECISIONS:
+            operator.fp32_precision = "ieee"
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        for operator, precision in zip(_PRECISIONS, before, strict=True):
+            operator.fp32_precision = "none"  # a single operator then has the value of the general one
+            if operator.fp32_precision != precision:
+                operator.fp32_precision = precision

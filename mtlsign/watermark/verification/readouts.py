@@ -92,11 +92,14 @@ class FeatureReadout:
         self.trained = self.head.parameters()
 
     def read(self, kernels: Weights, *, differentiable_rounds: int = 0) -> dict[str, Tensor]:
-        """Return the kernels in canonical form."""
-        return self.model.canonicalize(kernels, differentiable_rounds=differentiable_rounds)
+        """Return the kernels in canonical form; in binary64 for verification, so that machines agree."""
+        canonical = self.model.canonicalize(kernels, differentiable_rounds=differentiable_rounds)
+        if differentiable_rounds:
+            return canonical
+        return {name: kernel.double() for name, kernel in canonical.items()}
 
     def score(self, reading: Mapping[str, Tensor]) -> Tensor:
-        """Return scores float32 [n] on the key set as one batch."""
+        """Return scores [n] on the key set as one batch, in the precision of the kernels."""
         return self.head(self.model.features(reading, self.inputs, pooled=self.pooled))
 
     def with_key(self, spec: Spec, key: bytes) -> FeatureReadout:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtlsign.errors import ArtifactError, ModelError
-from mtlsign.models.taps import TappedLayer, tapped_layers, tapped_parameters
+from mtlsign.models.batch_norms import batch_norm_values
+from mtlsign.models.taps import TappedLayer, tapped_buffers, tapped_layers, tapped_parameters
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.watermark.keys.opening import keystream
 from mtlsign.watermark.verification.alignment import apply_bn_sign, column_norms
@@ -28,13 +28,36 @@ SKETCH_KEY = hashlib.sha256(b"mtlsign/v0/sketch").digest()
 
 
 @dataclass(frozen=True)
+class ValueRange:
+    """Type and limits of one kind of tensor of a reference. Within them, rounding decides no score."""
+
+    dtype: torch.dtype
+    low: float
+    high: float
+
+
+#: By the last part of the name.
+RANGES = {
+    "gamma": ValueRange(torch.float32, 0.0, 2.0**10),
+    "beta": ValueRange(torch.float32, -(2.0**10), 2.0**10),
+    "eps": ValueRange(torch.float64, 2.0**-20, 1.0),
+    "columns": ValueRange(torch.float64, 0.0, 2.0**10),
+    "basis": ValueRange(torch.float16, -2.0, 2.0),
+    "sketch": ValueRange(torch.float16, -(2.0**10), 2.0**10),
+}
+#: Tensors stored whole, as `=NAME`.
+WHOLE = ValueRange(torch.float32, -(2.0**24), 2.0**24)
+
+
+@dataclass(frozen=True)
 class Reference:
     """Canonical-form values of W0.
 
     For each tapped convolution C that a batch norm follows, there are five tensors: `C/gamma` |γ0| and
     `C/beta` float32 [O], `C/eps` float64 [1], `C/columns` float64 [groups, I/groups], `C/sketch` float16
-    [O, s]. Every other parameter of the tapped part with fewer than two dimensions (biases, layer norms) is
-    stored whole as `=NAME`.
+    [O, s]. Every other parameter of the tapped part with fewer than two dimensions (biases, layer norms),
+    and every floating-point buffer of it that a state dict has and that belongs to no batch norm, is stored
+    whole as `=NAME`.
 
     Attributes:
         raw_bytes: the exact safetensors bytes; their SHA-256 is in the spec.
@@ -54,7 +77,8 @@ class Reference:
         """Parse an opened reference of at most 64 MiB.
 
         Raises:
-            ArtifactError: the bytes are too many or damaged, or hold numbers that are not finite.
+            ArtifactError: the bytes are too many or damaged, or hold a tensor of another type than the
+                format's, or a number outside its range.
         """
         if len(data) > MAX_REFERENCE_BYTES:
             raise ArtifactError(
@@ -68,12 +92,27 @@ class Reference:
                 f"The reference cannot be read ({error}). Use the reference of the same kit.",
                 field="reference",
             ) from None
-        if not all(torch.isfinite(t).all() for t in tensors.values()):
-            raise ArtifactError(
-                "The reference holds numbers that are not finite. Use the reference of the same kit.",
-                field="reference",
-            )
+        for name, tensor in tensors.items():
+            problem = _problem(name, tensor)
+            if problem:
+                raise ArtifactError(
+                    f"A tensor of the reference {problem}. Use the reference of the same kit.",
+                    field="reference",
+                )
         return cls(data, tensors)
+
+
+def _problem(name: str, tensor: Tensor) -> str:
+    """Return how a tensor of a reference differs from the format, or an empty text."""
+    limits = WHOLE if name.startswith("=") else RANGES.get(name.rpartition("/")[2])
+    if limits is None:
+        return "has a name that the format does not have"
+    if tensor.dtype != limits.dtype:
+        return f"is {tensor.dtype}, not {limits.dtype}"
+    values = tensor.double()
+    if not bool(((values >= limits.low) & (values <= limits.high)).all()):  # false for NaN
+        return f"has a number that is not between {limits.low:g} and {limits.high:g}"
+    return ""
 
 
 def reference_tensor(reference: Reference, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -103,7 +142,7 @@ def make_reference(
         bases: response bases of the layers that a spread head marks, by module name.
 
     Raises:
-        ModelError: a tap does not exist.
+        ModelError: a tap does not exist, or the network has a value outside the format's ranges.
     """
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
     tensors: dict[str, Tensor] = {}
@@ -122,6 +161,15 @@ def make_reference(
     for name in tapped_parameters(model, taps, sample):
         if name not in handled and name in parameters and parameters[name].dim() < 2:
             tensors[f"={name}"] = parameters[name].detach().float().cpu().clone()
+    state = model.state_dict()
+    for name in tapped_buffers(model, taps, sample):
+        if name in state:
+            tensors[f"={name}"] = state[name].detach().float().cpu().clone()
+    for name, tensor in tensors.items():
+        if problem := _problem(name, tensor):
+            raise ModelError(
+                f"{name!r} {problem}. A verifier refuses such a network: change this value.", field="model"
+            )
     data = serialize_safetensors(tensors)
     return Reference(data, parse_safetensors(data))
 
@@ -129,17 +177,13 @@ def make_reference(
 def _conv_values(layer: TappedLayer, weight: Tensor, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Return the reference's tensors of one convolution and the batch norm after it."""
     assert layer.batch_norm is not None
-    bn = modules[layer.batch_norm]
-    assert isinstance(bn, _BatchNorm)
-    ones = torch.ones(weight.shape[0])
-    gamma = ones if bn.weight is None else bn.weight.detach().float().cpu()
-    beta = torch.zeros_like(ones) if bn.bias is None else bn.bias.detach().float().cpu()
+    gamma, beta, eps = batch_norm_values(modules[layer.batch_norm])
     groups = int(getattr(modules[layer.conv], "groups", 1))
     kernel = apply_bn_sign(weight.detach().cpu(), gamma)
     return {
         f"{layer.conv}/gamma": gamma.abs().clone(),
         f"{layer.conv}/beta": beta.clone(),
-        f"{layer.conv}/eps": torch.tensor([bn.eps], dtype=torch.float64),
+        f"{layer.conv}/eps": torch.tensor([eps], dtype=torch.float64),
         f"{layer.conv}/columns": column_norms(kernel, groups),
         f"{layer.conv}/sketch": random_projection(kernel),
     }

@@ -7,12 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from mtlsign.errors import ArtifactError, ModelError
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.watermark.verification.conv_model import ConvVerifierModel
 from mtlsign.watermark.verification.features import Features
 from mtlsign.watermark.verification.reference import Reference, make_reference
+from mtlsign.watermark.verification.scores import MIN_SCORE
 
 Maker = Callable[..., nn.Module]
 
@@ -165,3 +167,84 @@ def test_conv_verifier_model_with_unfitting_reference_raises(tiny_model: Maker) 
     whole = parse_safetensors(reference.raw_bytes) | {"conv1/beta": torch.ones(8, dtype=torch.int64)}
     with pytest.raises(ArtifactError, match="conv1/beta"):
         ConvVerifierModel(tiny_model(1), ["layer1"], Reference(b"", whole), IMAGES[:2])
+
+
+class InputNormalisation(nn.Module):
+    """Normalisation whose values are buffers, as in many preprocessing modules."""
+
+    def __init__(self, mean: float, std: float) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((1, 1, 1, 1), mean))
+        self.register_buffer("std", torch.full((1, 1, 1, 1), std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std  # type: ignore[no-any-return, operator]
+
+
+def network_with_buffers(seed: int) -> nn.Sequential:
+    """Return a network whose values, buffers included, depend on the seed."""
+    torch.manual_seed(seed)
+    tracked = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+    network = nn.Sequential(
+        InputNormalisation(0.1 * seed, 1.0 + seed), nn.Conv2d(1, 4, 3), tracked, nn.ReLU(),
+        nn.Conv2d(4, 4, 3), FrozenBatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1),
+    )  # fmt: skip
+    for name, buffer in network.named_buffers():
+        if buffer.is_floating_point() and buffer.numel() == 4:
+            buffer.copy_(torch.rand(4) + 0.5 - (2 * torch.arange(4) % 3 if "5.weight" in name else 0))
+    return network.eval()
+
+
+def test_features_of_network_with_buffers_do_not_depend_on_template() -> None:
+    """The mean of the inputs, a tracked instance norm and a frozen batch norm are read from the reference."""
+    base, state = network_with_buffers(1), network_with_buffers(1).state_dict()
+    reference = make_reference(base, ("6",), IMAGES[:2])
+    assert {"=0.mean", "=0.std", "=2.running_mean", "=2.running_var", "4/gamma"} <= set(reference.tensors)
+    one, two = (ConvVerifierModel(network_with_buffers(s), ("6",), reference, IMAGES[:2]) for s in (1, 2))
+    assert torch.equal(features(one, state), features(two, state))
+    assert set(one.optional_shapes) == {"5.weight"}, "the sign of a frozen γ is read as well"
+    flipped = state | {"5.weight": -state["5.weight"]}
+    assert (features(two, flipped) - features(two, state)).abs().max() > 0.1
+
+
+def test_verifier_model_of_network_with_buffers_needs_them_in_reference() -> None:
+    reference = make_reference(network_with_buffers(1), ("6",), IMAGES[:2])
+    tensors = {name: t for name, t in reference.tensors.items() if name != "=0.mean"}
+    without = Reference.from_bytes(serialize_safetensors(tensors))
+    with pytest.raises(ArtifactError, match=r"=0\.mean"):
+        ConvVerifierModel(network_with_buffers(2), ("6",), without, IMAGES[:2])
+
+
+def scores_of(verifier_model: ConvVerifierModel, tensors: dict[str, Tensor]) -> Tensor:
+    """Return 64 scores as a keyed head computes them."""
+    kernels = verifier_model.canonicalize(verifier_model.select_weights(tensors))
+    values = verifier_model.features(
+        {name: kernel.double() for name, kernel in kernels.items()}, IMAGES
+    ).standardised
+    signs = torch.randn(values.shape[1], 4, generator=torch.Generator().manual_seed(0)).sign().double()
+    return (values @ signs / values.shape[1] ** 0.5).flatten()
+
+
+@pytest.mark.parametrize("gamma, beta", [(1.0, 0.1), (1e-3, 2.0**10), (2.0**-20, 2.0**10)])
+@torch.no_grad()
+def test_scores_agree_between_threads_and_libraries_for_every_reference(
+    gamma: float, beta: float, tiny_model: Maker
+) -> None:
+    """Rounding decides no score, even for the largest ratio of β to γ that a reference may hold."""
+    base, state = tiny_model(0), tiny_model(3).state_dict()
+    for name, parameter in base.named_parameters():
+        if "bn" in name:
+            parameter.fill_(gamma if name.endswith("weight") else beta)
+    verifier_model = verifier_model_of(base, tiny_model(1))
+    expected = scores_of(verifier_model, state)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        differences = [scores_of(verifier_model, state) - expected]
+    finally:
+        torch.set_num_threads(threads)
+    with torch.backends.mkldnn.flags(enabled=False):
+        differences.append(scores_of(verifier_model, state) - expected)
+    contiguous = {name: t.clone(memory_format=torch.contiguous_format) for name, t in state.items()}
+    differences.append(scores_of(verifier_model, contiguous) - expected)
+    assert max(float(d.abs().max()) for d in differences) < MIN_SCORE / 10

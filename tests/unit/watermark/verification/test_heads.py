@@ -73,6 +73,14 @@ def test_trained_head_from_unfitting_bytes_raises() -> None:
         TrainedHead.from_bytes(b"\x80\x04.", 12, 5, pooled=False)
 
 
+def test_trained_head_of_wrong_size_is_refused_before_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The spec of a claimant may name 1,024 units over 2^28 features, and its head may have 68 bytes."""
+    monkeypatch.setattr(TrainedHead, "__init__", lambda *args, **options: pytest.fail("allocated"))
+    data = serialize_safetensors({"w1": torch.zeros(1, 1)})
+    with pytest.raises(ArtifactError, match="head: Tensor 'w1' does not fit"):
+        TrainedHead.from_bytes(data, 2**28, 1024, pooled=False)
+
+
 def test_spread_head_scores_are_signed_sums_of_groups_in_key_order() -> None:
     responses = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     order, signs = spread_order(KEY, 1000), head_signs(KEY, 1000)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mtlsign.errors import ArtifactError
+from mtlsign.errors import ArtifactError, ModelError
 from mtlsign.storage.safetensors_io import serialize_safetensors
 from mtlsign.watermark.verification.alignment import apply_bn_sign, column_norms
 from mtlsign.watermark.verification.reference import (
@@ -106,3 +106,45 @@ def test_reference_from_hostile_bytes_raises() -> None:
     for data in (b"", b"\x80\x04.", good.raw_bytes[:-1], serialize_safetensors(bad)):
         with pytest.raises(ArtifactError, match=r"reference: .*\. Use the reference of the same kit"):
             Reference.from_bytes(data)
+
+
+def changed(reference: Reference, name: str, value: object) -> bytes:
+    tensor = reference.tensors[name]
+    tensor = (
+        tensor.to(value) if isinstance(value, torch.dtype) else torch.full_like(tensor, float(str(value)))
+    )
+    return serialize_safetensors({**reference.tensors, name: tensor})
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("gamma", -1), ("gamma", 3e38), ("gamma", "nan"), ("beta", 2000), ("beta", "-inf"), ("eps", -1),
+        ("eps", 0), ("eps", 1e30), ("columns", -1), ("columns", 1e6), ("sketch", 5000),
+        ("gamma", torch.float64), ("gamma", torch.int32), ("eps", torch.float32), ("columns", torch.bool),
+        ("sketch", torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_reference_with_value_or_type_outside_the_format_is_refused(
+    part: str, value: object, tiny_model: Callable[..., nn.Module]
+) -> None:
+    reference = make_reference(tiny_model(), ["layer1"], SAMPLE)
+    assert Reference.from_bytes(reference.raw_bytes) is not None
+    with pytest.raises(ArtifactError, match=r"reference: A tensor of the reference (is|has)"):
+        Reference.from_bytes(changed(reference, f"conv1/{part}", value))
+
+
+def test_reference_with_unknown_name_is_refused(tiny_model: Callable[..., nn.Module]) -> None:
+    reference = make_reference(tiny_model(), ["layer1"], SAMPLE)
+    data = serialize_safetensors({**reference.tensors, "conv1/code": torch.ones(1)})
+    with pytest.raises(ArtifactError, match="has a name that the format does not have"):
+        Reference.from_bytes(data)
+
+
+def test_make_reference_of_network_with_value_outside_the_format_raises(
+    tiny_model: Callable[..., nn.Module],
+) -> None:
+    model = tiny_model()
+    model.bn1.eps = 1e-8  # type: ignore[union-attr]
+    with pytest.raises(ModelError, match="model: 'conv1/eps' has a number that is not between"):
+        make_reference(model, ["layer1"], SAMPLE)

@@ -1,0 +1,116 @@
+"""Cost of one claim, measured before anything of its size is built, and its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mtlsign.errors import ArtifactError, MTLSignError
+from mtlsign.models import architectures
+from mtlsign.models.factories import Factory
+from mtlsign.models.taps import forward_to_taps
+from mtlsign.watermark.keys.spec import ReadoutSpec, Spec
+from mtlsign.watermark.verification.response_bases import MAX_DIRECTIONS
+
+MAX_IMAGE_ELEMENTS = 2**26
+"""Elements of the images of one key set: 256 MiB of float32."""
+_RUN_LOCALLY = "Verify the claim on your own machine (jobs/verify.py)."
+
+
+@dataclass(frozen=True)
+class ComputeLimits:
+    """Limits of one claim. The defaults are those of a council, and the same for all members.
+
+    Attributes:
+        gflop: operations in units of 10^9; they bound time.
+        elements: elements of one tensor, such as a feature map of the whole key set; they bound memory.
+    """
+
+    gflop: float = 3_000
+    elements: int = 2**28
+
+
+def check_claim_budget(
+    spec: Spec,
+    factories: Mapping[str, Factory] | None = None,
+    *,
+    limits: ComputeLimits | None = None,
+) -> float:
+    """Check the cost of a claim by running its architecture on the meta device, which computes nothing.
+
+    Args:
+        spec: the claim's spec.
+        factories: trusted factories by name.
+        limits: limits of the claim.
+
+    Returns:
+        Operations of one claim in units of 10^9.
+
+    Raises:
+        ArtifactError: the claim costs too much, or its network cannot be built or run.
+    """
+    limits, carrier = limits or ComputeLimits(), spec.carrier
+    samples = max((r.n for r in spec.readouts if r.head.kind != "spread"), default=0)
+    if samples * carrier.channels * carrier.height * carrier.width > MAX_IMAGE_ELEMENTS:
+        raise ArtifactError(
+            f"The images of the key have over {MAX_IMAGE_ELEMENTS:,} elements. {_RUN_LOCALLY}", field="spec"
+        )
+    try:
+        measured = [_measure(spec, readout, factories) for readout in spec.readouts]
+    except MTLSignError as error:
+        raise ArtifactError(error.detail, field=error.field or "spec") from None
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        raise ArtifactError(
+            f"The network cannot process the images of the key ({type(error).__name__}). Check the spec.",
+            field="spec",
+        ) from None
+    gflop, largest = sum(m[0] for m in measured), max(m[1] for m in measured)
+    if largest > limits.elements or gflop > limits.gflop:
+        raise ArtifactError(
+            f"The claim takes {gflop:,.0f} GFLOP and a tensor of {largest:,} elements; "
+            f"{limits.gflop:,.0f} and {limits.elements:,} are allowed. {_RUN_LOCALLY}",
+            field="spec",
+        )
+    return gflop
+
+
+def _measure(spec: Spec, readout: ReadoutSpec, factories: Mapping[str, Factory] | None) -> tuple[float, int]:
+    """Return the operations (10^9) of one read-out and the elements of its largest tensor.
+
+    A spread read-out passes two samples to find the layers, and multiplies each kernel with a basis of at
+    most `MAX_DIRECTIONS` columns. A free head multiplies the joined features with its first layer.
+    """
+    spread = readout.head.kind == "spread"
+    largest = 0
+
+    def record_size(module: Any, args: Any, output: Any) -> None:
+        nonlocal largest
+        if isinstance(output, torch.Tensor):
+            largest = max(largest, output.numel())
+
+    carrier = spec.carrier
+    samples = 2 if spread else readout.n
+    with torch.device("meta"):
+        network = architectures.build(spec.graph, factories=factories).train()
+        images = torch.empty(samples, carrier.channels, carrier.height, carrier.width)
+    parameters = sum(p.numel() for p in network.parameters())
+    if parameters > architectures.MAX_PARAMETERS:
+        raise ArtifactError(
+            f"The network has over {architectures.MAX_PARAMETERS:,} parameters. {_RUN_LOCALLY}", field="spec"
+        )
+    handles = [module.register_forward_hook(record_size) for module in network.modules()]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        outputs = forward_to_taps(network, images, readout.taps)
+    for handle in handles:
+        handle.remove()
+    flops = counter.get_total_flops()
+    if spread:
+        return (float(flops) + 2 * MAX_DIRECTIONS * parameters) / 1e9, largest
+    joined = sum(output.numel() for output in outputs)
+    hidden = readout.head.hidden or 1
+    largest = max(largest, joined, joined // samples * hidden)
+    return (float(flops) + 2 * joined * hidden) / 1e9, largest
