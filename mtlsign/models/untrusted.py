@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mtlsign.errors import ModelError
 from mtlsign.models.checkpoints import FLOATS
-from mtlsign.models.tensor_names import NameMapping, suspect_mappings
+from mtlsign.models.derived_weights import DerivedWeights
+from mtlsign.models.tensor_names import MAX_MAPPINGS, NameMapping, suspect_mappings
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def select_tensors_untrusted(
 
     At least one result is yielded, and at most `MAX_MAPPINGS` of `models/tensor_names.py`. Each is made when
     it is requested, so that the caller can release one before the next. Half, bfloat16 and double become
-    float32. NaN, infinity, other types, wrong shapes and missing names are a `problem`. An optional tensor
+    float32; quantised and reparametrised kernels are computed (`DerivedWeights`). NaN, infinity, other types, wrong shapes and missing names are a `problem`. An optional tensor
     that is damaged counts as absent. Nothing is raised because of the file.
 
     Args:
@@ -53,20 +54,40 @@ def select_tensors_untrusted(
         tolerated: names of tensors that may be missing or damaged as long as one required tensor remains.
     """
     try:
-        mappings = suspect_mappings(
-            {**(optional or {}), **shapes},
-            tensors,
-            optional=set(optional or {}) - set(shapes),
-            tolerated=tolerated,
-        )
+        readings = _readings(shapes, tensors, optional or {}, tolerated)
     except ModelError as error:
         yield MappedTensors({}, str(error))
         return
     except Exception as error:  # a hostile object can raise anything
         yield MappedTensors({}, f"the tensors cannot be read ({type(error).__name__})")
         return
-    for mapping in mappings:
-        yield _selected(mapping, shapes, tensors, optional or {}, tolerated)
+    for view, mapping in readings:
+        yield _selected(mapping, shapes, view, optional or {}, tolerated)
+
+
+def _readings(
+    shapes: Mapping[str, Sequence[int]],
+    tensors: Mapping[str, Tensor],
+    optional: Mapping[str, Sequence[int]],
+    tolerated: Collection[str],
+) -> list[tuple[DerivedWeights, NameMapping]]:
+    """Return the distinct pairs of a view on the file's stored forms and a mapping of the names.
+
+    Raises:
+        ModelError: there is none, or there are more than `MAX_MAPPINGS`.
+    """
+    names, omissible = {**optional, **shapes}, set(optional) - set(shapes)
+    distinct: dict[tuple[tuple[str, int], ...], tuple[DerivedWeights, NameMapping]] = {}
+    for view in DerivedWeights(tensors).alternatives():
+        for mapping in suspect_mappings(names, view, optional=omissible, tolerated=tolerated):
+            sources = tuple(sorted((source, view.form_of(source)) for source in mapping.values()))
+            distinct.setdefault(sources, (view, mapping))
+    if len(distinct) > MAX_MAPPINGS:
+        raise ModelError(
+            f"The weights exist in over {MAX_MAPPINGS} places of the file. Keep one of them.",
+            field="checkpoint",
+        )
+    return list(distinct.values())
 
 
 def _selected(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mtlsign.errors import ModelError
 from mtlsign.models.architectures import architecture_for, build
-from mtlsign.models.taps import forward_to_taps, tapped_layers, tapped_parameters
+from mtlsign.models.taps import forward_to_taps, tapped_buffers, tapped_layers, tapped_parameters
 
 
 def narrow(arch: str = "resnet18", stem: str = "cifar", width: int = 8) -> Any:
@@ -154,3 +154,27 @@ def test_tapped_layers_work_in_inference_mode() -> None:
     with torch.inference_mode():
         layers = tapped_layers(narrow(), ["layer1"], torch.rand(1, 1, 32, 32))
     assert all(layer.batch_norm for layer in layers)
+
+
+class BufferedNetwork(nn.Module):
+    """A network whose forward pass reads buffers of several kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.rand(1))
+        self.register_buffer("deviation", torch.rand(1) + 1, persistent=False)
+        self.register_buffer("index", torch.tensor([1, 0]))
+        self.register_buffer("unused", torch.rand(1))
+        self.conv, self.norm = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)
+        self.tracked = nn.InstanceNorm2d(2, affine=True, track_running_stats=True)
+        self.end = nn.Identity()
+        self.register_buffer("late", torch.rand(1))
+
+    def forward(self, x: Any) -> Any:
+        x = self.norm(self.conv((x - self.mean) / self.deviation))[:, self.index]
+        return self.end(self.tracked(x)) + self.late
+
+
+def test_tapped_buffers_are_those_read_before_tap_without_batch_norms() -> None:
+    names = tapped_buffers(BufferedNetwork(), ["end"], torch.rand(1, 1, 9, 9))
+    assert sorted(names) == ["deviation", "mean", "tracked.running_mean", "tracked.running_var"]

@@ -32,7 +32,7 @@ def test_select_tensors_untrusted_reads_requested_tensors() -> None:
     [
         (torch.full((2, 2), math.nan), "NaN"),
         (torch.full((2, 2), 1e300, dtype=torch.float64), "infinity"),
-        (torch.ones(2, 2, dtype=torch.int8), "int8"),
+        (torch.ones(2, 2, dtype=torch.int32), "int32"),
         (torch.ones(2, 2, dtype=torch.complex64), "complex64"),
         (torch.ones(3, 2), "should be"),
         (torch.ones(1).expand(10**12), "should be"),
@@ -70,7 +70,7 @@ def test_select_tensors_untrusted_yields_decoys_and_real_tensors() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [torch.tensor([math.nan, 1]), torch.ones(3), torch.ones(2, dtype=torch.int8), None], ids=str
+    "value", [torch.tensor([math.nan, 1]), torch.ones(3), torch.ones(2, dtype=torch.int32), None], ids=str
 )
 def test_select_tensors_untrusted_reads_damaged_optional_tensor_as_absent(value: Any) -> None:
     tensors = {"a.weight": torch.ones(2, 2), "n.weight": value}
@@ -91,7 +91,7 @@ def test_select_tensors_untrusted_ignores_tensors_that_are_not_needed() -> None:
 
 def test_select_tensors_untrusted_never_quotes_a_name_of_the_file() -> None:
     prefix = "<!-- evil -->."
-    for value in (torch.full((2, 2), math.nan), torch.ones(3), torch.ones(2, 2, dtype=torch.int8)):
+    for value in (torch.full((2, 2), math.nan), torch.ones(3), torch.ones(2, 2, dtype=torch.int32)):
         problem = select_single({"a.weight": (2, 2)}, {f"{prefix}a.weight": value}).problem
         assert problem is not None and "evil" not in problem and problem.startswith("'a.weight' ")
 
@@ -104,7 +104,7 @@ SHAPES = {"a.weight": (2, 2), "b.weight": (3,)}
     [
         torch.full((2, 2), math.nan),
         torch.full((2, 2), 1e300, dtype=torch.float64),
-        torch.ones(2, 2, dtype=torch.int8),
+        torch.ones(2, 2, dtype=torch.int32),
         torch.ones(3, 2),
         torch.ones(2, 2, device="meta"),
         "text",

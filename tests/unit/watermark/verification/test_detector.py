@@ -86,7 +86,7 @@ def test_verify_of_unmappable_tensors_is_not_verifiable(
         "nan": kernel.index_fill(0, torch.tensor([0]), float("nan")),
         "inf": kernel.index_fill(0, torch.tensor([0]), float("inf")),
         "shape": kernel[:, :4],
-        "int": kernel.to(torch.int8),
+        "int": kernel.to(torch.int32),
         "overflow": kernel.double() * 1e300,
     }.get(damage)
     state = {} if damage == "empty" else {n: t for n, t in state.items() if n != name}
@@ -284,7 +284,7 @@ def damaged(kernel: Tensor, damage: str) -> Tensor | None:
         "missing": None,
         "nan": kernel.flatten().index_fill(0, torch.tensor([0]), float("nan")).reshape(kernel.shape),
         "shape": kernel[:-1],
-        "int": kernel.to(torch.int8),
+        "int": kernel.to(torch.int32),
         "overflow": kernel.double() * 1e300,
     }[damage]
 
