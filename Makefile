@@ -10,17 +10,17 @@ install: ## create the environment and install the git hooks
 	@if command -v pre-commit >/dev/null; then pre-commit install; else echo "pre-commit is absent: no git hooks"; fi
 
 test: ## run the tests, except those marked slow
-	uv run pytest
+	uv run --dev pytest
 
 lint: ## check style, types and import layers
-	uv run ruff check .
-	uv run ruff format --check .
-	uv run mypy
-	uv run lint-imports
+	uv run --dev ruff check .
+	uv run --dev ruff format --check .
+	uv run --dev mypy
+	uv run --dev lint-imports
 
 format: ## fix style
-	uv run ruff check --fix .
-	uv run ruff format .
+	uv run --dev ruff check --fix .
+	uv run --dev ruff format .
 
 results: ## write the pages and tables from docs/results
 	uv run docs/generate_results.py

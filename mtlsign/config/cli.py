@@ -1,7 +1,8 @@
 """Command-line helpers: settings of a job from its flags, the outcome of a job as an exit code.
 
 Exit codes: 0, the job ran (its verdict is in the output); 2, invalid input or unreachable service, with one line on
-stderr; 1, a defect of the program, with its traceback; 130, interrupted.
+stderr; 3, the job ran, but its own result does not reach the policy, with one line on stderr; 1, a defect of the
+program, with its traceback; 130, interrupted.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from mtlsign.config.base import Settings
 from mtlsign.config.sources import command_line
-from mtlsign.errors import MTLSignError
+from mtlsign.errors import MTLSignError, RejectedResultError
 from mtlsign.reports import console
 
 S = TypeVar("S", bound=Settings)
+#: Packages that `pip install mtlsign` leaves out; the extra `all` has them.
+OPTIONAL_PACKAGES = {
+    "boto3", "botocore", "fastapi", "matplotlib", "pyarrow", "ray", "sklearn", "starlette", "uvicorn",
+}  # fmt: skip
 
 
 def parse(kind: type[S], argv: Sequence[str], *, description: str = "", program: str | None = None) -> S:
@@ -41,10 +46,17 @@ def parse(kind: type[S], argv: Sequence[str], *, description: str = "", program:
 
 @dataclass(frozen=True)
 class Output:
-    """Result of a job: a JSON document for `--json`, lines for a person otherwise."""
+    """Result of a job: a JSON document for `--json`, lines for a person otherwise.
+
+    Attributes:
+        document: JSON values.
+        text: lines for a person.
+        problem: sentence that states how the result misses the policy, with the fix; None if it does not.
+    """
 
     document: Any
     text: str = ""
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class Job(Generic[S]):
         """Run the job with these arguments.
 
         Raises:
-            MTLSignError: the input is invalid or a service cannot be reached.
+            MTLSignError: the input is invalid, a service cannot be reached, or the result misses the policy.
         """
         for name, variant in self.variants.items():
             if any(word.split("=")[0] == f"--{name}" for word in argv):
@@ -78,6 +90,8 @@ class Job(Generic[S]):
             console.print_json(output.document)
         elif output.text:
             print(output.text)
+        if output.problem is not None:
+            raise RejectedResultError(output.problem)
 
     def run(self, argv: Sequence[str] | None = None) -> NoReturn:
         """Run the job as the program of this process. Own tasks and models are imported from its folder."""
@@ -126,7 +140,13 @@ def run(
         main(sys.argv[1:] if argv is None else argv)
     except MTLSignError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in OPTIONAL_PACKAGES:
+            raise
+        print(f"error: {package} is not installed. Run pip install 'mtlsign[all]'.", file=sys.stderr)
+        sys.exit(MTLSignError.exit_code)
     except KeyboardInterrupt:
         hint = "; continue with --resume NAME" if resumes else ""
         print(f"interrupted{hint}", file=sys.stderr, flush=True)

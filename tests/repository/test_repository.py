@@ -41,8 +41,8 @@ def text(name: str) -> str:
 
 def test_readme_begins_with_its_two_commands() -> None:
     first, second = FENCE.findall(text("README.md"))[:2]
-    assert first == "python -m pip install uv && uv run --no-dev jobs/embed.py\n"
-    assert second == "python -m pip install uv && uv run pytest\n"
+    assert first == "python -m pip install uv && uv run jobs/embed.py\n"
+    assert second == "python -m pip install uv && uv run --dev pytest\n"
 
 
 def test_ci_runs_the_readme_verbatim() -> None:

@@ -142,6 +142,32 @@ def test_run_outcome_becomes_the_exit_code(capsys: pytest.CaptureFixture[str]) -
     assert code == 130 and message.count("\n") == 1 and "--resume" in message
 
 
+def test_run_without_optional_package_names_the_extra(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(argv: Sequence[str]) -> None:
+        raise ModuleNotFoundError("No module named 'ray.train'", name="ray.train")
+
+    with pytest.raises(SystemExit) as caught:
+        cli.run(main, [])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: ray is not installed. Run pip install 'mtlsign[all]'.\n"
+
+
+def test_run_without_other_package_keeps_its_traceback() -> None:
+    def main(argv: Sequence[str]) -> None:
+        raise ModuleNotFoundError("No module named 'mypackage'", name="mypackage")
+
+    with pytest.raises(ModuleNotFoundError):
+        cli.run(main, [])
+
+
+def test_verification_imports_no_optional_package() -> None:
+    modules = "watermark.kit, mtlsign.claims.commands.offline, mtlsign.commands.verify"
+    script = f"import sys, mtlsign.{modules}; print(sorted(name.partition('.')[0] for name in sys.modules))"
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "'torch'" in output.stdout
+    assert [name for name in cli.OPTIONAL_PACKAGES if f"'{name}'" in output.stdout] == []
+
+
 def test_run_defect_keeps_its_traceback() -> None:
     def main(argv: Sequence[str]) -> None:
         raise ZeroDivisionError("bug")
