@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtlsign.errors import ModelError
 from mtlsign.models import checkpoints
@@ -121,8 +122,8 @@ def test_load_checkpoint_of_unusable_file_raises_and_leaves_model_unchanged(
     for name in ("noise.pt", "noise.safetensors"):
         (tmp_path / name).write_bytes(b"\x80\x02noise" * 100)
         refused(name, tmp_path / name)
-    (tmp_path / "w.ckpt").write_bytes(b"")
-    refused("unknown ending", tmp_path / "w.ckpt")
+    (tmp_path / "w.weights").write_bytes(b"")
+    refused("unknown ending", tmp_path / "w.weights")
     refused("should be", saved({"conv1.weight": torch.ones(4, 3, 3, 3)}))
     refused("NaN or infinity", saved({"bn1.bias": torch.full((4,), math.nan)}))
     refused("Save it as float32", saved({"bn1.bias": torch.ones(4, dtype=torch.int8)}))
@@ -153,3 +154,81 @@ def test_load_checkpoint_with_other_classes_keeps_head_if_allowed(tmp_path: Path
     load_checkpoint(path, network(classes=10), classes_may_differ=True)
     with pytest.raises(ModelError):
         load_checkpoint(path, network(classes=7))
+
+
+def test_load_checkpoint_states_which_weights_it_took(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    averaged = {f"module.{name}": value + 1 for name, value in state.items()}
+    path, lines = tmp_path / "w.pth", list[str]()
+    torch.save({"model": state, "model_ema": {"n_averaged": torch.tensor(1), **averaged}}, path)
+    model = network()
+    load_checkpoint(path, model, log=lines.append)
+    assert is_equal(model, state)
+    assert lines == [
+        "The weights are those of 'model'. The file also has model_ema. Choose with --weights-key."
+    ]
+    load_checkpoint(path, model, key="model_ema")
+    assert torch.equal(model.conv1.weight, state["conv1.weight"] + 1)
+    with pytest.raises(ModelError, match=r"^weights-key: .* Use one of model, model_ema"):
+        load_checkpoint(path, model, key="ema_model")
+
+
+def test_load_checkpoint_accepts_averaged_weights_alone(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    torch.save({"state_dict_ema": state}, tmp_path / "w.ckpt")
+    model, lines = network(), list[str]()
+    load_checkpoint(tmp_path / "w.ckpt", model, log=lines.append)
+    assert is_equal(model, state) and lines == ["The weights are those of 'state_dict_ema'."]
+
+
+def test_load_checkpoint_with_prefix_as_key_chooses_among_copies(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    copies = {
+        f"{prefix}.{n}": t + add for prefix, add in (("model", 0), ("ema", 1)) for n, t in state.items()
+    }
+    save_file(copies, tmp_path / "w.safetensors")
+    model = network()
+    with pytest.raises(ModelError, match="several prefixes"):
+        load_checkpoint(tmp_path / "w.safetensors", model)
+    load_checkpoint(tmp_path / "w.safetensors", model, key="ema")
+    assert torch.equal(model.conv1.weight, state["conv1.weight"] + 1)
+
+
+class TiedNetwork(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 3, bias=False), nn.Conv2d(3, 3, 3, bias=False)
+        self.b.weight = self.a.weight
+
+
+@pytest.mark.parametrize("name", ["a.weight", "b.weight"])
+def test_load_checkpoint_accepts_tied_weights_saved_once(tmp_path: Path, name: str) -> None:
+    weight = torch.ones(3, 3, 3, 3)
+    save_file({name: weight}, tmp_path / "w.safetensors")
+    model = TiedNetwork()
+    load_checkpoint(tmp_path / "w.safetensors", model)
+    assert torch.equal(model.a.weight, weight) and model.b.weight is model.a.weight
+    save_file({"c.weight": weight}, tmp_path / "w.safetensors")
+    with pytest.raises(ModelError, match=r"tied weights a\.weight, b\.weight are missing"):
+        load_checkpoint(tmp_path / "w.safetensors", model)
+
+
+def test_load_checkpoint_reads_folders_of_pickled_and_sharded_files(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    names = sorted(state)
+    parts = {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}
+    for file, members in parts.items():
+        torch.save({name: state[name] for name in members}, tmp_path / file)
+    index = {"weight_map": {name: file for file, members in parts.items() for name in members}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    model = network()
+    load_checkpoint(tmp_path, model)
+    assert is_equal(model, state)
+
+
+def test_load_checkpoint_of_another_format_names_conversion(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"")
+    with pytest.raises(ModelError, match="is an ONNX model, not safetensors"):
+        load_checkpoint(tmp_path / "m.onnx", network())

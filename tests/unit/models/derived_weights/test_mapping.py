@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mtlsign.errors import ModelError
-from mtlsign.models.derived_weights import MAX_VIEWS, DerivedWeights
+from mtlsign.models.derived_weights import DerivedWeights
 from mtlsign.models.derived_weights.forms import FORMS
 from tests.unit.models.derived_weights.files import codes, nf4_file, numbers, packed_file
 
@@ -68,6 +68,8 @@ def test_decoy_under_the_plain_name_gives_two_views() -> None:
     stored, derived = DerivedWeights(file).alternatives()
     assert torch.equal(stored["l.weight"], decoy) and torch.equal(derived["m.weight"], decoy)
     torch.testing.assert_close(derived["l.weight"], g * v / v.norm(dim=1, keepdim=True))
+    assert stored.form_of("l.weight") != derived.form_of("l.weight")
+    assert stored.form_of("m.weight") == derived.form_of("m.weight") == stored.form_of("absent")
 
 
 def test_layers_of_different_forms_with_decoys_are_derived_in_one_view() -> None:
@@ -93,11 +95,16 @@ def test_two_forms_of_one_layer_give_a_view_each() -> None:
     assert [round(float((view["l.weight"] / kernel).nanmedian()), 3) for view in views] == [2.0, 1.0]
 
 
-def test_more_forms_than_views_raise_model_error() -> None:
-    names = ["l.weight", "l.weight_scale", "l.weight_scale_inv", "l.SCB"]
-    assert len(DerivedWeights(UnreadableFile(*names)).alternatives()) == MAX_VIEWS
-    with pytest.raises(ModelError):
-        DerivedWeights(UnreadableFile(*names, "l.weight_g", "l.weight_v")).alternatives()
+def test_all_forms_of_one_layer_give_a_view_each() -> None:
+    views = DerivedWeights(UnreadableFile(*(f"l.{suffix}" for suffix in SUFFIXES))).alternatives()
+    assert sorted(view.form_of("l.weight") for view in views) == list(range(-1, len(FORMS)))
+
+
+def test_decoys_of_other_layers_do_not_refuse_a_file() -> None:
+    decoys = {f"decoy.{suffix}": numbers(2) for suffix in SUFFIXES}
+    views = DerivedWeights({**decoys, "l.weight": numbers(4, 5)}).alternatives()
+    assert {view.form_of("l.weight") for view in views} == {-1}
+    assert all(torch.equal(view["l.weight"], numbers(4, 5)) for view in views)
 
 
 def test_order_of_the_file_has_no_influence() -> None:
@@ -150,10 +157,7 @@ NAMES = (
 @given(st.dictionaries(NAMES, stored_tensors(), max_size=14))
 def test_arbitrary_files_raise_nothing_but_model_error(file: dict[str, Tensor]) -> None:
     view = DerivedWeights(file)
-    try:
-        views = view.alternatives()
-    except ModelError:
-        views = [view]
+    views = view.alternatives()
     for name, other in itertools.product(view, views):
         try:
             value = other[name]
