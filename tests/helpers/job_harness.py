@@ -29,9 +29,9 @@ T = TypeVar("T")
 
 #: Flags of a small run that uses several kinds of perturbation.
 SMALL = shlex.split(
-    "--task digits --width 16 --key-size 256 --phase1.epochs 6 --phase1.batch 64 --phase2.batch 64 "
+    "--task digits --width 8 --key-size 256 --phase1.epochs 4 --phase1.batch 64 --phase2.batch 64 "
     "--phase2.steps 150 --phase2.lr 0.002 --phase2.margin 2 --lambda2 0.5 "
-    "--perturbation.kinds noise,pruned,fine_tuned --perturbation.inner-steps 4 "
+    "--perturbation.kinds noise,pruned,fine_tuned --perturbation.inner-steps 2 "
     "--perturbation.noise-sigma 0.1 --seed 0 --cpus-per-worker 1 --insecure-test-key"
 )
 
@@ -170,6 +170,7 @@ class JobLauncher:
             folder / "pass",
             b"a phrase to look for",
         )
+        self.passphrase_file.touch(mode=0o600)
         self.passphrase_file.write_bytes(self.passphrase + b"\n")
         self.identity = Identity.generate()
         self.identity.save(self.owner, self.passphrase)
