@@ -150,6 +150,9 @@ def run_demo(jobs: Jobs, folder: Path) -> bool:
     suspect.write_bytes(
         serialize_safetensors(parse_safetensors((attacker.model / "model.safetensors").read_bytes()))
     )
+    owner_files = ("--owner", owner.identity, "--kit", owner.kit)
+    jobs.run("claim", *owner_files, "--model", suspect, "--confirmation-timeout", "0")  # registers the model
+    jobs.run_council(members)
     claims = [
         jobs.run("claim", "--owner", files.identity, "--kit", files.kit, "--model", suspect)
         for files in (owner, attacker)

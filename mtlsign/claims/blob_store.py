@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 
-from mtlsign.errors import ArtifactError, StorageError
+from mtlsign.errors import ArtifactError, StorageError, TooLargeError
 from mtlsign.storage.base import Storage
 from mtlsign.storage.locations import open_file, open_storage
 from mtlsign.storage.manifest import GIB, read_manifest_folder
@@ -66,14 +67,35 @@ class BlobStore:
     def get(self, digest: bytes, limit: int) -> bytes:
         """Return the bytes with this SHA-256, at most `limit` bytes.
 
+        A storage that fails, or whose object is too large or altered, does not hide another one.
+
         Raises:
-            ArtifactError: no storage has them, or they are over the limit.
+            ArtifactError: no storage has them within the limit.
+            StorageError: no storage has them, and at least one could not be asked.
         """
+        problem: StorageError | None = None
+        is_too_large = False
         for storage in self.storages:
-            if storage.exists(_name(digest)):
+            try:
+                if not storage.exists(_name(digest)):
+                    continue
                 data = storage.read(_name(digest), limit)
+            except TooLargeError:
+                is_too_large = True
+            except ArtifactError:
+                continue
+            except StorageError as error:
+                problem = error
+            else:
                 if hashlib.sha256(data).digest() == digest:
                     return data
+        if problem is not None:
+            raise problem
+        if is_too_large:
+            raise TooLargeError(
+                f"{digest.hex()} has more than the {limit} bytes allowed. Claim a smaller model.",
+                field="archive",
+            )
         raise ArtifactError(
             f"{digest.hex()} is in none of the archives. Ask the claimant for it, or add an --archive.",
             field="archive",
@@ -81,7 +103,11 @@ class BlobStore:
 
     def has(self, digest: bytes) -> bool:
         """Return whether a storage has an object with this name; its content is not checked."""
-        return any(storage.exists(_name(digest)) for storage in self.storages)
+        for storage in self.storages:
+            with suppress(StorageError):
+                if storage.exists(_name(digest)):
+                    return True
+        return False
 
 
 def _name(digest: bytes) -> str:

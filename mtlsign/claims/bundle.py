@@ -20,19 +20,19 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mtlsign.claims import merkle
 from mtlsign.claims.blob_store import MAX_MODEL, BlobStore
 from mtlsign.claims.bundle_file import FORMAT, BundleFile, damaged_error, open_bundle
 from mtlsign.claims.judging.admissibility import find_claim
+from mtlsign.claims.judging.council import CountedVote, tally_votes
 from mtlsign.claims.judging.judge import ClaimVerifier
 from mtlsign.claims.judging.lineage import DisputeResult, resolve_dispute
 from mtlsign.claims.ledger import checkpoints
 from mtlsign.claims.ledger.base import Ledger
 from mtlsign.claims.ledger.checkpoints import Checkpoint, Cosignature
 from mtlsign.claims.ledger.view import Entry, LedgerView
-from mtlsign.claims.statements.types import Claim, Exhibit, Membership, Vote
+from mtlsign.claims.statements.types import Claim, Exhibit, Membership, Register, Statement, Vote
 from mtlsign.errors import ClaimError, KeyMaterialError, LedgerError
 from mtlsign.storage.local import open_atomic
 
@@ -51,6 +51,7 @@ class CheckedBundle:
         checkpoint: the checkpoint on which the result rests.
         pinned: the caller supplied that checkpoint; otherwise the bundle did.
         dispute: the verifier's findings and the claim's standing.
+        votes: all votes on the claim.
     """
 
     view: LedgerView
@@ -59,6 +60,7 @@ class CheckedBundle:
     checkpoint: Checkpoint
     pinned: bool
     dispute: DisputeResult
+    votes: tuple[CountedVote, ...]
 
 
 def write_bundle(
@@ -108,10 +110,15 @@ def _relevant_entries(view: LedgerView, entry: Entry, claim: Claim) -> Iterator[
             yield other.index
         elif isinstance(statement, Exhibit) and statement.claim == entry.ref:
             yield from (other.index, statement.stamp.index)
-        elif isinstance(statement, Claim) and (
-            statement.publish == claim.publish or statement.opening == claim.opening
-        ):
+        elif other.opening == claim.opening or _concerns(statement, claim):
             yield other.index
+
+
+def _concerns(statement: Statement | None, claim: Claim) -> bool:
+    """Return whether a statement claims by the same publication, or registers the same model."""
+    if isinstance(statement, Register):
+        return claim.suspect in [digest for _, digest in statement.models]
+    return isinstance(statement, Claim) and statement.publish == claim.publish
 
 
 def _checkpoint_members(
@@ -184,7 +191,8 @@ def check_bundle(
         path: the untrusted bundle.
         judge: verifies keys on models.
         pinned: checkpoint (signed note) that the verifier has from another source and trusts. Without it the
-            bundle only confirms itself, and `CheckedBundle.pinned` is False.
+            bundle only confirms itself: `CheckedBundle.pinned` is False, and the claim is at most
+            `self_attested`.
         bits: minimum evidence that the verifier accepts, whatever the bundle's council requires.
 
     Raises:
@@ -214,8 +222,11 @@ def check_bundle(
             raise ClaimError(
                 "The pinned checkpoint does not contain the claim. Pass a newer checkpoint.", field="head"
             )
-        dispute = resolve_dispute(view, [str(entry.index)], bundle, judge, bits=bits)
-        return CheckedBundle(view, entry, claim, trusted, pinned is not None, dispute)
+        dispute = resolve_dispute(
+            view, [str(entry.index)], bundle, judge, bits=bits, pinned=pinned is not None
+        )
+        votes = tally_votes(view, entry, claim).votes
+        return CheckedBundle(view, entry, claim, trusted, pinned is not None, dispute, votes)
 
 
 def _earlier_checkpoint(bundle: BundleFile, size: int, newest: Checkpoint) -> SignedNote:
@@ -268,21 +279,3 @@ def _pinned(note: bytes, newest: Checkpoint, roots: dict[int, bytes]) -> SignedN
             field="head",
         )
     return checkpoint, lines
-
-
-def to_json(checked: CheckedBundle) -> dict[str, Any]:
-    """Return standing, sentence, numbers and checkpoint of a checked bundle as JSON values."""
-    standing = checked.dispute.standings[0]
-    checkpoint = checked.checkpoint
-    return {
-        "claim": checked.entry.leaf.hex(),
-        "standing": standing.standing,
-        "reason": standing.reason,
-        "sentence": standing.sentence,
-        "numbers": standing.numbers,
-        "ledger": checked.view.origin.hex(),
-        "head": {"size": checkpoint.size, "root": checkpoint.root.hex(), "pinned": checked.pinned},
-        "suspect": checked.claim.suspect.hex(),
-        "remarks": list(checked.view.warnings),
-        "caveat": "A bundle cannot show that the ledger lacks further entries. Check the ledger for that.",
-    }

@@ -7,7 +7,7 @@ A store of the complete subtrees (at most 2n hashes) can compute any proof from 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 #: Reads the hash of the complete subtree (level, index). Level 0 holds the leaf hashes.
 NodeReader = Callable[[int, int], bytes]
@@ -54,6 +54,17 @@ class CompactRange:
     def root(self) -> bytes:
         """Return the root of the current tree, 32 bytes."""
         return _fold(self.hashes) if self.hashes else EMPTY_ROOT
+
+
+def compact_range(nodes: Mapping[tuple[int, int], bytes], size: int) -> CompactRange:
+    """Return the state of the tree of the first `size` leaves.
+
+    Args:
+        nodes: hashes of complete subtrees by (level, index).
+        size: number of leaves.
+    """
+    levels = [level for level in range(size.bit_length() - 1, -1, -1) if size >> level & 1]
+    return CompactRange(size, [nodes[level, (size >> level) - 1] for level in levels])
 
 
 def _fold(roots: Sequence[bytes]) -> bytes:

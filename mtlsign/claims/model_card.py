@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 BEGIN, END = "<!-- mtlsign {}: begin -->", "<!-- mtlsign {}: end -->"
+_MARKUP = frozenset("<>&`*_[]|\\~#!")
 PROVENANCE, CLAIM = "provenance", "claim"
 
 
@@ -30,12 +32,13 @@ def provenance_block(result: Mapping[str, Any]) -> str:
 
 
 def claim_block(result: Mapping[str, Any]) -> str:
-    """Return the Markdown block for the result of an offline check (`bundle.to_json`)."""
-    votes = ", ".join(f"{count} {status}" for status, count in result["numbers"]["votes"].items())
+    """Return the Markdown block for the result of an offline check (`bundle_result.to_json`)."""
+    counted = Counter(vote["status"] for vote in result["votes"] if vote["counts"])
+    votes = ", ".join(f"{count} {status}" for status, count in counted.items())
     lines = [
         "## Ownership claim",
         "",
-        f"**{result['standing']}** — {result['sentence']}",
+        f"**{result['standing']}** — {escape(result['sentence'])}",
         "",
         "| | |",
         "|---|---|",
@@ -44,9 +47,17 @@ def claim_block(result: Mapping[str, Any]) -> str:
         f"| ledger | `{result['ledger']}`, checkpoint of {result['head']['size']} entries |",
         f"| votes | {votes or 'none yet'} |",
         "",
+        escape(result["caveat"]),
+        "",
         "Check it: `python jobs/verify.py --bundle claim.zip --head head.txt`",
     ]
     return _block(CLAIM, lines)
+
+
+def escape(text: str) -> str:
+    """Return text as a single line that has no effect as Markdown or HTML."""
+    line = " ".join(text.split())
+    return "".join(f"&#{ord(char)};" if char in _MARKUP else char for char in line)
 
 
 def _block(kind: str, lines: list[str]) -> str:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtlsign.claims.blob_store import BlobStore
+from mtlsign.claims.claim_plan import claim_statement, plan_claim
 from mtlsign.claims.exposure import first_disclosure
-from mtlsign.claims.judging.admissibility import find_claim, opened_keys
+from mtlsign.claims.judging.admissibility import find_claim
 from mtlsign.claims.kit_commitments import KitCommitments, commitment_salt, model_commitment, model_digest
 from mtlsign.claims.ledger.base import Ledger
 from mtlsign.claims.ledger.view import Entry, IncrementalReader, LedgerView
@@ -30,6 +31,18 @@ if TYPE_CHECKING:
 
 Clock = Callable[[], float]
 POLL_S = 0.5
+
+
+class UnconfirmedRegistrationError(ClaimError):
+    """The registration of the accused model is not under a confirmed checkpoint yet; no key was opened."""
+
+    def __init__(self, registration: Ref) -> None:
+        super().__init__(
+            f"The registration (entry {registration.index}) is not under a confirmed checkpoint yet; no key "
+            "was opened. Run the job once more when the council has co-signed.",
+            field="confirmation-timeout",
+        )
+        self.registration = registration
 
 
 class Owner:
@@ -72,7 +85,10 @@ class Owner:
                 f"Entry {index} differs from the appended statement. Do not use this ledger.", field="ledger"
             )
         if self.public_key in view.council(self.ledger.size()).members:
-            Witness(self.identity, self.ledger, self.witness_state, clock=self.clock).run_once()
+            Witness(
+                self.identity, self.ledger, self.witness_state, clock=self.clock,
+                reader=self._reader,
+            ).run_once()  # fmt: skip
         return entry.ref
 
     def now(self) -> int:
@@ -156,18 +172,6 @@ def publish(
     return owner.view().entries[ref.index], statement
 
 
-def find_publication(view: LedgerView, committed: KitCommitments) -> tuple[Entry, Publish]:
-    """Return the owner's earliest publication of these kits in this order.
-
-    Raises:
-        ClaimError: there is none.
-    """
-    for entry, publication in view.all(Publish):
-        if committed.matches(publication):
-            return entry, publication
-    raise ClaimError("The kit is not published in this ledger. Run jobs/publish.py first.", field="kit")
-
-
 def register(owner: Owner, archive: BlobStore, models: Sequence[tuple[str, bytes]]) -> Ref:
     """Archive suspect models and append an entry that timestamps their digests.
 
@@ -213,49 +217,22 @@ def claim(
             time. No key was opened then.
     """
     view, committed = owner.view(), KitCommitments(owner.identity, kits)
-    published, publication = find_publication(view, committed)
     digest = hashlib.sha256(suspect).digest()
+    plan = plan_claim(view, committed, digest)
     if own_model is not None and hashlib.sha256(own_model).digest() != committed.model_digest:
         raise ClaimError(
             "The model does not belong to the kit. Pass the model that was published.", field="own-model"
         )
-    opened = opened_keys(view, published.ref, owner.ledger.size())
-    for entry, earlier in view.all(Claim):
-        if (earlier.publish, earlier.suspect, earlier.signer) == (published.ref, digest, owner.public_key):
-            return entry, earlier
+    if plan.earlier is not None:
+        return plan.earlier
     _archive_claim_parts(archive, suspect, own_model, kits)
-    registration, index = _choose_registration(view, digest, opened, publication.keys_count)
-    if registration is None:
-        registration = register(owner, archive, [(suspect_name, suspect)])
+    registration = plan.registration or register(owner, archive, [(suspect_name, suspect)])
     _wait_for_confirmation(owner, registration, confirmation_timeout)
-    statement = _claim_statement(
-        owner, committed, publication.nonce, published.ref, registration, digest, index
+    statement = claim_statement(
+        plan, committed, registration, digest, signer=owner.public_key, ledger=view.origin, time=owner.now()
     )
     ref = owner.append(statement)
     return owner.view().entries[ref.index], statement
-
-
-def _claim_statement(
-    owner: Owner, committed: KitCommitments, nonce: bytes, publication: Ref, registration: Ref,
-    suspect: bytes, index: int,
-) -> Claim:  # fmt: skip
-    """Return the statement that opens key number `index` against the model with the digest `suspect`."""
-    return Claim(
-        signer=owner.public_key,
-        ledger=owner.ledger.origin(),
-        time=owner.now(),
-        publish=publication,
-        register=registration,
-        suspect=suspect,
-        opening=committed.kits[index].opening,
-        key_index=index,
-        key_salt=committed.key_salt(nonce, index),
-        key_path=committed.key_path(nonce, index),
-        heads=committed.heads,
-        heads_salt=commitment_salt(owner.identity, nonce, "head"),
-        model=committed.model_digest,
-        model_salt=commitment_salt(owner.identity, nonce, "model"),
-    )
 
 
 def _archive_claim_parts(
@@ -316,34 +293,9 @@ def already_disclosed(owner: Owner, kits: Sequence[OwnerKit]) -> int | None:
     return first_disclosure(owner.view(), model_digest(kits))
 
 
-def _choose_registration(
-    view: LedgerView, digest: bytes, opened: dict[int, int], count: int
-) -> tuple[Ref | None, int]:
-    """Return a registration to use (None: create one) and the number of the key to open against it."""
-    registrations = [
-        entry.ref for entry, statement in view.all(Register) if digest in [d for _, d in statement.models]
-    ]
-    for index, opening_entry in sorted(opened.items()):
-        for registration in registrations:  # an open key still supports models registered before it
-            if registration.index < opening_entry:
-                return registration, index
-    next_key = len(opened)
-    if next_key >= count:
-        raise ClaimError(
-            f"All {count} keys of this publication are spent, and an opened key does not support a model "
-            "registered later. Publish further keys before the next release.",
-            field="kit",
-        )
-    return (registrations[0] if registrations else None), next_key
-
-
 def _wait_for_confirmation(owner: Owner, registration: Ref, seconds: float) -> None:
     end = time.monotonic() + seconds
     while seconds > 0 and owner.view().time(registration.index) is None:
         if time.monotonic() > end:
-            raise ClaimError(
-                f"The registration (entry {registration.index}) is not under a confirmed checkpoint yet; no "
-                "key was opened. Run the job once more when the council has co-signed.",
-                field="confirmation-timeout",
-            )
+            raise UnconfirmedRegistrationError(registration)
         time.sleep(POLL_S)

@@ -14,6 +14,7 @@ from mtlsign.config.claims import (
 from mtlsign.config.cli import Output, job
 from mtlsign.errors import SettingsError
 from mtlsign.reports import console
+from mtlsign.reports.formatting import utc_time
 
 
 @job(PublishSettings)
@@ -32,25 +33,49 @@ def publish(settings: PublishSettings) -> Output:
 
 @job(ClaimSettings)
 def claim(settings: ClaimSettings) -> Output:
-    """Open one key against a suspect model.
+    """Open one key against a suspect model. This spends the key.
 
-    The suspect is archived and registered first. The opened key is spent: it supports no later registration.
+    The suspect is archived and registered first. The key is opened when the council has co-signed the
+    registration. An opened key is public: it supports no claim on a model that is registered later.
+    --dry-run writes nothing.
     """
     from mtlsign.claims.commands import owner
 
     result = owner.claim(settings)
+    if settings.dry_run or result["claim"] is None:
+        return Output(result, "\n".join(_plan_lines(result, dry_run=settings.dry_run)))
     lines = [
         f"claim {result['claim']}",
         f"  entry {result['index']}, key {result['key']} of entry {result['publication']}",
     ]
     if not result["registration_counted"]:
-        lines.append(
-            "  the registration is not yet under a confirmed checkpoint (--confirmation-timeout waits for it "
-            "before the key is opened)"
-        )
+        lines.append("  the registration is not yet under a confirmed checkpoint")
     if not result["marked_archived"]:
         lines.append("  your marked model is not in the archive: the lineage needs it (--own-model)")
     return Output(result, "\n".join(lines))
+
+
+def _plan_lines(result: dict[str, Any], *, dry_run: bool) -> list[str]:
+    """Return the lines about a claim that opened no key."""
+    key = f"key {result['key']} of {result['keys']} of the publication in entry {result['publication']}"
+    if result["claim"] is not None:
+        return [f"The model is claimed already: {result['claim']}.", "Nothing was written."]
+    if dry_run:
+        state = "co-signed" if result["registration_counted"] else "not co-signed yet"
+        registration = (
+            "It would be registered first."
+            if result["registration"] is None
+            else f"It is registered as entry {result['registration']}, {state}."
+        )
+        return [
+            f"The model contains a key. A claim would open and spend {key}.",
+            registration,
+            "Nothing was written, and no key was opened.",
+        ]
+    return [
+        f"Registered as entry {result['registration']}. No key was opened.",
+        f"Run the same command again when the council has co-signed. It then opens and spends {key}.",
+    ]
 
 
 @job(CouncilSettings)
@@ -123,10 +148,15 @@ def ledger(settings: LedgerJobSettings) -> Output:
     if settings.action == "list":
         text = "\n".join(
             f"{entry['index']} {entry['id'][:16]} {entry['kind'] or entry['problem']} "
-            f"{entry['time'] or 'pending'}"
+            f"{'pending' if entry['time'] is None else utc_time(entry['time'])}"
             for entry in result["entries"]
         )
     else:
         note = result.get("note") or result.get("head", {}).get("note")
-        text = note or console.table([(name, str(value)) for name, value in result.items()])
+        text = note or console.table([(name, _cell(name, value)) for name, value in result.items()])
     return Output(result, text)
+
+
+def _cell(name: str, value: object) -> str:
+    """Return a value of a ledger action for the table; times are dates."""
+    return utc_time(value) if name == "time" and isinstance(value, int) else str(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mtlsign.config.claims import BundleSettings
 from mtlsign.config.cli import Output, job
-from mtlsign.config.verify import VerifySettings
+from mtlsign.config.verify import VerdictSettings, VerifySettings
 
 
 @job(BundleSettings, name="verify")
@@ -17,9 +17,30 @@ def verify_bundle(settings: BundleSettings) -> Output:
     return Output(result, text)
 
 
-@job(VerifySettings, variants={"bundle": verify_bundle})
+@job(VerdictSettings, name="verify")
+def verify_verdict(settings: VerdictSettings) -> Output:
+    """Check the signature of a verdict that a verification service returned."""
+    from mtlsign.claims.commands.verdict import check_verdict
+
+    result = check_verdict(settings)
+    lines = [
+        f"{settings.verdict}",
+        f"  status    {result['status']}: {result['matches']} of {result['n']} bits, "
+        f"{result['evidence_bits']:.1f} bits of evidence, {result['bits_required']:g} required",
+        f"  model     {result['suspect']}",
+        f"  key       {result['key']}",
+        f"  signed    {result['signed']} by {result['signer']}",
+        f"  {result['caveat']}",
+    ]
+    return Output(result, "\n".join(lines))
+
+
+@job(VerifySettings, variants={"bundle": verify_bundle, "verdict": verify_verdict})
 def verify(settings: VerifySettings) -> Output:
-    """Verify models against an owner kit. With --bundle FILE: verify the bundle of a claim.
+    """Verify models against an owner kit.
+
+    With --bundle FILE: verify the bundle of a claim.
+    With --verdict FILE: check the signed verdict of a service.
 
     A rejected claim is a result, not an error.
     """

@@ -61,6 +61,7 @@ class PublishSettings(KitSettings):
     recipient: str = Field("", max_length=128, description="free text, public: recipient of this release")
     card: Path | None = Field(None, description="write a provenance block into this model card")
     allow_public: bool = Field(False, description="publish although the model seems to be public already")
+    force: bool = Field(False, description="publish although the model failed its own verification after embedding")
     # fmt: on
 
 
@@ -77,6 +78,7 @@ class ClaimSettings(KitSettings):
         "bundle",
         "confirmation_timeout",
         "owner",
+        "dry_run",
         "force",
     )
 
@@ -87,7 +89,9 @@ class ClaimSettings(KitSettings):
     bundle: Path | None = Field(None, description="also write the claim as one file for an offline check")
     force: bool = Field(False, description="open a key even if the accused model contains none of them")
     trusted_factory: str | None = Field(None, max_length=200, description=TRUSTED_FACTORY)
-    confirmation_timeout: float = Field(0, ge=0, le=86_400, description="seconds to wait, before the key is opened, until the council has co-signed the registration")
+    confirmation_timeout: float = Field(300, ge=0, le=86_400, description="seconds to wait until the council has co-signed the registration; without that no key is opened, and a later run opens it")
+    open_unconfirmed: bool = Field(False, description="open the key although the registration is not confirmed; a party that can rewrite the ledger's store could then remove the registration")
+    dry_run: bool = Field(False, description="verify the accused model and show which key would be opened; write nothing")
     # fmt: on
 
 
@@ -173,14 +177,16 @@ class BundleSettings(Settings):
         "head",
         "min_evidence_bits",
         "card",
+        "report",
         "trusted_factory",
         "json",
     )
 
     # fmt: off
     bundle: Path = Field(description="bundle of a claim, checked without any network")
-    head: Path | None = Field(None, description="checkpoint (signed note) that you hold and trust; without it the bundle only confirms itself")
+    head: Path | None = Field(None, description="checkpoint (signed note) that you hold and trust; without it the bundle only confirms itself, and the claim is at most self_attested")
     min_evidence_bits: int = Field(120, ge=1, le=4096, description=_MIN_EVIDENCE_BITS)
     card: Path | None = Field(None, description="write the result into this model card, as a separate block")
+    report: Path | None = Field(None, description="write the result as one HTML page")
     trusted_factory: str | None = Field(None, max_length=200, description=TRUSTED_FACTORY)
     # fmt: on

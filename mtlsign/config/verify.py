@@ -36,3 +36,16 @@ class VerifySettings(Settings):
     control_keys: int = Field(5, ge=0, le=1000, description="random keys tried on the same model for comparison")
     trusted_factory: str | None = Field(None, max_length=200, description=TRUSTED_FACTORY)
     # fmt: on
+
+
+class VerdictSettings(Settings):
+    """Settings of `mtlsign verify --verdict`."""
+
+    renamed: ClassVar[Mapping[str, str]] = renamed.VERIFY
+    common: ClassVar[tuple[str, ...]] = ("verdict", "key", "model", "json")
+
+    # fmt: off
+    verdict: Path = Field(description="signed verdict of a verification service, as downloaded")
+    key: Texts = Field((), max_length=100, description="public key (64 hex digits) of a service that you trust, from its /v1/keys; repeat the flag for several")
+    model: str | None = Field(None, max_length=4096, description="model folder or .safetensors file that the verdict must be about")
+    # fmt: on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
 
 
 def number(value: object) -> float | None:
@@ -16,6 +17,14 @@ def words(value: object, limit: int = 80) -> str:
     """Return the value as printable text of at most `limit` characters."""
     text = "".join(char if char.isprintable() else "�" for char in str(value))
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def utc_time(seconds: int) -> str:
+    """Return POSIX seconds as a date in UTC, in the form of ISO 8601: 2026-11-28T21:30:00Z."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds} s after 1970-01-01T00:00:00Z"
 
 
 def wilson(rate: float, samples: int) -> tuple[float, float]:

@@ -117,8 +117,7 @@ def read(rows: list[bytes], cosignatures: list[dict[str, Any]]) -> dict[str, Any
             councils.append((index, statement["predicate"]))
         kinds.append(statement["kind"] if statement else None)
         statements.append(statement)
-    confirmed = confirmed_checkpoints(origin, leaves, councils, cosignatures)
-    times = []
+    confirmed, times = confirmed_checkpoints(origin, leaves, councils, cosignatures), []
     for index in range(len(rows)):
         later = [time for size, time in confirmed if size > index]
         times.append(later[0] if later else None)
@@ -140,14 +139,15 @@ def confirmed_checkpoints(
         if raw[:4] == right_id and verify(key, raw[12:], f"cosignature/v1\ntime {time}\n{body}".encode()):
             times = signed.setdefault(size, {})
             times[key.hex()] = min(time, times.get(key.hex(), time))  # a member's earliest line
-    confirmed, now = [], 0
-    for size in sorted(signed):
-        council = [c for index, c in councils if index < size][-1]
-        times = sorted(t for member, t in signed[size].items() if member in council["members"])
-        if len(times) >= council["threshold"]:
-            now = max(now, times[len(times) // 2])
-            confirmed.append((size, now))
-    return confirmed
+    counted, seal = dict[int, int](), 2**63
+    for start, council in reversed(councils):  # a later council seals the times of the earlier ones
+        first = seal
+        for size in sorted((s for s in signed if s > start), reverse=True):
+            times = sorted(t for m, t in signed.pop(size).items() if m in council["members"] and t <= seal)
+            if len(times) >= council["threshold"]:
+                first = counted[size] = times[len(times) // 2]
+        seal = first
+    return [(size, max(t for s, t in counted.items() if s <= size)) for size in sorted(counted)]
 
 
 def key_of(claim: dict[str, Any]) -> bytes:

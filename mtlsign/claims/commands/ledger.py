@@ -28,11 +28,16 @@ from mtlsign.config.claims import LedgerJobSettings
 from mtlsign.errors import ClaimError, LedgerError, SettingsError
 from mtlsign.storage.strict_json import parse_strict_json
 
+UNPINNED = (
+    "The ledger was not compared with a stored checkpoint, so entries at its end may be missing. Pass a "
+    "checkpoint of a member with --head."
+)
+
 
 def create(settings: LedgerJobSettings) -> dict[str, Any]:
     """Create a ledger: its first entry names the council."""
     with open_ledger_from_settings(settings, create=True) as ledger:
-        author = owner_from(settings, ledger)
+        author = owner_from(settings, ledger, create=True)
         ref = owner.create_ledger(
             author,
             _members(settings) or [author.public_key],
@@ -99,6 +104,7 @@ def check_all(settings: LedgerJobSettings) -> dict[str, Any]:
             ],
             "remarks": list(view.warnings),
             "kept_head": settings.head is not None,
+            "caveat": "" if settings.head is not None else UNPINNED,
             "freshness": ledger.staleness().note,
         }
 

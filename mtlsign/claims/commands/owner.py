@@ -6,9 +6,10 @@ a ledger should not take seconds.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,28 +17,32 @@ from typing import TYPE_CHECKING, Any
 from mtlsign.claims import exposure, owner
 from mtlsign.claims.blob_store import MAX_MODEL, BlobStore, read_model_bytes
 from mtlsign.claims.bundle import write_bundle
+from mtlsign.claims.claim_plan import ClaimPlan, plan_claim
 from mtlsign.claims.commands.settings import (
     blob_store_from,
     checkpoint_json,
+    claim_verifier,
     load_kits,
     open_ledger_from_settings,
     owner_from,
-    trusted_factories,
     write_card,
 )
 from mtlsign.claims.judging.council import MemberRound, run_member_round
-from mtlsign.claims.judging.judge import ClaimVerifier, DetectorClaimVerifier
+from mtlsign.claims.judging.judge import ClaimVerifier
 from mtlsign.claims.judging.lineage import DisputeResult, resolve_dispute
-from mtlsign.claims.ledger.view import IncrementalReader, read_ledger
+from mtlsign.claims.kit_commitments import KitCommitments
+from mtlsign.claims.ledger.view import IncrementalReader, LedgerView, read_ledger
 from mtlsign.claims.model_card import provenance_block
 from mtlsign.config.claims import ClaimSettings, CouncilSettings, DisputeSettings, PublishSettings
 from mtlsign.errors import ArtifactError, ClaimError, KeyMaterialError, LedgerError, StorageError
-from mtlsign.watermark.keys.identity import Identity, load_or_create_identity, read_passphrase
+from mtlsign.watermark.keys.identity import Identity, load_identity, read_passphrase
 
 if TYPE_CHECKING:
     from mtlsign.watermark.kit import OwnerKit
 
 SQLITE = "sqlite:///"
+_ONE_LOOK_S = 1e-6
+"""Wait for a confirmation in which the ledger is read once."""
 
 
 def publish(settings: PublishSettings) -> dict[str, Any]:
@@ -46,27 +51,16 @@ def publish(settings: PublishSettings) -> dict[str, Any]:
     A missing SQLite ledger is created with the owner as its only member.
 
     Raises:
-        ClaimError: the model does not belong to the kit, or it is public already and `allow_public` is not
-            set.
+        ClaimError: the model does not belong to the kit, its watermark was rejected and `force` is not set,
+            or it is public already and `allow_public` is not set.
     """
     from mtlsign.storage.model_folder import read_model
 
     is_new = settings.ledger.startswith(SQLITE) and not Path(settings.ledger.removeprefix(SQLITE)).exists()
     model = read_model(settings.model, endpoint=settings.endpoint)
-    identity, _, _ = load_or_create_identity(settings.owner, settings.passphrase_file)
+    identity, _ = load_identity(settings.owner, settings.passphrase_file)
     kits = load_kits(settings, identity)
-    if any(kit.info.get("model_digest") != model.digest for kit in kits):
-        raise ClaimError(
-            f"The model {model.digest} does not belong to the kit. Pass the marked model.", field="model"
-        )
-    if not settings.allow_public and exposure.is_publicly_readable(
-        settings.model, endpoint=settings.endpoint
-    ):
-        raise ClaimError(
-            "The model is publicly readable at its location, so a commitment would come too late. Move it, "
-            "or pass --allow-public.",
-            field="model",
-        )
+    _require_publishable(settings, model.digest, kits)
     with open_ledger_from_settings(settings, create=True) as ledger:
         author = owner.Owner(identity, ledger, settings.witness_state)
         if ledger.size() == 0:
@@ -102,8 +96,33 @@ def publish(settings: PublishSettings) -> dict[str, Any]:
     return result
 
 
+def _require_publishable(settings: PublishSettings, digest: str, kits: Sequence[OwnerKit]) -> None:
+    """Raise ClaimError as `publish` does."""
+    if any(kit.info.get("model_digest") != digest for kit in kits):
+        raise ClaimError(
+            f"The model {digest} does not belong to the kit. Pass the marked model.", field="model"
+        )
+    if not settings.force and any(kit.info.get("status") == "rejected" for kit in kits):
+        raise ClaimError(
+            "The watermark of this model was rejected when it was embedded, so a commitment to it proves "
+            "nothing. Embed again with the advice of that run, or pass --force.",
+            field="model",
+        )
+    if not settings.allow_public and exposure.is_publicly_readable(
+        settings.model, endpoint=settings.endpoint
+    ):
+        raise ClaimError(
+            "The model is publicly readable at its location, so a commitment would come too late. Move it, "
+            "or pass --allow-public.",
+            field="model",
+        )
+
+
 def claim(settings: ClaimSettings) -> dict[str, Any]:
     """Register a suspect model and open one key against it; optionally write a bundle for an offline check.
+
+    Without a confirmed checkpoint over the registration no key is opened, and `claim` is None in the result:
+    the same call opens it later. With `dry_run` nothing is written.
 
     Raises:
         ClaimError: no key of the kits is in the suspect, and `force` is not set. No key was opened.
@@ -113,19 +132,27 @@ def claim(settings: ClaimSettings) -> dict[str, Any]:
     with open_ledger_from_settings(settings) as ledger:
         claimant = owner_from(settings, ledger)
         kits = load_kits(settings, claimant.identity)
+        view = claimant.view()
+        plan = plan_claim(view, KitCommitments(claimant.identity, kits), hashlib.sha256(suspect).digest())
         if not settings.force:
-            bits = claimant.view().councils[-1][1].bits
-            _require_key_present(kits, suspect, settings.trusted_factory, bits)
-        entry, statement = owner.claim(
-            claimant,
-            kits,
-            archive,
-            suspect,
-            own_model=_own_model_bytes(settings, kits, archive),
-            suspect_name=settings.suspect_name,
-            confirmation_timeout=settings.confirmation_timeout,
-        )
-        view = read_ledger(ledger)
+            _require_key_present(kits, suspect, settings.trusted_factory, view.councils[-1][1].bits)
+        if settings.dry_run:
+            return _plan_json(view, plan, suspect)
+        timeout = 0.0 if settings.open_unconfirmed else max(settings.confirmation_timeout, _ONE_LOOK_S)
+        try:
+            entry, statement = owner.claim(
+                claimant,
+                kits,
+                archive,
+                suspect,
+                own_model=_own_model_bytes(settings, kits, archive),
+                suspect_name=settings.suspect_name,
+                confirmation_timeout=timeout,
+            )
+        except owner.UnconfirmedRegistrationError as error:
+            registration = {"registration": error.registration.index, "registration_counted": False}
+            return _plan_json(claimant.view(), plan, suspect) | registration
+        view = claimant.view()
         result = {
             "claim": entry.leaf.hex(),
             "index": entry.index,
@@ -142,6 +169,20 @@ def claim(settings: ClaimSettings) -> dict[str, Any]:
             write_bundle(settings.bundle, ledger, view, entry, archive)
             result["bundle"] = str(settings.bundle)
         return result
+
+
+def _plan_json(view: LedgerView, plan: ClaimPlan, suspect: bytes) -> dict[str, Any]:
+    """Return what a claim would use, in the form of a claim's result. `claim` is an earlier one or None."""
+    registration = plan.registration
+    return {
+        "claim": plan.earlier[0].leaf.hex() if plan.earlier is not None else None,
+        "publication": plan.published.index,
+        "registration": registration.index if registration is not None else None,
+        "registration_counted": registration is not None and view.time(registration.index) is not None,
+        "key": plan.key_index,
+        "keys": plan.publication.keys_count,
+        "suspect": hashlib.sha256(suspect).hexdigest(),
+    }
 
 
 def _require_key_present(kits: Sequence[OwnerKit], suspect: bytes, factory: str | None, bits: int) -> None:
@@ -208,26 +249,27 @@ def council(
     except KeyMaterialError as error:  # the member's file is passed as --identity, not --owner
         raise KeyMaterialError(error.detail, field="identity") from None
     archive = blob_store_from(settings)
-    judge = judge or DetectorClaimVerifier(trusted_factories(settings.trusted_factory))
     reader: IncrementalReader | None = None
-    while True:
-        try:
-            with open_ledger_from_settings(settings) as ledger:
-                reader = IncrementalReader(ledger, reader)
-                member_round = run_member_round(
-                    identity, ledger, archive, judge, witness_state=settings.witness_state, reader=reader
-                )
-                checkpoint = checkpoint_json(ledger, reader.view())
-                result = _round_json(identity, member_round) | {"head": checkpoint}
-        except (LedgerError, StorageError) as error:
+    with nullcontext(judge) if judge is not None else claim_verifier(settings.trusted_factory) as verifier:
+        while True:
+            try:
+                with open_ledger_from_settings(settings) as ledger:
+                    reader = IncrementalReader(ledger, reader)
+                    member_round = run_member_round(
+                        identity, ledger, archive, verifier,
+                        witness_state=settings.witness_state, reader=reader,
+                    )  # fmt: skip
+                    checkpoint = checkpoint_json(ledger, reader.view())
+                    result = _round_json(identity, member_round) | {"head": checkpoint}
+            except (LedgerError, StorageError) as error:
+                if settings.once:
+                    raise
+                result = _round_json(identity, None) | {"head": None, "failed": str(error)}
+            if on_progress is not None:
+                on_progress(result)
             if settings.once:
-                raise
-            result = _round_json(identity, None) | {"head": None, "failed": str(error)}
-        if on_progress is not None:
-            on_progress(result)
-        if settings.once:
-            return result
-        time.sleep(settings.interval)
+                return result
+            time.sleep(settings.interval)
 
 
 def _round_json(identity: Identity, member_round: MemberRound | None) -> dict[str, Any]:
@@ -249,7 +291,7 @@ def _round_json(identity: Identity, member_round: MemberRound | None) -> dict[st
 
 def resolve_dispute_job(settings: DisputeSettings, *, judge: ClaimVerifier | None = None) -> DisputeResult:
     """Return findings, edges and standings of the named claims."""
-    with open_ledger_from_settings(settings) as ledger:
-        judge = judge or DetectorClaimVerifier(trusted_factories(settings.trusted_factory))
+    verifying = nullcontext(judge) if judge is not None else claim_verifier(settings.trusted_factory)
+    with open_ledger_from_settings(settings) as ledger, verifying as verifier:
         archive, view = blob_store_from(settings), read_ledger(ledger)
-        return resolve_dispute(view, settings.claims, archive, judge, bits=settings.min_evidence_bits)
+        return resolve_dispute(view, settings.claims, archive, verifier, bits=settings.min_evidence_bits)

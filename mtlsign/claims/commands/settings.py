@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtlsign.claims import owner
 from mtlsign.claims.blob_store import BlobStore
+from mtlsign.claims.judging.isolated import IsolatedClaimVerifier
+from mtlsign.claims.judging.judge import DetectorClaimVerifier
 from mtlsign.claims.ledger import checkpoints
 from mtlsign.claims.ledger.base import Ledger
 from mtlsign.claims.ledger.open import open_ledger
@@ -16,7 +19,12 @@ from mtlsign.claims.ledger.view import LedgerView
 from mtlsign.claims.model_card import insert_block
 from mtlsign.config.claims import KitSettings, LedgerSettings
 from mtlsign.errors import ClaimError, LedgerError
-from mtlsign.watermark.keys.identity import Identity, load_or_create_identity, read_passphrase
+from mtlsign.watermark.keys.identity import (
+    Identity,
+    load_identity,
+    load_or_create_identity,
+    read_passphrase,
+)
 from mtlsign.watermark.keys.sealing import EncryptionSecret
 
 if TYPE_CHECKING:
@@ -45,30 +53,36 @@ def blob_store_from(settings: LedgerSettings) -> BlobStore:
     return BlobStore.from_locations(settings.archive, ledger=settings.ledger, endpoint=settings.endpoint)
 
 
-def owner_from(settings: LedgerSettings, ledger: Ledger) -> owner.Owner:
-    """Return the owner identity of the settings at the ledger."""
-    identity, _, _ = load_or_create_identity(settings.owner, settings.passphrase_file)
+def owner_from(settings: LedgerSettings, ledger: Ledger, *, create: bool = False) -> owner.Owner:
+    """Return the owner identity of the settings at the ledger; `create` a missing one."""
+    if create:
+        identity, _, _ = load_or_create_identity(settings.owner, settings.passphrase_file)
+    else:
+        identity, _ = load_identity(settings.owner, settings.passphrase_file)
     return owner.Owner(identity, ledger, settings.witness_state)
 
 
 def load_kits(settings: KitSettings, identity: Identity) -> list[OwnerKit]:
     """Read and decrypt the kits of the settings."""
-    from mtlsign.watermark.kit import read_kit
+    from mtlsign.watermark.kit import read_kit, require_kit_owner
 
     if settings.kit_passphrase_file is not None:
         secret = EncryptionSecret.from_passphrase(read_passphrase(settings.kit_passphrase_file))
     else:
         secret = EncryptionSecret.from_kit_key(identity.kit_key)
+        for location in settings.kit:
+            require_kit_owner(location, identity.public_key, endpoint=settings.endpoint)
     return [read_kit(location, secret, endpoint=settings.endpoint) for location in settings.kit]
 
 
-def trusted_factories(factory: str | None) -> Mapping[str, object] | None:
-    """Return the architectures beyond the allow-list that the operator trusts."""
-    if not factory:
-        return None
-    from mtlsign.models.factories import load_factory
-
-    return {factory: load_factory(factory)}
+@contextmanager
+def claim_verifier(trusted_factory: str | None) -> Iterator[IsolatedClaimVerifier | DetectorClaimVerifier]:
+    """Provide the verifier of untrusted claims: a child process with limits, which ends with the block."""
+    verifier = IsolatedClaimVerifier(trusted_factory)
+    try:
+        yield verifier
+    finally:
+        verifier.close()
 
 
 def checkpoint_json(ledger: Ledger, view: LedgerView) -> dict[str, Any]:

@@ -56,8 +56,17 @@ def find_claim(view: LedgerView, name: str) -> tuple[Entry, Claim]:
 
 
 def first_opening(view: LedgerView, claim: Claim) -> int | None:
-    """Return the index of the first entry that makes this claim's key public, or None."""
-    return next((entry.index for entry, other in view.all(Claim) if other.opening == claim.opening), None)
+    """Return the index of the first entry that makes this claim's key public, or None.
+
+    An entry without effect, such as a copy from another ledger, makes the key public as well.
+    """
+    return next((e.index for e in view.entries.values() if e.opening == claim.opening), None)
+
+
+def first_registration(view: LedgerView, digest: bytes) -> int | None:
+    """Return the index of the first entry that registers the model with this digest, or None."""
+    registrations = view.all(Register)
+    return next((e.index for e, r in registrations if digest in [d for _, d in r.models]), None)
 
 
 def inadmissibility_reasons(

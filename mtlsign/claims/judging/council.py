@@ -16,11 +16,11 @@ from mtlsign.claims.blob_store import BlobStore
 from mtlsign.claims.judging.admissibility import inadmissibility_reasons
 from mtlsign.claims.judging.judge import ClaimVerifier, Finding, fetch_and_verify
 from mtlsign.claims.ledger.base import Ledger
-from mtlsign.claims.ledger.view import Entry, LedgerView, read_ledger
+from mtlsign.claims.ledger.view import Entry, IncrementalReader, LedgerView
 from mtlsign.claims.ledger.witness import Witness, WitnessRound
 from mtlsign.claims.statements.parsing import sign_statement
 from mtlsign.claims.statements.types import Claim, Membership, Vote
-from mtlsign.errors import KeyMaterialError
+from mtlsign.errors import ClaimError, KeyMaterialError, StorageError
 from mtlsign.watermark.keys.identity import Identity
 
 
@@ -131,11 +131,14 @@ class MemberRound:
         votes: (index of the claim, finding, index of the vote) triples.
         before: witness round at the start.
         after: witness round at the end; the same as `before` if there were no votes.
+        postponed: (index of the claim, problem) pairs of claims whose files could not be fetched, or whose
+            verification could not be started; a later round tries them once more.
     """
 
     votes: tuple[tuple[int, Finding, int], ...]
     before: WitnessRound
     after: WitnessRound
+    postponed: tuple[tuple[int, str], ...] = ()
 
 
 def run_member_round(
@@ -146,6 +149,7 @@ def run_member_round(
     *,
     witness_state: Path | None = None,
     clock: Callable[[], float] = time.time,
+    reader: IncrementalReader | None = None,
 ) -> MemberRound:
     """Run one round of a member: co-sign, vote on every claim without this member's vote, co-sign once more.
 
@@ -156,14 +160,16 @@ def run_member_round(
         judge: verifies keys on models.
         witness_state: file of the witness; default: next to the default identity.
         clock: returns POSIX seconds.
+        reader: reader of the ledger, which verifies only entries that are new to it; default: a new one.
 
     Raises:
         LedgerError: the ledger does not extend the tree that this witness co-signed; nothing was signed.
     """
-    witness = Witness(identity, ledger, witness_state, clock=clock)
+    reader = reader or IncrementalReader(ledger)
+    witness = Witness(identity, ledger, witness_state, clock=clock, reader=reader)
     before = witness.run_once()
-    view = read_ledger(ledger)
-    votes = []
+    view = reader.view()
+    votes, postponed = [], []
     for entry, claim in view.all(Claim):
         council = view.council(entry.index)
         has_voted = any(
@@ -171,7 +177,11 @@ def run_member_round(
         )
         if has_voted or identity.public_key not in council.members:
             continue
-        finding = member_finding(view, entry, claim, archive, judge)
+        try:
+            finding = member_finding(view, entry, claim, archive, judge)
+        except (StorageError, ClaimError) as error:
+            postponed.append((entry.index, str(error)))
+            continue
         vote = Vote(
             signer=identity.public_key,
             ledger=view.origin,
@@ -187,7 +197,8 @@ def run_member_round(
             reason=finding.reason,
         )
         votes.append((entry.index, finding, ledger.append(sign_statement(vote, identity))))
-    return MemberRound(tuple(votes), before, witness.run_once() if votes else before)
+    after = witness.run_once() if votes else before
+    return MemberRound(tuple(votes), before, after, tuple(postponed))
 
 
 def member_finding(

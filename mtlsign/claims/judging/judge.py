@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -58,6 +58,16 @@ FAILURES = (
 )  # fmt: skip
 
 
+#: Field of an error → cause for display.
+_CAUSES = {
+    "spec": "the spec cannot be evaluated, or exceeds the limits of docs/claims.md",
+    "reference": "the reference is damaged, or does not fit the architecture",
+    "head": "the trained head is damaged, or does not fit the architecture",
+    "taps": "the architecture does not have the named taps",
+    "model": "the file or its architecture cannot be read",
+}
+
+
 class DetectorClaimVerifier:
     """Algorithm 1 on untrusted bytes in this process: safetensors and allow-listed architectures only.
 
@@ -65,13 +75,19 @@ class DetectorClaimVerifier:
 
     Args:
         factories: architectures beyond the allow-list, from the operator's settings.
+        on_claim_accepted: called before the model is read, when the parts of the claim have been accepted.
 
     Attributes:
         verdicts: complete verdict on each verified model, by its SHA-256.
     """
 
-    def __init__(self, factories: Mapping[str, object] | None = None) -> None:
+    def __init__(
+        self,
+        factories: Mapping[str, object] | None = None,
+        on_claim_accepted: Callable[[], None] = lambda: None,
+    ) -> None:
         self.factories: Any = factories
+        self._on_claim_accepted = on_claim_accepted
         self.verdicts: dict[str, dict[str, Any]] = {}
 
     def detector(self, claim: Claim, reference: bytes, head: bytes | None) -> WatermarkDetector:
@@ -89,7 +105,7 @@ class DetectorClaimVerifier:
         from mtlsign.watermark.verification.detector import WatermarkDetector
         from mtlsign.watermark.verification.reference import Reference
 
-        check_claim_budget(claim.opening.parse(), factories=self.factories)
+        check_claim_budget(claim.opening.parse(), self.factories)
         return WatermarkDetector(
             claim.opening, Reference.from_bytes(reference), head=head, factories=self.factories
         )
@@ -101,42 +117,33 @@ class DetectorClaimVerifier:
             detector = self.detector(claim, reference, head)
         except FAILURES as error:
             return Finding("inadmissible", reason=_origin(error))
-        return self.judge_model(detector, model, bits)
+        self._on_claim_accepted()
+        return self._judge_model(detector, model, bits)
 
-    def judge_model(self, detector: WatermarkDetector, model: bytes, bits: int) -> Finding:
-        """Return the finding of a detector on a model.
-
-        Args:
-            detector: result of `detector`.
-            model: safetensors bytes of the model, untrusted.
-            bits: required evidence in bits.
-        """
+    def _judge_model(self, detector: WatermarkDetector, model: bytes, bits: int) -> Finding:
         from mtlsign.storage.safetensors_io import parse_safetensors
-        from mtlsign.watermark.verification.detector import verify
+        from mtlsign.watermark.verification.algorithm import verify
 
         digest = hashlib.sha256(model).hexdigest()
         try:
             tensors = parse_safetensors(model, max_bytes=MAX_MODEL)
             verdict = verify(tensors, detector, bits=float(bits), model_digest=digest)
         except FAILURES as error:
-            return _finding_without_verdict(detector, _origin(error))
-        if verdict.status == "not_verifiable":
-            return _finding_without_verdict(detector, _short(verdict.reason or ""))
+            return _unless_defective(detector, Finding("not_verifiable", reason=_origin(error)))
         self.verdicts[digest] = verdict.to_json()
         reason = _short(verdict.reason or "")
-        return Finding(verdict.status, verdict.matches, verdict.n, verdict.evidence_bits, reason)
+        finding = Finding(verdict.status, verdict.matches, verdict.n, verdict.evidence_bits, reason)
+        return _unless_defective(detector, finding) if finding.status == "not_verifiable" else finding
 
 
-def _finding_without_verdict(detector: WatermarkDetector, reason: str) -> Finding:
-    """Return the finding on a model without verdict: the claim is at fault if it fits no model at all."""
+def _unless_defective(detector: WatermarkDetector, finding: Finding) -> Finding:
+    """Return a finding without verdict. If the claim fits no model at all, the claim is at fault."""
     defect = _defect_on_any_model(detector)
-    if defect is not None:
-        return Finding("inadmissible", reason=defect)
-    return Finding("not_verifiable", reason=reason)
+    return finding if defect is None else Finding("inadmissible", reason=defect)
 
 
 def _defect_on_any_model(detector: WatermarkDetector) -> str | None:
-    """Return the reason why the claimant's values allow no score even for ordinary random kernels, or None."""
+    """Return the reason why the claimant's values allow no score even for random kernels, or None."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -183,9 +190,9 @@ def fetch_and_verify(
 
 
 def _origin(error: BaseException) -> str:
-    """Return class and field of an error. Its text may quote names from an untrusted file."""
-    field = error.field if isinstance(error, MTLSignError) else None
-    return _short(type(error).__name__ + (f" in {field}" if field else ""))
+    """Return the cause of an error. Its own text may quote names from an untrusted file."""
+    field = (error.field if isinstance(error, MTLSignError) else None) or "-"
+    return _CAUSES.get(field) or _short(f"{type(error).__name__} in {field}")
 
 
 def _short(error: object) -> str:

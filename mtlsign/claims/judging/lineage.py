@@ -12,7 +12,12 @@ from itertools import combinations
 from typing import Any
 
 from mtlsign.claims.blob_store import BlobStore
-from mtlsign.claims.judging.admissibility import InadmissibilityReason, find_claim, inadmissibility_reasons
+from mtlsign.claims.judging.admissibility import (
+    InadmissibilityReason,
+    find_claim,
+    first_registration,
+    inadmissibility_reasons,
+)
 from mtlsign.claims.judging.council import Tally, tally_votes
 from mtlsign.claims.judging.judge import ClaimVerifier, Finding, fetch_and_verify
 from mtlsign.claims.judging.standings import Standing, make_standing
@@ -84,6 +89,7 @@ class _Evidence:
     view: LedgerView
     archive: BlobStore
     judge: ClaimVerifier
+    pinned: bool
 
     def finding(self, case: _ClaimCase, model: bytes) -> Finding:
         """Return the finding of a claim's key on the model with the digest `model`."""
@@ -91,8 +97,9 @@ class _Evidence:
 
 
 def resolve_dispute(
-    view: LedgerView, ids: Sequence[str], archive: BlobStore, judge: ClaimVerifier, *, bits: int = 0
-) -> DisputeResult:
+    view: LedgerView, ids: Sequence[str], archive: BlobStore, judge: ClaimVerifier, *, bits: int = 0,
+    pinned: bool = True,
+) -> DisputeResult:  # fmt: skip
     """Verify claims on their suspects and on one another's committed models, and derive their standings.
 
     Args:
@@ -102,11 +109,13 @@ def resolve_dispute(
         judge: verifies keys on models.
         bits: minimum evidence that the caller accepts. The council's policy applies as well, but a claimant
             may have invented the council together with its policy.
+        pinned: whether the caller knows the ledger from another source than the claimant. Otherwise a
+            claim is at most `self_attested`.
 
     Raises:
         ClaimError: an id does not belong to a claim of this ledger.
     """
-    evidence = _Evidence(view, archive, judge)
+    evidence = _Evidence(view, archive, judge, pinned)
     cases = [_case(view, *find_claim(view, name), bits) for name in dict.fromkeys(ids)]
     models = dict.fromkeys(digest for case in cases for digest in (case.claim.model, case.claim.suspect))
     matrix = {case.id: {model.hex(): _cell(case, model, evidence) for model in models} for case in cases}
@@ -142,13 +151,13 @@ def _edge(a: _ClaimCase, b: _ClaimCase, matrix: Matrix) -> LineageEdge:
     a_on_b, b_on_a = matrix[a.id][b.claim.model.hex()], matrix[b.id][a.claim.model.hex()]
     if "not_verifiable" in (a_on_b.status, b_on_a.status):
         return LineageEdge(pair, "undecided", "a committed model could not be verified")
-    one_way = "the first key is in the second's committed model, but not conversely"
+    one_way = "the first key is in the second's committed model, and the converse was not shown"
     if a_on_b.accepted and not b_on_a.accepted:
         return LineageEdge(pair, "descends", one_way, a.id, b.id)
     if b_on_a.accepted and not a_on_b.accepted:
         return LineageEdge(pair, "descends", one_way, b.id, a.id)
     if not a_on_b.accepted:
-        return LineageEdge(pair, "unrelated", "neither key is in the weights of the other's committed model")
+        return LineageEdge(pair, "unrelated", "neither key was shown to be in the other's committed model")
     if a.claim.publish == b.claim.publish:
         return LineageEdge(pair, "unrelated", "both claims belong to one publication")
     if a.published is None or b.published is None or a.published == b.published:
@@ -170,18 +179,21 @@ def _standing(
         "bits_required": case.bits,
         "publication": case.claim.publish.index,
         "registered": case.claim.register.index,
+        "suspect_registered": first_registration(evidence.view, case.claim.suspect),
         "entry": case.entry.index,
         "published": case.published,
         "claimed": evidence.view.time(case.entry.index),
         "votes": case.tally.counts,
         "council": case.tally.outcome,
     }
-    reason, details = _finding_reason(case, on_suspect, on_own) or _order_reason(case, edges, evidence)
+    reason, details = _finding_reason(case, on_suspect, on_own, evidence.view) or _order_reason(
+        case, edges, evidence
+    )
     return make_standing(case.id, reason, numbers, **details)
 
 
 def _finding_reason(
-    case: _ClaimCase, on_suspect: Finding, on_own: Finding
+    case: _ClaimCase, on_suspect: Finding, on_own: Finding, view: LedgerView
 ) -> tuple[str, dict[str, object]] | None:
     """Return the first reason in the claim itself and its findings, or None if they support it."""
     if case.inadmissible:
@@ -198,7 +210,15 @@ def _finding_reason(
         return "committed_model_unmarked", {}
     if case.published is None:
         return "publication_not_counted", {}
-    return None if on_suspect.accepted else ("free_head", {})
+    if on_suspect.accepted:
+        return None
+    return ("free_head" if _was_committed_first(case, view) else "registered_before_publication"), {}
+
+
+def _was_committed_first(case: _ClaimCase, view: LedgerView) -> bool:
+    """Return whether the publication precedes every registration of the accused model."""
+    registration = first_registration(view, case.claim.suspect)
+    return registration is None or case.claim.publish.index < registration
 
 
 def _order_reason(
@@ -214,8 +234,12 @@ def _order_reason(
             return reason, {"other": edge.ancestor[:16]}
     if any(edge.kind == "undecided" and case.id in edge.claims for edge in edges):
         return "no_order", {}
+    if not _was_committed_first(case, evidence.view):
+        return "registered_before_publication", {}
     if case.tally.outcome not in ("open", "accepted"):
         return "council_disagrees", {}
+    if not evidence.pinned:
+        return "checkpoint_not_pinned", {}
     if evidence.view.self_attested(case.claim.publish.index, case.claim.signer):
         return "no_other_cosigner", {}
     return "accepted", {}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mtlsign.claims.judging.admissibility import REASON_TEXTS
+from mtlsign.reports.formatting import utc_time
 
 STANDINGS = (
     "in_the_weights", "needs_commitment", "self_attested", "inherited", "prior_art", "undecided",
@@ -19,19 +20,30 @@ STANDINGS = (
 REASONS: dict[str, tuple[str, str]] = {
     "accepted": (
         "in_the_weights",
-        "The accused model descends from one that the holder of this key changed: a random key passes "
-        "with a probability of 2^-{evidence_bits}, and key and marked model were committed by "
-        "{published} (POSIX time), before the accused model was registered and the key opened.",
+        "The accused model descends from one that the holder of this key changed: a random key matches "
+        "as well with a probability of 2^-{evidence_bits}. Key and marked model were committed by "
+        "{published}, before the accused model was registered and before the key was opened.",
     ),
     "no_other_cosigner": (
         "self_attested",
         "The key is in the accused model with {evidence_bits} bits, but only the claimant attested the "
         "time of its commitment.",
     ),
+    "checkpoint_not_pinned": (
+        "self_attested",
+        "The key is in the accused model with {evidence_bits} bits, but the council that attests the time "
+        "of its commitment is known from this file alone, and the file's author may have invented it.",
+    ),
     "publication_not_counted": (
         "needs_commitment",
         "The key is in the accused model with {evidence_bits} bits, but the publication is not yet "
         "under a confirmed checkpoint.",
+    ),
+    "registered_before_publication": (
+        "needs_commitment",
+        "The key is in the accused model with {evidence_bits} bits, but that model was registered (entry "
+        "{suspect_registered}) before key and marked model were committed (entry {publication}). The ledger "
+        "does not show that the commitment is older than the accused model.",
     ),
     "free_head": (
         "needs_commitment",
@@ -42,7 +54,8 @@ REASONS: dict[str, tuple[str, str]] = {
     "built_on_a_marked_model": (
         "inherited",
         "The key is in the accused model, but the model that the claimant committed already carries "
-        "the key of claim {other}, whose model does not carry this key: it was built on that model.",
+        "the key of claim {other}, whose committed model was not shown to carry this key. "
+        "This indicates that the claimant's model descends from that of claim {other}.",
     ),
     "exhibit_before_registration": (
         "inherited",
@@ -78,15 +91,17 @@ REASONS: dict[str, tuple[str, str]] = {
     ),
     "not_in_the_weights": (
         "not_supported",
-        "The key is not in the accused model: {evidence_bits} bits of the {bits_required} required.",
+        "The key was not shown to be in the accused model: the evidence is {evidence_bits} bits, and "
+        "{bits_required} are required. This does not show that the model is unmarked.",
     ),
     "evidence_missing": (
         "not_supported",
-        "The parts that the claim opens do not belong together: {why}.",
+        "The parts that the claimant supplied do not allow a verification: {why}.",
     ),
     "committed_model_unmarked": (
         "not_supported",
-        "The committed model does not carry the key: the commitment was not for a marked model.",
+        "The key was not shown to be in the model that the claimant committed, so the commitment is not "
+        "shown to be for a marked model.",
     ),
 } | {code: ("not_supported", f"The claim is inadmissible: {text}.") for code, text in REASON_TEXTS.items()}
 
@@ -120,5 +135,6 @@ def make_standing(claim: str, reason: str, numbers: dict[str, Any], **details: o
         details: further fields of the sentence.
     """
     standing, text = REASONS[reason]
-    values = {**numbers, "evidence_bits": f"{numbers['evidence_bits']:.1f}"} | details
+    texts = {name: utc_time(numbers[name]) for name in ("published", "claimed") if numbers.get(name)}
+    values = {**numbers, **texts, "evidence_bits": f"{numbers['evidence_bits']:.1f}"} | details
     return Standing(claim, standing, reason, text.format(**values), numbers)

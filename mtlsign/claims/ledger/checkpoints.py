@@ -33,6 +33,7 @@ MAX_NOTE = 64 * 1024
 MAX_LINES = 128
 
 _SIZE = re.compile(r"0|[1-9][0-9]{0,13}")
+_PUBLIC_KEY = re.compile(r"[0-9a-f]{64}")
 _LINE = re.compile(r"— ([^\s+]+) ([A-Za-z0-9+/]+={0,2})")
 
 
@@ -58,6 +59,14 @@ class Cosignature:
     key_id: bytes
     time: int
     signature: bytes
+
+    @property
+    def member(self) -> bytes | None:
+        """Public key in the name of the line, unverified; None if it is not the name of a member."""
+        digits = self.name.removeprefix(MEMBER)
+        if len(self.name) != len(MEMBER) + 64 or not _PUBLIC_KEY.fullmatch(digits):
+            return None
+        return bytes.fromhex(digits)
 
     def to_line(self) -> str:
         """Return the line of the note, without its line break."""

@@ -13,6 +13,7 @@ import re
 import ssl
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,15 @@ LAG_S = 5.0
 """Time after a missing majority in which reads go to a single server at once."""
 MAX_RESPONSE = 64 * 2**20
 
+#: gRPC code of a response → remedy (google.golang.org/grpc/codes).
+_REMEDIES = {
+    "3": "The server refuses the size or form of the request. Set --max-request-bytes of etcd to at least "
+    "262144 and --max-txn-ops to at least 128.",
+    "8": "The space quota of etcd is used up, or it is overloaded. Compact and defragment the members, raise "
+    "--quota-backend-bytes, and run etcdctl alarm disarm.",
+    "11": "The cluster no longer has that revision: it was compacted, or restored from a snapshot. Compare "
+    "the ledger with a stored checkpoint by jobs/ledger.py check --head.",
+}
 _HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252})|\[[0-9A-Fa-f:.]{2,45}\]):[0-9]{1,5}")
 Response = dict[str, Any]
 
@@ -55,6 +65,14 @@ def decode(value: object) -> bytes:
 def damaged_response_error() -> LedgerError:
     """Return the error for a response that does not have the form of etcd's API."""
     return LedgerError("The response of a server is damaged. Check the etcd cluster.", field="ledger")
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Reason why a server gave no usable response, and the remedy for display."""
+
+    cause: str
+    remedy: str = "Start the servers, or try once more later."
 
 
 class EtcdClient:
@@ -92,7 +110,7 @@ class EtcdClient:
         Raises:
             LedgerError: no server answered in time. The outcome of a write is then unknown.
         """
-        end, problem = time.monotonic() + limit, "no response"
+        end, problem = time.monotonic() + limit, _Problem("no response")
         while True:
             for step in range(len(self.hosts)):
                 position = (self._first + step) % len(self.hosts)
@@ -105,8 +123,8 @@ class EtcdClient:
                     break
             if time.monotonic() >= end - 0.2:
                 raise LedgerError(
-                    f"No majority of {', '.join(self.hosts)} answers ({problem}); nothing was acknowledged. "
-                    "Start the servers, or try once more later.",
+                    f"No majority of {', '.join(self.hosts)} answers ({problem.cause}); nothing was "
+                    f"acknowledged. {problem.remedy}",
                     field="ledger",
                 )
             time.sleep(0.2)
@@ -140,7 +158,9 @@ class EtcdClient:
                 return response
         raise LedgerError(f"None of {', '.join(self.hosts)} answers. Start the servers.", field="ledger")
 
-    def _send(self, host: str, path: str, body: Response, end: float) -> tuple[Response | None, str | None]:
+    def _send(
+        self, host: str, path: str, body: Response, end: float
+    ) -> tuple[Response | None, _Problem | None]:
         """Return the response of one server, or None and the problem."""
         wait = max(0.2, min(CALL_S, end - time.monotonic()))
         try:
@@ -162,21 +182,20 @@ class EtcdClient:
                 raise LedgerError(
                     f"{host} rejects the client certificate. Check --etcd-cert.", field="ledger"
                 ) from None
-            return None, type(error).__name__
+            return None, _Problem(type(error).__name__)
         try:
             fields = json.loads(data) if len(data) <= MAX_RESPONSE else None
         except (ValueError, RecursionError):
             fields = None
         if not isinstance(fields, dict):
-            return None, f"{host} is not an etcd v3 server"
+            return None, _Problem(f"{host} is not an etcd v3 server", "Correct the URI.")
         if http_response.status != 200:
-            problem = str(fields.get("message", fields.get("error", http_response.status)))[:120]
+            cause = _short(fields.get("message", fields.get("error", http_response.status)))[:120]
+            remedy = _REMEDIES.get(str(fields.get("code")))
             if http_response.status in (400, 401, 403, 404):
-                raise LedgerError(
-                    f"{host} rejects the request: {problem}. Check the URI and the permissions.",
-                    field="ledger",
-                )
-            return None, problem
+                remedy = remedy or "Check the URI and the permissions."
+                raise LedgerError(f"{host} rejects the request: {cause}. {remedy}", field="ledger")
+            return None, _Problem(cause, remedy or _Problem.remedy)
         return fields, None
 
 

@@ -22,10 +22,18 @@ class TreeRebuilder:
     Args:
         ledger: the ledger whose nodes are compared.
         tree: state to continue from; default: the empty tree.
+        nodes: receives the hash of each complete subtree by (level, index).
     """
 
-    def __init__(self, ledger: Ledger, tree: merkle.CompactRange | None = None) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        tree: merkle.CompactRange | None = None,
+        *,
+        nodes: dict[tuple[int, int], bytes] | None = None,
+    ) -> None:
         self.ledger = ledger
+        self.nodes: dict[tuple[int, int], bytes] = {} if nodes is None else nodes
         self.tree = merkle.CompactRange(tree.size, tree.hashes) if tree else merkle.CompactRange()
         self._completed: dict[int, tuple[int, list[bytes]]] = {}
 
@@ -34,6 +42,7 @@ class TreeRebuilder:
         leaf = merkle.leaf_hash(envelope)
         for level, index, digest in self.tree.append(leaf):
             self._completed.setdefault(level, (index, []))[1].append(digest)
+            self.nodes[level, index] = digest
         if self.tree.size % CHUNK == 0:
             self.compare_nodes()
         return leaf

@@ -1,5 +1,8 @@
 """Embedded ledger: one SQLite file in WAL mode with full synchronisation, append-only by triggers.
 
+Each write is copied from the WAL to the file at once, so a copy of the file alone holds every entry. A file
+or folder that is not writable is opened for reading only.
+
 Triggers prevent mistakes only. The owner of the file can rewrite it; therefore a claim on a ledger without
 other co-signers has the standing `self_attested`.
 """
@@ -10,8 +13,9 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import quote
 
 from mtlsign.claims import merkle
 from mtlsign.claims.ledger.base import Ledger, ReadConsistency, check_size
@@ -22,6 +26,7 @@ APPLICATION_ID = 0x4D544C53  # "MTLS"
 USER_VERSION = 1
 BUSY_MS = 30_000
 _PAGE = 256
+_NOT_WRITABLE = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 
 _SCHEMA = """
 CREATE TABLE entries(idx INTEGER PRIMARY KEY, leaf BLOB NOT NULL UNIQUE, envelope BLOB NOT NULL);
@@ -58,23 +63,50 @@ class SqliteLedger(Ledger):
         with self._guard():
             if create:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(
-                self.path, timeout=BUSY_MS / 1000, isolation_level=None, check_same_thread=False
-            )
-            try:
-                self._set_up(create)
-            except BaseException:
-                self._db.close()
-                raise
+            self._db = self._connect(create)
 
-    def _set_up(self, create: bool) -> None:
-        db = self._db
+    def _connect(self, create: bool) -> sqlite3.Connection:
+        """Open the file for writing if possible, otherwise for reading."""
+        try:
+            return self._open("rwc" if create else "rw", create=create)
+        except sqlite3.OperationalError as error:
+            if create or error.sqlite_errorcode & 0xFF not in _NOT_WRITABLE:
+                raise
+        try:
+            return self._open("ro")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF not in _NOT_WRITABLE:
+                raise
+        wal = self.path.with_name(self.path.name + "-wal")
+        if wal.exists() and wal.stat().st_size:
+            raise LedgerError(
+                f"{self.path} cannot be read in this folder, because {wal.name} holds further entries. Copy "
+                "both files to a writable folder.",
+                field="ledger",
+            )
+        return self._open("ro&immutable=1")  # without a WAL the file is complete
+
+    def _open(self, mode: str, *, create: bool = False) -> sqlite3.Connection:
+        db = sqlite3.connect(
+            f"file:{quote(str(self.path))}?mode={mode}", uri=True, timeout=BUSY_MS / 1000,
+            isolation_level=None, check_same_thread=False,
+        )  # fmt: skip
+        try:
+            self._set_up(db, create, is_writable=not mode.startswith("ro"))
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _set_up(self, db: sqlite3.Connection, create: bool, is_writable: bool) -> None:
         db.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
-        db.execute("PRAGMA journal_mode = WAL")
+        if db.execute("PRAGMA journal_mode").fetchone()[0] != "wal" and is_writable:
+            db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA trusted_schema = OFF")
         db.execute("PRAGMA cell_size_check = ON")
         if create:
+            self._db = db
             with self._writing():
                 if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
                     for statement in _statements(_SCHEMA):
@@ -116,6 +148,8 @@ class SqliteLedger(Ledger):
             self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
+        with suppress(sqlite3.OperationalError):  # a reader may delay it until the next write
+            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def append(self, envelope: bytes) -> int:  # noqa: D102
         return self.append_many([envelope])[0]

@@ -10,49 +10,45 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TypeVar
 
 from mtlsign.claims import merkle
 from mtlsign.claims.ledger.base import Ledger
-from mtlsign.claims.ledger.checkpoints import Checkpoint, Cosignature, earliest_valid_line, median
+from mtlsign.claims.ledger.checkpoints import Checkpoint, Cosignature
+from mtlsign.claims.ledger.confirmation import (
+    ConfirmedCheckpoint,
+    LineCache,
+    confirm_checkpoints,
+    council_in_force,
+    member_times,
+)
 from mtlsign.claims.ledger.rebuild import TreeRebuilder
-from mtlsign.claims.statements.parsing import open_statement
-from mtlsign.claims.statements.types import Membership, Ref, Statement
+from mtlsign.claims.statements.parsing import disclosed_opening, open_statement
+from mtlsign.claims.statements.types import Claim, Membership, Ref, Statement
 from mtlsign.errors import ClaimError, LedgerError
+from mtlsign.watermark.keys.opening import KeyOpening
 
 S = TypeVar("S", bound=Statement)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Ledger entry. `statement` is None if the entry has no effect; `problem` then gives the reason."""
+    """Ledger entry. `statement` is None if the entry has no effect; `problem` then gives the reason.
+
+    `opening` is the key that the bytes of a claim make public, also if the claim itself has no effect.
+    """
 
     index: int
     leaf: bytes
     statement: Statement | None
     signers: tuple[bytes, ...] = ()
     problem: str | None = None
+    opening: KeyOpening | None = None
 
     @property
     def ref(self) -> Ref:
         """Reference by which other statements name this entry."""
         return Ref(self.index, self.leaf)
-
-
-@dataclass(frozen=True, slots=True)
-class ConfirmedCheckpoint:
-    """Checkpoint with the co-signatures of at least the council's threshold of members.
-
-    Attributes:
-        checkpoint: the co-signed tree.
-        times: public key of each co-signing member → time by that member's clock.
-        time: median of `times`, but never earlier than the time of an earlier confirmed checkpoint.
-    """
-
-    checkpoint: Checkpoint
-    times: Mapping[bytes, int]
-    time: int
 
 
 @dataclass(frozen=True)
@@ -84,14 +80,10 @@ class LedgerView:
             LedgerError: entry 0 does not create a ledger; or enough members co-signed a tree that these
                 entries do not form: the ledger was truncated, forked or rewritten.
         """
-        sizes = {checkpoint.size for checkpoint, _ in cosignatures}
-        tree, roots, rows = merkle.CompactRange(), {0: merkle.EMPTY_ROOT}, {}
-        for index, envelope in enumerate(envelopes):
-            rows[index] = envelope
-            tree.append(merkle.leaf_hash(envelope))
-            if tree.size in sizes:
-                roots[tree.size] = tree.root()
-        return cls.assemble(rows, cosignatures, roots)
+        rows, tree, nodes = dict(enumerate(envelopes)), merkle.CompactRange(), dict[tuple[int, int], bytes]()
+        for envelope in rows.values():
+            nodes.update({(k, i): digest for k, i, digest in tree.append(merkle.leaf_hash(envelope))})
+        return cls.assemble(rows, cosignatures, _roots(cosignatures, nodes, len(rows)))
 
     @classmethod
     def assemble(
@@ -110,31 +102,36 @@ class LedgerView:
         Raises:
             LedgerError: as `from_entries`.
         """
-        entries, councils = _read_entries(rows)
-        origin = entries[0].leaf
-        lines_by_tree: dict[tuple[int, bytes], list[Cosignature]] = {}
-        for checkpoint, line in cosignatures:
-            if checkpoint.origin == origin:
-                lines_by_tree.setdefault((checkpoint.size, checkpoint.root), []).append(line)
-        confirmed: list[ConfirmedCheckpoint] = []
-        warnings: list[str] = []
-        latest_time = 0
-        for (size, root), lines in sorted(lines_by_tree.items()):
-            council, checkpoint = _in_force(councils, size), Checkpoint(origin, size, root)
-            times = _valid_times(checkpoint, lines, council)
-            if not times:
-                continue
-            has_threshold = len(times) >= council.threshold
-            if roots.get(size) != root:
-                sentence = _other_tree_sentence(size, times, is_truncated=size not in roots)
-                if has_threshold:
-                    raise LedgerError(f"{sentence} Do not use this ledger; ask its members.", field="ledger")
-                warnings.append(sentence)
-            elif has_threshold:
-                latest_time = max(latest_time, median(times.values()))
-                confirmed.append(ConfirmedCheckpoint(checkpoint, times, latest_time))
+        log = EntryLog()
+        for index in sorted(rows):
+            log.add(index, rows[index])
+        return cls.of_log(log, cosignatures, roots, LineCache())
+
+    @classmethod
+    def of_log(
+        cls,
+        log: EntryLog,
+        cosignatures: Iterable[tuple[Checkpoint, Cosignature]],
+        roots: Mapping[int, bytes],
+        cache: LineCache,
+    ) -> LedgerView:
+        """Build the view of the entries that a log has read.
+
+        Args:
+            log: the entries.
+            cosignatures: stored co-signatures, unverified.
+            roots: verified root of each co-signed size.
+            cache: results of earlier signature checks.
+
+        Raises:
+            LedgerError: as `from_entries`.
+        """
+        origin, councils = log.origin, tuple(log.councils)
+        own_lines = ((tree, line) for tree, line in cosignatures if tree.origin == origin)
+        times = member_times(councils, own_lines, cache)
+        confirmed, warnings = confirm_checkpoints(councils, times, roots)
         sizes = [item.checkpoint.size for item in confirmed]
-        return cls(origin, entries, tuple(councils), tuple(confirmed), tuple(warnings), sizes)
+        return cls(origin, dict(log.entries), councils, confirmed, warnings, sizes)
 
     def first_confirmed(self, index: int) -> ConfirmedCheckpoint | None:
         """Return the first confirmed checkpoint that contains entry `index`, or None."""
@@ -151,7 +148,7 @@ class LedgerView:
 
     def council(self, index: int) -> Membership:
         """Return the membership in force for entry `index`."""
-        return _in_force(self.councils, index)
+        return council_in_force(self.councils, index)
 
     def all(self, kind: type[S]) -> Iterator[tuple[Entry, S]]:
         """Yield all statements of one kind with their entries, in order."""
@@ -172,18 +169,97 @@ class LedgerView:
         return first is None or set(first.times) <= {owner}
 
 
+ParsedEntry = tuple[Statement | None, tuple[bytes, ...], str | None, KeyOpening | None]
+StatementCache = dict[bytes, ParsedEntry]
+"""Content of entries by leaf hash. Entries never change, and each one costs a signature check."""
+
+
+class EntryLog:
+    """Entries read so far, and the councils among them.
+
+    Args:
+        statements: content of entries that were read before; new content is added.
+    """
+
+    def __init__(self, statements: StatementCache | None = None) -> None:
+        self.statements: StatementCache = {} if statements is None else statements
+        self.entries: dict[int, Entry] = {}
+        self.councils: list[tuple[int, Membership]] = []
+        self._first_index: dict[bytes, int] = {}
+
+    @property
+    def origin(self) -> bytes:
+        """Leaf hash of entry 0. Raises LedgerError for an empty log."""
+        if not self.entries:
+            raise LedgerError(
+                "The ledger is empty. Create it first with jobs/ledger.py create.", field="ledger"
+            )
+        return self.entries[0].leaf
+
+    def add(self, index: int, data: bytes) -> Entry:
+        """Add the next entry and return it. Raises LedgerError if entry 0 does not create a ledger."""
+        leaf = merkle.leaf_hash(data)
+        if leaf not in self.statements:
+            self.statements[leaf] = _parse_entry(data)
+        statement, signers, problem, opening = self.statements[leaf]
+        problem = problem or self._problem(statement, signers, leaf)
+        if problem is not None:
+            statement, signers = None, ()
+        if not self.entries and (index != 0 or not isinstance(statement, Membership)):
+            raise LedgerError(
+                "Entry 0 is not the membership that creates a ledger. Open another ledger.", field="ledger"
+            )
+        if isinstance(statement, Membership):
+            self.councils.append((index, statement))
+        self._first_index.setdefault(leaf, index)
+        self.entries[index] = Entry(index, leaf, statement, signers, problem, opening)
+        return self.entries[index]
+
+    def _problem(self, statement: Statement | None, signers: tuple[bytes, ...], leaf: bytes) -> str | None:
+        """Return the reason why an entry has no effect at this position, or None."""
+        if leaf in self._first_index:
+            return f"The entry repeats entry {self._first_index[leaf]}."
+        if statement is not None and statement.ledger != (self.entries[0].leaf if self.entries else None):
+            return "The statement was made for another ledger."
+        if not isinstance(statement, Membership):
+            return None
+        if not self.councils:
+            return None if statement.previous is None else "The membership refers to a missing predecessor."
+        index, council = self.councils[-1]
+        if statement.previous != self.entries[index].ref:
+            return "The membership does not follow the membership in force."
+        if len(set(signers) & set(council.members)) < council.threshold:
+            return f"The membership has signatures of fewer than {council.threshold} members in force."
+        return None
+
+
 def read_ledger(ledger: Ledger) -> LedgerView:
     """Return the current view of a whole ledger. Raises LedgerError as `IncrementalReader.view` does."""
     return IncrementalReader(ledger).view()
 
 
 class IncrementalReader:
-    """Reader that fetches only new entries on each call. Owners use it; a witness reads all entries."""
+    """Reader that fetches and verifies only new entries on each call. A witness reads all entries.
 
-    def __init__(self, ledger: Ledger) -> None:
+    Args:
+        ledger: the ledger.
+        earlier: a reader of the same ledger, whose entries are not read once more.
+
+    Attributes:
+        cache: results of the signature checks of co-signatures.
+    """
+
+    def __init__(self, ledger: Ledger, earlier: IncrementalReader | None = None) -> None:
         self.ledger = ledger
-        self._rows: list[bytes] = []
-        self._tree = merkle.CompactRange()
+        self._log: EntryLog = EntryLog() if earlier is None else earlier._log
+        self._tree: merkle.CompactRange = merkle.CompactRange() if earlier is None else earlier._tree
+        self._nodes: dict[tuple[int, int], bytes] = {} if earlier is None else earlier._nodes
+        self.cache: LineCache = LineCache() if earlier is None else earlier.cache
+
+    @property
+    def statements(self) -> StatementCache:
+        """Content of all entries that were read."""
+        return self._log.statements
 
     def view(self) -> LedgerView:
         """Return the current view, its tree recomputed from the entries.
@@ -196,93 +272,38 @@ class IncrementalReader:
         cosignatures = self.ledger.cosignatures(self.ledger.origin())
         state, consistency = self.ledger.tree_state(), self.ledger.staleness()
         if state.size < self._tree.size:
-            message = "The ledger has fewer entries than before. Do not use it; ask its members."
+            message = (
+                f"The ledger has {state.size} entries, but had {self._tree.size} before: it was truncated or "
+                "restored from an older copy. Do not use it; restore a complete copy and ask its members."
+            )
             raise LedgerError(message if consistency.current else consistency.note, field="ledger")
-        rows, rebuilder = list(self._rows), TreeRebuilder(self.ledger, self._tree)
+        rebuilder = TreeRebuilder(self.ledger, self._tree, nodes=self._nodes)
+        fresh = []
         for envelope in self.ledger.scan(self._tree.size, state.size):
-            rows.append(envelope)
+            fresh.append(envelope)
             rebuilder.add(envelope)
         rebuilder.finish(state)
-        view = LedgerView.from_entries(rows, cosignatures)
-        self._rows, self._tree = rows, rebuilder.tree  # last, so that a failed read is repeated in full
-        return view
+        for index, envelope in enumerate(fresh, self._tree.size):  # last, so that a failed read is repeated
+            self._log.add(index, envelope)
+        self._tree = rebuilder.tree
+        roots = _roots(cosignatures, self._nodes, self._tree.size)
+        return LedgerView.of_log(self._log, cosignatures, roots, self.cache)
 
 
-@lru_cache(maxsize=16_384)
-def _open_cached(data: bytes) -> tuple[Statement, tuple[bytes, ...]]:
-    """Return `open_statement(data)`. Entries never change, and each one costs a signature check."""
-    return open_statement(data)
+def _roots(
+    cosignatures: Iterable[tuple[Checkpoint, Cosignature]], nodes: Mapping[tuple[int, int], bytes], size: int
+) -> dict[int, bytes]:
+    """Return the root of each co-signed size up to `size`, from the hashes of complete subtrees."""
+    sizes = {checkpoint.size for checkpoint, _ in cosignatures if checkpoint.size <= size}
+    return {
+        count: merkle.tree_root(lambda level, index: nodes[level, index], count)
+        for count in sizes
+    }  # fmt: skip
 
 
-def _valid_times(
-    checkpoint: Checkpoint, lines: Sequence[Cosignature], council: Membership
-) -> dict[bytes, int]:
-    """Return each member's earliest valid time; unlike `cosigner_times`, an invalid line is only ignored.
-
-    Any sender can store lines, so an invalid line must not invalidate the members' valid ones.
-    """
-    earliest = {member: earliest_valid_line(checkpoint, lines, member) for member in council.members}
-    return {member: line.time for member, line in earliest.items() if line is not None}
-
-
-def _other_tree_sentence(size: int, times: Mapping[bytes, int], *, is_truncated: bool) -> str:
-    cosigners = ", ".join(member.hex()[:16] for member in sorted(times))
-    state = "is truncated" if is_truncated else "differs from the co-signed tree"
-    return f"The ledger {state}: {cosigners} co-signed another tree of {size} entries."
-
-
-def _in_force(councils: Sequence[tuple[int, Membership]], index: int) -> Membership:
-    position = bisect.bisect_left([i for i, _ in councils], index)
-    return councils[max(position - 1, 0)][1]
-
-
-def _read_entries(rows: Mapping[int, bytes]) -> tuple[dict[int, Entry], list[tuple[int, Membership]]]:
-    entries: dict[int, Entry] = {}
-    councils: list[tuple[int, Membership]] = []
-    first_index: dict[bytes, int] = {}
-    current: tuple[Ref, Membership] | None = None
-    for index in sorted(rows):
-        leaf = merkle.leaf_hash(rows[index])
-        entry = _entry(index, leaf, rows[index], entries[0].leaf if entries else None)
-        if leaf in first_index:
-            entry = Entry(index, leaf, None, problem=f"The entry repeats entry {first_index[leaf]}.")
-        first_index.setdefault(leaf, index)
-        statement = entry.statement
-        if isinstance(statement, Membership):
-            problem = _membership_problem(statement, entry.signers, current)
-            if problem is None:
-                councils.append((index, statement))
-                current = (entry.ref, statement)
-            else:
-                entry = Entry(index, leaf, None, problem=problem)
-        if not entries and (index != 0 or not councils):
-            raise LedgerError(
-                "Entry 0 is not the membership that creates a ledger. Open another ledger.", field="ledger"
-            )
-        entries[index] = entry
-    if not entries:
-        raise LedgerError("The ledger is empty. Create it first with jobs/ledger.py create.", field="ledger")
-    return entries, councils
-
-
-def _entry(index: int, leaf: bytes, data: bytes, origin: bytes | None) -> Entry:
+def _parse_entry(data: bytes) -> ParsedEntry:
     try:
-        statement, signers = _open_cached(data)
+        statement, signers = open_statement(data)
     except ClaimError as error:
-        return Entry(index, leaf, None, problem=str(error))
-    if statement.ledger != origin:
-        return Entry(index, leaf, None, problem="The statement was made for another ledger.")
-    return Entry(index, leaf, statement, signers)
-
-
-def _membership_problem(
-    new: Membership, signers: Sequence[bytes], current: tuple[Ref, Membership] | None
-) -> str | None:
-    if current is None:
-        return None if new.previous is None else "The membership refers to a missing predecessor."
-    ref, council = current
-    if new.previous != ref:
-        return "The membership does not follow the membership in force."
-    if len(set(signers) & set(council.members)) < council.threshold:
-        return f"The membership has signatures of fewer than {council.threshold} members in force."
-    return None
+        return None, (), str(error), disclosed_opening(data)
+    return statement, signers, None, statement.opening if isinstance(statement, Claim) else None

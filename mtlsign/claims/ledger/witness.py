@@ -20,9 +20,17 @@ from mtlsign.claims import merkle
 from mtlsign.claims.ledger import checkpoints, witness_state
 from mtlsign.claims.ledger.base import Ledger
 from mtlsign.claims.ledger.checkpoints import Checkpoint, Cosignature
+from mtlsign.claims.ledger.confirmation import (
+    Councils,
+    Times,
+    confirm_checkpoints,
+    member_times,
+    named_sizes,
+)
 from mtlsign.claims.ledger.rebuild import TreeRebuilder
+from mtlsign.claims.ledger.view import EntryLog, IncrementalReader
 from mtlsign.claims.ledger.witness_state import WitnessState
-from mtlsign.claims.statements.parsing import open_statement
+from mtlsign.claims.statements.types import Statement
 from mtlsign.errors import ClaimError, KeyMaterialError, LedgerError
 from mtlsign.watermark.keys.identity import Identity
 
@@ -57,6 +65,7 @@ class Witness:
         path: the state file. Default: next to the default identity; the origin of the ledger in this store
             is then pinned there at first use.
         clock: returns POSIX seconds.
+        reader: reader of the ledger, whose results of signature checks are used.
     """
 
     def __init__(
@@ -66,8 +75,11 @@ class Witness:
         path: Path | None = None,
         *,
         clock: Callable[[], float] = time.time,
+        reader: IncrementalReader | None = None,
     ) -> None:
         self.identity, self.ledger, self.clock = identity, ledger, clock
+        reader = reader or IncrementalReader(ledger)
+        self._statements, self._cache = reader.statements, reader.cache
         self._pinned_store = ledger.store_id if path is None else None
         if ledger.size() == 0:
             witness_state.refuse_known_store(identity, ledger.store_id, path)
@@ -89,26 +101,33 @@ class Witness:
             size = stored_tree.size
             if state is not None and size < state.tree.size:
                 raise self._inconsistency_error(
-                    f"The ledger is truncated: it has {size} entries, {state.tree.size} were co-signed"
+                    f"The ledger is truncated, or restored from an older copy: it has {size} entries, "
+                    f"{state.tree.size} were co-signed"
                 )
             own_lines = witness_state.load_own_lines(self.path)
-            sizes = {checkpoint.size for checkpoint, _ in cosignatures if checkpoint.size <= size} | {size}
-            sizes |= {own_size for own_size, _ in own_lines}
-            trees, warnings = self._recompute(state, stored_tree, sizes)
+            nodes, councils, warnings = self._recompute(state, stored_tree)
+            times = member_times(councils, cosignatures, self._cache)
+            sizes = {checkpoint.size for checkpoint in times if checkpoint.size <= size} | {size}
+            sizes |= {own_size for own_size, _ in own_lines if own_size <= size}
+            sizes |= {state.tree.size} if state is not None else set()
+            trees = {count: merkle.compact_range(nodes, count) for count in sizes}
             roots = {tree_size: tree.root() for tree_size, tree in trees.items()}
             if state is not None and state.tree.size and roots[state.tree.size] != state.tree.root():
                 raise self._inconsistency_error(
                     f"The ledger is rewritten: its first {state.tree.size} entries differ from the co-signed "
                     "ones"
                 )
-            warnings += self._check_cosignatures(cosignatures, roots, size)
+            warnings += self._check_cosignatures(cosignatures, councils, roots, size)
+            warnings += self._check_past(councils, times, roots)
             if not self.ledger.staleness().current:
                 raise self._inconsistency_error("The ledger is not read from a majority of its servers")
             own_sizes, restored = self._restore_missing_lines(cosignatures, own_lines, roots)
+            signable = {tree.size for tree in times if roots.get(tree.size) == tree.root} | {size}
+            signable |= {state.tree.size} if state is not None else set()
             if restored:
                 names = ", ".join(map(str, restored[:8]))
                 warnings.append(f"Own co-signatures of {names} entries were missing and are restored.")
-            result = self._sign(state, own_sizes, trees, size, warnings)
+            result = self._sign(state, signable - own_sizes, trees, size, warnings)
             return replace(result, cosigned=(*restored, *result.cosigned))
 
     def _check_origin(self, state: WitnessState | None) -> None:
@@ -128,14 +147,14 @@ class Witness:
             witness_state.pin_origin(self.identity, self._pinned_store, self.origin)
 
     def _recompute(
-        self, state: WitnessState | None, stored_tree: merkle.CompactRange, sizes: set[int]
-    ) -> tuple[dict[int, merkle.CompactRange], list[str]]:
-        """Return the trees of the given sizes, recomputed from the entries, and warnings about entries.
+        self, state: WitnessState | None, stored_tree: merkle.CompactRange
+    ) -> tuple[dict[tuple[int, int], bytes], Councils, list[str]]:
+        """Return the subtrees recomputed from the entries, the councils, and warnings about entries.
 
         Every stored node is compared with the recomputed one.
         """
-        rebuilder, trees = TreeRebuilder(self.ledger), {0: merkle.CompactRange()}
-        leaves: set[bytes] = set()
+        nodes, leaves = dict[tuple[int, int], bytes](), set[bytes]()
+        rebuilder, log = TreeRebuilder(self.ledger, nodes=nodes), EntryLog(self._statements)
         warnings: list[str] = []
         start = 0 if state is None else state.tree.size
         now = int(self.clock())
@@ -145,26 +164,26 @@ class Witness:
                 if leaf in leaves:
                     warnings.append(f"Entry {index} repeats an earlier one.")
                 leaves.add(leaf)
-                tree = rebuilder.tree
-                if tree.size in sizes or tree.size == start:
-                    trees[tree.size] = merkle.CompactRange(tree.size, tree.hashes)
+                log.add(index, envelope)
                 if index >= start:
-                    warnings += _entry_warnings(index, envelope, state, now)
+                    warnings += _entry_warnings(index, self._statements[leaf][0], state, now)
             rebuilder.finish(stored_tree)
         except LedgerError as error:
             raise self._inconsistency_error(error.detail.rstrip(".")) from None
-        return trees, warnings
+        return nodes, log.councils, warnings
 
     def _check_cosignatures(
-        self, cosignatures: CosignedTrees, roots: dict[int, bytes], size: int
+        self, cosignatures: CosignedTrees, councils: Councils, roots: dict[int, bytes], size: int
     ) -> list[str]:
-        """Return a warning for each valid co-signature of another tree; raise if it is the witness's own."""
+        """Return a warning for each member's co-signature of another tree; raise if it is the own one."""
+        members = {member for _, council in councils for member in council.members}
+        members.add(self.identity.public_key)
         warnings = []
         for checkpoint, line in cosignatures:
             if checkpoint.size <= size and roots.get(checkpoint.size) == checkpoint.root:
                 continue
-            member = _member(line)
-            if member is None or not line.is_valid_for(checkpoint.body(), member):
+            member = line.member
+            if member is None or member not in members or not self._cache.is_valid(checkpoint, line):
                 continue
             if member == self.identity.public_key:
                 raise self._inconsistency_error(
@@ -173,6 +192,27 @@ class Witness:
             tree = "more entries than the ledger has" if checkpoint.size > size else "another tree"
             warnings.append(f"FORK: {member.hex()[:16]} co-signed {tree} at size {checkpoint.size}.")
         return warnings
+
+    def _check_past(
+        self, councils: Councils, times: dict[Checkpoint, Times], roots: dict[int, bytes]
+    ) -> list[str]:
+        """Return a warning if times under former councils differ from those that this witness saw before."""
+        confirmed, _ = confirm_checkpoints(councils, times, roots)
+        start = councils[-1][0]
+        past = {item.checkpoint.size: item.time for item in confirmed if item.checkpoint.size <= start}
+        if all(item.checkpoint.size <= start for item in confirmed):
+            return []  # the council in force has confirmed nothing yet
+        seen = witness_state.load_past(self.path, start)
+        if seen == past:
+            return []
+        witness_state.save_past(self.path, start, past)
+        if seen is None:
+            return []
+        changed = {count for count in past.keys() | seen.keys() if past.get(count) != seen.get(count)}
+        return [
+            f"Co-signatures of former members arrived late: they change the times of checkpoints of "
+            f"{named_sizes(changed)} entries. Ask these members."
+        ]
 
     def _restore_missing_lines(
         self, cosignatures: CosignedTrees, own_lines: list[tuple[int, str]], roots: dict[int, bytes]
@@ -204,11 +244,11 @@ class Witness:
         return own_sizes, restored
 
     def _sign(
-        self, state: WitnessState | None, own_sizes: set[int], trees: dict[int, merkle.CompactRange],
+        self, state: WitnessState | None, signable: set[int], trees: dict[int, merkle.CompactRange],
         size: int, warnings: list[str],
     ) -> WitnessRound:  # fmt: skip
         last_size = 0 if state is None else state.tree.size
-        sizes = sorted(s for s in trees if s >= max(last_size, 1) and s not in own_sizes)[-MAX_CATCH_UP:]
+        sizes = sorted(count for count in signable if count >= max(last_size, 1))[-MAX_CATCH_UP:]
         now = int(self.clock())
         if state is not None and now < state.time:
             warnings.append(f"Own clock went back by {state.time - now} s; {state.time} is signed instead.")
@@ -246,20 +286,12 @@ class Witness:
             ) from None
 
 
-def _member(line: Cosignature) -> bytes | None:
-    try:
-        public_key = bytes.fromhex(line.name.removeprefix(checkpoints.MEMBER))
-    except ValueError:
-        return None
-    is_member = len(public_key) == 32 and line.name == checkpoints.MEMBER + public_key.hex()
-    return public_key if is_member else None
-
-
-def _entry_warnings(index: int, envelope: bytes, state: WitnessState | None, now: int) -> list[str]:
-    try:
-        stated_time = open_statement(envelope)[0].time
-    except ClaimError:
+def _entry_warnings(
+    index: int, statement: Statement | None, state: WitnessState | None, now: int
+) -> list[str]:
+    if statement is None:
         return [f"Entry {index} is not a statement."]
+    stated_time = statement.time
     if stated_time > now + CLOCK_TOLERANCE_S:
         return [f"Entry {index} is dated {stated_time - now} s in the future."]
     if state is not None and stated_time < state.time - CLOCK_TOLERANCE_S:

@@ -2,9 +2,10 @@
 
     <state>                  origin, tree and time that the next checkpoint must extend
     <state>.lines            the witness's co-signatures, one per line, to restore lines deleted from a store
+    <state>.past             times of checkpoints under former councils, to detect lines that arrive late
     …/witness/…-at-….json    without a named state: origin of the ledger in this store, pinned at first use
 
-The first and the last file are protected by an HMAC, which detects corruption and modification.
+The state and the pin are protected by an HMAC, which detects corruption and modification.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import hmac
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,26 @@ def load_own_lines(path: Path) -> list[tuple[int, str]]:
     return lines
 
 
+def save_past(path: Path, start: int, times: Mapping[int, int]) -> None:
+    """Store the times of checkpoints under former councils, to detect co-signatures that arrive later.
+
+    Args:
+        path: file of the state.
+        start: index of the membership in force.
+        times: size of each confirmed checkpoint up to that index → its time.
+    """
+    _write(_past_path(path), {"start": start, "times": [[size, times[size]] for size in sorted(times)]})
+
+
+def load_past(path: Path, start: int) -> dict[int, int] | None:
+    """Return the times that `save_past` stored for this membership; None if there are none."""
+    try:
+        fields = json.loads(_past_path(path).read_bytes())
+        return dict(fields["times"]) if fields["start"] == start else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
 def pin_path(identity: Identity, store_id: str) -> Path:
     """Return the file that pins the origin of the ledger in the store `store_id`."""
     name = hashlib.sha256(store_id.encode()).hexdigest()[:16]
@@ -190,6 +212,10 @@ def _folder() -> Path:
 
 def _lines_path(path: Path) -> Path:
     return path.with_name(path.name + ".lines")
+
+
+def _past_path(path: Path) -> Path:
+    return path.with_name(path.name + ".past")
 
 
 def _state_mac(identity: Identity, state: WitnessState) -> bytes:

@@ -25,6 +25,8 @@ from mtlsign.watermark.keys.opening import is_valid_signature
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 MAX_ENVELOPE = 64 * 1024
 MAX_SIGNATURES = 64
+MAX_BRACKETS = 2 + MAX_SIGNATURES
+"""Opening brackets of an envelope: the object, the list, and one object for each signature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +100,28 @@ def open_envelope(data: bytes) -> OpenedEnvelope:
     return OpenedEnvelope(payload, tuple(signatures))
 
 
+def read_payload(data: bytes) -> bytes:
+    """Return the payload of an envelope without any check of its signatures.
+
+    Raises:
+        ClaimError: the bytes are not an envelope.
+    """
+    return _parse(data)[0]
+
+
 def _read(data: bytes) -> tuple[bytes, dict[bytes, bytes]]:
+    payload, signatures = _parse(data)
+    if encode(payload, signatures.items()) != data:
+        raise ClaimError(
+            "The envelope does not have the encoding of docs/claims.md. Pass it unchanged.", field="envelope"
+        )
+    return payload, signatures
+
+
+def _parse(data: bytes) -> tuple[bytes, dict[bytes, bytes]]:
     try:
         fields = require_fields(
-            parse_strict_json(data, limit=MAX_ENVELOPE, where="envelope"),
+            parse_strict_json(data, limit=MAX_ENVELOPE, where="envelope", max_brackets=MAX_BRACKETS),
             "envelope", "payload", "payloadType", "signatures",
         )  # fmt: skip
         items = fields["signatures"]
@@ -118,10 +138,6 @@ def _read(data: bytes) -> tuple[bytes, dict[bytes, bytes]]:
             signatures[require_hex(entry["keyid"], "signature.keyid", 32)] = _decode_base64(entry["sig"])
     except KeyMaterialError as error:
         raise ClaimError(error.detail, field=error.field) from None
-    if encode(payload, signatures.items()) != data:
-        raise ClaimError(
-            "The envelope does not have the encoding of docs/claims.md. Pass it unchanged.", field="envelope"
-        )
     return payload, signatures
 
 

@@ -70,6 +70,15 @@ def open_statement(data: bytes) -> tuple[Statement, tuple[bytes, ...]]:
     return statement, opened.signers
 
 
+def disclosed_opening(data: bytes) -> KeyOpening | None:
+    """Return the key that the bytes of a claim make public, or None. Signatures do not matter."""
+    try:
+        statement = parse(envelope.read_payload(data))
+    except ClaimError:
+        return None
+    return statement.opening if isinstance(statement, Claim) else None
+
+
 def parse(payload: bytes) -> Statement:
     """Parse the exact bytes of one statement (at most 48 KiB).
 

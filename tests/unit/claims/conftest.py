@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from mtlsign.claims.commands import offline, owner
+from mtlsign.claims.judging.judge import DetectorClaimVerifier
 from tests.unit.claims.scenario import ClaimScenario
+
+
+@pytest.fixture(autouse=True)
+def _verifier_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify claims in this process: starting a child takes seconds. `test_isolated.py` starts children."""
+    for module in (offline, owner):
+        monkeypatch.setattr(module, "claim_verifier", lambda _: nullcontext(DetectorClaimVerifier()))
 
 
 @pytest.fixture

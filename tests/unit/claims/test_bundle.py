@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from mtlsign.claims import bundle, owner
-from mtlsign.claims.bundle import check_bundle, to_json, write_bundle
+from mtlsign.claims.bundle import check_bundle, write_bundle
+from mtlsign.claims.bundle_result import to_json
 from mtlsign.claims.commands.settings import signed_note
 from mtlsign.claims.ledger import checkpoints
 from mtlsign.claims.model_card import claim_block, insert_block, provenance_block

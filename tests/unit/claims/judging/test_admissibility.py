@@ -151,3 +151,17 @@ def test_several_keys_are_opened_in_order_one_per_suspect(scenario: ClaimScenari
     )  # fmt: skip
     index = other.ledger.append(sign_statement(jump, ALICE))
     assert other.inadmissibility_codes(str(index)) == ["key_out_of_order"]
+
+
+def test_opened_key_copied_from_another_ledger_is_spent(scenario: ClaimScenario) -> None:
+    """Any party can append the exact bytes of a claim on another ledger; they make the key public here."""
+    kit, model = kit_and_model(ALICE)
+    owner.publish(scenario.owner(ALICE), [kit])
+    entry, _ = owner.claim(scenario.owner(ALICE), [kit], scenario.archive, model, own_model=model)
+    fresh = ClaimScenario(scenario.folder / "fresh")
+    owner.publish(fresh.owner(ALICE), [kit])
+    fresh.ledger.append(scenario.ledger.get(entry.index))
+    framed = b"carol's model with " + kit.opening.key().hex().encode()
+    name = fresh.claim(ALICE, [kit], framed, own_model=model)
+    fresh.cosign_all()
+    assert fresh.standing(name).reason == "opened_before_registered"

@@ -6,11 +6,23 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from mtlsign.claims import owner
+from mtlsign.claims.judging.admissibility import find_claim
+from mtlsign.claims.judging.lineage import resolve_dispute
 from mtlsign.claims.judging.standings import REASONS, STANDINGS
 from mtlsign.claims.statements.parsing import sign_statement
 from mtlsign.claims.statements.types import Membership, Ref
-from tests.unit.claims.scenario import ALICE, BOB, ClaimScenario, kit_and_model, make_identity
+from mtlsign.watermark.keys.identity import Identity
+from tests.unit.claims.scenario import (
+    ALICE,
+    BOB,
+    ClaimScenario,
+    SubstringJudge,
+    kit_and_model,
+    make_identity,
+)
 
 
 def test_reasons_have_known_standings() -> None:
@@ -90,3 +102,57 @@ def test_standing_with_trained_head_needs_commitment_and_makes_no_edge(scenario:
     assert scenario.standing(forged_claim).reason == "free_head"
     result = scenario.dispute(own_claim, forged_claim)
     assert result.standings[0].standing == "in_the_weights" and result.edges[0].kind == "unrelated"
+
+
+@pytest.mark.parametrize("by", [ALICE, BOB])
+def test_standing_with_model_registered_before_publication_needs_commitment(
+    scenario: ClaimScenario, by: Identity
+) -> None:
+    """The order is checked for each registration of the model, also for one that the claim does not name."""
+    kit, model = kit_and_model(ALICE)
+    suspect = model + b" met before the commitment"
+    owner.register(scenario.owner(by), scenario.archive, [("x", suspect)])
+    owner.publish(scenario.owner(ALICE), [kit])
+    scenario.cosign_all()
+    name = scenario.claim(ALICE, [kit], suspect, own_model=model)
+    again = owner.register(scenario.owner(ALICE), scenario.archive, [("again", suspect)])
+    _, claim = find_claim(scenario.view(), name)
+    later = replace(claim, register=again, time=7)
+    later_name = str(scenario.append(later, ALICE))
+    scenario.run_council()
+    for claimed in (name, later_name):
+        standing = scenario.standing(claimed)
+        if standing.reason != "opened_before_registered":
+            assert (standing.standing, standing.reason) == (
+                "needs_commitment",
+                "registered_before_publication",
+            )
+            assert "registered (entry 1) before" in standing.sentence
+    assert scenario.standing(name).reason == "registered_before_publication"
+
+
+def test_standing_of_trained_head_with_earlier_registration_names_the_order(scenario: ClaimScenario) -> None:
+    kit, model = kit_and_model(ALICE, head=b"a head")
+    owner.register(scenario.owner(BOB), scenario.archive, [("x", model)])
+    owner.publish(scenario.owner(ALICE), [kit])
+    name = scenario.claim(ALICE, [kit], model, own_model=model)
+    scenario.cosign_all()
+    assert scenario.standing(name).reason == "registered_before_publication"
+
+
+def test_standing_without_pinned_ledger_is_at_most_self_attested(scenario: ClaimScenario) -> None:
+    kit, model = kit_and_model(ALICE)
+    owner.publish(scenario.owner(ALICE), [kit])
+    name = scenario.claim(ALICE, [kit], model + b" tuned", own_model=model)
+    scenario.run_council()
+    view, judge = scenario.view(), SubstringJudge()
+    pinned = resolve_dispute(view, [name], scenario.archive, judge).standings[0]
+    unpinned = resolve_dispute(view, [name], scenario.archive, judge, pinned=False).standings[0]
+    assert pinned.standing == "in_the_weights" and "2026-09-21T" in pinned.sentence
+    assert (unpinned.standing, unpinned.reason) == ("self_attested", "checkpoint_not_pinned")
+
+
+def test_sentences_do_not_claim_absence_and_contain_no_posix_time() -> None:
+    sentences = {reason: sentence for reason, (_, sentence) in REASONS.items()}
+    assert "does not show that the model is unmarked" in sentences["not_in_the_weights"]
+    assert not [text for text in sentences.values() if "is not in the" in text or "POSIX" in text]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ from mtlsign.claims import merkle
 from mtlsign.claims.ledger.open import open_ledger
 from mtlsign.claims.ledger.rebuild import verify_stored_tree
 from mtlsign.claims.ledger.sqlite import SqliteLedger
+from mtlsign.errors import LedgerError
 
 
 def test_sqlite_ledger_appends_entries_once_and_proves_them(tmp_path: Path) -> None:
@@ -42,3 +48,51 @@ def test_sqlite_ledger_appends_entries_once_and_proves_them(tmp_path: Path) -> N
         with pytest.raises(sqlite3.IntegrityError):
             reopened._db.execute(statement)  # type: ignore[attr-defined]
     verify_stored_tree(reopened)
+
+
+def test_sqlite_ledger_copied_without_its_wal_has_every_entry(tmp_path: Path) -> None:
+    ledger = open_ledger(f"sqlite:///{tmp_path}/l.db", create=True)
+    for i in range(3):
+        ledger.append(b"entry %d" % i)
+    shutil.copy(tmp_path / "l.db", tmp_path / "copy.db")  # while the ledger is open
+    with open_ledger(f"sqlite:///{tmp_path}/copy.db") as copied:
+        assert copied.size() == 3
+        verify_stored_tree(copied)
+
+
+@contextmanager
+def without_write_permission(folder: Path) -> Iterator[None]:
+    """Make a folder read-only for this process, which may be root."""
+    for path in (*folder.iterdir(), folder):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    is_root = os.geteuid() == 0
+    try:
+        if is_root:
+            os.seteuid(65534)
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+def test_sqlite_ledger_in_read_only_folder_can_be_checked_and_not_written() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder, uri = Path(name), f"sqlite:///{name}/l.db"
+        with open_ledger(uri, create=True) as ledger:
+            for i in range(3):
+                ledger.append(b"entry %d" % i)
+        with without_write_permission(folder), open_ledger(uri) as auditor:
+            assert verify_stored_tree(auditor).size == 3
+            with pytest.raises(LedgerError, match="Check that the file is writable"):
+                auditor.append(b"new")
+
+
+def test_sqlite_ledger_in_read_only_folder_with_wal_names_the_remedy() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder, uri = Path(name), f"sqlite:///{name}/l.db"
+        with open_ledger(uri, create=True) as ledger:
+            ledger.append(b"entry")
+        (folder / "l.db-wal").write_bytes(b"further entries")
+        with without_write_permission(folder), pytest.raises(LedgerError, match="Copy both files"):
+            open_ledger(uri)

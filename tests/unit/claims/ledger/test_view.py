@@ -7,7 +7,10 @@ from dataclasses import replace
 import pytest
 
 from mtlsign.claims import owner
+from mtlsign.claims.ledger import checkpoints
+from mtlsign.claims.ledger import view as view_module
 from mtlsign.claims.ledger.view import IncrementalReader, LedgerView
+from mtlsign.claims.statements.envelope import open_envelope, sign
 from mtlsign.claims.statements.parsing import sign_statement
 from mtlsign.claims.statements.types import Membership, Ref
 from mtlsign.errors import LedgerError
@@ -101,3 +104,50 @@ def test_view_ignores_statements_of_another_ledger(scenario: ClaimScenario) -> N
         or view.entries[second].statement is None
     )
     assert len(view.councils) == 1
+
+
+def test_incremental_reader_parses_and_verifies_only_new_entries(
+    scenario: ClaimScenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cost does not depend on the length of the ledger, nor on entries or lines without effect."""
+    for i in range(5):
+        scenario.append_registration(f"m{i}")
+    scenario.ledger.append(b"junk")
+    scenario.cosign_all()
+    reader = IncrementalReader(scenario.ledger)
+    before = reader.view()
+    opened, checked = [], []
+    original, is_valid = view_module.open_statement, checkpoints.is_valid_signature
+    monkeypatch.setattr(view_module, "open_statement", lambda data: opened.append(data) or original(data))
+    monkeypatch.setattr(
+        checkpoints, "is_valid_signature", lambda *args: checked.append(args) or is_valid(*args)
+    )
+    assert reader.view() == before and not opened and not checked
+    added = scenario.append_registration("new")
+    opened.clear(), checked.clear()
+    later = IncrementalReader(scenario.ledger, reader).view()
+    assert opened == [scenario.ledger.get(added)] and not checked
+    assert later.entries[added].statement is not None and len(before.entries) == added
+    assert later.confirmed == before.confirmed
+
+
+def test_incremental_reader_of_shorter_ledger_names_cause_and_remedy(scenario: ClaimScenario) -> None:
+    scenario.append_registration("a")
+    reader = IncrementalReader(scenario.ledger)
+    reader.view()
+    rewrite_entries(scenario, list(scenario.ledger.scan())[:1])
+    with pytest.raises(LedgerError, match=r"has 1 entries, but had 2 before.*restore a complete copy"):
+        reader.view()
+
+
+def test_view_shows_key_that_any_copy_of_a_claim_makes_public(scenario: ClaimScenario) -> None:
+    kit, model = kit_and_model(ALICE)
+    other = ClaimScenario(scenario.folder / "other", ["1"])
+    owner.publish(other.owner(ALICE), [kit])
+    entry, claim = owner.claim(other.owner(ALICE), [kit], other.archive, model)
+    copy = other.ledger.get(entry.index)
+    by_copier = sign(open_envelope(copy).payload, make_identity("copier"))
+    for data in (copy, by_copier, copy.replace(b'"sig":"', b'"sig":"AA')):
+        index = scenario.ledger.append(data)
+        listed = scenario.view().entries[index]
+        assert listed.statement is None and listed.opening == claim.opening

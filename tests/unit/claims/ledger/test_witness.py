@@ -219,3 +219,22 @@ def test_witness_with_state_of_another_member_is_refused(scenario: ClaimScenario
         Witness(
             scenario.members[0], scenario.ledger, scenario.witness_state_path(scenario.members[1])
         ).run_once()
+
+
+def test_witness_cosigns_no_size_that_only_foreign_or_invalid_lines_name(scenario: ClaimScenario) -> None:
+    for i in range(6):
+        scenario.append_registration(f"m{i}")
+    foreign, member = make_identity("foreign"), scenario.members[1]
+    for size in range(1, 6):
+        checkpoint = scenario.ledger.checkpoint(size)
+        scenario.ledger.store_cosignature(checkpoint, checkpoints.cosign(foreign, checkpoint, 5))
+        line = checkpoints.cosign(member, checkpoint, 5)
+        scenario.ledger.store_cosignature(checkpoint, Cosignature(line.name, line.key_id, 6, line.signature))
+    other_tree = Checkpoint(scenario.view().origin, 3, bytes(32))
+    scenario.ledger.store_cosignature(other_tree, checkpoints.cosign(foreign, other_tree, 5))
+    step = scenario.witness(0).run_once()
+    assert step.cosigned == (7,) and not step.warnings
+    checkpoint = scenario.ledger.checkpoint(7)
+    scenario.append_registration("last")
+    scenario.ledger.store_cosignature(checkpoint, checkpoints.cosign(member, checkpoint, 9))
+    assert scenario.witness(2).run_once().cosigned == (7, 8)  # a member's line is followed

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mtlsign.storage.locations import open_storage
 from mtlsign.storage.safetensors_io import serialize_safetensors
 from mtlsign.watermark.keys.identity import Identity, default_identity_path
 from mtlsign.watermark.keys.sealing import EncryptionSecret
+from mtlsign.watermark.kit import write_kit
 from tests.unit.claims.scenario import make_identity
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -112,7 +114,20 @@ def test_claim_jobs_from_publication_to_offline_check_after_restore(
         jobs(*member_round)
     suspect = tmp_path / "suspect.safetensors"
     write_noisy_copy(marked_model[1], suspect)
-    claimed = jobs("claim", "--kit", kit, "--model", suspect, *at_ledger, "--owner", owner_file)
+    claim = ("claim", "--kit", kit, "--model", suspect, *at_ledger, "--owner", owner_file)
+    size = len(jobs("ledger", "list", *at_ledger)["entries"])
+    plan = jobs(*claim, "--dry-run")
+    assert (plan["claim"], plan["registration"], plan["key"], plan["keys"]) == (None, None, 0, 1)
+    assert len(jobs("ledger", "list", *at_ledger)["entries"]) == size  # nothing was written
+    assert not (tmp_path / "ledger.db.archive").exists()
+    registered = jobs(*claim, "--confirmation-timeout", 0)
+    assert registered["claim"] is None and not registered["registration_counted"]
+    kinds = [entry["kind"] for entry in jobs("ledger", "list", *at_ledger)["entries"]]
+    assert kinds == ["membership", "publish", "register"]  # no key was opened
+    for member_round in rounds:
+        jobs(*member_round)
+    claimed = jobs(*claim)
+    assert claimed["registration"] == registered["registration"] and claimed["registration_counted"]
     for member_round in [*rounds, *rounds]:
         jobs(*member_round)
     dispute = ("dispute", *at_ledger, "--claims", claimed["claim"])
@@ -145,10 +160,20 @@ def test_claim_jobs_from_publication_to_offline_check_after_restore(
     assert kinds == ["membership", "publish", "register", "claim", "vote", "vote", "vote"]
     shutil.rmtree(tmp_path / "ledger.db.archive")
     (tmp_path / "ledger.db").unlink()
+    report, card_alone = tmp_path / "report.html", tmp_path / "ALONE.md"
     offline = jobs(
         "verify", "--bundle", bundle, "--head", checkpoint, "--min-evidence-bits", 100,
-        "--card", tmp_path / "CARD.md",
+        "--card", tmp_path / "CARD.md", "--report", report,
     )  # fmt: skip
+    page = report.read_text("utf-8")
+    assert offline["suspect"] in page and "2 of 3 members" in page and owner.public_key.hex() in page
+    alone = jobs.stdout(
+        "verify", "--bundle", bundle, "--min-evidence-bits", 100, "--card", card_alone, "--report", report
+    )
+    for output in (alone, card_alone.read_text("utf-8"), report.read_text("utf-8")):
+        assert (
+            "self_attested" in output and "in_the_weights" not in output and "only confirms itself" in output
+        )
     assert offline["standing"] == "in_the_weights" and offline["accepted"] and offline["status"] == "accepted"
     assert offline["matches"] >= 120 and offline["n"] == 128 and offline["head"]["pinned"]
     verdict_fields = {"gamma", "p_value", "evidence_bits", "chernoff_bound", "model_digest", "accuracy"}
@@ -204,7 +229,11 @@ def test_commands_of_the_documentation_succeed(
             continue
         assert words[:2] == ["uv", "run"] and words[2].startswith("jobs/"), command
         output = jobs.stdout(Path(words[2]).stem, *words[3:])
-        if words[2] == "jobs/claim.py":
+        if "--dry-run" in words:
+            assert "would open and spend key 0 of 1" in output and "Nothing was written" in output
+        elif "--confirmation-timeout" in words:
+            assert "Registered as entry 2. No key was opened." in output and "Run the same command" in output
+        elif words[2] == "jobs/claim.py":
             names["CLAIM"] = output.split()[1]
         if "dispute" in words[2] or "--bundle" in words:
             assert "in_the_weights" in output, output
@@ -230,6 +259,9 @@ def test_claim_jobs_with_invalid_input_fail_with_one_line(
         huge[name] = tmp_path / name
         with open(huge[name], "wb") as file:
             file.truncate(size)  # a sparse file occupies no space
+    weak_kit = replace(embedding.kit, info=embedding.kit.info | {"status": "rejected"})
+    weak_store, secret = open_storage(str(tmp_path / "weak")), EncryptionSecret.from_kit_key(owner.kit_key)
+    weak = tmp_path / "weak" / "kits" / write_kit(weak_store, weak_kit, secret)
     publish = ("publish", "--model", model, "--owner", owner_file)
     claim = ("claim", "--kit", kit, "--ledger", ledger, "--owner", owner_file)
     at = ("--ledger", ledger)
@@ -237,9 +269,10 @@ def test_claim_jobs_with_invalid_input_fail_with_one_line(
     state = ("--witness-state", text)
     cases: list[tuple[str, tuple[object, ...]]] = [
         ("nowhere is not a committed folder", (*publish, *at, "--kit", tmp_path / "nowhere")),
+        ("was rejected when it was embedded", (*publish, *at, "--kit", weak)),
         ("lacks kit.sealed", (*publish, *at, "--kit", model)),
         ("2147485632 bytes allowed", (*publish, *at, "--kit", huge["huge.sealed"])),
-        ("kit key is wrong", (*publish, *at, "--kit", kit, "--owner", member)),
+        ("The kit belongs to identity", (*publish, *at, "--kit", kit, "--owner", member)),
         ("ledger: The URI has an unknown scheme", (*publish, "--kit", kit, "--ledger", "postgres://x")),
         ("Use a writable location", (*publish, "--kit", kit, "--ledger", "sqlite:////proc/no/l.db")),
         ("is not a database", (*publish, "--kit", kit, "--ledger", f"sqlite:///{text}")),

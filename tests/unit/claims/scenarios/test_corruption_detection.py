@@ -23,7 +23,8 @@ import pytest
 
 from mtlsign.claims import merkle, owner
 from mtlsign.claims.blob_store import read_model_bytes
-from mtlsign.claims.bundle import check_bundle, to_json, write_bundle
+from mtlsign.claims.bundle import check_bundle, write_bundle
+from mtlsign.claims.bundle_result import to_json
 from mtlsign.claims.commands.settings import signed_note
 from mtlsign.claims.ledger import checkpoints, witness_state
 from mtlsign.claims.ledger.checkpoints import Checkpoint
