@@ -141,7 +141,7 @@ def _complete_prefixes(required: Sequence[str], table: Mapping[str, str]) -> set
     return {
         prefix
         for prefix in starts
-        if not (prefix and (prefix[-1].isalnum() or prefix[-1] == "_"))
+        if _is_prefix(prefix[-1:])
         and all(prefix + name in table for name in required)
     }
 
@@ -166,9 +166,9 @@ def _partial_mappings(
     if not tolerated:
         return
     targets, strict = set(required), [name for name in required if name not in tolerated]
-    dots = max((name.count(".") for name in required), default=0)
+    longest = max(map(len, required), default=0)
     for table in tables:
-        counts = Counter(prefix for name in table for prefix in _prefixes_of(name, targets, dots))
+        counts = Counter(prefix for name in table for prefix in _prefixes_of(name, targets, longest))
         eligible = [p for p in sorted(counts) if all(p + name in table for name in strict)]
         most = max((counts[prefix] for prefix in eligible), default=0)
         bound = min(most, len(required) / 2) if minimum else len(required) / 2
@@ -177,19 +177,22 @@ def _partial_mappings(
                 yield {name: table[prefix + name] for name in names if prefix + name in table}
 
 
-def _prefixes_of(name: str, targets: Collection[str], dots: int) -> Iterator[str]:
-    """Yield the prefixes, empty or ending with a dot, after which one of the target names follows.
+def _prefixes_of(name: str, targets: Collection[str], longest: int) -> Iterator[str]:
+    """Yield the prefixes, empty or ending with no word character, after which a target name follows.
 
     Args:
         name: a name in the file.
         targets: names of the model.
-        dots: largest number of dots in a target name.
+        longest: number of characters of the longest target name.
     """
-    parts = name.split(".")
-    for index in range(max(0, len(parts) - 1 - dots), len(parts)):
-        suffix = ".".join(parts[index:])
-        if suffix in targets:
-            yield name[: len(name) - len(suffix)]
+    for start in range(max(0, len(name) - longest), len(name)):
+        if _is_prefix(name[start - 1 : start]) and name[start:] in targets:
+            yield name[:start]
+
+
+def _is_prefix(end: str) -> bool:
+    """Return whether a prefix with this last character, or an empty one, can precede a name."""
+    return not (end.isalnum() or end == "_")
 
 
 def _missing_tensors(required: Sequence[str], tables: Sequence[Mapping[str, str]]) -> ModelError:

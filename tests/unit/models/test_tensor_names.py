@@ -119,6 +119,7 @@ def test_suspect_mappings_with_tolerated_names_takes_prefix_with_most_of_them() 
     available = ["net.a.weight", "net.b.weight", "ema.c.weight", "net.other"]
     assert mappings(available, tolerated=LAYERS) == [prefixed("net.", LAYERS[:2])]
     assert mappings(["b.weight"], tolerated=LAYERS) == [{"b.weight": "b.weight"}]
+    assert mappings(["n/a.weight", "n/b.weight"], tolerated=LAYERS) == [prefixed("n/", LAYERS[:2])]
     (mapping,) = suspect_mappings(
         [*LAYERS, "n.weight"], [*available, "net.n.weight"], optional=["n.weight"], tolerated=LAYERS
     )
