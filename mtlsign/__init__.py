@@ -30,7 +30,7 @@ _MODULES = {
     "Task": "tasks",
     "Verdict": "watermark.verification.verdict",
     "WatermarkDetector": "watermark.verification.detector",
-    "embed": "watermark.embedding.pipeline",
+    "embed": "watermark.embedding.module",
     "read_kit": "watermark.kit",
     "read_model": "storage.model_folder",
     "verify": "watermark.verification.algorithm",
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from mtlsign.errors import MTLSignError
     from mtlsign.storage.model_folder import read_model
     from mtlsign.tasks import Task
-    from mtlsign.watermark.embedding.pipeline import embed
+    from mtlsign.watermark.embedding.module import embed
     from mtlsign.watermark.embedding.result import EmbeddingResult
     from mtlsign.watermark.keys.identity import Identity
     from mtlsign.watermark.keys.opening import KeyOpening

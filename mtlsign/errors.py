@@ -1,15 +1,20 @@
 """Exception hierarchy. Every exception here reports a problem that the caller can fix; its message states the
 fix.
 
-A job prints such an error on a single line and exits with 2. Any other exception is a bug and exits with 1.
+A job prints such an error on a single line and exits with its `exit_code`. Any other exception is a bug and
+exits with 1.
 A failed claim is not an exception; it is a `Verdict`.
 """
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class MTLSignError(Exception):
     """Base class. `field` names the invalid setting or input; `detail` is the message without the field."""
+
+    exit_code: ClassVar[int] = 2
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(f"{field}: {message}" if field else message)
@@ -72,6 +77,12 @@ class TooLargeError(ArtifactError):
 
 class StorageError(MTLSignError):
     """A storage location is malformed, unreachable or not writable."""
+
+
+class RejectedResultError(MTLSignError):
+    """A job ran to its end and wrote its result, but the result does not reach the policy."""
+
+    exit_code = 3
 
 
 class ClusterError(MTLSignError):

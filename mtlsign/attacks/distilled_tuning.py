@@ -32,7 +32,7 @@ from mtlsign.attacks.training import frozen_copy, optimize, trainable_copy
 from mtlsign.tasks import Task
 from mtlsign.tasks.splitting import seeded_generator
 from mtlsign.watermark.embedding.loop import one_cycle
-from mtlsign.watermark.embedding.losses import distillation_loss
+from mtlsign.watermark.embedding.losses import task_distillation
 
 #: Batches from which the Fisher information is estimated.
 _FISHER_BATCHES = 16
@@ -186,7 +186,7 @@ def tune_by_distillation(
         if tuning.distillation:
             with torch.no_grad():
                 target = teacher(x)
-            loss = loss + tuning.distillation * distillation_loss(outputs, target, 2.0)
+            loss = loss + tuning.distillation * task_distillation(data, outputs, target, 2.0)
         return loss + tuning.labels * data.loss(outputs, y) if tuning.labels else loss
 
     def loss_fn(step: int) -> Tensor:

@@ -24,6 +24,7 @@ from mtlsign.attacks.base import (
 )
 from mtlsign.attacks.training import Loss, LrSchedule, frozen_copy, train_sgd, trainable_copy
 from mtlsign.tasks import Task
+from mtlsign.tasks.outputs import default_logits
 
 
 def ftal(
@@ -147,7 +148,7 @@ def _loss_on_predictions(model: nn.Module) -> Loss:
 
     def loss(tuned: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
-            predictions = teacher(x).argmax(1)
-        return F.cross_entropy(tuned(x), predictions)
+            predictions = default_logits(teacher(x)).argmax(1)
+        return F.cross_entropy(default_logits(tuned(x)), predictions)
 
     return loss

@@ -11,8 +11,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from mtlsign.attacks.attacker_data import attacker_sample
 from mtlsign.attacks.base import NotApplicableError, device_of
+from mtlsign.models.batch_norms import is_batch_norm
 from mtlsign.models.channel_groups import batch_norm_of_conv
-from mtlsign.models.taps import batch_norm_types
 from mtlsign.tasks import Task
 
 Rule = Literal["activity", "norm"]
@@ -73,7 +73,7 @@ def _activity(model: nn.Module, data: Task, conv_of_module: dict[str, str]) -> d
     def hook(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def add(module: nn.Module, args: object, out: Tensor) -> None:
             # a ReLU after a batch norm removes negative values, so they are no activity
-            active = out.clamp(min=0) if isinstance(module, batch_norm_types()) else out.abs()
+            active = out.clamp(min=0) if is_batch_norm(module) else out.abs()
             mean = active.detach().mean([d for d in range(out.dim()) if d != 1])
             sums[name] = sums.get(name, torch.zeros_like(mean)) + mean
 

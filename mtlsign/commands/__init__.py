@@ -20,6 +20,7 @@ from mtlsign.errors import SettingsError
 COMMANDS = {
     "embed": ("embed", "embed a watermark into a network"),
     "verify": ("verify", "verify models against an owner kit, or the bundle of a claim"),
+    "convert": ("convert", "convert weights of another format to safetensors"),
     "trace": ("trace", "find the recipients whose copies a model was made from"),
     "attack": ("attack", "attack a marked model and verify what remains"),
     "sweep": ("sweep", "embed over a grid of settings"),
@@ -45,7 +46,8 @@ def usage() -> str:
 def command(name: str) -> cli.Job[Any]:
     """Return a command by its name. Raises `SettingsError` for an unknown name."""
     if name not in COMMANDS:
-        raise SettingsError(f"The command {name[:60]!r} is unknown. {nearest(name, set(COMMANDS))}")
+        hint = nearest(name, set(COMMANDS), otherwise="See mtlsign --help.")
+        raise SettingsError(f"The command {name[:60]!r} is unknown. {hint}")
     module = importlib.import_module(f"mtlsign.commands.{COMMANDS[name][0]}")
     selected: cli.Job[Any] = getattr(module, name.replace("-", "_"))
     return selected
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if not arguments:
         print(usage(), file=sys.stderr)
         sys.exit(2)
-    if arguments[0] == "--version":
+    if arguments[0] in ("--version", "-V"):
         print(f"mtlsign {__version__}")
         sys.exit(0)
     if arguments[0] in ("--help", "-h", "help"):

@@ -20,4 +20,5 @@ def embed(settings: EmbedSettings) -> Output:
 
         result = embed_on_ray(settings, on_progress=line.row, log=line.log)
     line.end()
-    return Output(result.result, summary(result.result, result.verdict.summary()))
+    text = summary(result.result, result.verdict.summary())
+    return Output(result.result, text, problem=result.result["problem"])

@@ -9,7 +9,7 @@ from mtlsign.errors import SettingsError
 
 @job(Settings)
 def identity(settings: Settings) -> Output:
-    """Create an owner identity. An existing file is never overwritten."""
+    """Create an owner identity in the file `--owner`. An existing file is never replaced."""
     from mtlsign.watermark.keys.identity import Identity, read_passphrase
 
     if settings.owner is None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Mapping
 
 from mtlsign.config.cli import Output, job
 from mtlsign.config.service import BatchSettings, ServiceSettings
+
+#: Seconds between two looks at the workers that Ray has stopped.
+LOOK_S = 15.0
 
 
 @job(ServiceSettings)
@@ -18,19 +22,39 @@ def serve(settings: ServiceSettings) -> None:
     """
     from mtlsign.distributed import serve as service
 
-    service.start(settings)
+    reserved = service.start(settings)
     scheme = "https" if settings.tls_cert else "http"
     state = settings.state_dir.absolute()
     print(f"{scheme}://{settings.host}:{settings.port}/ answers; state folder: {state}", flush=True)
     # After the start of Ray, which installs its own handler: service managers stop a process with SIGTERM.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    reported = set(service.stopped_for_memory())
     try:
         while True:
-            time.sleep(3600)
+            time.sleep(LOOK_S)
+            _report_memory_loss(service.stopped_for_memory(), reported)
     except KeyboardInterrupt:
         print("stopping", file=sys.stderr, flush=True)
     finally:
         service.stop()
+        if reserved is not None:
+            reserved.close()
+
+
+def _report_memory_loss(stopped: Mapping[str, str], reported: set[str]) -> None:
+    """Print a warning for workers that Ray's memory monitor stopped, once for each worker.
+
+    Args:
+        stopped: node address by id of all workers stopped so far.
+        reported: ids of the reported workers; receives those of this call.
+    """
+    new = sorted(stopped.keys() - reported)
+    reported.update(new)
+    if new:
+        nodes = ", ".join(sorted({stopped[name] for name in new}))
+        warning = f"Ray stopped {len(new)} worker(s) because the memory of {nodes} is nearly full."
+        fix = "Their claims are repeated. Lower --min-replicas or --memory-mb, or use a larger machine."
+        print(f"warning: {warning} {fix}", file=sys.stderr, flush=True)
 
 
 @job(BatchSettings)

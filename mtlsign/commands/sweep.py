@@ -35,7 +35,7 @@ def _summary(result: dict[str, Any]) -> str:
     return "\n".join(
         (
             console.table([(name, _text(best[name])) for name in names]),
-            f"recommended: {result['why']}",
+            f"{'recommended' if best else 'no recommendation'}: {result['why']}",
             f"table: {result['csv']}",
             f"report: {result['report']}",
             f"result: {result['result']}",

@@ -13,6 +13,7 @@ from mtlsign.config.base import Settings, Texts
 from mtlsign.config.mixins import (
     KIT_PASSPHRASE_FILE,
     MIN_EVIDENCE_BITS,
+    POLICY_BITS,
     RESOURCE_TIMEOUT_S,
     RESUMABLE,
     TRUSTED_FACTORY,
@@ -53,7 +54,7 @@ class AttackSettings(RunStorage, RunPlacement, TaskData, Settings):
     lr: float | None = Field(None, gt=0, le=100, description="peak learning rate of the model's training [that of the kit, else by task and width]")
     other_marked_models: Texts = Field((), max_length=100, description="average_models: other models marked from the same W0; repeat the flag")
     trusted_factory: str | None = Field(None, max_length=200, description=TRUSTED_FACTORY)
-    min_evidence_bits: float = Field(120.0, ge=0, le=4096, description=MIN_EVIDENCE_BITS)
+    min_evidence_bits: float = Field(POLICY_BITS, ge=0, le=4096, description=MIN_EVIDENCE_BITS)
     # resources
     workers: int = Field(1, ge=0, le=4096, description="concurrent attacks, each a Ray task; 0: this process alone, without Ray")
     resource_timeout_s: int = Field(0, ge=0, le=86_400, description=RESOURCE_TIMEOUT_S)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -118,6 +118,24 @@ class Settings(BaseModel):
                 flat[name] = value
         return flat
 
+    def flags(self, *, without: Collection[str] = ()) -> list[str]:
+        """Return the command-line flags of the settings that differ from their defaults.
+
+        Args:
+            without: settings to leave out, by dotted field name.
+        """
+        words: list[str] = []
+        for name, field in setting_names(type(self)).items():
+            value, flag = self.value_of(field), name.replace("_", "-")
+            if field in without or value == field_info(type(self), field).default:
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                for item in value if isinstance(value, tuple) else (value,):
+                    words += [f"--{flag}", str(item)]
+        return words
+
     def updated(self, changes: Mapping[str, Any]) -> Self:
         """Return a copy with other values for some dotted field names. The values are not validated again."""
         update: dict[str, Any] = {}
@@ -192,13 +210,19 @@ def unknown_setting(name: str, kind: type[Settings], flag: str | None = None) ->
     return SettingsError(f"Unknown setting. {nearest(name, set(setting_names(kind)))}", field=flag or name)
 
 
-def nearest(name: str, known: set[str]) -> str:
-    """Return a hint with the known name that resembles a misspelt one most."""
+def nearest(name: str, known: set[str], otherwise: str = "See --help-all for the list.") -> str:
+    """Return a hint with the known name that resembles a misspelt one most.
+
+    Args:
+        name: the misspelt name.
+        known: the known names.
+        otherwise: hint if no known name resembles it.
+    """
     key = str(name).replace("-", "_")
     by_member = {dotted.rpartition(".")[2]: dotted for dotted in sorted(known)}
     close = difflib.get_close_matches(key, sorted({*known, *by_member}), n=1, cutoff=0.4)
     if not close:
-        return "See --help-all for the list."
+        return otherwise
     return f"Did you mean {by_member.get(close[0], close[0]).replace('_', '-')!r}?"
 
 
@@ -237,10 +261,17 @@ def _as_settings_error(error: ValidationError, kind: type[Settings]) -> Settings
     first = error.errors(include_url=False, include_context=False)[0]
     field = ".".join(str(part) for part in first["loc"]) or "settings"
     missing = first["type"] == "missing"
+    others = [
+        f"--{str(each['loc'][0]).replace('_', '-')}"
+        for each in error.errors(include_url=False, include_context=False)[1:]
+        if each["type"] == "missing"
+    ]
     hidden = missing or first["input"] is None or not first["loc"] or first["loc"][0] in secret_names(kind)
     value = "" if hidden else f" (got {str(first['input'])[:60]!r})"
     message = (
-        "This setting is required. See --help." if missing else first["msg"].removeprefix("Value error, ")
+        f"This setting{', like ' + ' and '.join(others) + ',' if others else ''} is required. See --help."
+        if missing
+        else first["msg"].removeprefix("Value error, ")
     )
     return SettingsError(f"{message}{value}", field=field.replace("_", "-"))
 

@@ -112,7 +112,8 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
     model: str = Field("resnet18", min_length=1, max_length=200, description="resnet18/34/50, timm/NAME, or package.module:factory")
     width: int | None = Field(None, ge=4, le=MAX_WIDTH, description="channels of the first stage; 64 is torchvision's own network")
     stem: Literal["stock", "cifar"] | None = Field(None, description="7x7 stride 2 with pooling, or 3x3 stride 1")
-    weights: str | None = Field(None, max_length=4096, description="trained checkpoint (.safetensors, .pt of tensors) or 'pretrained' (timm); skips phase 1")
+    weights: str | None = Field(None, max_length=4096, description="trained checkpoint (.safetensors, Hugging Face folder, .pt or .ckpt of tensors) or 'pretrained' (timm); skips phase 1")
+    weights_key: str | None = Field(None, min_length=1, max_length=200, description="entry of the checkpoint with the weights, such as state_dict_ema, or the prefix of their names [the weights as trained]")
     base_kit: str | None = Field(None, max_length=4096, description="owner kit with a spread head whose W0 is marked again, for another recipient; skips phase 1")
     name: str | None = Field(None, min_length=1, max_length=128, description="name of the model in the spec")
     # key set, head, taps

@@ -16,8 +16,11 @@ RESUMABLE = frozenset(
     )
 )
 
+#: Evidence in bits at which a claim is accepted by default (docs/decisions/0006).
+POLICY_BITS = 120.0
 TRUSTED_FACTORY = (
-    "custom architecture whose code you trust, package.module:function; imported only if named here"
+    "factory of a custom architecture whose code you trust, package.module:function, or "
+    "NAME=package.module:function if the spec has another NAME; imported only if named here"
 )
 MIN_EVIDENCE_BITS = "evidence in bits at which a claim is accepted"
 RESOURCE_TIMEOUT_S = "seconds to wait until an autoscaler provides the resources"

@@ -47,7 +47,7 @@ class ServiceSettings(Settings):
     port: int = Field(8000, ge=1, le=65_535, description="port of the HTTP proxy")
     tls_cert: Path | None = Field(None, description="certificate chain (PEM), for https by Ray's proxy itself; jobs/serve.py only, jobs/serve.yaml has http_options")
     tls_key: Path | None = Field(None, description="private key of the certificate (PEM)")
-    public_url: str = Field("", max_length=512, description="public address, https://NAME; sets Secure on cookies")
+    public_url: str = Field("", max_length=512, description="public address, https://NAME; sets Secure and the prefix __Host- on cookies")
     state_dir: Path = Field(Path("mtlsign-service"), description="folder of the SQLite file, uploads and fetched models; owned by the service, mode 0700")
     retention_days: float = Field(30, gt=0, le=3650, description="days for which results are kept")
     # identity
@@ -59,6 +59,7 @@ class ServiceSettings(Settings):
     # locations of models
     allowed_locations: Texts = Field((), max_length=1000, description="prefix of the locations of models: file:///DIR, s3://BUCKET/PREFIX, https://HOST[:PORT]/PATH; repeat the flag")
     trusted_factory: str | None = Field(None, max_length=200, description=TRUSTED_FACTORY)
+    factory_parameters: Texts = Field((), max_length=100, description="whole number that a claim may pass to the trusted factory, NAME=LOW:HIGH; channels, classes and size are always allowed; repeat the flag")
     # limits of one request
     max_claims: int = Field(256, ge=1, le=4096, description="claims in one request")
     max_body_mb: int = Field(32, ge=1, le=1024, description="JSON body, MiB")
@@ -80,6 +81,7 @@ class ServiceSettings(Settings):
     max_queued_claims_per_token: int = Field(2048, ge=1, le=1_000_000, description="queued claims of one token; beyond: 429")
     max_queued_mb: int = Field(1024, ge=1, le=1_000_000, description="queued claims in the file, MiB, of all tokens; beyond: 503")
     max_queued_mb_per_token: int = Field(256, ge=1, le=1_000_000, description="queued claims in the file, MiB, of one token; beyond: 429")
+    max_stored_claims_per_token: int = Field(100_000, ge=1, le=100_000_000, description="claims of one token whose results are kept; beyond: its oldest answered requests are deleted")
     upload_quota_mb: int = Field(4096, ge=1, le=10_000_000, description="uploads of one token, MiB")
     upload_ttl_hours: float = Field(24, gt=0, le=24 * 365, description="hours after which an upload is deleted")
     cache_mb: int = Field(8192, ge=1, le=100_000_000, description="fetched models on disk, MiB")

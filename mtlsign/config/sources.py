@@ -19,6 +19,7 @@ from typing import Any, NoReturn, cast
 from pydantic_settings import CliSettingsSource, EnvSettingsSource
 from pydantic_settings import SettingsError as MalformedVariableError
 
+from mtlsign._version import __version__
 from mtlsign.config.base import (
     Settings,
     field_info,
@@ -154,7 +155,10 @@ class _FlagReader:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         general = parser.add_argument_group("general")
-        general.add_argument("--help", action="help", help="show the common settings and exit")
+        general.add_argument("--help", "-h", action="help", help="show the common settings and exit")
+        general.add_argument(
+            "--version", action="version", version=f"mtlsign {__version__}", help="show the version and exit"
+        )
         general.add_argument("--help-all", action="help", help="show all settings and exit")
         general.add_argument(
             "--config", type=Path, metavar="FILE", default=None,

@@ -10,7 +10,14 @@ from pydantic import Field
 from mtlsign.config import renamed
 from mtlsign.config.base import Settings, Texts
 from mtlsign.config.embed import MAX_WIDTH
-from mtlsign.config.mixins import MIN_EVIDENCE_BITS, RESUMABLE, RunPlacement, RunStorage, TaskData
+from mtlsign.config.mixins import (
+    MIN_EVIDENCE_BITS,
+    POLICY_BITS,
+    RESUMABLE,
+    RunPlacement,
+    RunStorage,
+    TaskData,
+)
 
 
 class SweepSettings(RunStorage, RunPlacement, TaskData, Settings):
@@ -40,7 +47,7 @@ class SweepSettings(RunStorage, RunPlacement, TaskData, Settings):
     width: int | None = Field(None, ge=4, le=MAX_WIDTH, description="channels of the first stage, instead of those of the space")
     overrides: Texts = Field((), alias="set", max_length=200, description="further setting of every cell, NAME=VALUE such as phase1.epochs=6; repeat the flag")
     attacks: str = Field("ftal:lr=quarter,epochs=3,prune:ratio=0.6", min_length=1, max_length=20_000, description="attacks on the model of every cell, as for jobs/attack.py")
-    min_evidence_bits: float = Field(120.0, ge=0, le=4096, description=MIN_EVIDENCE_BITS)
+    min_evidence_bits: float = Field(POLICY_BITS, ge=0, le=4096, description=MIN_EVIDENCE_BITS)
     max_accuracy_drop: float = Field(0.3, ge=0, le=100, description="percentage points of validation accuracy that a recommended cell may lose")
     num_samples: int = Field(1, ge=1, le=10_000, description="repetitions: each has its own seed, or its own random values where the space draws them")
     scheduler: Literal["fifo", "asha", "median"] = Field("fifo", description="asha, median: stop weak cells early; fifo: finish all")

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from mtlsign.config.base import Settings, Texts
-from mtlsign.config.mixins import KIT_PASSPHRASE_FILE, MIN_EVIDENCE_BITS, TRUSTED_FACTORY
+from mtlsign.config.mixins import KIT_PASSPHRASE_FILE, MIN_EVIDENCE_BITS, POLICY_BITS, TRUSTED_FACTORY
 
 
 class TraceSettings(Settings):
@@ -20,6 +20,6 @@ class TraceSettings(Settings):
     model: str = Field(min_length=1, max_length=4096, description="suspect: model folder or .safetensors file, local or s3://")
     kits: Annotated[Texts, Field(min_length=1, max_length=1000, description="owner kit folders, one for each recipient; repeat the flag for several")]
     kit_passphrase_file: Path | None = Field(None, description=KIT_PASSPHRASE_FILE)
-    min_evidence_bits: float = Field(120.0, ge=0, le=4096, description=MIN_EVIDENCE_BITS)
+    min_evidence_bits: float = Field(POLICY_BITS, ge=0, le=4096, description=MIN_EVIDENCE_BITS)
     trusted_factory: str | None = Field(None, max_length=200, description=TRUSTED_FACTORY)
     # fmt: on

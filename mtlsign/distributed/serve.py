@@ -9,6 +9,7 @@ import asyncio
 import http.client
 import logging
 import os
+import socket
 import ssl
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from ray.serve.handle import DeploymentHandle
 
 from mtlsign.config.service import ServiceSettings
 from mtlsign.distributed.serve_metrics import RayMetrics
+from mtlsign.distributed.serve_port import reserve_port
 from mtlsign.distributed.serve_verifier import RayServeVerifier, replica_settings, verifier_deployment
 from mtlsign.errors import ClusterError
 from mtlsign.service import metrics
@@ -32,6 +34,7 @@ from mtlsign.service.app import make_app
 from mtlsign.service.batch import runner
 from mtlsign.service.http.body_limits import PROXY_HEADER
 from mtlsign.service.state import AppState
+from mtlsign.service.verifier.factory_parameters import declared_parameters
 
 APP = "mtlsign"
 #: Ray's name for the setting that adds middleware to its HTTP proxy; read when a cluster starts.
@@ -41,6 +44,10 @@ PROXY_VALUE = "mtlsign.service.http.body_limits:proxy_middlewares"
 PROXY_LIMITS = ("max_body_mb", "body_timeout_s", "upload_timeout_s", "upload_rate_mb_s", "max_model_mb")
 #: Resource that only the head node has.
 HEAD = "node:__internal_head__"
+#: Actor and namespace of a Serve instance, which may outlive the job that started it.
+CONTROLLER, NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
+#: Workers that Ray's memory monitor stopped have this exit type.
+OUT_OF_MEMORY = "NODE_OUT_OF_MEMORY"
 
 
 class IngressDeployment:
@@ -87,19 +94,47 @@ def _reduce_logging() -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
-def start(settings: ServiceSettings) -> None:
+def _log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _reason(error: Exception) -> str:
+    """Return the last line of an error of Ray, which follows the traceback of another process."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
+
+
+def _serve_is_running() -> bool:
+    """Return whether the cluster has a Serve instance, whose proxies then use the port."""
+    try:
+        ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+    except ValueError:
+        return False
+    return True
+
+
+def start(settings: ServiceSettings) -> socket.socket | None:
     """Start the service on the cluster of RAY_ADDRESS or on this machine; return once it answers.
 
+    Returns:
+        A socket that keeps other services from the port until it is closed. None on a cluster that already
+        runs Ray Serve.
+
     Raises:
-        ClusterError: the service does not start.
+        ClusterError: the port is in use, or the service does not start.
+        SettingsError: the setting `factory_parameters` is invalid.
     """
-    os.environ.setdefault(PROXY_SETTING, PROXY_VALUE)
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # a busy machine starts it slowly
-    for name in PROXY_LIMITS:
-        os.environ[f"MTLSIGN_{name.upper()}"] = str(getattr(settings, name))
-    _reduce_logging()
+    declared_parameters(settings.factory_parameters)
     joined = cluster.cluster_address_set()
+    reserved = None if joined else reserve_port(settings.host, settings.port)
+    _set_proxy_environment(settings)
+    _reduce_logging()
+    _log("joining the Ray cluster" if joined else "starting Ray on this machine")
     cluster.connect()
+    if joined and _serve_is_running():
+        _log("the cluster already runs Ray Serve: its address and port stay, and the service is replaced")
+    elif joined:
+        reserved = reserve_port(settings.host, settings.port)
     options = {
         "host": settings.host,
         "port": settings.port,
@@ -109,15 +144,41 @@ def start(settings: ServiceSettings) -> None:
         options |= {option: str(file)} if file else {}
     log_options = {"enable_access_log": False}
     try:
+        _log(f"starting the HTTP proxy on {settings.host}:{settings.port}")
         serve.start(proxy_location="EveryNode", http_options=options, logging_config=log_options)
+        _log(f"starting {settings.min_replicas} verifier(s); loading takes about half a minute")
         serve.run(make_application(settings), name=APP, route_prefix="/", logging_config=log_options)
     except (RuntimeError, RayError, RayServeException, ValueError) as error:
-        message = f"The service does not start ({str(error)[:300]}). Correct the cause and try again."
+        message = f"The service does not start ({_reason(error)}). Correct the cause and try again."
         raise ClusterError(message, field="serve") from None
     if joined and not proxy_limits_bodies(settings):
         warning = f"The proxy on {settings.host}:{settings.port} does not limit bodies before it reads them."
-        fix = f"Start Ray with {PROXY_SETTING}={PROXY_VALUE}."
-        print(f"warning: {warning} {fix}", file=sys.stderr, flush=True)
+        _log(f"warning: {warning} Start Ray with {PROXY_SETTING}={PROXY_VALUE}.")
+    return reserved
+
+
+def _set_proxy_environment(settings: ServiceSettings) -> None:
+    """Set what Ray's proxy reads from its environment when it starts."""
+    os.environ.setdefault(PROXY_SETTING, PROXY_VALUE)
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # a busy machine starts it slowly
+    for name in PROXY_LIMITS:
+        os.environ[f"MTLSIGN_{name.upper()}"] = str(getattr(settings, name))
+    os.environ["MTLSIGN_STATE_DIR"] = str(settings.state_dir.absolute())  # the proxy looks up tokens
+
+
+def stopped_for_memory() -> dict[str, str]:
+    """Return the workers that Ray's memory monitor stopped so far: node address by worker id.
+
+    The dictionary is empty if the dashboard, which holds this list, does not answer.
+    """
+    from ray.util.state import list_workers
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        workers = list_workers(filters=[("exit_type", "=", OUT_OF_MEMORY)], limit=1000, timeout=10)
+    except (RayError, RayStateApiException, RuntimeError, OSError):
+        return {}
+    return {worker.worker_id: str(worker.ip) for worker in workers}
 
 
 def proxy_limits_bodies(settings: ServiceSettings) -> bool:
@@ -168,7 +229,7 @@ def batch(
     except (RuntimeError, RayError, RayServeException) as error:
         with suppress(RuntimeError, RayError, RayServeException):
             serve.delete(name)
-        message = f"The verifiers do not start ({str(error)[:300]}). Correct the cause and try again."
+        message = f"The verifiers do not start ({_reason(error)}). Correct the cause and try again."
         raise ClusterError(message, field="serve") from None
     try:
         asyncio.run(runner.verify_batch(settings, RayServeVerifier(handle), claims, on_results))

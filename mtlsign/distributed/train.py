@@ -33,14 +33,14 @@ from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor
 
 from mtlsign.config.embed import EmbedSettings
-from mtlsign.errors import ClusterError, MTLSignError
+from mtlsign.errors import ArtifactError, ClusterError, MTLSignError
 from mtlsign.models.input_spec import InputSpec
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.watermark.embedding import pipeline
 from mtlsign.watermark.embedding.commitment import needs_response_bases
 from mtlsign.watermark.embedding.pipeline import ProgressCallback
 from mtlsign.watermark.embedding.result import EmbeddingResult, Phase2Result, Rows, Tensors
-from mtlsign.watermark.embedding.run_folder import EmbeddingRun, load_state, state_bytes
+from mtlsign.watermark.embedding.run_folder import RAY, EmbeddingRun, load_state, state_bytes
 from mtlsign.watermark.embedding.worker import State, sum_over_group
 from mtlsign.watermark.keys.opening import KeyOpening
 from mtlsign.watermark.verification.reference import Reference
@@ -191,7 +191,7 @@ class RayEmbeddingBackend:
             ),
             run_config=RunConfig(
                 name=name,
-                storage_path=run.folder.child("ray").ray_path(),
+                storage_path=run.folder.child(RAY).ray_path(),
                 checkpoint_config=CheckpointConfig(num_to_keep=_CHECKPOINTS_KEPT),
                 failure_config=FailureConfig(max_failures=settings.max_failures),
             ),
@@ -200,6 +200,7 @@ class RayEmbeddingBackend:
             target=forward_progress, args=(channel, self._on_progress, finished), daemon=True
         )
         forwarder.start()
+        resumed = bool(run.folder.list(f"{RAY}/{name}"))
         try:
             result = cluster.run_in_thread(lambda: trainer.fit().return_value)  # type: ignore[attr-defined]
         except TrainingFailedError as error:
@@ -207,6 +208,15 @@ class RayEmbeddingBackend:
                 f"It failed after {settings.max_failures} restarts ({_cause(error)}). "
                 f"Remove the cause, then continue with --resume {run.name}.",
                 field=f"phase {name!r}",
+            ) from error
+        except Exception as error:
+            if not resumed or isinstance(error, MTLSignError):
+                raise
+            raise ArtifactError(
+                f"Ray cannot continue from {run.folder.child(RAY).child(name).uri} "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Restore that folder, or "
+                "delete it: its phase is then repeated.",
+                field="resume",
             ) from error
         finally:
             finished.set()

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from mtlsign.errors import ModelError
 from mtlsign.models.factories import Factory
 from mtlsign.models.families import FAMILIES, ArchitectureFamily, family_of
 from mtlsign.models.families.base import check_fields
 from mtlsign.models.families.timm import MAX_PARAMETERS
+from mtlsign.models.stages import stages_of
 
 __all__ = ["MAX_PARAMETERS", "architecture_for", "build", "default_taps"]
 
@@ -80,14 +81,25 @@ def build(architecture: Mapping[str, object], *, factories: Mapping[str, Factory
 HeadKind = Literal["spread", "keyed", "free"]
 
 
-def default_taps(model: nn.Module, kind: HeadKind) -> tuple[str, ...]:
+def default_taps(model: nn.Module, kind: HeadKind, sample: Tensor | None = None) -> tuple[str, ...]:
     """Return the names of the modules whose outputs carry the watermark by default.
 
     A keyed head reads the first stage, a free head the first three (paper, section 4.1). A spread head marks
-    everything before the end of the last stage. Raises `ModelError` for a model whose stages are unknown.
+    everything before the end of the last stage.
+
+    Args:
+        model: the network.
+        kind: kind of the head.
+        sample: two inputs [2, C, H, W], from which the stages are read if no family knows them.
+
+    Raises:
+        ModelError: the stages are unknown.
     """
-    stages = next((stages for family in FAMILIES if (stages := family.stages(model))), ())
     count = 3 if kind == "free" else 1
+    stages = next((stages for family in FAMILIES if (stages := family.stages(model))), ())
+    if len(stages) < count and sample is not None:
+        stages = stages_of(model, sample)
+        count = 1
     if len(stages) < count:
         examples = ", ".join([name for name, _ in model.named_modules()][1:6])
         raise ModelError(
@@ -95,4 +107,4 @@ def default_taps(model: nn.Module, kind: HeadKind) -> tuple[str, ...]:
             f"Name modules with --taps, such as {examples}.",
             field="taps",
         )
-    return (stages[-1],) if kind == "spread" else tuple(stages[:count])
+    return (stages[-1],) if kind == "spread" else tuple(stages[: 3 if kind == "free" else 1])

@@ -53,6 +53,23 @@ def load_factory(path: str, *, field: str = "factory") -> Callable[..., Any]:
     return factory  # type: ignore[no-any-return]
 
 
+def trusted_factories(text: str | None, *, field: str = "trusted-factory") -> dict[str, Factory]:
+    """Import the factory that a caller trusts; return it by the architecture's path in the spec.
+
+    Args:
+        text: `package.module:function`, or `NAME=package.module:function` if the spec has another NAME, as
+            for a class of a notebook; None for no factory.
+        field: the setting that holds the text, for error messages.
+
+    Raises:
+        ModelError: as `load_factory`.
+    """
+    if not text:
+        return {}
+    name, _, path = text.rpartition("=")
+    return {name or path: load_factory(path, field=field)}
+
+
 def call_factory(path: str, factory: Callable[..., Any], options: Mapping[str, object], *, field: str) -> Any:
     """Call a factory with those of `options` that it accepts, and return its result.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -42,7 +43,21 @@ def architecture_from_settings(settings: EmbedSettings, input_spec: InputSpec) -
         classes=input_spec.classes,
         width=settings.width or 64,
         stem=settings.stem or "stock",
+        size=_image_size(name, input_spec),
     )
+
+
+def _image_size(arch: str, input_spec: InputSpec) -> int | None:
+    """Return the side of the task's images if the network is built for one size, else None."""
+    if not family_of(arch).has_fixed_size(arch):
+        return None
+    if input_spec.height != input_spec.width:
+        raise ModelError(
+            f"{arch!r} reads square images, and the task has {input_spec.height}x{input_spec.width}. "
+            "Use square images, or a network without a fixed size.",
+            field="model",
+        )
+    return input_spec.height
 
 
 def custom_factories(architecture: Mapping[str, object]) -> dict[str, Factory]:
@@ -54,8 +69,18 @@ def custom_factories(architecture: Mapping[str, object]) -> dict[str, Factory]:
     return {} if path is None else {path: load_factory(path, field="model")}
 
 
-def load_initial_weights(settings: EmbedSettings, architecture: Mapping[str, object]) -> Tensors:
+def load_initial_weights(
+    settings: EmbedSettings,
+    architecture: Mapping[str, object],
+    *,
+    log: Callable[[str], None] = lambda _: None,
+) -> Tensors:
     """Load W0 from a trained checkpoint, or from timm's pretrained weights.
+
+    Args:
+        settings: settings of the job.
+        architecture: fields of the spec's `graph`.
+        log: called with a sentence on the chosen weights if the file holds several.
 
     Raises:
         ModelError: the weights are unavailable or do not fit the architecture.
@@ -65,9 +90,10 @@ def load_initial_weights(settings: EmbedSettings, architecture: Mapping[str, obj
         load_pretrained(model, architecture)
     else:
         try:
-            load_checkpoint(Path(str(settings.weights)), model)
+            load_checkpoint(Path(str(settings.weights)), model, key=settings.weights_key, log=log)
         except ModelError as error:
-            raise ModelError(error.detail, field="weights") from None
+            field = error.field if error.field == "weights-key" else "weights"
+            raise ModelError(error.detail, field=field) from None
     return cpu_state(model)
 
 
@@ -92,6 +118,17 @@ def load_pretrained(model: nn.Module, architecture: Mapping[str, object]) -> Non
 def cpu_state(model: nn.Module) -> Tensors:
     """Return the state dict: detached, contiguous copies on the CPU."""
     return {name: t.detach().cpu().clone().contiguous() for name, t in model.state_dict().items()}
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load a plain state dict, strictly.
+
+    The version numbers of modules, which a plain mapping lacks, are those of the model itself; torchvision's
+    MNASNet refuses a state dict without them.
+    """
+    state = OrderedDict(tensors)
+    state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(state)
 
 
 def custom_architecture_name(kind: type[nn.Module]) -> str:

@@ -6,24 +6,19 @@ Both are observed by hooks. The network is not changed, and nothing after the la
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mtlsign.errors import ModelError
-
-
-def batch_norm_types() -> tuple[type[nn.Module], ...]:
-    """Return the classes of batch norms; timm's BatchNormAct2d inherits from one of them."""
-    return (_BatchNorm,)
+from mtlsign.models.batch_norms import is_batch_norm
 
 
 class _StopForward(BaseException):
@@ -135,7 +130,8 @@ class _ParameterUseRecorder(TorchDispatchMode):
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode without gradients; restore the modes of its modules at the end."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -166,9 +162,32 @@ def tapped_parameters(
     names = {id(tensor): name for name, tensor in model.named_parameters()}
     if buffers:
         names |= {id(tensor): name for name, tensor in model.named_buffers()}
-    with _eval_mode(model), _ParameterUseRecorder(names) as uses:
+    with eval_mode(model), _ParameterUseRecorder(names) as uses:
         forward_to_taps(model, sample, taps)
     return list(uses.seen)
+
+
+def tapped_buffers(model: nn.Module, taps: Sequence[str], sample: Tensor) -> list[str]:
+    """Return the names of the floating-point buffers that the network reads before the last tap.
+
+    Examples are the mean and deviation of the inputs, and the statistics of a tracked instance norm. The
+    buffers of batch norms are absent, because a verifier replaces them.
+
+    Args:
+        model: the network, in any mode.
+        taps: module names.
+        sample: one batch [n, C, H, W].
+
+    Raises:
+        ModelError: as `forward_to_taps`.
+    """
+    modules = dict(model.named_modules())
+    buffers = {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if buffer.is_floating_point() and not is_batch_norm(modules[name.rpartition(".")[0]])
+    }
+    return [name for name in tapped_parameters(model, taps, sample) if name in buffers]
 
 
 def tapped_layers(model: nn.Module, taps: Sequence[str], sample: Tensor) -> list[TappedLayer]:
@@ -209,7 +228,7 @@ def tapped_layers(model: nn.Module, taps: Sequence[str], sample: Tensor) -> list
     for name, module in modules.items():
         if isinstance(module, _ConvNd | nn.Linear):
             handles.append(module.register_forward_hook(record_output(name)))
-        elif isinstance(module, _BatchNorm):
+        elif is_batch_norm(module):
             handles.append(module.register_forward_pre_hook(record_input(name)))
     try:
         names = tapped_parameters(model, taps, sample, buffers=False)
@@ -217,15 +236,20 @@ def tapped_layers(model: nn.Module, taps: Sequence[str], sample: Tensor) -> list
         for handle in handles:
             handle.remove()
     parameters = dict(model.named_parameters())
-    return [_layer(name, modules, pairs) for name in names if parameters[name].ndim >= 2]
+    called = {name for name, _, _ in outputs.values()}
+    return [_layer(name, modules, pairs, called) for name in names if parameters[name].ndim >= 2]
 
 
-def _layer(weight: str, modules: Mapping[str, nn.Module], pairs: Mapping[str, str]) -> TappedLayer:
+def _layer(
+    weight: str, modules: Mapping[str, nn.Module], pairs: Mapping[str, str], called: Set[str]
+) -> TappedLayer:
+    """Return the layer of a weight; a module that another one reads without calling it is "other"."""
     owner, _, leaf = weight.rpartition(".")
     module = modules[owner]
     kind: Literal["conv", "linear", "other"] = "other"
-    if leaf == "weight" and isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
-        kind = "conv"
-    elif leaf == "weight" and isinstance(module, nn.Linear):
-        kind = "linear"
+    if leaf == "weight" and owner in called:
+        if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
+            kind = "conv"
+        elif isinstance(module, nn.Linear):
+            kind = "linear"
     return TappedLayer(owner, pairs.get(owner) if kind != "other" else None, kind, weight)

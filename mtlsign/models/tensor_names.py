@@ -141,8 +141,7 @@ def _complete_prefixes(required: Sequence[str], table: Mapping[str, str]) -> set
     return {
         prefix
         for prefix in starts
-        if _is_prefix(prefix[-1:])
-        and all(prefix + name in table for name in required)
+        if _is_prefix(prefix[-1:]) and all(prefix + name in table for name in required)
     }
 
 

@@ -98,7 +98,7 @@ def format_result(row: Row) -> str:
     if row["verdict"] == "not_verifiable":
         evidence = f"not verifiable: {row['reason']}"
     else:
-        evidence = f"{row['matches']:,} of {row['n']:,} bits match, evidence {row['evidence_bits']:.1f} bits"
+        evidence = f"evidence {row['evidence_bits']:.0f} bits"
     lost = "" if row["points_lost"] is None else f", {row['points_lost']:+.2f} points lost"
-    removed = " · WATERMARK REMOVED" if row["removed"] else ""
-    return f"{name} · {evidence}{lost} · {row['seconds']:.1f} s{removed}"
+    removed = "REMOVED · " if row["removed"] else ""
+    return f"{removed}{name} · {evidence}{lost} · {row['seconds']:.1f} s"

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from mtlsign.reports.formatting import number, words
 from mtlsign.reports.pages import render_page
 from mtlsign.reports.plotting import BLUE, GREEN, ORANGE, RED, Axes, render_svg
+from mtlsign.reports.provenance import provenance
 
 Row = Mapping[str, Any]
 
@@ -65,6 +66,7 @@ def render_attack_report(result: Mapping[str, Any]) -> str:
         f"at most {points:g} points of task accuracy.",
         tone="bad" if result["removed"] else "good" if result["marked"] else "open",
         facts=_facts(result),
+        provenance=provenance(result),
         plot=Markup(plot) if plot else None,
         groups=[group for group in tables if group[2]],
         points=points,
@@ -80,7 +82,23 @@ def _headline(result: Mapping[str, Any], bits: float) -> str:
         )
     if not removed:
         return f"None of {count} attacks removed the watermark."
-    return f"{removed} of {count} attacks removed the watermark."
+    costless = costless_removals(result["rows"])
+    if not costless:
+        return f"{removed} of {count} attacks removed the watermark. Each of them costs accuracy."
+    names = words(", ".join(costless), 200)
+    return (
+        f"{removed} of {count} attacks removed the watermark, and {len(costless)} of them cost no accuracy: "
+        f"{names}."
+    )
+
+
+def costless_removals(rows: Sequence[Row]) -> list[str]:
+    """Return the attacks that remove the watermark and keep the model's accuracy."""
+    return [
+        f"{row['attack']} {row['setting']}".strip()
+        for row in rows
+        if row["removed"] is True and (lost := number(row["points_lost"])) is not None and round(lost, 2) <= 0
+    ]
 
 
 def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -117,7 +135,8 @@ def _cells(row: Row) -> dict[str, str]:
         "after": share("primary_after"), "lost": "–" if lost is None else f"{lost:+.2f}",
         "cost": f"{row['steps']:,} steps, {row['images']:,} images" if row["steps"] else "–",
         "seconds": "–" if seconds is None else f"{seconds:,.1f}",
-        "outcome": _outcome(row), "reason": words(row["reason"] or "", 300),
+        "outcome": _outcome(row) + (", at no cost" if costless_removals([row]) else ""),
+        "reason": words(row["reason"] or "", 300),
         "tone": "bad" if row["removed"] is True else "",
     }  # fmt: skip
 
@@ -158,7 +177,7 @@ def evidence_by_points_lost(rows: Sequence[Row], bits: float, points: float) -> 
     listed = "; ".join(f"{p.label} {p.bits:.0f} bits at {p.points_lost:.1f} points" for p in shown[:60])
     rule = f"Removed means fewer than {bits:g} bits and at most {points:g} points."
     description = f"Evidence left, in bits, against points lost. {rule} {listed}."
-    return render_svg("attacks", description, lambda ax: _scatter(ax, shown, bits, points), size=(8.4, 5.0))
+    return render_svg("attacks", description, lambda ax: _scatter(ax, shown, bits, points), size=(5.4, 4.8))
 
 
 def _label(row: Row) -> str:
@@ -176,7 +195,7 @@ def _scatter(ax: Axes, shown: Sequence[_Point], bits: float, points: float) -> N
     ax.plot([points, points], [0, bits], color=RED, linewidth=1.1, linestyle="--")
     ax.annotate(
         f"removed: under {bits:g} bits, at most {points:g} points lost", (right, bits), (-4, 4), ha="right",
-        textcoords="offset points", fontsize=9, color="#7a3008",
+        textcoords="offset points", fontsize=10, color="#7a3008",
     )  # fmt: skip
     for kind, (label, colour, marker) in _STYLES.items():
         chosen = [(min(max(p.points_lost, left), right), p.bits) for p in shown if p.kind == kind]
@@ -190,7 +209,7 @@ def _scatter(ax: Axes, shown: Sequence[_Point], bits: float, points: float) -> N
     ax.set_ylim(0, top)
     ax.set_xlabel("points of task accuracy lost (held-out data)")
     ax.set_ylabel("evidence left, in bits")
-    ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(-0.01, 1.0), borderaxespad=0.3)
+    ax.legend(ncols=2, loc="lower left", bbox_to_anchor=(-0.01, 1.0), borderaxespad=0.3)
 
 
 def _add_names(ax: Axes, shown: Sequence[_Point], top: float, ends: tuple[float, float]) -> None:
@@ -202,12 +221,12 @@ def _add_names(ax: Axes, shown: Sequence[_Point], top: float, ends: tuple[float,
         x, y = min(max(point.points_lost, left), right), point.bits
         if point.kind == "none" or (y > 0.9 * best and not point.removed):
             continue
-        near = any(abs(x - a) < 0.16 * (right - left) and abs(y - b) < 0.035 * top for a, b in placed)
+        near = any(abs(x - a) < 0.3 * (right - left) and abs(y - b) < 0.05 * top for a, b in placed)
         if near or len(placed) >= 24:
             continue
         placed.append((x, y))
         at_end = x > 0.85 * right
         ax.annotate(
-            point.label, (x, y), (-6 if at_end else 6, -3), textcoords="offset points", fontsize=8.5,
+            point.label, (x, y), (-6 if at_end else 6, -3), textcoords="offset points", fontsize=9.5,
             color="#374151", ha="right" if at_end else "left", parse_math=False,
         )  # fmt: skip

@@ -9,6 +9,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+#: Columns of a terminal that does not state its width.
+_WIDTH = 80
+
 
 class LiveLine:
     """Progress line on stderr, rewritten in place; without a terminal, one line every `every` seconds."""
@@ -24,8 +27,8 @@ class LiveLine:
             return
         now = time.monotonic()
         if self._tty:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
-            line = text[:width]
+            width = (os.get_terminal_size(sys.stderr.fileno()).columns or _WIDTH) - 1
+            line = text if final else text[:width]
             print("\r" + line.ljust(self._width), end="\n" if final else "", file=sys.stderr, flush=True)
             self._width = 0 if final else len(line)
         elif final or now - self._last >= self._every:

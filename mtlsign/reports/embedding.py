@@ -14,6 +14,7 @@ from markupsafe import Markup
 from mtlsign.reports import figures, formatting
 from mtlsign.reports.formatting import number, words
 from mtlsign.reports.pages import render_page
+from mtlsign.reports.provenance import provenance
 
 #: The verifier's default policy, used if the result carries no verdict.
 DEFAULT_POLICY_BITS = 120.0
@@ -46,7 +47,11 @@ def render_embedding_report(
         tone=_tone(result),
         headline=_headline(result),
         task_sentence=_task_sentence(result),
+        warnings=[
+            words(text, 600) for text in (result.get("problem"), *(result.get("warnings") or ())) if text
+        ],
         facts=_facts(result),
+        provenance=provenance(result),
         figures={name: Markup(svg) for name, svg in figures.draw(result, history, scores).items()},
     )
 

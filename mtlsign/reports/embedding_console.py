@@ -16,6 +16,9 @@ _COLUMNS = (
     ("distillation_loss", "distillation", "{:.4f}"), ("wm_accuracy", "bits", "{:.1%}"),
     ("snapshot_accuracy", "perturbed bits", "{:.1%}"), ("attack", "now", "{}"),
 )  # fmt: skip
+#: Columns that a line of more than 80 columns does without, the least important first.
+_EXPENDABLE = ("epoch", "snapshot_loss", "distillation_loss", "loss", "wm_loss", "attack")
+_WIDTH, _SEPARATOR = 80, " · "
 
 
 class EmbedLine:
@@ -48,17 +51,21 @@ class EmbedLine:
             self._phase = None
 
     def _text(self) -> str:
+        """Return the line, without its least important parts if it would exceed 80 columns."""
         row, completed = self._last, self._completed
         seconds = time.monotonic() - self._start
-        parts = [f"{_TITLES[str(row['phase'])]} {completed:4.0%}"]
+        parts = {"": f"{_TITLES[str(row['phase'])]} {completed:4.0%}"}
         for name, label, pattern in _COLUMNS:
             if row.get(name) is not None:
-                parts.append(f"{label} {pattern.format(row[name])}")
+                parts[name] = f"{label} {pattern.format(row[name])}"
         if completed >= 1:
-            parts.append(f"{seconds:.0f} s")
+            parts["time"] = f"{seconds:.0f} s"
         elif completed > self._first:
-            parts.append(f"{seconds / (completed - self._first) * (1 - completed):.0f} s left")
-        return " · ".join(parts)
+            parts["time"] = f"{seconds / (completed - self._first) * (1 - completed):.0f} s left"
+        for name in _EXPENDABLE:
+            if len(_SEPARATOR.join(parts.values())) >= _WIDTH:
+                parts.pop(name, None)
+        return _SEPARATOR.join(parts.values())
 
 
 def _fraction(row: Mapping[str, Any]) -> float:
@@ -81,8 +88,12 @@ def summary(result: Mapping[str, Any], verdict: str) -> str:
         ("matching bits, wrong keys", f"{min(wrong):.1%} to {max(wrong):.1%}" if wrong else "not measured"),
         ("parameter deviation (L2)", f"{result['deviation_l2']:.3f}"),
         ("duration", f"{result['seconds_phase1']:.0f} s phase 1, {result['seconds_phase2']:.0f} s phase 2"),
-        ("marked model (public)", str(result["model_path"])),
+        (
+            "marked model (DO NOT PUBLISH)" if result["problem"] else "marked model (public)",
+            str(result["model_path"]),
+        ),
         *(("owner kit (SECRET)", str(kit)) for kit in (result["kit"], *result.get("further_kits", []))),
+        *(("warning", warning) for warning in result["warnings"]),
         ("report", str(result["report"])),
     ]
     return f"{verdict}\n{table(rows)}\nresult: {result['result']}"

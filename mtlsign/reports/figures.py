@@ -6,7 +6,6 @@ Each figure is small, so that a narrow screen shows one below the other at a rea
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -64,9 +63,15 @@ def draw(result: Mapping[str, Any], history: Mapping[str, Rows], scores: Scores)
     primary = _primary_values(result)
     figures: dict[str, str] = {}
 
-    def add(name: str, data: object, description: Callable[[], str], painter: Callable[[Axes], None]) -> None:
+    def add(
+        name: str,
+        data: object,
+        description: Callable[[], str],
+        painter: Callable[[Axes], None],
+        height: float = 3.1,
+    ) -> None:
         if data:
-            figures[name] = render_svg(name, description(), painter)
+            figures[name] = render_svg(name, description(), painter, size=(4.8, height))
 
     def add_curves(
         name: str, title: str, rows: Rows, x: str, labels: Mapping[str, str], **axis: bool
@@ -88,7 +93,7 @@ def draw(result: Mapping[str, Any], history: Mapping[str, Rows], scores: Scores)
     add("null", finite_scores, lambda: _null_description(finite_scores),
         lambda ax: _draw_null(ax, finite_scores))  # fmt: skip
     add("layers", layers, lambda: f"Change of the parameters in {len(layers)} layers, as L2 norms.",
-        lambda ax: _draw_layers(ax, layers))  # fmt: skip
+        lambda ax: _draw_layers(ax, layers), height=max(3.1, 0.8 + 0.2 * len(layers)))  # fmt: skip
     return figures
 
 
@@ -217,25 +222,19 @@ def _draw_null(ax: Axes, scores: Scores) -> None:
 
 
 def _layers(value: object) -> list[tuple[str, float]]:
-    """Return the layers that changed most, sorted by name, because files do not keep the network's order."""
+    """Return the layers that changed most, in the order of the result, which is that of the network."""
     if not isinstance(value, Mapping):
         return []
     layers = [(words(name, 40), size) for name, raw in value.items() if (size := number(raw)) is not None]
     largest = {id(row) for row in sorted(layers, key=lambda row: -row[1])[:_MAX_LAYERS]}
-    return sorted((row for row in layers if id(row) in largest), key=lambda row: _name_order(row[0]))
-
-
-def _name_order(name: str) -> list[tuple[int, int, str]]:
-    """Return a sorting key by which `layer2` precedes `layer10`, and numbers follow their value."""
-    parts = re.split(r"(\d+)", name)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+    return [row for row in layers if id(row) in largest]
 
 
 def _draw_layers(ax: Axes, layers: Sequence[tuple[str, float]]) -> None:
     places = range(len(layers))
     ax.barh(places, [size for _, size in layers], color=BLUE, height=0.65)
     ax.set_yticks(places)
-    size = 10 if len(layers) <= 10 else 7
+    size = 10 if len(layers) <= 10 else 9
     # A user's layer may have any name, also one like "$x$" that Matplotlib would read as a formula.
     ax.set_yticklabels([name for name, _ in layers], parse_math=False, fontsize=size)
     ax.invert_yaxis()

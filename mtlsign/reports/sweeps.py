@@ -10,6 +10,7 @@ from markupsafe import Markup
 from mtlsign.reports.formatting import number, words
 from mtlsign.reports.pages import render_page
 from mtlsign.reports.plotting import BLUE, GREY, ORANGE, Axes, Rectangle, add_legend_above, render_svg
+from mtlsign.reports.provenance import provenance
 
 Group = Mapping[str, Any]
 Places = Mapping[tuple[float, float], Group]
@@ -32,10 +33,11 @@ def render_sweep_report(result: Mapping[str, Any]) -> str:
         "sweeps.html.j2",
         kind="MTLSign sweep report",
         subject=" · ".join(words(result[name]) for name in ("space", "run")),
-        tone="good" if best is not None and best["drop_points"] <= result["max_drop"] else "bad",
+        tone=_tone(result),
         headline=_headline(result),
         reason=words(result["why"], 300),
         facts=_facts(result),
+        provenance=provenance(result),
         maps=[(name, title, Markup(figures[name])) for name, title, *_ in _MAPS if name in figures],
         front=Markup(figures["front"]) if "front" in figures else None,
         front_rows=[_group_cells(group, result["vary"]) for group in result["front"]],
@@ -45,10 +47,18 @@ def render_sweep_report(result: Mapping[str, Any]) -> str:
     )
 
 
+def _tone(result: Mapping[str, Any]) -> str:
+    """Return ``good`` for a cell within the limits, ``open`` if an attack removes its watermark."""
+    best = result["recommended"]
+    if best is None or best["drop_points"] > result["max_drop"]:
+        return "bad"
+    return "good" if best["evidence_bits_attacked"] >= result["bits_required"] else "open"
+
+
 def _headline(result: Mapping[str, Any]) -> str:
     best = result["recommended"]
     if best is None:
-        return f"None of the {result['cells']} cells finished with a result."
+        return f"No combination of the {result['cells']} cells is recommended."
     chosen = ", ".join(f"{_symbol(name)} = {_plain(best[name])}" for name in result["vary"])
     evidence = best["evidence_bits_attacked"]
     short = "" if evidence >= result["bits_required"] else f" ({result['bits_required']:g} bits are required)"
@@ -128,7 +138,7 @@ def _figures(groups: Sequence[Group], front: Sequence[Group], best: Group | None
             figures[name] = render_svg(
                 f"map-{name}", f"{title}, by λ1 and λ2.",
                 lambda ax, n=name, p=pattern, m=larger_is_better: _draw_map(ax, places, best, n, p, m),  # type: ignore[misc]
-                size=(6.4, 5.2),
+                size=(5.4, 4.6),
             )  # fmt: skip
     listed = "; ".join(
         f"{group['evidence_bits_attacked']:.0f} bits at {group['drop_points']:.2f} points"
@@ -136,7 +146,7 @@ def _figures(groups: Sequence[Group], front: Sequence[Group], best: Group | None
     )
     figures["front"] = render_svg(
         "front", f"Evidence left after the attacks against points lost; on the front: {listed}.",
-        lambda ax: _draw_front(ax, groups, front, best), size=(7.6, 4.6),
+        lambda ax: _draw_front(ax, groups, front, best), size=(5.4, 4.4),
     )  # fmt: skip
     return figures
 
@@ -152,7 +162,7 @@ def _draw_map(
     ax.pcolormesh(*edges, grid, cmap="viridis" if larger_is_better else "viridis_r")
     values = [value for line in grid for value in line if value == value]
     low, high = min(values), max(values)
-    font_size = 10 if len(xs) <= 5 else 7
+    font_size = 10 if len(xs) <= 5 else 8
     for row, line in enumerate(grid):
         for column, value in enumerate(line):
             if value == value:

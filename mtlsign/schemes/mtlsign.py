@@ -99,7 +99,7 @@ class MTLSignScheme:
     def unsupported_reason(self, model: nn.Module, task: Task) -> str | None:
         """Return why the model's default taps are unknown; None if they are known."""
         try:
-            default_taps(model, self.head)
+            default_taps(model, self.head, torch.zeros(2, task.channels, task.height, task.width))
         except ModelError as error:
             return error.detail
         return None

@@ -12,7 +12,7 @@ from mtlsign.config.service import ServiceSettings
 from mtlsign.errors import SettingsError
 from mtlsign.reports import console
 from mtlsign.service.auth import tokens
-from mtlsign.service.database import Database
+from mtlsign.service.database import FILE_NAME, Database
 from mtlsign.service.problems import Problem
 
 MAX_HOURS = 24 * 3650
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     if not 0 < hours <= MAX_HOURS:
         message = f"{hours:g} is not a number of hours over 0 and at most {MAX_HOURS}. Choose another."
         raise SettingsError(message, field="hours")
-    path = (arguments.state_dir or settings.state_dir) / "service.sqlite"
+    path = (arguments.state_dir or settings.state_dir) / FILE_NAME
     if not path.exists():
         print(f"{path} is new: a service with another state folder does not know it", file=sys.stderr)
     database = Database(path)

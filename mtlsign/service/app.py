@@ -7,20 +7,25 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from mtlsign.service import metrics
+from mtlsign.service.auth.request_tokens import token_id_of_request
 from mtlsign.service.http import routes
 from mtlsign.service.http.body_limits import BodyLimitMiddleware
 from mtlsign.service.http.schemas import problems
 from mtlsign.service.problems import Problem
 from mtlsign.service.state import AppState
-from mtlsign.service.web import pages
+from mtlsign.service.web import pages, rendering
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+#: Status in the log for a client that closed its connection before its body was complete (as in nginx).
+CLIENT_CLOSED_REQUEST = 499
 _KIND_OF_STATUS = {404: "not-found", 405: "wrong-method", 413: "too-large", 415: "wrong-media-type"}
 
 
@@ -45,10 +50,12 @@ def make_app(state: AppState) -> FastAPI:
     app.state.service = state
     app.include_router(routes.router)
     app.include_router(pages.router)
+    app.include_router(rendering.router)
     app.add_middleware(
         BodyLimitMiddleware,
         settings=state.settings,
         count=lambda kind: state.metrics.add("mtlsign_refusals", 1, kind),
+        identify=partial(token_id_of_request, state.database),
     )
     _add_health_checks(app, state)
     _add_error_handlers(app, state)
@@ -77,7 +84,7 @@ def _add_error_handlers(app: FastAPI, state: AppState) -> None:
     async def on_problem(request: Request, problem: Problem) -> Response:
         state.metrics.add("mtlsign_refusals", 1, problem.kind)
         if _wants_html(request):
-            return pages.render("error", status=problem.status, token=None, problem=problem.document())
+            return rendering.render("error", status=problem.status, token=None, problem=problem.document())
         return routes.problem_response(problem)
 
     @app.exception_handler(HTTPException)
@@ -85,6 +92,11 @@ def _add_error_handlers(app: FastAPI, state: AppState) -> None:
         kind = _KIND_OF_STATUS.get(error.status_code, "malformed-request")
         detail = f"{request.method} is not served at this address. See /docs."
         return await on_problem(request, Problem(kind, detail))
+
+    @app.exception_handler(ClientDisconnect)
+    async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
+        metrics.log_event("client_disconnected", method=request.method)
+        return Response(status_code=CLIENT_CLOSED_REQUEST)  # for the log; the client receives nothing
 
     @app.exception_handler(sqlite3.OperationalError)
     @app.exception_handler(OSError)

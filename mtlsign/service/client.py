@@ -12,10 +12,12 @@ that no claim is answered twice, and none is lost if processes of the service cr
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 import random
 import secrets
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
@@ -63,6 +65,9 @@ class Client:
         token: token that the operator issued.
         timeout_s: seconds for one call, including its retries.
         ca: certificate file of a private certificate authority.
+
+    Warns:
+        UserWarning: the address is http on another machine, so the token can be read on the way.
     """
 
     def __init__(self, url: str, token: str, *, timeout_s: float = 600, ca: Path | None = None) -> None:
@@ -70,6 +75,9 @@ class Client:
         if parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc:
             message = "The address is not one of a service. Pass http://HOST:PORT or https://NAME."
             raise SettingsError(message, field="url")
+        if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
+            message = f"The token crosses the network to {parts.hostname} unencrypted. Use an https address."
+            warnings.warn(message, UserWarning, stacklevel=2)
         self.url, self._token, self.timeout_s = url.rstrip("/"), token, timeout_s
         timeout = urllib3.Timeout(connect=5, read=120)
         self._pool = urllib3.PoolManager(timeout=timeout, retries=False, ca_certs=str(ca) if ca else None)
@@ -186,6 +194,13 @@ class Client:
                 raise ClusterError(message, field="service")
             time.sleep(wait * random.uniform(0.7, 1.3))
             pause = min(2 * pause, 5.0)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def _replayable_body(data: IO[bytes]) -> Iterator[bytes]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from mtlsign.service.problems import Problem
 
+FILE_NAME = "service.sqlite"
 APPLICATION_ID = 0x4D544C56  # "MTLV"
 VERSION = 2
 BUSY_MS = 30_000
@@ -326,14 +327,22 @@ class Database:
         rows = self.fetch_all(query, token, sha256, self.clock())
         return (rows[0][0], rows[0][1]) if rows else None
 
-    def delete_expired(self, retention_s: float) -> set[str]:
-        """Delete expired rows; return the digests of the files that uploads still reference."""
+    def delete_expired(self, retention_s: float, stored_claims: int) -> set[str]:
+        """Delete expired rows, and the oldest answered requests of each token beyond `stored_claims` claims.
+
+        Returns the digests of the files that uploads still reference.
+        """
         now = self.clock()
         with self._write() as db:
             db.execute("DELETE FROM uploads WHERE expires<=?", (now,))
             db.execute("DELETE FROM incoming WHERE expires<=?", (now,))
             db.execute("DELETE FROM sessions WHERE expires<=?", (now,))
-            old = "SELECT id FROM jobs WHERE finished IS NOT NULL AND finished<?"
-            db.execute(f"DELETE FROM results WHERE job IN ({old})", (now - retention_s,))
-            db.execute("DELETE FROM jobs WHERE finished IS NOT NULL AND finished<?", (now - retention_s,))
+            total = "sum(count) OVER (PARTITION BY token ORDER BY created DESC, id)"
+            query = (
+                f"SELECT id FROM (SELECT id, finished, {total} AS total FROM jobs) "
+                "WHERE finished IS NOT NULL AND (finished<? OR total>?)"
+            )
+            jobs = db.execute(query, (now - retention_s, stored_claims)).fetchall()
+            db.executemany("DELETE FROM results WHERE job=?", jobs)
+            db.executemany("DELETE FROM jobs WHERE id=?", jobs)
             return {digest for (digest,) in db.execute("SELECT DISTINCT sha256 FROM uploads")}

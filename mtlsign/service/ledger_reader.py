@@ -135,14 +135,21 @@ class LedgerReader:
                 "outcome": tally.outcome,
                 "threshold": tally.threshold,
                 "members": tally.members,
-                "rivals": self._rivals(view, claim),
+                **self._rivals(view, claim),
             }
 
-    def _rivals(self, view: LedgerView, claim: Claim) -> int:
-        """Return the number of claims of other publications on the same model."""
-        return sum(
-            other.suspect == claim.suspect and other.publish != claim.publish for _, other in view.all(Claim)
-        )
+    def _rivals(self, view: LedgerView, claim: Claim) -> dict[str, int]:
+        """Return the numbers of claims of other publications on the same model, and of earlier publications.
+
+        The order of publications is all that a ledger shows of a lineage.
+        """
+        rivals = [
+            other.publish
+            for _, other in view.all(Claim)
+            if other.suspect == claim.suspect and other.publish != claim.publish
+        ]
+        earlier = sum(publish.index < claim.publish.index for publish in rivals)
+        return {"rivals": len(rivals), "earlier_rivals": earlier}
 
     def first_entry_of_key(self, public_keys: Sequence[bytes]) -> dict[bytes, int]:
         """Return, for each key in the ledger, the first entry that it signed or that lists it as a member."""

@@ -13,7 +13,7 @@ from starlette.requests import Request
 
 from mtlsign.config.service import ServiceSettings
 from mtlsign.service.auth.signing import ServiceKeys
-from mtlsign.service.database import Database
+from mtlsign.service.database import FILE_NAME, Database
 from mtlsign.service.fetch.content_store import ContentStore
 from mtlsign.service.ledger_reader import LedgerReader
 from mtlsign.service.metrics import InMemoryMetrics, Metrics
@@ -60,7 +60,7 @@ class AppState:
             KeyMaterialError: an identity cannot be read.
             Problem: `not-ready` if the database has another version.
         """
-        database, keys = Database(settings.state_dir / "service.sqlite"), ServiceKeys.load(settings)
+        database, keys = Database(settings.state_dir / FILE_NAME), ServiceKeys.load(settings)
         recorder = recorder or InMemoryMetrics()
         queue = JobQueue(settings, database, keys, backend, recorder)
         uploads = ContentStore(settings.state_dir / "uploads")

@@ -34,8 +34,14 @@ class Storage(ABC):
         return self.uri
 
     @abstractmethod
-    def child(self, name: str) -> Storage:
-        """Return the folder `name` below this one; nothing is created."""
+    def child(self, name: str, *, private: bool = False) -> Storage:
+        """Return the folder `name` below this one; nothing is created.
+
+        Args:
+            name: name below this folder.
+            private: create local folders with mode 0700 and files with mode 0600, also further below. The
+                access to S3 is a matter of the bucket's policy.
+        """
 
     @abstractmethod
     def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:

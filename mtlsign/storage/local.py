@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -62,6 +63,7 @@ def atomic_write(
 
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _link_exclusive(temporary: Path, path: Path, mode: int, without_hard_links: bool) -> None:
@@ -85,14 +87,29 @@ def _sync_folder(folder: Path) -> None:
 
 
 class LocalStorage(Storage):
-    """Folder of this machine, or of a mount that every node shares. The first write creates it."""
+    """Folder of this machine, or of a mount that every node shares. The first write creates it.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    Symbolic links below the folder are followed. Do not read a folder in which other users may create links.
+
+    Args:
+        root: the folder.
+        private: topmost folder whose files only their owner may read: `root` or a folder above it.
+    """
+
+    def __init__(self, root: Path, *, private: Path | None = None) -> None:
+        self.root, self._private = root, private
         self.uri = str(root)
 
-    def child(self, name: str) -> LocalStorage:  # noqa: D102
-        return LocalStorage(self._path(name))
+    def child(self, name: str, *, private: bool = False) -> LocalStorage:  # noqa: D102
+        root = self._path(name)
+        return LocalStorage(root, private=self._private or (root if private else None))
+
+    def _make_folder(self, folder: Path) -> None:
+        """Create the folder and its missing parents; private ones get mode 0700."""
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        for path in reversed(missing):
+            is_private = self._private is not None and path.is_relative_to(self._private)
+            path.mkdir(mode=0o700 if is_private else 0o777, exist_ok=True)
 
     def _path(self, name: str) -> Path:
         return self.root / validate_name(name)
@@ -100,9 +117,10 @@ class LocalStorage(Storage):
     def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:  # noqa: D102
         target = self._path(name)
         with _local_errors("write", target):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            self._make_folder(target.parent)
             try:
-                atomic_write(target, data, mode=0o666, exclusive=if_absent)
+                mode = 0o666 if self._private is None else 0o600
+                atomic_write(target, data, mode=mode, exclusive=if_absent)
             except FileExistsError:
                 if not if_absent:
                     raise
@@ -166,5 +184,11 @@ def _local_errors(action: str, path: Path) -> Iterator[None]:
     except OSError as error:
         if action == "read" and isinstance(error, (FileNotFoundError, NotADirectoryError)):
             raise ArtifactError(f"{path} does not exist. Pass the right path.") from None
+        if error.errno in _FULL:
+            raise StorageError(
+                f"The disk has no space for {path}. Free some space, then repeat the command; "
+                "an interrupted run continues with --resume.",
+                field="storage",
+            ) from error
         fix = "Choose a folder that you may read and write, on a disk with free space."
         raise StorageError(f"Cannot {action} {path}: {error.strerror}. {fix}", field="storage") from error

@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from mtlsign.errors import ArtifactError, KeyMaterialError
+from mtlsign.errors import ArtifactError, KeyMaterialError, TooLargeError
 from mtlsign.storage.base import Storage
 from mtlsign.storage.strict_json import parse_strict_json, raise_invalid, require_fields
 
@@ -97,19 +97,46 @@ def _parse_entry(value: object) -> Entry:
     return Entry(name, size, digest)
 
 
-def write_manifest_folder(storage: Storage, files: Mapping[str, bytes]) -> None:
+def write_manifest_folder(
+    storage: Storage, files: Mapping[str, bytes], *, replace_uncommitted: bool = True
+) -> None:
     """Write `files` as the folder `storage`, all or none. Nothing changes if the same files exist already.
 
+    Args:
+        storage: the folder.
+        files: content by name.
+        replace_uncommitted: replace other files of an uncommitted folder, which an interrupted writer left.
+            Pass False where several writers may use the folder at once: then no file is ever replaced, so
+            that a writer cannot damage a folder that another one commits.
+
     Raises:
-        ArtifactError: the folder is committed with other files.
+        ArtifactError: the folder is committed with other files, or holds another file that is not replaced.
         StorageError: the storage cannot be written.
     """
     manifest = manifest_bytes(files)
     if not _already_written(storage, manifest):
         for name in sorted(files):
-            storage.write(name, files[name])
+            _write_file(storage, name, files[name], replace_uncommitted)
         if not storage.write(MANIFEST, manifest, if_absent=True):
             _already_written(storage, manifest)
+
+
+def _write_file(storage: Storage, name: str, data: bytes, replace: bool) -> None:
+    if storage.write(name, data, if_absent=True) or _has_content(storage, name, data):
+        return
+    if not replace or storage.exists(MANIFEST):
+        raise ArtifactError(
+            f"{storage.uri} already holds another {name}. Delete that folder if no other job is writing it, "
+            "or choose another location."
+        )
+    storage.write(name, data)
+
+
+def _has_content(storage: Storage, name: str, data: bytes) -> bool:
+    try:
+        return storage.read(name, len(data)) == data
+    except TooLargeError:
+        return False
 
 
 def _already_written(storage: Storage, manifest: bytes) -> bool:
@@ -167,10 +194,16 @@ def read_manifest_folder(
         )
     files = {}
     for entry in selected:
-        data = storage.read(entry.name, entry.size)
-        if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise ArtifactError(
-                f"{storage.uri}: {entry.name} does not match {MANIFEST}. Fetch the folder again."
-            )
-        files[entry.name] = data
+        files[entry.name] = _read_entry(storage, entry)
     return files
+
+
+def _read_entry(storage: Storage, entry: Entry) -> bytes:
+    """Return a file of a folder. Raises `ArtifactError` if it is not the one that the manifest lists."""
+    try:
+        data = storage.read(entry.name, entry.size)
+    except TooLargeError:  # the file has grown; its listed size is no limit that the caller could raise
+        data = b""
+    if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise ArtifactError(f"{storage.uri}: {entry.name} does not match {MANIFEST}. Fetch the folder again.")
+    return data

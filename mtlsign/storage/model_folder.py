@@ -1,7 +1,7 @@
 """Public model folders, and the names of the top-level folders of a storage.
 
     models/<digest>/   model.safetensors  config.json  README.md  manifest.json   public
-    kits/<id>/         kit.sealed  manifest.json                                   SECRET, encrypted at rest
+    kits/<id>/         kit.sealed  owner.json  manifest.json                       SECRET, encrypted at rest
     runs/<id>/         checkpoints, metrics, report                                SECRET, written by the jobs
 
 Each is a manifest folder: committed if and only if its manifest exists.
@@ -13,12 +13,20 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from mtlsign.errors import ArtifactError
 from mtlsign.storage.base import Storage
+from mtlsign.storage.file_formats import (
+    INDEX_SUFFIX,
+    conversion_hint,
+    find_model_file,
+    is_safetensors,
+    read_shards,
+)
 from mtlsign.storage.json_io import JSON_LIMIT, read_json_object, serialize_json_object
 from mtlsign.storage.locations import has_suffix, open_file, open_storage, path_of
 from mtlsign.storage.manifest import GIB, MANIFEST, read_manifest, read_manifest_folder, write_manifest_folder
@@ -82,7 +90,7 @@ def write_model(storage: Storage, tensors: Mapping[str, Tensor], config: Mapping
         identical = (MODEL_FILE, CONFIG_FILE)
         if all(name in entries and entries[name].sha256 == model_digest(files[name]) for name in identical):
             return digest
-    write_manifest_folder(folder, files)
+    write_manifest_folder(folder, files, replace_uncommitted=False)
     return digest
 
 
@@ -90,27 +98,71 @@ def read_model(location: str, *, endpoint: str | None = None, max_bytes: int = 2
     """Read an untrusted model; nothing in it is executed.
 
     Args:
-        location: a model folder (local or `s3://…`; every digest is checked), or one `.safetensors` file.
+        location: local or `s3://…`: a model folder (every digest is checked), one `.safetensors` file, or a
+            folder or index of a Hugging Face model in safetensors files. The digest of several files is that
+            of the one file that `mtlsign convert` makes of them.
         endpoint: S3 server, as in `open_storage`.
-        max_bytes: most bytes of the tensor file.
+        max_bytes: most bytes of the tensor files.
 
     Raises:
-        ArtifactError: the artifact is missing, damaged or too large.
+        ArtifactError: the artifact is missing, damaged, too large or of another format.
         ModelError: the safetensors file is invalid.
         StorageError: the location is malformed or unreachable.
     """
-    single_file = has_suffix(location, ".safetensors")
-    if single_file:
+    if is_safetensors(location):
         storage, name = open_file(location, endpoint=endpoint)
-        data, config = storage.read(name, max_bytes), {}
-    else:
-        storage = open_storage(location, endpoint=endpoint)
-        files = read_manifest_folder(
-            storage, file_limit=max_bytes, total_limit=max_bytes + JSON_LIMIT, names=(MODEL_FILE, CONFIG_FILE)
-        )
-        data, config = files[MODEL_FILE], read_json_object(files[CONFIG_FILE], CONFIG_FILE)
-    digest = model_digest(data)
+        return _loaded(storage.read(name, max_bytes), {}, location, max_bytes)
+    if has_suffix(location, INDEX_SUFFIX):
+        storage, name = open_file(location, endpoint=endpoint)
+        return _loaded_shards(storage, name, location, max_bytes)
+    hint = conversion_hint(location)
+    if hint is not None:
+        raise ArtifactError(hint, field="model")
+    storage = open_storage(location, endpoint=endpoint)
     folder_name = path_of(storage.uri).rpartition("/")[2]
-    if not single_file and _DIGEST.fullmatch(folder_name) and folder_name != digest:
+    is_digest = _DIGEST.fullmatch(folder_name) is not None
+    if not is_digest and not storage.exists(MANIFEST):
+        return _read_other_folder(storage, location, max_bytes)
+    files = read_manifest_folder(
+        storage, file_limit=max_bytes, total_limit=max_bytes + JSON_LIMIT, names=(MODEL_FILE, CONFIG_FILE)
+    )
+    config = read_json_object(files[CONFIG_FILE], CONFIG_FILE)
+    model = _loaded(files[MODEL_FILE], config, location, max_bytes)
+    if is_digest and folder_name != model.digest:
         raise ArtifactError(f"{location} holds another model than its name states. Fetch the folder again.")
-    return LoadedModel(parse_safetensors(data, max_bytes=max_bytes), config, digest, location)
+    return model
+
+
+def _loaded(data: bytes, config: dict[str, Any], location: str, max_bytes: int) -> LoadedModel:
+    return LoadedModel(parse_safetensors(data, max_bytes=max_bytes), config, model_digest(data), location)
+
+
+def _loaded_shards(storage: Storage, index_name: str, location: str, max_bytes: int) -> LoadedModel:
+    tensors = read_shards(storage, index_name, max_bytes)
+    return LoadedModel(tensors, {}, model_digest(model_bytes(tensors)), location)
+
+
+def _read_other_folder(storage: Storage, location: str, max_bytes: int) -> LoadedModel:
+    """Read a folder without a manifest that holds safetensors files; otherwise state what it is."""
+    name = find_model_file(storage)
+    if name is not None and name.endswith(INDEX_SUFFIX):
+        return _loaded_shards(storage, name, location, max_bytes)
+    if name is not None:
+        return _loaded(storage.read(name, max_bytes), {}, location, max_bytes)
+    if storage.exists("pytorch_model.bin") or storage.exists("pytorch_model.bin.index.json"):
+        raise ArtifactError(
+            f"{location} holds PyTorch checkpoints, not safetensors. "
+            f"Convert it: mtlsign convert --source {location} --output {MODEL_FILE}",
+            field="model",
+        )
+    if "://" not in location and not Path(location).expanduser().exists():
+        raise ArtifactError(f"{location} does not exist. Pass a model folder or a file.", field="model")
+    if "://" not in location and Path(location).expanduser().is_file():
+        raise ArtifactError(
+            f"{location} is a file of an unknown format. Save its state_dict as safetensors.", field="model"
+        )
+    raise ArtifactError(
+        f"{location} holds neither {MANIFEST} nor {MODEL_FILE}. "
+        "Pass a model folder, a folder of a Hugging Face model, or a .safetensors file.",
+        field="model",
+    )

@@ -45,7 +45,7 @@ class RunFolder(ABC, Generic[S]):
 
     def __init__(self, storage: Storage, name: str) -> None:
         self.storage, self.name = storage, name
-        self.folder = storage.child(RUNS).child(name)
+        self.folder = storage.child(RUNS, private=True).child(name)
 
     @classmethod
     def open(cls, settings: S) -> tuple[Self, S]:
@@ -115,7 +115,12 @@ class RunFolder(ABC, Generic[S]):
             raise SettingsError(
                 f"Run {self.name!r} is finished. Its result is in {self.folder.uri}.", field="resume"
             )
-        return self._stored_settings().resumed_with(settings, self.name)
+        resumed = self._stored_settings().resumed_with(settings, self.name)
+        self.check_resumable()
+        return resumed
+
+    def check_resumable(self) -> None:
+        """Raise `ArtifactError` if files are missing without which the run would give another result."""
 
     def _delete_leftovers_of_finished_run(self) -> None:
         try:

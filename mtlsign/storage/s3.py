@@ -1,36 +1,51 @@
-"""S3 storage through boto3: parsing of locations, the server setting, and reading and writing objects."""
+"""S3 storage through boto3: reading and writing objects, and errors that name their cause."""
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import quote
 
 from mtlsign.errors import ArtifactError, MTLSignError, StorageError
 from mtlsign.storage.base import LIST_LIMIT, Names, Storage, check_size, validate_name
+from mtlsign.storage.s3_location import NOT_IN_A_LOCATION, REGION, choose_server, s3_uri, split_location
 
 if TYPE_CHECKING:
     from botocore.response import StreamingBody
     from mypy_boto3_s3 import S3Client
 
-_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-_SEGMENT = re.compile(r"[A-Za-z0-9._=+-]{1,255}")
-_HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252})|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
-_REGION = re.compile(r"[a-z0-9-]{1,64}")
 _PUT_LIMIT = 5 * 2**30
 Statuses = list[int]
-_CREDENTIALS = {
-    "AccessDenied",
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "RequestExpired",
-    "SignatureDoesNotMatch",
-}
+#: Cause and fix by the error code of S3.
+_CAUSES = {
+    **dict.fromkeys(
+        ("RequestTimeTooSkewed", "RequestExpired"),
+        "because the clock of this machine differs from its own. Set the clock.",
+    ),
+    **dict.fromkeys(
+        ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"),
+        "because the session token has expired. Sign in again, and export the new AWS_SESSION_TOKEN with its "
+        "two keys.",
+    ),
+    **dict.fromkeys(
+        ("InvalidToken", "UnrecognizedClientException"),
+        "because AWS_SESSION_TOKEN does not belong to the keys. Export all three again, or unset the token.",
+    ),
+    "InvalidAccessKeyId": "because it does not know the key. Correct AWS_ACCESS_KEY_ID.",
+    "SignatureDoesNotMatch": "because the signature is wrong. Check AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY, which must be of the same pair.",
+    **dict.fromkeys(
+        ("AuthorizationHeaderMalformed", "PermanentRedirect", "TemporaryRedirect", "301", "307",
+         "IllegalLocationConstraintException"),
+        "because the bucket is in another region or on another server. Set AWS_REGION to {region}, or "
+        "correct the endpoint.",
+    ),
+    "SlowDown": "because there are too many requests. Try again later.",
+    "QuotaExceeded": "because the quota is used up. Free some space, then repeat the command.",
+}  # fmt: skip
 
 
 class Connection:
@@ -77,11 +92,15 @@ class S3Storage(Storage):
         self.connection, self.bucket, self.prefix = connection, bucket, prefix
         self.uri = s3_uri(bucket, prefix, connection.host, connection.scheme, connection.region)
 
-    def child(self, name: str) -> S3Storage:  # noqa: D102
+    def child(self, name: str, *, private: bool = False) -> S3Storage:  # noqa: D102
         key = self._key(name)
-        if not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
-            raise StorageError(f"{name[:80]!r} is not a safe S3 folder name. Use A-Z a-z 0-9 . _ = + -")
+        if NOT_IN_A_LOCATION.search(key):
+            raise StorageError(f"{name[:80]!r} cannot be part of a location. Use a name without ? # and \\.")
         return S3Storage(self.connection, self.bucket, key)
+
+    def ray_path(self) -> str:  # noqa: D102
+        server = self.connection
+        return s3_uri(self.bucket, quote(self.prefix), server.host, server.scheme, server.region)
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{validate_name(name)}" if self.prefix else validate_name(name)
@@ -134,6 +153,12 @@ class S3Storage(Storage):
                     raise StorageError(
                         f"The server sent {self._location(name)} without its size. "
                         "Use a server that sends Content-Length."
+                    )
+                encoding = response.get("ContentEncoding") or "aws-chunked"
+                if encoding not in ("aws-chunked", "identity"):
+                    raise ArtifactError(
+                        f"{self._location(name)} is stored with the Content-Encoding {encoding[:40]!r}. "
+                        "Upload the plain file without that header."
                     )
                 check_size(self._location(name), size, limit)
                 yield size, body
@@ -202,11 +227,16 @@ class S3Storage(Storage):
             if action == "write" and status in (409, 412):
                 refusals.append(status)
                 return
-            code = re.sub(r"[^A-Za-z0-9]", "", str(error.response.get("Error", {}).get("Code", "")))[:64]
-            raise self._client_error(server, action, key, code, status) from None
+            raise self._client_error(server, action, key, error.response) from None
         except (boto.NoCredentialsError, boto.PartialCredentialsError):
             raise StorageError(
                 "S3 credentials are missing. Export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
+                field="storage",
+            ) from None
+        except boto.SSLError:
+            raise StorageError(
+                f"{server} does not answer with TLS, or its certificate is not trusted. Write http:// in the "
+                "endpoint of a server without TLS, or name the certificate in AWS_CA_BUNDLE.",
                 field="storage",
             ) from None
         except (boto.HTTPClientError, boto.ConnectionError) as error:
@@ -221,15 +251,24 @@ class S3Storage(Storage):
                 field="storage",
             ) from None
 
-    def _client_error(self, server: str, action: str, key: str, code: str, status: int) -> MTLSignError:
+    def _client_error(self, server: str, action: str, key: str, response: Mapping[str, Any]) -> MTLSignError:
         location = f"s3://{self.bucket}/{key}"
+        details = response.get("ResponseMetadata", {})
+        status = int(details.get("HTTPStatusCode", 0))
+        code = re.sub(r"[^A-Za-z0-9]", "", str(response.get("Error", {}).get("Code", "")))[:64]
         if code == "NoSuchBucket":
             problem = f"has no bucket {self.bucket}. Create it or correct the location."
         elif code in ("NoSuchKey", "404", "NotFound"):
             return ArtifactError(f"{location} does not exist. Pass the right location.")
-        elif status == 403 or code in _CREDENTIALS:
+        elif code in _CAUSES:
+            region = str(details.get("HTTPHeaders", {}).get("x-amz-bucket-region", ""))
+            region = region if REGION.fullmatch(region) else "the bucket's region"
+            cause = _CAUSES[code].format(region=region)
+            problem = f"refused to {action} {location} ({code}), {cause}"
+        elif status == 403:
             problem = (
-                f"refused to {action} {location} ({code}). Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+                f"refused to {action} {location} ({code}). Check AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, and that the bucket permits this."
             )
         else:
             problem = f"could not {action} {location} ({code or status}). Read the log of the server."
@@ -238,91 +277,5 @@ class S3Storage(Storage):
 
 def open_s3(uri: str, endpoint: str | None) -> S3Storage:
     """Return the storage at the S3 location `uri`; see `locations.open_storage`."""
-    bucket, prefix, options = _split(uri)
-    return S3Storage(Connection(*_server(options, endpoint)), bucket, prefix)
-
-
-def _split(uri: str) -> tuple[str, str, dict[str, str]]:
-    # The messages never repeat the location, because it may hold a secret.
-    try:
-        parts = urlsplit(uri)
-        pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=True) if parts.query else []
-    except ValueError:
-        raise StorageError(
-            "The location is not a valid S3 location. Write s3://bucket/prefix.", field="storage"
-        ) from None
-    options = dict(pairs)
-    allowed = {"endpoint_override", "scheme", "region"}
-    if "@" in parts.netloc or {"access_key", "secret_key", "session_token"} & options.keys():
-        raise StorageError(
-            "The location holds credentials. Remove them, and export AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY instead.",
-            field="storage",
-        )
-    if len(options) != len(pairs) or not options.keys() <= allowed or parts.fragment:
-        raise StorageError(
-            f"The location has an unknown or repeated option. Use only {', '.join(sorted(allowed))}.",
-            field="storage",
-        )
-    prefix = parts.path.strip("/")
-    segments = prefix.split("/") if prefix else []
-    if any(not _SEGMENT.fullmatch(segment) or segment in (".", "..") for segment in segments):
-        raise StorageError(
-            "The prefix has a character that is not allowed. Use A-Z a-z 0-9 . _ = + -", field="storage"
-        )
-    if not _BUCKET.fullmatch(parts.netloc):
-        raise StorageError(
-            "The bucket name is invalid. Use 3 to 63 of a-z 0-9 . - and write s3://bucket/prefix.",
-            field="storage",
-        )
-    return parts.netloc, prefix, options
-
-
-def _server(options: Mapping[str, str], setting: str | None) -> tuple[str | None, str, str | None]:
-    """Return the endpoint host and port (None: AWS), the scheme and the region (None: the AWS default)."""
-    environment = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    override = options.get("endpoint_override")
-    scheme = options.get("scheme")
-    endpoints = [_endpoint(text, scheme) for text in (override, setting) if text]
-    if len(set(endpoints)) > 1:
-        raise StorageError(
-            "The location and the endpoint setting name different servers. Name the server once.",
-            field="storage",
-        )
-    if not endpoints and environment:
-        endpoints = [_endpoint(environment, scheme)]
-    host, server_scheme = endpoints[0] if endpoints else (None, scheme or "https")
-    region = options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    region = region or ("us-east-1" if host else None)
-    if region is not None and not _REGION.fullmatch(region):
-        raise StorageError("The region is invalid. Write for instance us-east-1.", field="region")
-    return host, server_scheme, region
-
-
-def _endpoint(text: str, scheme: str | None) -> tuple[str, str]:
-    prefix, mark, rest = text.partition("://")
-    host, own_scheme = (rest.rstrip("/"), prefix) if mark else (text.rstrip("/"), scheme or "https")
-    if (
-        not _HOST.fullmatch(host)
-        or own_scheme not in ("http", "https")
-        or (scheme or own_scheme) != own_scheme
-    ):
-        raise StorageError(
-            "The server address is invalid. Write http://HOST:PORT or https://HOST:PORT.", field="endpoint"
-        )
-    return host, own_scheme
-
-
-def s3_uri(bucket: str, prefix: str, host: str | None, scheme: str, region: str | None) -> str:
-    """Return the location that states bucket, prefix and server; pyarrow reads it, too.
-
-    Args:
-        bucket: the bucket.
-        prefix: the prefix without slashes at its ends; may be empty.
-        host: host and port of the server; None for AWS.
-        scheme: http or https.
-        region: the region; None for the AWS default.
-    """
-    options = {"endpoint_override": host, "scheme": scheme if host else None, "region": region}
-    query = urlencode({key: value for key, value in options.items() if value}, safe=":")
-    return f"s3://{bucket}{'/' if prefix else ''}{prefix}{'?' if query else ''}{query}"
+    bucket, prefix, options = split_location(uri)
+    return S3Storage(Connection(*choose_server(options, endpoint)), bucket, prefix)

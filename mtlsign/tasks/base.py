@@ -17,6 +17,8 @@ from mtlsign.errors import DataError
 from mtlsign.models.input_spec import InputSpec
 from mtlsign.tasks.batch import Batch
 from mtlsign.tasks.metrics import MeanMetric, MetricFactory, cross_entropy
+from mtlsign.tasks.objectives import TargetKind
+from mtlsign.tasks.outputs import LogitsFunction, default_logits
 from mtlsign.tasks.splitting import SPLITS, seeded_generator
 
 
@@ -52,6 +54,8 @@ class Task:
         splits: data by the names in `SPLITS`.
         loss: (outputs, targets) -> mean loss.
         metric: builds an empty metric on a device; accuracy by default.
+        logits_of: (outputs of the network) -> logits [n, classes, ...], which distillation compares.
+        targets: kind of the targets; distillation compares probabilities or values accordingly.
     """
 
     name: str
@@ -62,6 +66,8 @@ class Task:
     splits: Mapping[str, Split]
     loss: Callable[[Any, Any], Tensor] = cross_entropy
     metric: MetricFactory = MeanMetric
+    logits_of: LogitsFunction = default_logits
+    targets: TargetKind = "labels"
     _orders: dict[tuple[object, ...], Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,9 @@ from mtlsign.tasks.tensor_split import InputTransform, TensorSplit
 
 #: Largest iterable that is copied into memory.
 MAX_BYTES = 2 * 1024**3
+#: Names of inputs and targets in batches that are mappings, in order of preference.
+INPUT_KEYS = ("pixel_values", "image", "images", "img", "x", "inputs", "input")
+TARGET_KEYS = ("labels", "label", "y", "targets", "target")
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class DatasetSplit:
     Attributes:
         dataset: has `__getitem__` and `__len__`.
         rows: int64, the rows of this split.
-        collate: joins samples into a pair (x, y).
+        collate: joins samples into a pair (x, y) or a mapping that holds one.
         device: device of the batches.
     """
 
@@ -78,14 +81,23 @@ def _preserve_rng_state() -> Iterator[None]:
 
 
 def _validate_batch(batch: Any) -> Batch:
-    pair = isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)
-    if not pair:
+    if isinstance(batch, Mapping):
+        pair = tuple(_entry(batch, keys) for keys in (INPUT_KEYS, TARGET_KEYS))
+    else:
+        pair = tuple(batch) if isinstance(batch, tuple | list) else ()
+    if len(pair) != 2 or not all(isinstance(tensor, Tensor) for tensor in pair):
         raise DataError(
-            "A batch is not a pair of tensors (x, y). Change the dataset or collate_fn.", field="task"
+            "A batch is not a pair of tensors (x, y), nor a mapping with such a pair under "
+            f"{' or '.join(INPUT_KEYS)} and {' or '.join(TARGET_KEYS)}. Change the dataset or collate_fn.",
+            field="task",
         )
-    x, y = batch
+    x, y = pair
     images = x.float() / 255 if x.dtype == torch.uint8 else x.float()
     return Batch(images, y if y.is_floating_point() else y.long())
+
+
+def _entry(batch: Mapping[Any, Any], keys: Sequence[str]) -> Any:
+    return next((batch[key] for key in keys if key in batch), None)
 
 
 def as_split(name: str, loader: Any) -> Split:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtlsign.tasks.outputs import LogitsFunction, default_logits
+
 
 class Metric(Protocol):
     """Quality of a network's outputs on a split; higher is better.
@@ -33,14 +35,29 @@ class Metric(Protocol):
 MetricFactory = Callable[[torch.device | str], Metric]
 
 
-def cross_entropy(out: Tensor, y: Tensor) -> Tensor:
-    """Return the mean cross-entropy in float32 of logits [n, classes] and labels [n]."""
-    return F.cross_entropy(out.float(), y)
+def cross_entropy(outputs: Any, y: Tensor, *, logits_of: LogitsFunction = default_logits) -> Tensor:
+    """Return the mean cross-entropy in float32.
+
+    Args:
+        outputs: outputs of the network, with logits [n, classes, ...].
+        y: labels [n, ...], or the probabilities of all classes in the shape of the logits.
+        logits_of: selects the logits.
+    """
+    logits = logits_of(outputs).float()
+    return F.cross_entropy(logits, y.float() if y.ndim == logits.ndim else y)
 
 
-def accuracy_per_sample(out: Tensor, y: Tensor) -> Tensor:
-    """Return 1 for samples whose largest logit is that of the label, else 0: float32 [n]."""
-    return (out.argmax(1) == y).float()
+def accuracy_per_sample(outputs: Any, y: Tensor, *, logits_of: LogitsFunction = default_logits) -> Tensor:
+    """Return 1 for samples whose largest logit is that of the label, else 0: float32 [n].
+
+    Args:
+        outputs: outputs of the network, with logits [n, classes, ...].
+        y: labels [n, ...], or the probabilities of all classes in the shape of the logits.
+        logits_of: selects the logits.
+    """
+    logits = logits_of(outputs)
+    labels = y.argmax(1) if y.ndim == logits.ndim else y
+    return (logits.argmax(1) == labels).float()
 
 
 class MeanMetric:

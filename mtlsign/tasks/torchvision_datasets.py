@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 import warnings
@@ -26,6 +27,18 @@ _IDX = (
     "t10k-labels-idx1-ubyte",
 )
 
+
+#: MD5 of the unpacked official files: data set, file. They show files in the folder of another data set.
+OFFICIAL_FILES: dict[str, tuple[str, str]] = {
+    "6bbc9ace898e44ae57da46a324031adb": ("mnist", "train-images-idx3-ubyte"),
+    "a25bea736e30d166cdddb491f175f624": ("mnist", "train-labels-idx1-ubyte"),
+    "2646ac647ad5339dbf082846283269ea": ("mnist", "t10k-images-idx3-ubyte"),
+    "27ae3e4e09519cfbb04c329615203637": ("mnist", "t10k-labels-idx1-ubyte"),
+    "f4a8712d7a061bf5bd6d2ca38dc4d50a": ("fashion-mnist", "train-images-idx3-ubyte"),
+    "9018921c3c673c538a1fc5bad174d6f9": ("fashion-mnist", "train-labels-idx1-ubyte"),
+    "8181f5470baa50b63fa0f6fddb340f0a": ("fashion-mnist", "t10k-images-idx3-ubyte"),
+    "15d484375f8d13e6eb1aabb0c3f46965": ("fashion-mnist", "t10k-labels-idx1-ubyte"),
+}
 
 #: Errors of torchvision's readers for missing, truncated and altered files.
 _DAMAGED = (RuntimeError, ValueError, OSError, EOFError, LookupError, AssertionError, pickle.PickleError)
@@ -107,6 +120,7 @@ def load_images(name: str, root: Path, *, download: bool, seed: int, share: floa
         raise DataError(_missing_files_message(name, source, root, missing), field="data")
     x, y = _read(name, source, root, train=True, download=bool(missing))
     test = _read(name, source, root, train=False, download=False)
+    _require_own_files(name, root / source.folder, source.files)
     if share < 1:
         name, (x, y), test = f"{name}@{share:g}", _part(name, x, y, share), _part(name, *test, share)
     splits = tensor_splits(x, y, split_training_rows(y, seed), source.transform, test)
@@ -118,6 +132,18 @@ def _part(name: str, x: Tensor, y: Tensor, share: float) -> tuple[Tensor, Tensor
         : max(10, round(share * len(y)))
     ]
     return x[rows].contiguous(), y[rows]
+
+
+def _require_own_files(name: str, folder: Path, files: tuple[str, ...]) -> None:
+    """Raise `DataError` if an official file of another data set, or of another part, has a file's name."""
+    for file in files:
+        digest = hashlib.md5((folder / file).read_bytes(), usedforsecurity=False).hexdigest()
+        official_name, official_file = OFFICIAL_FILES.get(digest, (name, file))
+        if (official_name, official_file) != (name, file):
+            raise DataError(
+                f"{folder / file} is {official_file} of {official_name}. Put the files of {name} there.",
+                field="data",
+            )
 
 
 def _missing_files_message(name: str, source: Source, root: Path, missing: list[str]) -> str:

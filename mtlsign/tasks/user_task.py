@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +11,17 @@ from torch import Tensor
 from mtlsign.errors import DataError
 from mtlsign.models.factories import call_factory, load_factory
 from mtlsign.tasks.base import Split, Task
+from mtlsign.tasks.batch import Batch
 from mtlsign.tasks.loader_splits import as_split, class_labels, subset
-from mtlsign.tasks.metrics import MeanMetric, MetricFactory, cross_entropy
+from mtlsign.tasks.objectives import (
+    OutputFunction,
+    TargetKind,
+    output_count,
+    target_kind,
+    task_loss,
+    task_metric,
+)
+from mtlsign.tasks.outputs import LogitsFunction, default_logits
 from mtlsign.tasks.splitting import (
     SPLITS,
     seeded_generator,
@@ -22,10 +30,9 @@ from mtlsign.tasks.splitting import (
 )
 from mtlsign.tasks.tensor_split import InputTransform, tensor_splits
 
-FIELDS = {"loaders", "loss", "metric", "classes", "name"}
-
-#: (outputs, targets) -> a number, or one number per sample.
-OutputFunction = Callable[[Tensor, Tensor], Any]
+FIELDS = {"loaders", "loss", "metric", "logits_of", "classes", "name"}
+#: Samples whose targets show their kind.
+_KIND_SAMPLES = 32
 
 
 def load_user_task(path: str, *, seed: int, options: Mapping[str, object] | None = None) -> Task:
@@ -33,7 +40,7 @@ def load_user_task(path: str, *, seed: int, options: Mapping[str, object] | None
 
     Args:
         path: `package.module:function`. The function returns a `Task`, or a dict with `loaders` (see
-            `from_loaders`) and optionally `loss`, `metric`, `classes` and `name`.
+            `from_loaders`) and optionally `loss`, `metric`, `logits_of`, `classes` and `name`.
         seed: division of the training part; passed to a function that accepts it.
         options: further keyword arguments; the function receives those that it accepts.
 
@@ -64,29 +71,58 @@ def from_loaders(
     *,
     loss: OutputFunction | None = None,
     metric: OutputFunction | None = None,
+    logits_of: LogitsFunction | None = None,
     classes: int | None = None,
+    count_outputs: Callable[[Any], int] | None = None,
     name: str = "own",
     seed: int = 0,
 ) -> Task:
-    """Build a task of DataLoaders, datasets or iterables of (x, y) batches.
+    """Build a task of DataLoaders, datasets or iterables of batches.
 
-    The batch size, order, sampler and processes of a DataLoader are not used. Its dataset is read by index
-    through its collate function. The generators of torch, numpy and Python are seeded for each sample, so
-    that the dataset's random transforms are the same for any number of workers. An iterable without a
-    dataset is copied into memory (at most 2 GiB).
+    A batch is a pair (x, y), or a mapping with `pixel_values`, `image`, `x` or `inputs` and `labels`,
+    `label`, `y` or `targets`. The batch size, order, sampler and processes of a DataLoader are not used. Its
+    dataset is read by index through its collate function. The generators of torch, numpy and Python are
+    seeded for each sample, so that the dataset's random transforms are the same for any number of workers.
+    An iterable without a dataset is copied into memory (at most 2 GiB).
 
     Args:
         loaders: `train` and `test`, optionally `validation`, `attacker` and `inner`. Missing splits are
             taken from train by `seed`, with train's transforms.
-        loss: (outputs, y) -> mean loss; cross-entropy by default.
-        metric: (outputs, y) -> one number, or one per sample; accuracy by default.
+        loss: (outputs, y) -> mean loss. By default cross-entropy for labels, one-hot or soft labels; binary
+            cross-entropy for several labels of 0 and 1; squared error for real numbers.
+        metric: (outputs, y) -> one number, or one per sample; accuracy by default, for real numbers the
+            negative squared error.
+        logits_of: (outputs of the network) -> logits, for networks that do not return a tensor; see
+            `default_logits`. If it is given, loss and metric receive its result.
         classes: outputs of the network; by default as many as there are labels.
+        count_outputs: (inputs of a batch) -> outputs of the network, if the targets do not show `classes`.
         name: name of the task.
         seed: division of the training part.
 
     Raises:
         DataError: loaders that do not fit this description.
     """
+    splits = _given_splits(loaders)
+    train = splits["train"]
+    labels = class_labels(train)
+    rows = split_training_rows(len(train) if labels is None else labels, seed, frozenset(splits) - {"train"})
+    splits |= {split: subset(train, chosen) for split, chosen in rows.items()}
+    channels, height, width = _image_shape(splits)
+    kind: TargetKind = "labels"
+    if labels is None:
+        examples = splits["train"].batch(torch.arange(min(_KIND_SAMPLES, len(splits["train"]))))
+        kind, counted = _kind_and_outputs(examples, count_outputs)
+        classes = counted if classes is None else classes
+    elif classes is None:
+        classes = int(labels.max()) + 1
+    if classes is None:
+        raise DataError("The number of classes is unknown. Return it as 'classes'.", field="task")
+    objectives = _objectives(kind, loss, metric, logits_of)
+    return Task(name, channels, height, width, int(classes), splits, **objectives)
+
+
+def _given_splits(loaders: Any) -> dict[str, Split]:
+    """Return the splits of the loaders. Raises `DataError` for other names and for empty splits."""
     if (
         not isinstance(loaders, Mapping)
         or not {"train", "test"} <= set(loaders)
@@ -100,16 +136,32 @@ def from_loaders(
     for split, data in splits.items():
         if not len(data):
             raise DataError(f"{split!r} is empty. Give more data.", field="task")
-    train = splits["train"]
-    labels = class_labels(train)
-    rows = split_training_rows(len(train) if labels is None else labels, seed, frozenset(splits) - {"train"})
-    splits |= {split: subset(train, chosen) for split, chosen in rows.items()}
-    channels, height, width = _image_shape(splits)
-    if classes is None:
-        if labels is None:
-            raise DataError("The number of classes is unknown. Return it as 'classes'.", field="task")
-        classes = int(labels.max()) + 1
-    return Task(name, channels, height, width, int(classes), splits, _mean_loss(loss), _metric(metric))
+    return splits
+
+
+def _kind_and_outputs(
+    examples: Batch, count_outputs: Callable[[Any], int] | None
+) -> tuple[TargetKind, int | None]:
+    """Return the kind of the targets, and the outputs of the network if targets or network show them."""
+    kind = target_kind(examples.targets)
+    if kind == "distributions":
+        return kind, output_count(examples.targets)
+    return kind, None if count_outputs is None else count_outputs(examples.inputs[:2])
+
+
+def _objectives(
+    kind: TargetKind,
+    loss: OutputFunction | None,
+    metric: OutputFunction | None,
+    logits_of: LogitsFunction | None,
+) -> dict[str, Any]:
+    """Return the fields of `Task` that depend on the kind of its targets."""
+    return {
+        "loss": task_loss(loss, logits_of, kind),
+        "metric": task_metric(metric, logits_of, kind),
+        "logits_of": logits_of or default_logits,
+        "targets": kind,
+    }
 
 
 def _image_shape(splits: Mapping[str, Split]) -> tuple[int, int, int]:
@@ -134,6 +186,7 @@ def from_tensors(
     test: tuple[Tensor, Tensor] | None = None,
     loss: OutputFunction | None = None,
     metric: OutputFunction | None = None,
+    logits_of: LogitsFunction | None = None,
     classes: int | None = None,
     transform: InputTransform | None = None,
     name: str = "own",
@@ -146,8 +199,9 @@ def from_tensors(
         y: int64 [N], or other targets with their loss.
         test: images and targets of the test split; by default a fifth of (x, y), by class if there are
             classes.
-        loss: (outputs, y) -> mean loss; cross-entropy by default.
-        metric: (outputs, y) -> one number, or one per sample; accuracy by default.
+        loss: (outputs, y) -> mean loss; see `from_loaders` for the defaults.
+        metric: (outputs, y) -> one number, or one per sample; see `from_loaders` for the defaults.
+        logits_of: (outputs of the network) -> logits; see `from_loaders`.
         classes: outputs of the network; by default as many as there are labels.
         transform: normalisation and augmentation.
         name: name of the task.
@@ -166,6 +220,9 @@ def from_tensors(
         test, x, y = (x[order[:count]], y[order[:count]]), x[order[count:]], y[order[count:]]
     else:
         test = _check_tensors(*test)
+    kind = target_kind(y[:_KIND_SAMPLES])
+    if classes is None and kind == "distributions":
+        classes = output_count(y)
     if classes is None:
         if not has_classes:
             raise DataError("The number of classes is unknown. Give classes=.", field="task")
@@ -173,7 +230,8 @@ def from_tensors(
     rows = split_training_rows(y if has_classes else len(y), seed)
     splits = tensor_splits(x, y, rows, transform or InputTransform(), test)
     channels, height, width = (int(n) for n in x.shape[1:])
-    return Task(name, channels, height, width, int(classes), splits, _mean_loss(loss), _metric(metric))
+    objectives = _objectives(kind, loss, metric, logits_of)
+    return Task(name, channels, height, width, int(classes), splits, **objectives)
 
 
 def _check_tensors(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,37 +242,3 @@ def _check_tensors(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         )
     integral = not y.is_floating_point()
     return (x if x.dtype == torch.uint8 else x.float()), (y.long() if integral else y)
-
-
-def _mean_loss(loss: OutputFunction | None) -> Callable[[Any, Any], Tensor]:
-    if loss is None:
-        return cross_entropy
-    function = loss
-
-    def mean(out: Tensor, y: Tensor) -> Tensor:
-        value = function(out, y)
-        if not isinstance(value, Tensor):
-            raise DataError(
-                f"The loss returned {type(value).__name__}. It must return a tensor.", field="task"
-            )
-        return value.mean()
-
-    return mean
-
-
-def _metric(metric: OutputFunction | None) -> MetricFactory:
-    if metric is None:
-        return MeanMetric
-    function = metric
-
-    def per_sample(out: Tensor, y: Tensor) -> Tensor:
-        value = torch.as_tensor(function(out, y), dtype=torch.float32, device=out.device)
-        if value.ndim > 1 or (value.ndim == 1 and len(value) != len(out)):
-            raise DataError(
-                f"The metric returned the shape {list(value.shape)}. It must return one number, or one per "
-                "sample.",
-                field="task",
-            )
-        return value if value.ndim else value.expand(len(out))
-
-    return partial(MeanMetric, per_sample=per_sample)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from mtlsign.config.attack import AttackSettings
 from mtlsign.config.trace import TraceSettings
 from mtlsign.config.verify import VerifySettings
 from mtlsign.errors import ArtifactError, KeyMaterialError, ModelError
-from mtlsign.models.factories import load_factory
+from mtlsign.models.factories import trusted_factories
 from mtlsign.models.families import custom
 from mtlsign.storage.base import Storage
 from mtlsign.storage.json_io import JSON_LIMIT, read_json_object, serialize_json_object
@@ -20,7 +21,11 @@ from mtlsign.storage.locations import has_suffix, open_file, open_storage
 from mtlsign.storage.manifest import read_manifest_folder, write_manifest_folder
 from mtlsign.storage.model_folder import KITS, read_model
 from mtlsign.storage.safetensors_io import parse_safetensors
-from mtlsign.watermark.keys.identity import load_or_create_identity, read_passphrase
+from mtlsign.watermark.keys.identity import (
+    default_identity_path,
+    load_identity,
+    read_passphrase,
+)
 from mtlsign.watermark.keys.opening import KeyOpening
 from mtlsign.watermark.keys.sealing import (
     PLAINTEXT_LIMIT,
@@ -33,13 +38,15 @@ from mtlsign.watermark.verification.detector import WatermarkDetector
 from mtlsign.watermark.verification.reference import Reference
 from mtlsign.watermark.verification.verdict import Verdict
 
-KIT_FILE = "kit.sealed"
+KIT_FILE, OWNER_FILE = "kit.sealed", "owner.json"
 KIT_PURPOSE = "mtlsign/v0/kit"
 _KIT_MAGIC = b"mtlsign/kit/v0\n"
 _LENGTH_BYTES = 8
 #: Opening, info, reference and base weights, and the head if it is free.
 _PART_COUNTS = (4, 5)
 _ENVELOPE_OVERHEAD = 2048
+_OWNER_LIMIT = 4096
+_PUBLIC_KEY = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,8 @@ def write_kit(storage: Storage, kit: OwnerKit, secret: EncryptionSecret) -> str:
     sealed = encrypt_envelope(plaintext, secret, purpose=KIT_PURPOSE)
     kit_id = hashlib.sha256(sealed).hexdigest()[:16]
     folder = storage.child(KITS, private=True).child(kit_id)
-    write_manifest_folder(folder, {KIT_FILE: sealed}, replace_uncommitted=False)
+    owner = serialize_json_object({"public_key": kit.opening.public_key.hex()})
+    write_manifest_folder(folder, {KIT_FILE: sealed, OWNER_FILE: owner}, replace_uncommitted=False)
     return kit_id
 
 
@@ -126,10 +134,54 @@ def open_kit(settings: VerifySettings | AttackSettings | TraceSettings, location
     """
     if settings.kit_passphrase_file is not None:
         secret = EncryptionSecret.from_passphrase(read_passphrase(settings.kit_passphrase_file))
-    else:
-        identity, _, _ = load_or_create_identity(settings.owner, settings.passphrase_file)
-        secret = EncryptionSecret.from_kit_key(identity.kit_key)
+        return read_kit(location, secret, endpoint=settings.endpoint)
+    owner, path = kit_owner(location, endpoint=settings.endpoint), settings.owner or default_identity_path()
+    if owner is not None and not path.exists():
+        raise KeyMaterialError(
+            f"The kit belongs to identity {owner}, and there is no identity at {path}. "
+            "Copy the identity file of the kit's owner there, or pass --owner.",
+            field="owner",
+        )
+    identity, _ = load_identity(settings.owner, settings.passphrase_file)
+    require_kit_owner(location, identity.public_key, endpoint=settings.endpoint)
+    secret = EncryptionSecret.from_kit_key(identity.kit_key)
     return read_kit(location, secret, endpoint=settings.endpoint)
+
+
+def require_kit_owner(location: str, public_key: bytes, *, endpoint: str | None = None) -> None:
+    """Raise `KeyMaterialError` if the kit's folder names another owner, whose identity alone opens the kit.
+
+    Args:
+        location: folder or file, local or on S3.
+        public_key: public key of the identity at hand.
+        endpoint: S3 endpoint.
+    """
+    owner = kit_owner(location, endpoint=endpoint)
+    if owner is not None and owner != public_key.hex():
+        raise KeyMaterialError(
+            f"The kit belongs to identity {owner}, not to {public_key.hex()}. "
+            "Pass the identity file of the kit's owner as --owner.",
+            field="owner",
+        )
+
+
+def kit_owner(location: str, *, endpoint: str | None = None) -> str | None:
+    """Return the public key of a kit's owner (64 hex) from the kit's folder; None if it is not stored there.
+
+    It is not authenticated and serves messages only.
+
+    Raises:
+        StorageError: the storage cannot be read.
+    """
+    if has_suffix(location, ".sealed"):
+        storage = open_file(location, endpoint=endpoint)[0]
+    else:
+        storage = open_storage(location, endpoint=endpoint)
+    try:
+        owner = read_json_object(storage.read(OWNER_FILE, _OWNER_LIMIT), OWNER_FILE).get("public_key")
+    except ArtifactError:
+        return None
+    return owner if isinstance(owner, str) and _PUBLIC_KEY.fullmatch(owner) else None
 
 
 def detector_for_kit(
@@ -141,20 +193,21 @@ def detector_for_kit(
 
     Args:
         kit: the kit.
-        factory: `package.module:function` of a custom architecture that the caller trusts.
+        factory: `package.module:function` that the caller trusts to build the kit's custom architecture,
+            whatever its name in the kit.
         device: where scores are computed.
 
     Raises:
-        ModelError: the spec needs a custom architecture other than `factory`.
+        ModelError: the spec needs a custom architecture, and no factory is given.
     """
-    factories = {factory: load_factory(factory)} if factory else {}
     path = custom.factory_path(str(kit.opening.parse().graph["arch"]))
-    if path is not None and path not in factories:
+    if path is not None and not factory:
         raise ModelError(
-            f"The kit is for the custom architecture {path!r}. "
-            f"If you trust its code, pass --trusted-factory {path}.",
-            field="factory",
+            f"The kit is for the custom architecture {path!r}. Pass --trusted-factory with a function that "
+            f"builds it and whose code you trust, package.module:function (such as {path}).",
+            field="trusted-factory",
         )
+    factories = {} if path is None else {path: next(iter(trusted_factories(factory).values()))}
     reference = Reference.from_bytes(kit.reference)
     return WatermarkDetector(kit.opening, reference, head=kit.head, device=device, factories=factories)
 

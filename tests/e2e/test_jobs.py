@@ -67,6 +67,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (folder / "typo.yaml").write_text("lamda1: 0.1\n")
     (folder / "list.yaml").write_text("- 1\n")
     (folder / "bad.yaml").write_text("a: [1\n")
+    for name in ("good-pass", "bad-pass", "empty"):
+        (folder / name).touch(mode=0o600)
     (folder / "good-pass").write_text("right\n")
     (folder / "bad-pass").write_text("wrong\n")
     (folder / "empty").write_text("")
@@ -200,10 +202,12 @@ def test_embed_json_is_one_document_and_quiet_prints_the_result(
     monkeypatch.setenv("MTLSIGN_HOME", str(finished[1]))
     code, out, err = run("embed", *QUICK, "--storage", str(tmp_path), "--run", "j", "--json")
     result = json.loads(out)
-    assert (code, err) == (0, "") and result == json.loads((tmp_path / "runs/j/result.json").read_text())
+    assert code == 3 and err == f"error: {result['problem']}\n" and "128 bits match" in result["problem"]
+    assert result == json.loads((tmp_path / "runs/j/result.json").read_text())
     assert result["model_digest"] == _result(finished)["model_digest"]  # the same owner, seed and test key
     code, out, err = run("embed", *QUICK, "--storage", str(tmp_path), "--run", "k", "--quiet")
-    assert (code, err) == (0, "") and out.splitlines()[-1] == f"result: {tmp_path}/runs/k/result.json"
+    assert code == 3 and err == f"error: {result['problem']}\n" and "DO NOT PUBLISH" in out
+    assert out.splitlines()[-1] == f"result: {tmp_path}/runs/k/result.json"
 
 
 @pytest.mark.parametrize("name", ["good", "prefixed"])
@@ -212,7 +216,8 @@ def test_embed_trained_checkpoint_skips_phase_1(
 ) -> None:
     code, out, err = run("embed", *QUICK, "--storage", str(tmp_path), "--weights", inputs[name], "--json")
     result = json.loads(out)
-    assert (code, err) == (0, "") and result["seconds_phase1"] == 0 and result["seconds_phase2"] > 0
+    assert code == 3 and err.count("\n") == 1, "10 steps are too few"
+    assert result["seconds_phase1"] == 0 and result["seconds_phase2"] > 0
 
 
 def test_verify_one_model_and_several_models_print_verdicts(

@@ -49,17 +49,20 @@ def test_embedding_on_ray_writes_exactly_the_documented_files(baseline_run: Fini
     kit = Path(baseline_run.result["kit"]).relative_to(baseline_run.storage).as_posix()
     assert names == {
         *(f"{model}/{f}" for f in ("model.safetensors", "config.json", "README.md", "manifest.json")),
-        *(f"{kit}/{f}" for f in ("kit.sealed", "manifest.json")),
+        *(f"{kit}/{f}" for f in ("kit.sealed", "manifest.json", "owner.json")),
         *(
             f"runs/base/{f}"
             for f in ("settings.json", "result.json", "metrics.json", "report.html", "manifest.json")
         ),
     }
+    assert {p.stat().st_mode & 0o777 for p in (baseline_run.storage / "runs").rglob("*") if p.is_dir()} == {
+        0o700
+    }
     model_folder = read_model(str(baseline_run.storage / model))
     assert model_folder.digest == baseline_run.result["model_digest"]
-    assert model_folder.config["graph"]["width"] == 16
+    assert model_folder.config["graph"]["width"] == 8
     history = json.loads((baseline_run.storage / "runs/base/metrics.json").read_text())
-    assert [row["epoch"] for row in history["phase1"]] == [1, 2, 3, 4, 5, 6]
+    assert [row["epoch"] for row in history["phase1"]] == [1, 2, 3, 4]
     assert [row["step"] for row in history["phase2"]] == [50, 100, 150]
 
 
@@ -82,6 +85,7 @@ def test_verify_accepts_for_this_owner_only(
     assert verdict["model_digest"] == baseline_run.result["model_digest"]
     assert verdict["matches"] == baseline_run.result["matches"]
     wrong = tmp_path / "wrong"
+    wrong.touch(mode=0o600)
     wrong.write_text("another phrase\n")
     code, out, err = _verify([*ask, "--owner", str(jobs.owner), "--passphrase-file", str(wrong)], capsys)
     assert (code, out) == (2, "") and err.startswith("error: passphrase") and err.count("\n") == 1

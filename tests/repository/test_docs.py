@@ -284,7 +284,7 @@ def test_site_rewrites_links(source: str, page: str, text: str, expected: str) -
 
 @pytest.mark.slow
 def test_site_builds_without_warnings(tmp_path: Path) -> None:
-    pytest.importorskip("mkdocs", reason="MkDocs is in the group docs: uv run --dev --group docs pytest -m slow")
+    pytest.importorskip("mkdocs", reason="MkDocs is missing: uv run --dev --group docs pytest -m slow")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

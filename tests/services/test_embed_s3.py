@@ -34,7 +34,7 @@ def test_embedding_into_s3_gives_same_model_as_local_folder(
             f"models/{result['model_digest']}/{f}"
             for f in ("model.safetensors", "config.json", "README.md", "manifest.json")
         ),
-        *(f"kits/{kit}/{f}" for f in ("kit.sealed", "manifest.json")),
+        *(f"kits/{kit}/{f}" for f in ("kit.sealed", "manifest.json", "owner.json")),
         *(
             f"runs/s/{f}"
             for f in ("settings.json", "result.json", "metrics.json", "report.html", "manifest.json")

@@ -10,6 +10,7 @@ from mtlsign.experiments.attack_runs.executor import AttackBackend, plans_with_b
 from mtlsign.experiments.attack_runs.results import MAX_POINTS_LOST, Row, summary_counts
 from mtlsign.experiments.attack_runs.run_folder import AttackRun
 from mtlsign.experiments.attack_runs.target import AttackTarget, load_target
+from mtlsign.experiments.origin import origin
 
 LogCallback = Callable[[str], None]
 RowCallback = Callable[[Row, int, int], None]
@@ -43,7 +44,7 @@ def run_attack_job(
     backend.preflight(target)
     run.reserve_name(settings)
     log(f"run {run.name}: {len(plans)} rows; if it is interrupted: --resume {run.name}")
-    finished_rows = run.rows()
+    finished_rows = run.rows(target)
     if finished_rows:
         log(f"{len(finished_rows)} of them are finished already")
     rows = list(finished_rows)
@@ -67,5 +68,6 @@ def _result(settings: AttackSettings, target: AttackTarget, rows: Sequence[Row])
         "seed": settings.seed, "split_seed": target.split_seed, "budget": target.extra_data_fraction,
         "lr": target.learning_rate, "bits_required": target.min_evidence_bits,
         "max_points_lost": MAX_POINTS_LOST,
+        "public_key": target.kit.opening.public_key.hex(), **origin("attack", settings),
         **summary_counts(rows), "rows": list(rows),
     }  # fmt: skip

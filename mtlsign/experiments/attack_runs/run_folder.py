@@ -18,6 +18,7 @@ from mtlsign.errors import ArtifactError, ModelError
 from mtlsign.experiments.attack_runs.results import COLUMNS, TYPES, Row
 from mtlsign.experiments.attack_runs.target import AttackTarget
 from mtlsign.reports.tables import csv_of, parquet_of
+from mtlsign.storage.json_io import read_json_object
 from mtlsign.storage.model_folder import MODELS, write_model
 from mtlsign.storage.run_folder import RunFolder
 from mtlsign.storage.safetensors_io import parse_safetensors
@@ -34,24 +35,41 @@ class AttackRun(RunFolder[AttackSettings]):
     settings_class = AttackSettings
     kind = "an attack run"
 
-    def rows(self) -> list[Row]:
+    def rows(self, target: AttackTarget) -> list[Row]:
         """Return the rows of the finished attacks, without those that failed and are therefore repeated.
 
+        Args:
+            target: the target of the run.
+
         Raises:
-            ArtifactError: a row is damaged.
+            ArtifactError: a row is damaged, or belongs to another target.
         """
         rows = []
         for name in self.folder.list(ROWS):
-            try:
-                row = json.loads(self.folder.read(name, _ROW_LIMIT))
-                if row["status"] != "failed":
-                    rows.append({column: row.get(column) for column in COLUMNS})
-            except (ValueError, TypeError, KeyError):
+            stored = self._stored_row(name)
+            if stored.get("target") != target.digest:
                 raise ArtifactError(
-                    f"{name} of run {self.name!r} is damaged. Delete it; its attack is then repeated.",
+                    f"{name} of run {self.name!r} belongs to another model, key or task. Restore the "
+                    "model and the kit of the run, or start a new run.",
                     field="resume",
-                ) from None
+                )
+            if stored["status"] != "failed":
+                rows.append({column: stored[column] for column in COLUMNS})
         return rows
+
+    def _stored_row(self, name: str) -> Row:
+        """Return the content of a row's file. Raises `ArtifactError` if it is damaged."""
+        try:
+            row = read_json_object(self.folder.read(name, _ROW_LIMIT), name, limit=_ROW_LIMIT)
+            complete = set(COLUMNS) <= row.keys() and name == f"{ROWS}/{_row_id(row)}.json"
+        except ArtifactError:
+            complete, row = False, {}
+        if not complete or any(not _has_type(row[column], kind) for column, kind in TYPES.items()):
+            raise ArtifactError(
+                f"{name} of run {self.name!r} is damaged. Delete it; its attack is then repeated.",
+                field="resume",
+            )
+        return row
 
     def save_row(self, row: Row, model: bytes | None, target: AttackTarget) -> Row:
         """Store a finished row.
@@ -69,9 +87,8 @@ class AttackRun(RunFolder[AttackSettings]):
                 row = row | {"model": self._save_model(row, model, target)}
             except ModelError as error:  # a dtype that safetensors lacks
                 row = row | {"reason": str(error)}
-        attack = json.dumps([row["attack"], row["setting"], row["seed"]])
-        row_id = hashlib.sha256(attack.encode()).hexdigest()[:16]
-        self.folder.write(f"{ROWS}/{row_id}.json", json.dumps(row).encode())
+        stored = row | {"target": target.digest}
+        self.folder.write(f"{ROWS}/{_row_id(row)}.json", json.dumps(stored).encode())
         return row
 
     def _save_model(self, row: Row, model: bytes, target: AttackTarget) -> str:
@@ -121,3 +138,15 @@ class AttackRun(RunFolder[AttackSettings]):
     def delete_leftovers(self) -> None:
         """Delete the rows' own files."""
         self.folder.delete(ROWS)
+
+
+def _row_id(row: Row) -> str:
+    attack = json.dumps([row["attack"], row["setting"], row["seed"]])
+    return hashlib.sha256(attack.encode()).hexdigest()[:16]
+
+
+def _has_type(value: object, kind: str) -> bool:
+    """Return whether a value of a row fits the Arrow type of its column."""
+    if kind in ("string", "bool"):
+        return value is None or isinstance(value, str if kind == "string" else bool)
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))

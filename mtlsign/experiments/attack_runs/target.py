@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,8 +16,9 @@ from mtlsign.config.attack import AttackSettings
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import DataError, ModelError, SettingsError
 from mtlsign.models import architectures
-from mtlsign.models.factories import load_factory
+from mtlsign.models.factories import trusted_factories
 from mtlsign.models.families.custom import factory_path
+from mtlsign.models.loading import load_tensors
 from mtlsign.models.memory_format import memory_format_for
 from mtlsign.storage.model_folder import LoadedModel, read_model
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
@@ -57,6 +60,15 @@ class AttackTarget:
     other_marked_models: tuple[bytes, ...] = field(repr=False)
     min_evidence_bits: float
 
+    @property
+    def digest(self) -> str:
+        """Digest of everything that is attacked (64 hex), for stored rows. It does not reveal the key."""
+        parts = [self.tensors, self.kit.opening.to_json().encode(), *self.other_marked_models]
+        fields = [self.task, self.split_seed, dict(self.architecture)]
+        parts.append(json.dumps(fields, sort_keys=True).encode())
+        digests = b"".join(hashlib.sha256(part).digest() for part in parts)
+        return hashlib.sha256(b"mtlsign/v0/attack target" + digests).hexdigest()
+
     def model(self, device: torch.device | str = "cpu") -> nn.Module:
         """Build the marked network.
 
@@ -64,9 +76,7 @@ class AttackTarget:
             ModelError: its code is not trusted, or its tensors do not match the architecture.
         """
         path = factory_path(str(self.architecture["arch"]))
-        factories = {}
-        if self.trusted_factory:
-            factories[self.trusted_factory] = load_factory(self.trusted_factory, field="trusted-factory")
+        factories = trusted_factories(self.trusted_factory)
         if path is not None and path not in factories:
             raise ModelError(
                 f"The model has a custom architecture. If you trust its code, pass --trusted-factory {path}",
@@ -74,7 +84,7 @@ class AttackTarget:
             )
         network = architectures.build(self.architecture, factories=factories)
         try:
-            network.load_state_dict(parse_safetensors(self.tensors))
+            load_tensors(network, parse_safetensors(self.tensors))
         except RuntimeError as error:
             detail = " ".join(str(error).split())[:200]
             raise ModelError(

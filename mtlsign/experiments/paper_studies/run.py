@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from mtlsign.config.reproduce import ReproduceSettings
-from mtlsign.errors import SettingsError
+from mtlsign.errors import ArtifactError, SettingsError
 from mtlsign.experiments.paper_studies import definitions, random_keys, tables
 from mtlsign.experiments.paper_studies.tables import Row
 from mtlsign.experiments.sweeps.backend import LocalSweepBackend, LogCallback, SweepBackend
@@ -16,11 +16,12 @@ from mtlsign.experiments.sweeps.cell import CLEAN, train_shared_clean_model
 from mtlsign.experiments.sweeps.run import run_sweep_job
 from mtlsign.experiments.sweeps.space import Cell
 from mtlsign.reports.tables import csv_of
+from mtlsign.storage.json_io import parse_bounded_json
 from mtlsign.storage.run_folder import RunFolder
 from mtlsign.storage.safetensors_io import parse_safetensors
 
 TABLE, TEXT, STUDY, RESULT = "study.csv", "study.md", "study.json", "result.json"
-_ACCURACIES_LIMIT = 2**26
+_ACCURACIES_LIMIT, _KEYS_LIMIT = 2**26, 2**21
 #: Number of bits of the watermark, by head.
 _BITS = {"spread": 1024, "keyed": 1024, "free": 600}
 
@@ -84,11 +85,23 @@ class StudyRun(RunFolder[ReproduceSettings]):
     kind = "a study"
 
     def load_accuracies(self, head: str, seed: int) -> list[float]:
-        """Return the accuracies of an interrupted run, none at its beginning."""
+        """Return the accuracies of an interrupted run, none at its beginning.
+
+        Raises:
+            ArtifactError: their file is damaged.
+        """
         name = self._accuracies_file(head, seed)
         if not self.folder.exists(name):
             return []
-        accuracies: list[float] = json.loads(self.folder.read(name, _ACCURACIES_LIMIT))
+        try:
+            accuracies = parse_bounded_json(self.folder.read(name, _ACCURACIES_LIMIT), max_values=_KEYS_LIMIT)
+        except ValueError:
+            accuracies = None
+        if not isinstance(accuracies, list) or not all(isinstance(share, float) for share in accuracies):
+            raise ArtifactError(
+                f"{name} of run {self.name!r} is damaged. Delete it; its keys are then repeated.",
+                field="resume",
+            )
         return accuracies
 
     def save_accuracies(self, head: str, seed: int, accuracies: Sequence[float]) -> None:

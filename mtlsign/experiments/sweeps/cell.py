@@ -21,7 +21,7 @@ import torch
 
 from mtlsign.attacks import parse_attacks
 from mtlsign.config.embed import EmbedSettings
-from mtlsign.errors import DivergedError, ModelError
+from mtlsign.errors import ArtifactError, DivergedError, ModelError
 from mtlsign.experiments.attack_runs.executor import run_attack
 from mtlsign.experiments.attack_runs.results import compare_with_baseline
 from mtlsign.experiments.attack_runs.target import AttackTarget
@@ -123,7 +123,7 @@ def train_shared_clean_model(
     clean = folder.child(CLEAN)
     model_file, checkpoint_file = f"{cell.clean_name}.safetensors", f"{cell.clean_name}.pt"
     if clean.exists(model_file):
-        return clean.read(model_file, _MODEL_LIMIT)
+        return _read_clean_model(clean, model_file)
     settings = cell.settings
     architecture = architecture_from_settings(settings, _task(settings).input_spec)
     if settings.weights is not None:
@@ -134,6 +134,18 @@ def train_shared_clean_model(
     data = serialize_safetensors(base_weights)
     clean.write(model_file, data)
     clean.delete(checkpoint_file)
+    return data
+
+
+def _read_clean_model(clean: Storage, name: str) -> bytes:
+    """Return a finished W0. Raises `ArtifactError` if its file is damaged."""
+    data = clean.read(name, _MODEL_LIMIT)
+    try:
+        parse_safetensors(data)
+    except ModelError:
+        raise ArtifactError(
+            f"{clean.uri}/{name} is damaged. Delete it; phase 1 is then repeated.", field="resume"
+        ) from None
     return data
 
 

@@ -33,7 +33,7 @@ def aggregate_over_seeds(
             continue
         group: dict[str, Any] = dict(zip(varied_settings, values, strict=True))
         group |= {"n": len(finished), "cells": len(cells)}
-        for name in (*OBJECTIVES, "wm_accuracy"):
+        for name in (*OBJECTIVES, "wm_accuracy", "evidence_bits"):
             column = [x for row in finished if (x := number(row.get(name))) is not None]
             group[name] = statistics.fmean(column) if column else None
             group[f"sd {name}"] = statistics.stdev(column) if len(column) > 1 else None
@@ -56,9 +56,9 @@ def pareto_front(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
 
 
 def recommend(
-    groups: Sequence[Mapping[str, Any]], max_accuracy_drop: float
+    groups: Sequence[Mapping[str, Any]], max_accuracy_drop: float, min_evidence_bits: float
 ) -> tuple[Mapping[str, Any] | None, str]:
-    """Recommend one combination.
+    """Recommend one combination whose marked models are accepted.
 
     Among those that lose at most `max_accuracy_drop` points, it has the most bits after the attacks. If there
     is none, it is the one that loses least. Combinations with unfinished cells count only if all have some.
@@ -66,14 +66,22 @@ def recommend(
     Args:
         groups: rows of `aggregate_over_seeds`.
         max_accuracy_drop: points of validation accuracy.
+        min_evidence_bits: evidence in bits at which a claim is accepted.
 
     Returns:
-        The combination (None without a finished cell) and the reason in words.
+        The combination (None if none is accepted) and the reason in words.
     """
     if not groups:
         return None, "no cell finished"
-    complete = [group for group in groups if group["n"] == group["cells"]]
-    candidates = complete or groups
+    accepted = [group for group in groups if (group["evidence_bits"] or 0.0) >= min_evidence_bits]
+    if not accepted:
+        most = max(group["evidence_bits"] or 0.0 for group in groups)
+        return None, (
+            f"no combination reaches the required {min_evidence_bits:g} bits of evidence, even before an "
+            f"attack; the most is {most:.1f}. Raise phase2.steps, phase2.lr or key_size in the space"
+        )
+    complete = [group for group in accepted if group["n"] == group["cells"]]
+    candidates = complete or accepted
     within = [group for group in candidates if group["drop_points"] <= max_accuracy_drop]
     if within:
         best = max(within, key=lambda group: (group["evidence_bits_attacked"], -group["deviation_l2"]))
@@ -87,5 +95,5 @@ def recommend(
     if not complete:
         reason += f"; only {best['n']} of its {best['cells']} cells finished"
     elif len(complete) < len(groups):
-        reason += f"; {len(groups) - len(complete)} combinations with unfinished cells are excluded"
+        reason += f"; {len(groups) - len(complete)} rejected or unfinished combinations are excluded"
     return best, reason

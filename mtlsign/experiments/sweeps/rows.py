@@ -8,8 +8,10 @@ from typing import Any
 from mtlsign.attacks import AttackPlan
 from mtlsign.errors import ArtifactError
 from mtlsign.experiments.sweeps.space import Cell
+from mtlsign.reports.formatting import number
 from mtlsign.storage.base import Storage
 from mtlsign.storage.json_io import read_json_object
+from mtlsign.storage.locations import path_of
 
 Row = dict[str, Any]
 
@@ -21,6 +23,8 @@ COLUMNS = (
     "validation_marked", "drop_points", "wm_accuracy", "evidence_bits", "evidence_bits_attacked",
     "deviation_l2", "wm_accuracy_on_clean", "seconds_mark", "seconds_attacks", "reason",
 )  # fmt: skip
+#: Columns that hold a number in the row of a cell that is "ok".
+_MEASURES = ("drop_points", "wm_accuracy", "evidence_bits", "evidence_bits_attacked", "deviation_l2")
 _LIMIT = 2**20
 
 
@@ -53,13 +57,24 @@ def load_finished_row(folder: Storage) -> Row | None:
         return None
     try:
         row = read_json_object(folder.read(RESULT_FILE, _LIMIT), RESULT_FILE)
-        if not isinstance(row.get("status"), str):
-            raise ArtifactError("The row has no status.")
+        if not _is_complete(row) or not path_of(folder.uri).endswith(f"/{row['cell']}"):
+            raise ArtifactError("The row is not that of a finished cell.")
     except ArtifactError:
         raise ArtifactError(
             f"{folder.uri}/{RESULT_FILE} is damaged. Delete it; its cell is then repeated.", field="resume"
         ) from None
     return row
+
+
+def _is_complete(row: Row) -> bool:
+    """Return whether a stored row has every column, with numbers where the tables need them."""
+    numbers = (*("lambda1", "lambda2", "seed"), *(_MEASURES if row.get("status") == "ok" else ()))
+    return (
+        set(COLUMNS) <= row.keys()
+        and row["status"] in STATUSES
+        and isinstance(row["cell"], str)
+        and all(number(row[name]) is not None for name in numbers)
+    )
 
 
 def rows_of(folder: Storage) -> list[Row]:

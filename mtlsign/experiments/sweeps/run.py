@@ -39,6 +39,7 @@ def run_sweep_job(
     cells = cells_of(space, settings)
     backend.preflight(settings, space)
     run.reserve_name(settings)
+    run.bind_space(settings.space, space)
     finished = len(rows_of(run.folder))
     log(f"run {run.name}; if it is interrupted: --resume {run.name}")
     log(

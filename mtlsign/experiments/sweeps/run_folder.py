@@ -1,8 +1,9 @@
 """Run folder of a sweep: W0, one folder for each cell, and the results.
 
-Until the end it holds `settings.json`, `clean/` (W0), `cells/<id>/` (the checkpoint of a cell, later its
-`result.json`) and Ray Tune's own `tune-…/`. Then `cells.csv`, `cells.parquet`, `result.json` and
-`report.html` are written. The manifest follows unless a failed cell can be retried.
+Until the end it holds `settings.json`, `space.json` (the content of the search space), `clean/` (W0),
+`cells/<id>/` (the checkpoint of a cell, later its `result.json`) and Ray Tune's own `tune-…/`. Then
+`cells.csv`, `cells.parquet`, `result.json` and `report.html` are written. The manifest follows unless a
+failed cell can be retried.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mtlsign.config.sweep import SweepSettings
+from mtlsign.errors import ArtifactError, SettingsError
+from mtlsign.experiments.origin import origin
 from mtlsign.experiments.sweeps import pareto
 from mtlsign.experiments.sweeps.cell import ATTACK_RESULTS_FILE, CHECKPOINT_FILE, CLEAN
 from mtlsign.experiments.sweeps.rows import CELLS, COLUMNS, RESULT_FILE, STATUSES, Row, in_order
-from mtlsign.experiments.sweeps.space import VARIANT
+from mtlsign.experiments.sweeps.space import VARIANT, describe
 from mtlsign.reports.tables import csv_of, parquet_of
+from mtlsign.storage.json_io import JSON_LIMIT, read_json_object
 from mtlsign.storage.run_folder import RunFolder
 
+SPACE_FILE = "space.json"
 #: Result files by the field of `result.json` that holds their location.
 RESULT_FILES = {
     "csv": "cells.csv", "parquet": "cells.parquet", "report": "report.html", "result": "result.json",
@@ -30,6 +35,38 @@ class SweepRun(RunFolder[SweepSettings]):
 
     settings_class = SweepSettings
     kind = "a sweep"
+
+    def bind_space(self, name: str, space: Mapping[str, Any]) -> None:
+        """Store the space of a run that starts; refuse a resumed run whose space has another content.
+
+        Args:
+            name: name of the space.
+            space: its content.
+
+        Raises:
+            SettingsError: the space has changed.
+            ArtifactError: the stored space is missing or damaged.
+        """
+        described = describe(space)
+        if not self.folder.exists(SPACE_FILE) and not self.folder.list(CELLS):
+            self.folder.write(SPACE_FILE, json.dumps(described, indent=1).encode())
+            return
+        try:
+            stored = read_json_object(self.folder.read(SPACE_FILE, JSON_LIMIT), SPACE_FILE)
+        except ArtifactError:
+            raise ArtifactError(
+                f"{SPACE_FILE} of run {self.name!r} is missing or damaged. Restore it, or start a new run.",
+                field="resume",
+            ) from None
+        missing = object()
+        names = sorted({*stored, *described})
+        changed = [each for each in names if stored.get(each, missing) != described.get(each, missing)]
+        if changed:
+            raise SettingsError(
+                f"The space {name!r} has changed since run {self.name!r} started: {', '.join(changed[:5])}. "
+                "Restore it, or start a new run.",
+                field="space",
+            )
 
     def finish(
         self,
@@ -79,12 +116,13 @@ class SweepRun(RunFolder[SweepSettings]):
         varied = varied_settings(rows, space)
         counts = {status: sum(row["status"] == status for row in rows) for status in STATUSES}
         groups = pareto.aggregate_over_seeds(rows, varied)
-        best, reason = pareto.recommend(groups, settings.max_accuracy_drop)
+        best, reason = pareto.recommend(groups, settings.max_accuracy_drop, settings.min_evidence_bits)
         return {
             "run": self.name, "space": settings.space, "attacks": settings.attacks,
             "bits_required": settings.min_evidence_bits, "max_drop": settings.max_accuracy_drop,
             "cells": len(rows), **counts, "try_again": retryable_cells, "vary": varied,
-            "recommended": best, "why": reason,
+            "recommended": best, "why": reason, **origin("sweep", settings),
+            "public_key": "none: the keys follow from the seeds and prove nothing",
             "front": pareto.pareto_front(groups), "groups": groups, "rows": list(rows),
             **{field: self.location(name) for field, name in RESULT_FILES.items()},
         }  # fmt: skip

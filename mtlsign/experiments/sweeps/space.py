@@ -19,13 +19,8 @@ from mtlsign.config.base import nearest, setting_names
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.config.sweep import SweepSettings
 from mtlsign.errors import SettingsError
+from mtlsign.watermark.embedding.checkpoint_identity import PHASE1_SETTINGS
 
-#: Settings that phase 1 depends on: cells that agree in them start from the same W0.
-PHASE1_SETTINGS = (
-    *("task", "data", "model", "width", "stem", "weights", "phase1.epochs"),
-    *("phase1.batch", "phase1.lr", "phase1.weight_decay"),
-    *("amp", "seed"),
-)
 #: Settings that a space may not set, because the settings of the sweep determine them.
 SWEEP_OWNED_SETTINGS = frozenset(
     (
@@ -135,6 +130,22 @@ def _overrides(pairs: Sequence[str]) -> dict[str, str]:
             raise SettingsError(f"{pair[:60]!r} is not NAME=VALUE. Write --set phase1.epochs=6.", field="set")
         values[name.strip().replace("-", "_")] = value.strip()
     return values
+
+
+def describe(value: object) -> Any:
+    """Return a space or a part of it as JSON values, so that two spaces can be compared.
+
+    A random value becomes its class with its attributes. A function becomes its name.
+    """
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): describe(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [describe(item) for item in value]
+    if callable(value):
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__name__)}"
+    return {"class": type(value).__name__, **describe(getattr(value, "__dict__", {}))}
 
 
 def _is_grid(value: object) -> bool:

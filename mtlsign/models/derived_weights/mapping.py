@@ -6,13 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from mtlsign.errors import ModelError
 from mtlsign.models.derived_weights.companions import Companions, as_float32
 from mtlsign.models.derived_weights.forms import FORMS, WEIGHT, Form
 from mtlsign.models.derived_weights.scaled import as_numbers
 
-#: Most views of one file; each costs evidence.
-MAX_VIEWS = 4
 #: Reading of a name as the tensor that the file has under it; the other readings are indices of `FORMS`.
 _STORED = -1
 
@@ -49,10 +46,9 @@ class DerivedWeights(Mapping[str, Tensor]):
         """Return the views that differ in the reading of at least one name; this one is the first.
 
         One view prefers the tensor under the plain name. Each other view prefers one form, then the other
-        forms, then the tensor under the plain name.
-
-        Raises:
-            ModelError: there are more than `MAX_VIEWS`.
+        forms, then the tensor under the plain name. There is at most one view more than there are forms. They
+        may differ in names that a caller does not read, so the caller counts and bounds the ones that matter
+        to it (`form_of`).
         """
         ambiguous = {
             reading for readings in self._readings.values() if len(readings) > 1 for reading in readings
@@ -61,15 +57,10 @@ class DerivedWeights(Mapping[str, Tensor]):
         for preferred in (_STORED, *sorted(ambiguous)):
             chosen = _choices(self._readings, preferred)
             distinct.setdefault(tuple(chosen[name] for name in sorted(chosen)), chosen)
-        if len(distinct) > MAX_VIEWS:
-            raise ModelError(
-                f"The weights can be read in over {MAX_VIEWS} forms. Keep one of them in the file.",
-                field="checkpoint",
-            )
         return [self._view(chosen) for chosen in distinct.values()]
 
     def form_of(self, name: str) -> int:
-        """Return a number that tells apart the readings of a name in different views."""
+        """Return the index of the form in which this view reads a name; two views may differ in it."""
         return self._chosen.get(name, _STORED)
 
     def _view(self, chosen: Mapping[str, int]) -> DerivedWeights:
@@ -112,9 +103,10 @@ def _recognised(stored: set[str]) -> tuple[_Readings, set[str]]:
 
 def _prefixes(form: Form, stored: set[str]) -> Iterator[str]:
     """Yield the prefixes, empty or ending with a dot, under which all companions of a form exist."""
+    marker = form.marker
     for name in stored:
-        if name.endswith(form.marker):
-            prefix = name[: -len(form.marker)]
+        if name.endswith(marker):
+            prefix = name[: -len(marker)]
             if prefix[-1:] in ("", ".") and all(prefix + suffix in stored for suffix in form.required):
                 yield prefix
 

@@ -100,6 +100,10 @@ class ArchitectureFamily(Protocol):
     def options(self, *, width: int, stem: str, size: int | None) -> dict[str, object]:
         """Return those of the given options that this family records, besides channels and classes."""
 
+    def has_fixed_size(self, arch: str) -> bool:
+        """Return whether the network is built for images of one `size`."""
+        return False
+
     def build(self, arch: str, options: Mapping[str, object], factories: Mapping[str, Factory]) -> nn.Module:
         """Build the network with random weights from torch's global generator; download nothing.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from mtlsign.errors import ModelError
 from mtlsign.models.factories import FACTORY_PATH, Factory, call_factory
 from mtlsign.models.families.base import ArchitectureFamily, Field
+from mtlsign.models.preparation import prepare_module, unwrapped
 
 #: Prefix of architecture names in the spec, which is part of the wire format.
 PREFIX = "own/"
@@ -35,7 +37,7 @@ class CustomFamily(ArchitectureFamily):
         return {} if size is None else {"size": size}
 
     def build(self, arch: str, options: Mapping[str, object], factories: Mapping[str, Factory]) -> nn.Module:
-        """Call the trusted factory of the architecture.
+        """Call the trusted factory of the architecture, and prepare the network as the owner did.
 
         Raises:
             ModelError: the factory is not in `factories`, raises an error or returns no network.
@@ -54,4 +56,7 @@ class CustomFamily(ArchitectureFamily):
                 f"The factory {path!r} returned {type(model).__name__}. It must return a torch.nn.Module.",
                 field="model",
             )
+        model = unwrapped(model)
+        if not any(is_lazy(parameter) for parameter in model.parameters()):
+            prepare_module(model)
         return model

@@ -40,6 +40,15 @@ class TimmFamily(ArchitectureFamily):
         """Return the image size, if it is given."""
         return {} if size is None else {"size": size}
 
+    def has_fixed_size(self, arch: str) -> bool:
+        """Return whether timm builds the network for one image size, as it does vision transformers."""
+        try:
+            from timm.models import get_pretrained_cfg
+        except ImportError:
+            return False
+        config = get_pretrained_cfg(arch[len(PREFIX) :], allow_unregistered=True)
+        return bool(config is not None and config.fixed_input_size)
+
     def build(self, arch: str, options: Mapping[str, object], factories: Mapping[str, Factory]) -> nn.Module:
         """Build the network of a timm name, without pretrained weights.
 
@@ -58,9 +67,7 @@ class TimmFamily(ArchitectureFamily):
             near = difflib.get_close_matches(name, timm.list_models(), n=3)
             hint = f"Use a similar one, such as {', '.join(near)}." if near else "See timm.list_models()."
             raise ModelError(f"timm has no model {name!r}. {hint}", field="model")
-        keywords: dict[str, Any] = {"in_chans": options["channels"], "num_classes": options["classes"]}
-        if "size" in options:
-            keywords["img_size"] = options["size"]
+        keywords = _keywords(options)
         try:
             with torch.device("meta"):
                 shapes = timm.create_model(name, pretrained=False, **keywords)
@@ -93,9 +100,7 @@ class TimmFamily(ArchitectureFamily):
         try:
             import timm
 
-            model = timm.create_model(
-                name, pretrained=True, in_chans=options["channels"], num_classes=options["classes"]
-            )
+            model = timm.create_model(name, pretrained=True, **_keywords(options))
         except Exception as error:
             raise ModelError(
                 f"timm's weights of {name!r} are unavailable ({type(error).__name__}). "
@@ -104,6 +109,12 @@ class TimmFamily(ArchitectureFamily):
             ) from None
         weights: Mapping[str, Tensor] = model.state_dict()
         return weights
+
+
+def _keywords(options: Mapping[str, object]) -> dict[str, Any]:
+    """Return the keyword arguments of `timm.create_model` for the fields of an architecture."""
+    size = {"img_size": options["size"]} if "size" in options else {}
+    return {"in_chans": options["channels"], "num_classes": options["classes"], **size}
 
 
 def _check_parameter_count(arch: str, model: nn.Module) -> None:

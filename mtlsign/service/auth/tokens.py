@@ -11,7 +11,7 @@ import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from mtlsign.service.database import Database
 from mtlsign.service.problems import Problem
@@ -19,6 +19,19 @@ from mtlsign.service.problems import Problem
 SCOPES = ("verify", "ledger", "admin")
 _TOKEN = re.compile(r"mtls_[0-9a-f]{12}_[0-9a-f]{64}")
 SESSION_S = 8 * 3600.0
+#: Sessions of one token. A further one ends the oldest.
+MAX_SESSIONS = 10
+
+
+class TokenRows(Protocol):
+    """Rows of tokens and sessions, and the clock of their expiry."""
+
+    @property
+    def clock(self) -> Any:
+        """Function that returns the seconds since the epoch."""
+
+    def fetch_all(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Return all rows of a query."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ def list_tokens(database: Database) -> list[dict[str, object]]:
     return [dict(zip(names, row, strict=True)) | {"scopes": row[2].split()} for row in rows]
 
 
-def check(database: Database, text: str) -> Token:
+def check(database: TokenRows, text: str) -> Token:
     """Return the token of that text. Raises Problem `unauthenticated`, with one text for every reason."""
     if _TOKEN.fullmatch(text):
         rows = database.fetch_all(
@@ -88,7 +101,7 @@ def check(database: Database, text: str) -> Token:
     raise Problem("unauthenticated", detail)
 
 
-def token_of_header(database: Database, header: str | None) -> Token:
+def token_of_header(database: TokenRows, header: str | None) -> Token:
     """Return the token of an Authorization header. Raises Problem `unauthenticated`."""
     scheme, _, text = (header or "").partition(" ")
     return check(database, text.strip() if scheme.lower() == "bearer" else "")
@@ -99,10 +112,15 @@ def open_session(database: Database, text: str) -> str:
     token, secret = check(database, text.strip()), secrets.token_hex(32)
     expires = database.clock() + SESSION_S
     database.execute("INSERT INTO sessions VALUES(?,?,?)", _hash(secret), token.id, expires)
+    newest = "SELECT hash FROM sessions WHERE token=? AND hash<>? ORDER BY expires DESC LIMIT ?"
+    database.execute(
+        f"DELETE FROM sessions WHERE token=? AND hash<>? AND hash NOT IN ({newest})",
+        token.id, _hash(secret), token.id, _hash(secret), MAX_SESSIONS - 1,
+    )  # fmt: skip
     return secret
 
 
-def token_of_session(database: Database, secret: str | None) -> Token | None:
+def token_of_session(database: TokenRows, secret: str | None) -> Token | None:
     """Return the token of a session if both are valid."""
     if not secret or len(secret) != 64:
         return None

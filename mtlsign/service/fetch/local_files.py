@@ -12,6 +12,10 @@ from mtlsign.service.fetch.locations import LocalFile, location_refused
 from mtlsign.service.problems import Problem
 
 
+class MissingFile(Problem):
+    """Problem of a location at which no file exists."""
+
+
 @contextmanager
 def open_below(location: LocalFile) -> Iterator[tuple[IO[bytes], int]]:
     """Open a regular file below the allowed folder; yield it and its size in bytes.
@@ -20,7 +24,8 @@ def open_below(location: LocalFile) -> Iterator[tuple[IO[bytes], int]]:
     followed, even if an attacker creates it during the call.
 
     Raises:
-        Problem: `unreachable` if the file does not exist, `pointer-refused` if it is a link or not a file.
+        MissingFile: `unreachable`, the file does not exist.
+        Problem: `pointer-refused`, the location is a link or not a file.
     """
     descriptor = -1
     try:
@@ -38,7 +43,7 @@ def open_below(location: LocalFile) -> Iterator[tuple[IO[bytes], int]]:
         if descriptor >= 0:
             os.close(descriptor)
         if isinstance(error, FileNotFoundError):
-            raise Problem("unreachable", "The file does not exist. Correct the location.") from None
+            raise MissingFile("unreachable", "The file does not exist. Correct the location.") from None
         fix = "Name a regular file in regular folders."
         message = f"The location contains a link, or something that the service may not read. {fix}"
         raise location_refused(message) from None

@@ -14,7 +14,7 @@ from mtlsign.errors import MTLSignError, TooLargeError
 from mtlsign.service import metrics
 from mtlsign.service.fetch.content_store import ContentStore
 from mtlsign.service.fetch.https import Resolver, Transport, open_https, system_resolver
-from mtlsign.service.fetch.local_files import open_below
+from mtlsign.service.fetch.local_files import MissingFile, open_below
 from mtlsign.service.fetch.locations import (
     AllowedLocations,
     HttpsResource,
@@ -23,6 +23,13 @@ from mtlsign.service.fetch.locations import (
     S3Object,
     UploadedFile,
     location_refused,
+)
+from mtlsign.service.fetch.model_formats import (
+    HUGGING_FACE_FILES,
+    problem_of_content,
+    problem_of_file_name,
+    problem_of_folder,
+    problem_of_suffix,
 )
 from mtlsign.service.problems import NOT_FETCHED, Problem, problem_from_error
 from mtlsign.storage.locations import open_storage
@@ -72,7 +79,12 @@ class ModelFetcher:
         """
         location = self.allowed.resolve(text)
         if isinstance(location, UploadedFile):
-            return location.digest, self._uploaded(location.digest), True
+            path = self._uploaded(location.digest)
+            with path.open("rb") as file:
+                problem = problem_of_content(file.read(8))
+            if problem is not None:
+                raise problem
+            return location.digest, path, True
         with self._single_flight(text):
             recent = self._recent.get(text)
             if recent and recent[0] > time.monotonic() and self.cache.has(recent[1]):
@@ -145,8 +157,14 @@ class ModelFetcher:
 
     def _model_in_folder(self, location: Location) -> tuple[Location, str]:
         """Return the location of the model file in a model folder, and its digest in the manifest."""
-        with self._open(_child(location, MANIFEST), MANIFEST_LIMIT) as (_, pieces):
-            data = b"".join(pieces)
+        other_format = problem_of_suffix(_file_name(location).rpartition("/")[2])
+        if other_format is not None:
+            raise other_format
+        try:
+            with self._open(_child(location, MANIFEST), MANIFEST_LIMIT) as (_, pieces):
+                data = b"".join(pieces)
+        except Problem as problem:
+            raise self._problem_without_manifest(location, problem) from None
         try:
             entry = parse_manifest(data).get(MODEL_FILE)
         except MTLSignError as error:
@@ -157,6 +175,33 @@ class ModelFetcher:
         if entry.size > self.settings.model_limit:
             raise _too_large(entry.size, self.settings.model_limit)
         return _child(location, MODEL_FILE), entry.sha256
+
+    def _problem_without_manifest(self, location: Location, problem: Problem) -> Problem:
+        """Return the problem of a location below which `problem` prevents the reading of a manifest."""
+        if isinstance(location, HttpsResource) or problem.kind not in ("unreachable", "pointer-refused"):
+            return problem
+        names = frozenset(name for name in HUGGING_FACE_FILES if self._exists(_child(location, name)))
+        if names:
+            return problem_of_folder(names)
+        if self._exists(location):
+            return problem_of_file_name()
+        if isinstance(location, LocalFile) and isinstance(problem, MissingFile):
+            try:
+                with open_below(location):
+                    return problem_of_file_name()
+            except MissingFile:
+                return Problem("unreachable", "No file or folder has this location. Correct the location.")
+            except Problem:
+                return problem_of_folder(names)
+        return problem
+
+    def _exists(self, location: Location) -> bool:
+        """Return whether a file can be opened."""
+        try:
+            with self._open(location, self.settings.model_limit):
+                return True
+        except Problem as problem:
+            return problem.kind == "too-large"
 
     @contextmanager
     def _open(self, location: Location, limit: int) -> Iterator[tuple[int, Iterator[bytes]]]:

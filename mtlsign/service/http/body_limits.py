@@ -7,18 +7,21 @@ that proxy otherwise reads a body of any size into memory before the application
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import re
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from functools import partial
 from typing import Any
 
 from starlette.middleware import Middleware
 
 from mtlsign.config.service import MIB, ServiceSettings
 from mtlsign.service import metrics
+from mtlsign.service.auth.request_tokens import TokenReader, token_id_of_request
+from mtlsign.service.database import FILE_NAME
 from mtlsign.service.problems import MEDIA, Problem
 
 Message = MutableMapping[str, Any]
@@ -26,15 +29,19 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+#: Returns the id of the valid token behind the headers of a request, or None. Raises sqlite3.Error.
+Identify = Callable[[Mapping[bytes, bytes]], str | None]
 
 #: Paths whose body may have `max_body_mb`; bodies of other paths are small.
 _LARGE = ("/v1/verifications", "/checks")
 SMALL_BODY_BYTES = 16 * 1024
 _UPLOAD = re.compile(r"/v1/models/[^/]+")
+#: Form of the pages that sends files.
+_UPLOAD_FORM = "/uploads"
 #: Header of a refusal by the middleware inside Ray's proxy.
 PROXY_HEADER = "x-mtlsign-bounded"
 RELEASE = "mtlsign.release"
-#: Number of bodies of the largest size that fit into memory at once; one client may use half of that.
+#: Number of bodies of the largest size that fit into memory at once; one token may use half of that.
 MAX_LARGE_BODIES = 4
 GRACE_S = 5.0
 MIN_RATE = 1024
@@ -51,6 +58,8 @@ class BodyLimitMiddleware:
             memory of the proxy. A missing or crashed ingress is answered with 503 and Retry-After instead
             of Ray's 500.
         count: called with the kind of each refusal.
+        identify: lookup of tokens. A body beyond the size of a small one needs a valid token, and counts
+            against the share of that token. Without a lookup, or if it fails, the address has the share.
     """
 
     def __init__(
@@ -59,7 +68,9 @@ class BodyLimitMiddleware:
         settings: ServiceSettings,
         proxy: bool = False,
         count: Callable[[str], None] = lambda _: None,
+        identify: Identify | None = None,
     ) -> None:
+        self.identify = identify
         self.app, self.settings, self.proxy, self.count, self.held = app, settings, proxy, count, 0
         self.shares: Counter[str] = Counter()
 
@@ -73,7 +84,7 @@ class BodyLimitMiddleware:
         if not self.proxy:  # Ray's proxy pickles the scope, which must not contain a method
             scope[RELEASE] = body.release
         try:
-            body.check_length()
+            await body.check_headers()
             receive_body = exchange.receive_in_proxy if self.proxy else body.receive
             await self.app(scope, receive_body, exchange.send)
             if self.proxy and not exchange.started and not exchange.refused:
@@ -111,7 +122,11 @@ class _Exchange:
     async def refuse(self, problem: Problem) -> None:
         """Answer with a problem if no response has started."""
         self._limits.count(problem.kind)
-        if not self.started:
+        if self.started:
+            return
+        if problem.kind == "unauthenticated" and self._body.is_form:  # the session has ended: sign in again
+            await _send_redirect(self._send)
+        else:
             await send_problem(problem, self._send, proxy=self._limits.proxy)
 
     async def receive_in_proxy(self) -> Message:
@@ -129,14 +144,6 @@ def release_body(scope: Scope) -> None:
     scope.get(RELEASE, lambda: None)()
 
 
-def _client(scope: Scope, headers: Mapping[bytes, bytes]) -> str:
-    """Return the client whose share a body counts against: its address, or its token behind a local proxy."""
-    host = str((scope.get("client") or ("",))[0])
-    if host in ("127.0.0.1", "::1", ""):
-        return hashlib.sha256(headers.get(b"authorization", b"")).hexdigest()
-    return host
-
-
 class _LimitedBody:
     """One request body."""
 
@@ -144,14 +151,19 @@ class _LimitedBody:
         settings = limits.settings
         self._limits, self._receive = limits, receive
         self._headers = {k.lower(): v for k, v in scope.get("headers", ())}
-        self._upload = scope["method"] == "PUT" and bool(_UPLOAD.fullmatch(scope["path"]))
-        large = scope["method"] == "POST" and scope["path"] in _LARGE
+        put, post = scope["method"] == "PUT", scope["method"] == "POST"
+        self._upload = (put and bool(_UPLOAD.fullmatch(scope["path"]))) or (
+            post and scope["path"] == _UPLOAD_FORM
+        )
+        self.is_form = post and not scope["path"].startswith("/v1/")
+        large = post and scope["path"] in _LARGE
         body_limit = settings.body_limit if large else SMALL_BODY_BYTES
         self._limit = settings.model_limit if self._upload else body_limit
         self._seconds = settings.upload_timeout_s if self._upload else settings.body_timeout_s
         self._rate = settings.upload_rate_mb_s * MIB if self._upload and limits.proxy else 0.0
         self._start, self._received, self._complete, self.held = time.monotonic(), 0, False, 0
-        self._client = _client(scope, self._headers)
+        self._client: str | None = None
+        self._address = str((scope.get("client") or ("",))[0])
 
     @property
     def unread(self) -> bool:
@@ -159,8 +171,8 @@ class _LimitedBody:
         announced = self._headers.get(b"content-length", b"0") != b"0"
         return not self._complete and (announced or b"transfer-encoding" in self._headers)
 
-    def check_length(self) -> None:
-        """Check the announced length and encoding. Raises Problem."""
+    async def check_headers(self) -> None:
+        """Check the announced length, its encoding, and the token of a large body. Raises Problem."""
         text = self._headers.get(b"content-length", b"0")
         if not text.isdigit() or len(text) > 15:
             raise Problem("malformed-request", "Content-Length is not a number. Send the length in bytes.")
@@ -168,6 +180,25 @@ class _LimitedBody:
             raise Problem("too-large", f"The body has {int(text)} bytes; {self._limit} are allowed.")
         if self._headers.get(b"content-encoding", b"identity") != b"identity":
             raise Problem("wrong-media-type", "Compressed bodies are not supported. Send plain bytes.")
+        if int(text) > SMALL_BODY_BYTES:
+            await self._require_token()
+
+    async def _require_token(self) -> None:
+        """Look up the token of a body that is not small. Raises Problem `unauthenticated`."""
+        if self._client is not None:
+            return
+        if self._limits.identify is None:
+            self._client = self._address
+            return
+        try:
+            token = await asyncio.to_thread(self._limits.identify, self._headers)
+        except sqlite3.Error:  # a proxy on another node than the database, or a full disk
+            self._client = self._address
+            return
+        if token is None:
+            detail = "A body of this size needs a valid token. Ask the operator for a token."
+            raise Problem("unauthenticated", detail)
+        self._client = token
 
     async def receive(self) -> Message:
         """Receive one part of the body. Raises Problem when it exceeds a limit."""
@@ -189,6 +220,8 @@ class _LimitedBody:
         elapsed = time.monotonic() - self._start
         if not self._complete and elapsed > GRACE_S and self._received < MIN_RATE * elapsed:
             raise Problem("too-slow", f"The body arrives at under {MIN_RATE} bytes/s. Send it faster.")
+        if self._received > SMALL_BODY_BYTES:
+            await self._require_token()
         if not self._upload:
             self._reserve(min(size, max(0, self._received - SMALL_BODY_BYTES)))
             if self._complete and self._limits.proxy:  # the ingress, which receives it next, counts it itself
@@ -199,21 +232,25 @@ class _LimitedBody:
 
     def _reserve(self, size: int) -> None:
         """Count memory beyond the size of a small body, which is always accepted. Raises Problem `busy`."""
+        if not size:
+            return
         limits, total = self._limits, MAX_LARGE_BODIES * self._limits.settings.body_limit
         self.held += size
         limits.held += size
-        limits.shares[self._client] += size
-        if limits.held > total or limits.shares[self._client] > total // 2:
+        share = self._client or self._address
+        limits.shares[share] += size
+        if limits.held > total or limits.shares[share] > total // 2:
             detail = "Too many large bodies are arriving at once. Try again."
             raise Problem("busy", detail, retry_after=2)
 
     def release(self) -> None:
         """Stop counting the memory of this body."""
+        share = self._client or self._address
         self._limits.held -= self.held
-        self._limits.shares[self._client] -= self.held
+        self._limits.shares[share] -= self.held
         self.held = 0
-        if not self._limits.shares[self._client]:
-            del self._limits.shares[self._client]
+        if not self._limits.shares[share]:
+            del self._limits.shares[share]
 
 
 async def send_problem(problem: Problem, send: Send, *, proxy: bool = False) -> None:
@@ -231,10 +268,18 @@ async def send_problem(problem: Problem, send: Send, *, proxy: bool = False) -> 
     ]  # fmt: skip
     if proxy:
         headers.append((PROXY_HEADER.encode(), b"proxy"))
+    if problem.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
     if problem.retry_after is not None:
         headers.append((b"retry-after", str(max(1, round(problem.retry_after))).encode()))
     await send({"type": "http.response.start", "status": problem.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+async def _send_redirect(send: Send) -> None:
+    headers = [(b"location", b"/"), (b"content-length", b"0"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": 303, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
 
 
 def proxy_middlewares() -> list[Middleware]:
@@ -244,4 +289,7 @@ def proxy_middlewares() -> list[Middleware]:
     def count(kind: str) -> None:
         metrics.log_event("body_refused", reason=kind)
 
-    return [Middleware(BodyLimitMiddleware, settings=ServiceSettings.load(), proxy=True, count=count)]
+    settings = ServiceSettings.load()
+    # The database is on the head node. The proxy of another node counts shares by address.
+    identify = partial(token_id_of_request, TokenReader(settings.state_dir / FILE_NAME))
+    return [Middleware(BodyLimitMiddleware, settings=settings, proxy=True, count=count, identify=identify)]

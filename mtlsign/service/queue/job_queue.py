@@ -81,7 +81,10 @@ class JobQueue:
                 if time.monotonic() - self._cleaned_at > CLEANUP_S or not self._cleaned_at:
                     self._cleaned_at = time.monotonic()
                     retention_s = self.settings.retention_days * 86_400
-                    referenced = await asyncio.to_thread(self.database.delete_expired, retention_s)
+                    stored_claims = self.settings.max_stored_claims_per_token
+                    referenced = await asyncio.to_thread(
+                        self.database.delete_expired, retention_s, stored_claims
+                    )
                     await asyncio.to_thread(self._uploads.delete_unreferenced, referenced)
                 waiting = await asyncio.to_thread(self.database.waiting_claims)
                 self.metrics.add("mtlsign_waiting", waiting)

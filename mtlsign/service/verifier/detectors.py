@@ -15,6 +15,7 @@ from mtlsign.errors import ArtifactError, MTLSignError
 from mtlsign.models.factories import Factory
 from mtlsign.service.problems import Problem, problem_from_error
 from mtlsign.service.verifier.claim_bundle import OpenedClaim
+from mtlsign.service.verifier.factory_parameters import check_factory_parameters
 from mtlsign.service.verifier.lazy_safetensors import CachedReading, LazySafetensors
 from mtlsign.watermark.keys.spec import Spec
 from mtlsign.watermark.verification.compute_budget import ComputeLimits, check_claim_budget
@@ -50,6 +51,7 @@ def check_compute_budget(
     Raises:
         Problem: `architecture-refused`.
     """
+    check_factory_parameters(spec.graph, settings.factory_parameters)
     limits = ComputeLimits(settings.max_gflop, settings.max_activation_elements)
     try:
         return check_claim_budget(spec, factories, limits=limits)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from mtlsign.config.service import MIB, ServiceSettings
 from mtlsign.errors import MTLSignError
-from mtlsign.models.factories import Factory, load_factory
+from mtlsign.models.factories import Factory, trusted_factories
 from mtlsign.service import metrics
 from mtlsign.service.fetch.https import Resolver, Transport, system_resolver
 from mtlsign.service.fetch.model_cache import ModelFetcher
@@ -152,11 +152,7 @@ class Verifier:
     ) -> None:
         self.settings = settings
         self.fetcher = ModelFetcher(settings, resolver=resolver, transport=transport)
-        self.factories: Mapping[str, Factory] = (
-            {settings.trusted_factory: load_factory(settings.trusted_factory)}
-            if settings.trusted_factory
-            else {}
-        )
+        self.factories: Mapping[str, Factory] = trusted_factories(settings.trusted_factory)
         self.device = "cuda" if settings.gpus_per_replica and torch.cuda.is_available() else "cpu"
         self._suspects: LruCache[str, LazySafetensors] = LruCache(
             lambda suspects: (

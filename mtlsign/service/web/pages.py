@@ -1,20 +1,16 @@
-"""Web pages: forms and links without scripts, usable from the keyboard.
+"""Web pages: forms and links that need no script, usable from the keyboard.
 
 A token is exchanged for a session in a cookie (HttpOnly, SameSite=Strict). Forms are accepted only from this
-service's own pages (Origin). The content security policy allows nothing but the service's own style sheet.
+service's own pages (Origin). The script shows the progress of an upload and copies ids.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import time
-from functools import lru_cache
-from importlib import resources
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
-import jinja2
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from markupsafe import Markup
@@ -22,6 +18,7 @@ from markupsafe import Markup
 from mtlsign.reports.formatting import format_p
 from mtlsign.service import metrics
 from mtlsign.service.auth import tokens
+from mtlsign.service.auth.request_tokens import session_cookie, uses_https
 from mtlsign.service.auth.tokens import Token
 from mtlsign.service.fetch.locations import MAX_LOCATION
 from mtlsign.service.http.body_limits import release_body
@@ -30,50 +27,17 @@ from mtlsign.service.problems import KINDS, Problem
 from mtlsign.service.state import AppState, get_state
 from mtlsign.service.web.charts import null_distribution_svg, required_matches
 from mtlsign.service.web.forms import parse_form
+from mtlsign.service.web.history import recent_requests
+from mtlsign.service.web.rendering import SECURITY_HEADERS, render
+from mtlsign.service.web.uploads import FIELDS, receive_files
 from mtlsign.storage.json_io import parse_bounded_json
 from mtlsign.watermark.verification.verdict import Verdict
 
 router = APIRouter(include_in_schema=False)
-COOKIE = "mtlsign_session"
+#: Allowed prefixes of locations that the form shows.
+MAX_PREFIXES = 3
 #: A longer opened claim is not repeated in the form after an error.
 MAX_ECHO_BYTES = 2**18
-SECURITY_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; "
-    "base-uri 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",  # with no-referrer, browsers send forms with Origin: null
-    "Cache-Control": "no-store",
-    "Cross-Origin-Opener-Policy": "same-origin",
-}
-
-
-@lru_cache(maxsize=1)
-def _templates() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        loader=jinja2.PackageLoader("mtlsign.service.web", "templates"),
-    )  # fmt: skip
-    environment.filters["when"] = _format_time
-    return environment
-
-
-def _format_time(seconds: float | None) -> str:
-    if seconds is None:
-        return "not yet confirmed"
-    return time.strftime("%d %B %Y, %H:%M UTC", time.gmtime(seconds))
-
-
-def render(name: str, *, status: int = 200, refresh: bool = False, **values: Any) -> HTMLResponse:
-    """Render one page.
-
-    Args:
-        name: template.
-        status: HTTP status.
-        refresh: whether the page reloads itself.
-        values: variables of the template.
-    """
-    text = _templates().get_template(f"{name}.html.j2").render(refresh=refresh, **values)
-    return HTMLResponse(text, status, headers=SECURITY_HEADERS)
 
 
 def _redirect(address: str) -> RedirectResponse:
@@ -83,19 +47,26 @@ def _redirect(address: str) -> RedirectResponse:
 async def current_user(request: Request) -> tuple[AppState, Token | None]:
     """Return the state and the token of the session, if there is a valid one."""
     state = get_state(request)
-    token = await asyncio.to_thread(tokens.token_of_session, state.database, request.cookies.get(COOKIE))
+    token = await asyncio.to_thread(
+        tokens.token_of_session, state.database, request.cookies.get(session_cookie(state.settings))
+    )
     if token is not None:
         request.state.token = token.id  # for the log
     return state, token
 
 
-async def form_fields(request: Request) -> dict[str, str]:
-    """Return the fields of a form of this service. Raises Problem."""
+def _require_own_form(request: Request) -> None:
+    """Raise Problem `forbidden` if a form of another site sent the request."""
     origin, host = request.headers.get("origin"), request.headers.get("host", "")
     if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none") or (
         origin is not None and urlsplit(origin).netloc != host
     ):
         raise Problem("forbidden", "The form was sent from another site. Open the page of this service.")
+
+
+async def form_fields(request: Request) -> dict[str, str]:
+    """Return the fields of a form of this service. Raises Problem."""
+    _require_own_form(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/x-www-form-urlencoded":
         detail = "The body is not a form. Send application/x-www-form-urlencoded."
@@ -108,9 +79,39 @@ async def form_fields(request: Request) -> dict[str, str]:
 
 @router.get("/")
 async def home(request: Request) -> HTMLResponse:
-    """Show the form for a claim, or the sign-in form without a session."""
-    _, token = await current_user(request)
-    return render("new_claim" if token else "sign_in", token=token, wrong="", model="", bundle="")
+    """Show the forms for a claim, with the locations of the query, or the sign-in form without a session."""
+    state, token = await current_user(request)
+    if token is None:
+        return render("sign_in", token=None, wrong="")
+    model, bundle = (request.query_params.get(name, "")[:MAX_LOCATION] for name in FIELDS)
+    return await _render_claim_form(state, token, model=model, bundle=bundle)
+
+
+async def _render_claim_form(
+    state: AppState, token: Token, *, status: int = 200, wrong: str = "", model: str = "", bundle: str = ""
+) -> HTMLResponse:
+    """Render the forms for a claim with the token's recent requests."""
+    settings = state.settings
+    limits = {
+        "model": settings.max_model_mb, "bundle": settings.max_bundle_mb,
+        "hours": f"{settings.upload_ttl_hours:g}", "days": f"{settings.retention_days:g}",
+    }  # fmt: skip
+    history = await asyncio.to_thread(recent_requests, state.database, token.id)
+    return render(
+        "new_claim", status=status, token=token, wrong=wrong, model=model, bundle=bundle, limits=limits,
+        history=history, prefixes=settings.allowed_locations[:MAX_PREFIXES],
+    )  # fmt: skip
+
+
+@router.post("/uploads")
+async def upload_files(request: Request) -> Response:
+    """Store the files of a form and return to the form for a claim, with their locations."""
+    state, token = await current_user(request)
+    if token is None:
+        return _redirect("/")
+    _require_own_form(request)
+    token.require_scope("verify")
+    return _redirect(f"/?{urlencode(await receive_files(request, state, token))}")
 
 
 @router.post("/session")
@@ -123,10 +124,10 @@ async def sign_in(request: Request) -> Response:
     except Problem as problem:
         return render("sign_in", status=problem.status, token=None, wrong=problem.detail)
     response = _redirect("/")
-    secure = state.settings.public_url.startswith("https://") or state.settings.tls_cert is not None
     response.set_cookie(
-        COOKIE, secret, max_age=int(tokens.SESSION_S), httponly=True, samesite="strict", secure=secure
-    )
+        session_cookie(state.settings), secret, max_age=int(tokens.SESSION_S), path="/",
+        httponly=True, samesite="strict", secure=uses_https(state.settings),
+    )  # fmt: skip
     return response
 
 
@@ -135,9 +136,14 @@ async def sign_out(request: Request) -> Response:
     """End the session."""
     await form_fields(request)
     state = get_state(request)
-    await asyncio.to_thread(tokens.close_session, state.database, request.cookies.get(COOKIE))
+    await asyncio.to_thread(
+        tokens.close_session, state.database, request.cookies.get(session_cookie(state.settings))
+    )
     response = _redirect("/")
-    response.delete_cookie(COOKIE)
+    response.delete_cookie(
+        session_cookie(state.settings), path="/", httponly=True, samesite="strict",
+        secure=uses_https(state.settings),
+    )  # fmt: skip
     return response
 
 
@@ -156,9 +162,9 @@ async def create_verification(request: Request) -> Response:
             bundle = await asyncio.to_thread(_parse_bundle, model, text)
             job = await state.queue.submit(token, [{"model": model, "bundle": bundle}], None)
         except Problem as problem:
-            return render(
-                "new_claim", status=problem.status, token=token, wrong=problem.detail,
-                model=model[:MAX_LOCATION], bundle=text if len(text) <= MAX_ECHO_BYTES else "",
+            return await _render_claim_form(
+                state, token, status=problem.status, wrong=problem.detail, model=model[:MAX_LOCATION],
+                bundle=text if len(text) <= MAX_ECHO_BYTES else "",
             )  # fmt: skip
     del fields, bundle, text
     release_body(request.scope)
@@ -281,21 +287,3 @@ async def docs(request: Request) -> Response:
                 "good": [c for c in codes if c < 300], "bad": [c for c in codes if c >= 300],
             })  # fmt: skip
     return render("api_docs", token=token, routes=routes, kinds=KINDS)
-
-
-def _static(name: str, media_type: str, max_age_s: int) -> Response:
-    text = resources.files("mtlsign.service.web").joinpath("templates", name).read_text("utf-8")
-    headers = {**SECURITY_HEADERS, "Cache-Control": f"max-age={max_age_s}"}
-    return Response(text, media_type=media_type, headers=headers)
-
-
-@router.get("/style.css")
-async def style() -> Response:
-    """Return the style sheet."""
-    return _static("style.css", "text/css", 3600)
-
-
-@router.get("/icon.svg")
-async def icon() -> Response:
-    """Return the icon."""
-    return _static("icon.svg", "image/svg+xml", 86_400)

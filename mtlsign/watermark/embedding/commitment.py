@@ -15,7 +15,8 @@ from mtlsign.models import architectures
 from mtlsign.models.architectures import HeadKind
 from mtlsign.models.factories import Factory
 from mtlsign.models.input_spec import InputSpec
-from mtlsign.models.loading import Tensors, cpu_state
+from mtlsign.models.loading import Tensors, cpu_state, load_tensors
+from mtlsign.models.taps import eval_mode
 from mtlsign.tasks import Task
 from mtlsign.watermark import carriers
 from mtlsign.watermark.keys.identity import Identity
@@ -53,22 +54,15 @@ def commit_keys(
     Raises:
         CarrierError, KeyMaterialError, ModelError: a setting does not fit the network or its inputs.
     """
-    template_model.load_state_dict(base_weights)
-    taps = _tap_names(template_model, settings.head, settings)
-    further = [(kind, architectures.default_taps(template_model, kind)) for kind in settings.readouts]
+    load_tensors(template_model, base_weights)
+    _require_readable(template_model, input_spec, field="task")
+    taps = _tap_names(template_model, settings.head, settings, input_spec)
+    further = [(kind, _default_taps(template_model, kind, input_spec)) for kind in settings.readouts]
     n = settings.key_size or 1024
-    key_inputs = carriers.key_input_spec(input_spec, settings.carrier_size)
+    key_inputs = _key_inputs(template_model, input_spec, settings)
     carrier = carriers.make(carriers.kind_for(input_spec), n, key_inputs)
-    sample = torch.zeros(2, key_inputs.channels, key_inputs.height, key_inputs.width)
-    try:
-        all_taps = tuple(dict.fromkeys([*taps, *(tap for _, names in further for tap in names)]))
-        reference = make_reference(template_model, all_taps, sample, bases=bases)
-    except RuntimeError as error:
-        raise ModelError(
-            f"The network cannot read {key_inputs.height}x{key_inputs.width} images "
-            f"({str(error).splitlines()[0][:100]}). Set --carrier-size to its input size.",
-            field="carrier-size",
-        ) from None
+    all_taps = tuple(dict.fromkeys([*taps, *(tap for _, names in further for tap in names)]))
+    reference = make_reference(template_model, all_taps, _sample(template_model, key_inputs), bases=bases)
     openings = []
     for index in range(settings.keys):
         spec = make_spec(
@@ -101,10 +95,10 @@ def validate_before_training(
     template_model = architectures.build(architecture, factories=factories)
     bases = None
     if needs_response_bases(settings):
-        sample = torch.zeros(2, input_spec.channels, input_spec.height, input_spec.width)
-        bases = placeholder_bases(
-            template_model, _spread_taps(template_model, settings), sample, layers=_layer_names(settings)
-        )
+        _require_readable(template_model, input_spec, field="task")
+        taps = _spread_taps(template_model, settings, input_spec)
+        sample = _sample(template_model, input_spec)
+        bases = placeholder_bases(template_model, taps, sample, layers=_layer_names(settings))
     openings, reference = commit_keys(
         template_model, cpu_state(template_model), architecture, input_spec, settings, Identity.generate(),
         bases=bases,
@@ -130,17 +124,58 @@ def measure_response_bases(
     """
     if not needs_response_bases(settings):
         return None
-    model.load_state_dict(base_weights)
+    load_tensors(model, base_weights)
+    _require_readable(model, task.input_spec, field="task")
     elements = task.channels * task.height * task.width
     count = min(MOMENT_INPUTS, task.size("train"), max(16, MAX_MOMENT_ELEMENTS // elements))
     inputs = task.splits["train"].batch(torch.arange(count)).inputs
-    return response_bases(model, _spread_taps(model, settings), inputs, layers=_layer_names(settings))
+    taps = _spread_taps(model, settings, task.input_spec)
+    return response_bases(model, taps, inputs, layers=_layer_names(settings))
 
 
-def _spread_taps(model: nn.Module, settings: EmbedSettings) -> tuple[str, ...]:
+def _sample(model: nn.Module, input_spec: InputSpec) -> Tensor:
+    """Return two inputs of zeros on the network's device."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return torch.zeros(2, input_spec.channels, input_spec.height, input_spec.width, device=device)
+
+
+def _read_error(model: nn.Module, input_spec: InputSpec) -> str | None:
+    """Return the network's error for inputs of this size; None if it accepts them."""
+    try:
+        with eval_mode(model):
+            model(_sample(model, input_spec))
+    except Exception as error:  # networks raise errors of any class for inputs of another size
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}".removesuffix(": ")
+    return None
+
+
+def _require_readable(model: nn.Module, input_spec: InputSpec, *, field: str) -> None:
+    """Raise `ModelError` unless the network accepts inputs of this size."""
+    problem = _read_error(model, input_spec)
+    if problem is None:
+        return
+    size = f"{input_spec.channels}x{input_spec.height}x{input_spec.width}"
+    fix = "Set --carrier-size to its input size" if field == "carrier-size" else "Give data of its input size"
+    raise ModelError(f"The network cannot read images of {size} ({problem}). {fix}.", field=field)
+
+
+def _key_inputs(model: nn.Module, input_spec: InputSpec, settings: EmbedSettings) -> InputSpec:
+    """Return the inputs of the key set: small images, or the task's own if the network accepts no others."""
+    key_inputs = carriers.key_input_spec(input_spec, settings.carrier_size)
+    if settings.carrier_size is None and _read_error(model, key_inputs) is not None:
+        return input_spec
+    _require_readable(model, key_inputs, field="carrier-size")
+    return key_inputs
+
+
+def _spread_taps(model: nn.Module, settings: EmbedSettings, input_spec: InputSpec) -> tuple[str, ...]:
     if settings.head == "spread":
-        return _tap_names(model, "spread", settings)
-    return architectures.default_taps(model, "spread")
+        return _tap_names(model, "spread", settings, input_spec)
+    return _default_taps(model, "spread", input_spec)
+
+
+def _default_taps(model: nn.Module, kind: HeadKind, input_spec: InputSpec) -> tuple[str, ...]:
+    return architectures.default_taps(model, kind, _sample(model, input_spec))
 
 
 def _layer_names(settings: EmbedSettings) -> list[str] | None:
@@ -149,10 +184,12 @@ def _layer_names(settings: EmbedSettings) -> list[str] | None:
     return [name.strip() for name in settings.layers.split(",") if name.strip()]
 
 
-def _tap_names(model: nn.Module, kind: HeadKind, settings: EmbedSettings) -> tuple[str, ...]:
+def _tap_names(
+    model: nn.Module, kind: HeadKind, settings: EmbedSettings, input_spec: InputSpec
+) -> tuple[str, ...]:
     if settings.taps:
         return tuple(name.strip() for name in settings.taps.split(",") if name.strip())
-    return architectures.default_taps(model, kind)
+    return _default_taps(model, kind, input_spec)
 
 
 def _nonce(settings: EmbedSettings, index: int) -> bytes:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlsign.tasks import Batch
+from mtlsign.watermark.embedding.loop import named_tensors
 from mtlsign.watermark.embedding.losses import Kernels
 
 #: (kernels, inner step) -> loss that an inner attack minimises.
@@ -61,7 +62,7 @@ class FineTuningLoop(InnerLoop):
 
     Args:
         model: the network being marked; it is only read.
-        select_weights: (parameters by name) -> kernels as the verifier selects them.
+        select_weights: (parameters and buffers by name) -> kernels as the verifier selects them.
         loss: (copy, batch) -> loss of the attacker.
         batches: (refresh index) -> iterator of D' batches (x, y).
         steps: steps of each refresh.
@@ -95,26 +96,26 @@ class FineTuningLoop(InnerLoop):
         """
         tuned = copy.deepcopy(self._model).train()
         tuned.requires_grad_(True)
-        parameters = dict(tuned.named_parameters())
+        parameters, tensors = dict(tuned.named_parameters()), named_tensors(tuned)
         optimizer: torch.optim.Optimizer
         if self._adam:
             optimizer = torch.optim.Adam(parameters.values(), lr=self._lr, fused=True)
         else:
             optimizer = torch.optim.SGD(parameters.values(), lr=self._lr, momentum=0.9, foreach=False)
-        source = self._selected(dict(self._model.named_parameters()))
+        source = self._selected(named_tensors(self._model))
         deltas = []
         for step, batch in zip(range(self._steps), self._batches(index), strict=False):
             optimizer.zero_grad(set_to_none=True)
             self._loss(tuned, batch).backward()
             optimizer.step()
             if _is_stored(step, self._steps):
-                current = self._selected(parameters)
+                current = self._selected(tensors)
                 deltas.append({name: current[name] - source[name] for name in source})
         self.store(index, deltas)
 
-    def _selected(self, parameters: Kernels) -> dict[str, Tensor]:
+    def _selected(self, tensors: Kernels) -> dict[str, Tensor]:
         """Return the kernels without a graph."""
-        return self._select({name: parameter.detach() for name, parameter in parameters.items()})
+        return self._select({name: tensor.detach() for name, tensor in tensors.items()})
 
 
 class GradientAttackLoop(InnerLoop):

@@ -89,6 +89,11 @@ def with_strides_of(parameter: Tensor, other: Tensor) -> Tensor:
     return torch.empty_like(parameter).copy_(other)
 
 
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers by name; the γ of a frozen batch norm is a buffer."""
+    return {**dict(model.named_buffers()), **dict(model.named_parameters())}
+
+
 def use_batch_statistics(model: nn.Module, on: bool, momentum: float | None = None) -> None:
     """Set whether batch norms use (and follow) the statistics of the batch or their running statistics.
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mtlsign.tasks import Task
+from mtlsign.tasks.outputs import default_logits
 from mtlsign.watermark.verification.readouts import Readout
 
 #: Tapped kernels by name.
@@ -87,18 +90,43 @@ def add_r_func_gradient(
         return float(torch.stack(squares).double().sum().sqrt())
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return T²·KL(teacher ‖ student) at temperature T, as the mean over batch and positions.
+def distillation_loss(student: Any, teacher: Any, temperature: float, *, values: bool = False) -> Tensor:
+    """Return the distance of a student's outputs from its teacher's.
+
+    It is T²·KL(teacher ‖ student) at temperature T, as the mean over batch and positions. A single output, or
+    outputs without a softmax, would leave it blind; then it is the mean squared error, in units of the
+    teacher's variance over the batch.
 
     Args:
-        student: logits [B, K, ...].
-        teacher: logits [B, K, ...].
+        student: logits [B, K, ...], or outputs of which `default_logits` selects them.
+        teacher: as `student`.
+        temperature: T.
+        values: whether the outputs are real numbers or independent labels instead of classes.
+    """
+    student, teacher = default_logits(student).float(), default_logits(teacher).float()
+    if values or student.ndim < 2 or student.shape[1] == 1:
+        variance = teacher.var(correction=0)
+        scale = torch.where(variance > 0, variance, torch.ones_like(variance))
+        squared_error: Tensor = (student - teacher).square().mean()
+        return squared_error / scale
+    p = F.log_softmax(teacher / temperature, 1)
+    q = F.log_softmax(student / temperature, 1)
+    kl = F.kl_div(q, p, reduction="none", log_target=True).sum(1).mean()
+    divergence: Tensor = kl * temperature**2
+    return divergence
+
+
+def task_distillation(task: Task, student: Any, teacher: Any, temperature: float) -> Tensor:
+    """Return `distillation_loss` of two networks' outputs as the task reads them.
+
+    Args:
+        task: the primary task.
+        student: outputs of the student.
+        teacher: outputs of the teacher.
         temperature: T.
     """
-    p = F.log_softmax(teacher.float() / temperature, 1)
-    q = F.log_softmax(student.float() / temperature, 1)
-    kl = F.kl_div(q, p, reduction="none", log_target=True).sum(1).mean()
-    return kl * temperature**2
+    values = task.targets in ("binary", "values")
+    return distillation_loss(task.logits_of(student), task.logits_of(teacher), temperature, values=values)
 
 
 def noise_perturbation(kernels: Kernels, sigma: float, generator: torch.Generator) -> dict[str, Tensor]:

@@ -21,10 +21,10 @@ from mtlsign.watermark.embedding.loop import mixed_precision, require_set, seed_
 from mtlsign.watermark.embedding.losses import (
     Kernels,
     correlation_loss,
-    distillation_loss,
     noise_perturbation,
     pruning_perturbation,
     readout_loss,
+    task_distillation,
 )
 from mtlsign.watermark.keys.opening import watermark_integers
 from mtlsign.watermark.verification.detector import WatermarkDetector
@@ -136,7 +136,7 @@ class Perturbations:
             if settings.perturbation.tuning_distillation:
                 with torch.no_grad():
                     teacher_outputs = self._teacher(x)
-                kl = distillation_loss(outputs, teacher_outputs, settings.phase2.temperature)
+                kl = task_distillation(self._task, outputs, teacher_outputs, settings.phase2.temperature)
                 loss = loss + settings.perturbation.tuning_distillation * kl
         return loss
 

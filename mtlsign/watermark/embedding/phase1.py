@@ -11,13 +11,20 @@ import time
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import DivergedError
+from mtlsign.models.loading import load_tensors
 from mtlsign.models.memory_format import memory_format_for
 from mtlsign.tasks import Batch, Task
 from mtlsign.tasks.metrics import Metric
+from mtlsign.watermark.embedding.checkpoint_identity import (
+    phase1_identity,
+    require_identity,
+    with_identity,
+)
 from mtlsign.watermark.embedding.loop import (
     average_buffers,
     evaluate,
@@ -75,7 +82,8 @@ class _CleanTraining:
         self._history: list[dict[str, Any]] = []
         checkpoint = worker.load_checkpoint()
         if checkpoint is not None:
-            model.load_state_dict(checkpoint["model"])
+            require_identity(checkpoint, phase1_identity(settings))
+            load_tensors(model, checkpoint["model"])
             self._optimizer.load_state_dict(checkpoint["optimizer"])
             self._history = list(checkpoint["history"])
         self._network = wrap_ddp(model, worker)
@@ -140,7 +148,7 @@ class _CleanTraining:
             loss = self._task.loss(out, y)
         loss.backward()
         self._optimizer.step()
-        metric.update(out.detach(), y)
+        metric.update(tree_map_only(Tensor, Tensor.detach, out), y)
         return float(loss.detach())
 
     def _show_progress(self, epoch: int, index: int, loss: float) -> None:
@@ -151,8 +159,9 @@ class _CleanTraining:
         )
 
     def _checkpoint(self) -> State:
-        return {
+        state = {
             "model": {name: t.detach().cpu() for name, t in self._model.state_dict().items()},
             "optimizer": self._optimizer.state_dict(),
             "history": self._history,
         }
+        return with_identity(state, phase1_identity(self._settings))

@@ -25,13 +25,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import DivergedError
+from mtlsign.models.loading import load_tensors
 from mtlsign.models.memory_format import memory_format_for
 from mtlsign.tasks import Task
+from mtlsign.watermark.embedding.checkpoint_identity import (
+    phase2_identity,
+    require_identity,
+    with_identity,
+)
 from mtlsign.watermark.embedding.loop import (
     RunningMeans,
     average_buffers,
     evaluate,
     mixed_precision,
+    named_tensors,
     one_cycle,
     require_set,
     seed_torch,
@@ -41,9 +48,9 @@ from mtlsign.watermark.embedding.loop import (
 )
 from mtlsign.watermark.embedding.losses import (
     add_r_func_gradient,
-    distillation_loss,
     readout_loss,
     relative_change,
+    task_distillation,
 )
 from mtlsign.watermark.embedding.perturbations import Perturbations
 from mtlsign.watermark.embedding.worker import State, WorkerContext
@@ -109,7 +116,7 @@ class _Embedding:
         # and those of W0 do not change.
         use_batch_statistics(model, True)
         use_batch_statistics(self._teacher, True, momentum=0.0)
-        self._parameters = dict(model.named_parameters())
+        self._tensors = named_tensors(model)
         self._trained = _freeze_batch_norm(model)
         self._base_parameters = [p for name, p in self._teacher.named_parameters() if name in self._trained]
         self._head = detector.trained_parameters
@@ -141,7 +148,8 @@ class _Embedding:
         return torch.optim.Adam(groups, lr=self._peak, fused=True)
 
     def _restore(self, checkpoint: State) -> None:
-        self._model.load_state_dict(checkpoint["model"])
+        require_identity(checkpoint, phase2_identity(self._settings, self._detector))
+        load_tensors(self._model, checkpoint["model"])
         self._optimizer.load_state_dict(checkpoint["optimizer"])
         for parameter, state in self._optimizer.state.items():
             state |= {
@@ -181,7 +189,7 @@ class _Embedding:
         for term, (weight, kind) in enumerate(gradient_terms(step, self._settings)):
             if term % self._worker.world_size != self._worker.rank:
                 continue
-            kernels = detector.select_weights(self._parameters)
+            kernels = detector.select_weights(self._tensors)
             copy_kernels = self._perturbations.sample(kind, kernels, step, term)
             readings = detector.read(copy_kernels, differentiable=True)
             scores = detector.score(readings)
@@ -208,7 +216,7 @@ class _Embedding:
         if self._settings.r_func != "responses" or not self._settings.lambda1:
             return {}
         readouts = self._detector.readouts
-        kernels = self._detector.select_weights(dict(self._teacher.named_parameters()))
+        kernels = self._detector.select_weights(named_tensors(self._teacher))
         readings = self._detector.read(kernels, differentiable=True)
         spread = [index for index, readout in enumerate(readouts) if readout.spec.head.kind == "spread"]
         one_each = {id(readouts[index].model): index for index in spread}
@@ -232,8 +240,8 @@ class _Embedding:
             total = torch.zeros((), device=worker.device)
             if settings.distillation:
                 with torch.no_grad():
-                    teacher_logits = self._teacher(x)
-                loss = distillation_loss(outputs, teacher_logits, settings.temperature)
+                    teacher_outputs = self._teacher(x)
+                loss = task_distillation(self._task, outputs, teacher_outputs, settings.temperature)
                 self._means.add("distillation_loss", loss)
                 total = settings.distillation * loss
             if settings.task_loss:
@@ -270,12 +278,13 @@ class _Embedding:
         self._started = time.monotonic()
 
     def _checkpoint(self) -> State:
-        return {
+        state = {
             "model": {name: t.detach().cpu() for name, t in self._model.state_dict().items()},
             "optimizer": self._optimizer.state_dict(),
             "history": self._history,
             "head": [parameter.detach().cpu() for parameter in self._head],
         }
+        return with_identity(state, phase2_identity(self._settings, self._detector))
 
     def _accuracies(self) -> dict[str, float]:
         """Return the accuracies of W0 and W on the test and validation splits."""
@@ -284,6 +293,8 @@ class _Embedding:
             for short, split in (("primary", "test"), ("validation", "validation"))
             for name, network in (("clean", self._teacher), ("marked", self._model))
         }
+        if self._task.targets == "labels":
+            accuracies["classes"] = self._task.classes
         return accuracies | {"primary_samples": self._task.size("test")}
 
 

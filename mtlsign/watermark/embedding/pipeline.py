@@ -1,12 +1,11 @@
 """Embedding pipeline: phase 1 → W0 → reference → signed spec → key → phase 2 → marked W → artifacts.
 
-`embed` runs in one process on the caller's own objects. `run_embedding_job` runs the job on an
-`EmbeddingBackend`: `LocalEmbeddingBackend` is one process, and `mtlsign.distributed.train` has Ray Train.
+`run_embedding_job` runs the job on an `EmbeddingBackend`: `LocalEmbeddingBackend` is one process, and
+`mtlsign.distributed.train` has Ray Train. `mtlsign.watermark.embedding.module` marks a module of the caller.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,17 +17,16 @@ from torch import Tensor, nn
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import KeyMaterialError
 from mtlsign.models import architectures
-from mtlsign.models.families import custom
 from mtlsign.models.input_spec import InputSpec
 from mtlsign.models.loading import (
     architecture_from_settings,
     cpu_state,
-    custom_architecture_name,
     custom_factories,
     load_initial_weights,
-    require_same_architecture,
+    load_tensors,
 )
-from mtlsign.tasks import Task, from_loaders, load_task
+from mtlsign.tasks import Task, load_task
+from mtlsign.watermark.embedding.advice import key_size_warning
 from mtlsign.watermark.embedding.base_kit import load_base_weights
 from mtlsign.watermark.embedding.commitment import (
     commit_keys,
@@ -41,75 +39,19 @@ from mtlsign.watermark.embedding.phase2 import embed_watermark
 from mtlsign.watermark.embedding.result import EmbeddingResult, Phase2Result, Rows, Tensors, build_result
 from mtlsign.watermark.embedding.run_folder import EmbeddingRun
 from mtlsign.watermark.embedding.worker import SingleProcessContext, WorkerContext
-from mtlsign.watermark.keys.identity import Identity, default_identity_path, load_or_create_identity
+from mtlsign.watermark.keys.identity import (
+    Identity,
+    default_identity_path,
+    load_identity,
+    load_or_create_identity,
+)
 from mtlsign.watermark.keys.opening import KeyOpening
 from mtlsign.watermark.keys.sealing import EncryptionSecret
+from mtlsign.watermark.kit import require_kit_owner
 from mtlsign.watermark.verification.detector import WatermarkDetector
 from mtlsign.watermark.verification.reference import Reference
 
 ProgressCallback = Callable[[Mapping[str, Any]], None]
-
-
-def embed(
-    module: nn.Module,
-    data: Task | Mapping[str, Any],
-    *,
-    trained: bool = False,
-    identity: Identity | None = None,
-    architecture: Mapping[str, object] | None = None,
-    loss: Callable[..., Tensor] | None = None,
-    metric: Callable[..., Any] | None = None,
-    device: torch.device | str = "cpu",
-    on_progress: ProgressCallback | None = None,
-    **options: Any,
-) -> EmbeddingResult:
-    """Embed a watermark into `module` in this process, also inside a running Ray.
-
-    Args:
-        module: any network; it is changed in place and holds the marked weights afterwards.
-        data: a `Task`, or loaders {"train", "test"[, "validation", "attacker", "inner"]} of (x, y) batches.
-        trained: whether the module is trained already; phase 1 is then skipped.
-        identity: the owner; by default that of this machine, created if there is none.
-        architecture: the module's architecture from the allow-list (`architectures.architecture_for`), so
-            that any verifier can build it. By default only a verifier that registers `own/…` can.
-        loss: mean loss of (out, y), with loaders; cross-entropy by default.
-        metric: one number per sample of (out, y), with loaders; by default whether the largest logit is the
-            label's.
-        device: where to train.
-        on_progress: called with rows of progress.
-        **options: any of `EmbedSettings`.
-
-    Returns:
-        The marked model, the owner kit, the verdict and the metrics.
-
-    Raises:
-        MTLSignError: a setting, the task or the model is invalid.
-    """
-    name = custom_architecture_name(type(module))
-    settings = EmbedSettings.of(
-        {"task": "own", "model": str((architecture or {}).get("arch", name)), **options}
-    ).with_defaults()
-    if architecture is not None:
-        require_same_architecture(module, architecture)
-    task = (
-        data if isinstance(data, Task) else from_loaders(data, loss=loss, metric=metric, seed=settings.seed)
-    )
-    fields: dict[str, object] = {"arch": name, "channels": task.channels, "classes": task.classes}
-    fields = dict(architecture) if architecture is not None else fields
-    owner = identity or load_or_create_identity(settings.owner, settings.passphrase_file)[0]
-    worker = SingleProcessContext(device, on_progress=on_progress)
-    template_model = copy.deepcopy(module).cpu()
-    rows = [] if trained else train_clean_model(module, task, settings, worker)
-    base_weights = cpu_state(module)
-    bases = measure_response_bases(template_model, base_weights, task, settings)
-    openings, reference = commit_keys(
-        template_model, base_weights, fields, task.input_spec, settings, owner, bases=bases
-    )
-    path = custom.factory_path(str(fields["arch"]))
-    factories = {} if path is None else {path: lambda: copy.deepcopy(template_model)}
-    detector = WatermarkDetector.joined(openings, reference, device=device, factories=factories)
-    phase2 = _phase2_result(module, task, detector, settings, worker)
-    return build_result(base_weights, rows, openings, reference, phase2, settings, factories=factories)
 
 
 class EmbeddingBackend(Protocol):
@@ -183,12 +125,15 @@ def run_embedding_job(
     if phase1 is None:
         validate_before_training(settings, architecture, input_spec, factories)
         if settings.weights is not None:
-            phase1 = load_initial_weights(settings, architecture), []
-    identity, path, created = load_or_create_identity(settings.owner, settings.passphrase_file)
+            phase1 = load_initial_weights(settings, architecture, log=log), []
+    identity, path, created = _load_identity(settings)
     secret = EncryptionSecret.from_kit_key(identity.kit_key)
     if phase1 is None and settings.base_kit is not None:
+        require_kit_owner(settings.base_kit, identity.public_key, endpoint=settings.endpoint)
         phase1 = load_base_weights(settings, architecture, secret), []
     run.reserve_name(settings)
+    if warning := key_size_warning((settings.key_size or 0) * (1 + len(settings.readouts))):
+        log(f"warning: {warning}")
     log(f"{'new owner identity, back it up:' if created else 'owner identity'} {path}")
     log(f"run {run.name}; if it is interrupted: --resume {run.name}")
     if phase1 is None:
@@ -213,6 +158,13 @@ def run_embedding_job(
     result.result |= {"run": run.name, "report": report, "result": result_path}
     run.finish(result.result, result.history, result.report(), settings)
     return result
+
+
+def _load_identity(settings: EmbedSettings) -> tuple[Identity, Path, bool]:
+    """Return the identity, its file and whether it was created. A run or kit that exists has an identity."""
+    if settings.resume is None and settings.base_kit is None:
+        return load_or_create_identity(settings.owner, settings.passphrase_file)
+    return *load_identity(settings.owner, settings.passphrase_file), False
 
 
 def _check_identity(settings: EmbedSettings) -> None:
@@ -324,14 +276,23 @@ def run_phase2(
     architecture = openings[0].parse().graph
     factories = custom_factories(architecture)
     model = architectures.build(architecture, factories=factories)
-    model.load_state_dict(base_weights)
+    load_tensors(model, base_weights)
     detector = WatermarkDetector.joined(openings, reference, device=worker.device, factories=factories)
-    return _phase2_result(model, _load_task(settings), detector, settings, worker)
+    return phase2_result(model, _load_task(settings), detector, settings, worker)
 
 
-def _phase2_result(
+def phase2_result(
     model: nn.Module, task: Task, detector: WatermarkDetector, settings: EmbedSettings, worker: WorkerContext
 ) -> Phase2Result:
+    """Run phase 2 on a network that holds W0.
+
+    Args:
+        model: the network; it holds W afterwards.
+        task: the primary task.
+        detector: the owner's detector.
+        settings: complete settings.
+        worker: this process of the phase.
+    """
     rows, measured = embed_watermark(model, task, detector, settings, worker)
     return Phase2Result(cpu_state(model), detector.head_bytes(), rows, measured)
 

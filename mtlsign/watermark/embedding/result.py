@@ -14,10 +14,13 @@ from torch import Tensor
 
 from mtlsign._version import __version__
 from mtlsign.config.embed import EmbedSettings
+from mtlsign.models import architectures
 from mtlsign.models.factories import Factory
 from mtlsign.storage.base import Storage
 from mtlsign.storage.model_folder import KITS, MODELS, model_digest, write_model
-from mtlsign.storage.safetensors_io import serialize_safetensors
+from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
+from mtlsign.watermark.embedding.advice import chance_warning, key_size_warning, rejection
+from mtlsign.watermark.embedding.conclusion import fresh_detector, require_equal_readings, require_stored
 from mtlsign.watermark.keys.opening import KeyOpening
 from mtlsign.watermark.keys.sealing import EncryptionSecret
 from mtlsign.watermark.kit import OwnerKit, write_kit
@@ -71,7 +74,16 @@ class EmbeddingResult:
     further_kits: tuple[OwnerKit, ...] = field(default=(), repr=False)
 
     def save(self, storage: Storage, secret: EncryptionSecret) -> None:
-        """Write `models/<digest>/` and `kits/<id>/` below `storage`, and add their locations to `result`."""
+        """Write `models/<digest>/` and `kits/<id>/` below `storage`, and add their locations to `result`.
+
+        Args:
+            storage: where to write.
+            secret: the owner's encryption secret.
+
+        Raises:
+            ArtifactError: the files that are read back differ from those that were verified.
+            StorageError: the storage cannot be written.
+        """
         architecture = self.kit.opening.parse().graph
         config = {
             "format": "mtlsign/model/v0",
@@ -79,13 +91,14 @@ class EmbeddingResult:
             "task": self.result["task"],
             "name": self.result["name"],
         }
-        write_model(storage, self.tensors, config, _model_card(self.result, architecture))
-        kits = storage.child(KITS)
-        self.result["kit"] = kits.child(write_kit(storage, self.kit, secret)).uri
-        further = [kits.child(write_kit(storage, kit, secret)).uri for kit in self.further_kits]
+        digest = write_model(storage, self.tensors, config, _model_card(self.result, architecture))
+        ids = {write_kit(storage, kit, secret): kit for kit in (self.kit, *self.further_kits)}
+        require_stored(storage, digest, ids, secret)
+        first, *further = (storage.child(KITS).child(kit_id).uri for kit_id in ids)
+        self.result["kit"] = first
         if further:
             self.result["further_kits"] = further
-        self.result["model_path"] = storage.child(MODELS).child(self.result["model_digest"]).uri
+        self.result["model_path"] = storage.child(MODELS).child(digest).uri
 
     def report(self) -> str:
         """Render the report of the run as one self-contained HTML file."""
@@ -105,7 +118,7 @@ def build_result(
     *,
     factories: Mapping[str, Factory],
 ) -> EmbeddingResult:
-    """Verify the marked model, also against W0 and unrelated keys, and collect the metrics.
+    """Verify the bytes of the marked model as a verifier does, with controls, and collect the metrics.
 
     Args:
         base_weights: state dict of W0.
@@ -115,40 +128,85 @@ def build_result(
         phase2: result of phase 2.
         settings: complete settings.
         factories: trusted factories of custom architectures.
+
+    Raises:
+        ModelError: a verifier reads other bits than the trained network has.
     """
-    detector = WatermarkDetector(openings[0], reference, head=phase2.head, factories=factories)
+    detector = fresh_detector(openings[0], reference.raw_bytes, phase2.head, factories)
     kept_weights = _kept_base_weights(base_weights, detector)
-    digest = model_digest(serialize_safetensors(phase2.tensors))
-    verdict = verify(
-        phase2.tensors, detector, controls=_CONTROL_KEYS, base_weights=kept_weights, model_digest=digest
-    )
-    further = [verify(phase2.tensors, detector.with_raw_key(opening.key())) for opening in openings[1:]]
-    deviations = parameter_deviation(base_weights, phase2.tensors)
+    model_file = serialize_safetensors(phase2.tensors)
+    digest, written = model_digest(model_file), parse_safetensors(model_file)
+    controls: dict[str, Any] = {"controls": _CONTROL_KEYS, "base_weights": kept_weights}
+    verdict = verify(written, detector, model_digest=digest, **controls)
+    own_detector = WatermarkDetector(openings[0], reference, head=phase2.head, factories=factories)
+    require_equal_readings(verdict, phase2.tensors, own_detector)
+    further = [verify(written, detector.with_raw_key(opening.key())) for opening in openings[1:]]
+    network = architectures.build(detector.spec.graph, factories=factories)
+    ordered = in_network_order(phase2.tensors, network.state_dict())
     result = {
         **_settings_fields(settings),
         "n": detector.spec.total_bits,
         **phase2.measured,
         **_verdict_fields(verdict),
-        "deviation_l2": math.sqrt(sum(d * d for d in deviations.values())),
-        "deviation_by_layer": deviations,
-        "seconds_phase1": sum(row["seconds"] for row in rows),
-        "seconds_phase2": sum(row["seconds"] for row in phase2.rows),
+        **_deviation_fields(parameter_deviation(base_weights, ordered)),
+        **_durations(rows, phase2.rows),
         "model_digest": digest,
         "kit": None,
+        "warnings": _warnings(phase2, detector.spec.total_bits),
+        "problem": rejection([verdict, *further], settings, _trained_share(phase2)),
+        **_origin_fields(verdict, openings[0]),
     }
     if further:
         result["further_keys"] = [_verdict_fields(verdict) for verdict in further]
-    base_bytes, info = serialize_safetensors(kept_weights), _kit_info(settings, digest)
-    kits = [OwnerKit(key, reference.raw_bytes, base_bytes, phase2.head, info) for key in openings]
+    base_bytes = serialize_safetensors(kept_weights)
+    kits = [
+        OwnerKit(key, reference.raw_bytes, base_bytes, phase2.head, _kit_info(settings, digest, own))
+        for key, own in zip(openings, (verdict, *further), strict=True)
+    ]
     return EmbeddingResult(
-        tensors=phase2.tensors,
-        kit=kits[0],
-        verdict=verdict,
-        result=result,
+        tensors=phase2.tensors, kit=kits[0], verdict=verdict, result=result,
         history={"phase1": rows, "phase2": phase2.rows},
-        scores=_scores(detector, phase2.tensors, kept_weights),
-        further_kits=tuple(kits[1:]),
+        scores=_scores(detector, phase2.tensors, kept_weights), further_kits=tuple(kits[1:]),
+    )  # fmt: skip
+
+
+def _durations(phase1: Rows, phase2: Rows) -> dict[str, float]:
+    return {
+        "seconds_phase1": sum(row["seconds"] for row in phase1),
+        "seconds_phase2": sum(row["seconds"] for row in phase2),
+    }
+
+
+def _deviation_fields(deviations: Mapping[str, float]) -> dict[str, Any]:
+    norm = math.sqrt(sum(deviation * deviation for deviation in deviations.values()))
+    return {"deviation_l2": norm, "deviation_by_layer": dict(deviations)}
+
+
+def _origin_fields(verdict: Verdict, opening: KeyOpening) -> dict[str, Any]:
+    return {
+        "bits_required": verdict.bits_required,
+        "public_key": opening.public_key.hex(),
+        "mtlsign": __version__,
+        "created": _now(),
+    }
+
+
+def _trained_share(phase2: Phase2Result) -> float | None:
+    """Return the share of matching bits in the last steps of training."""
+    return phase2.rows[-1].get("wm_accuracy") if phase2.rows else None
+
+
+def _warnings(phase2: Phase2Result, bits: int) -> list[str]:
+    classes, samples = phase2.measured.get("classes"), int(phase2.measured["primary_samples"])
+    warnings = (
+        key_size_warning(bits),
+        chance_warning(phase2.measured["primary_clean"], None if classes is None else int(classes), samples),
     )
+    return [warning for warning in warnings if warning]
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _kept_base_weights(base_weights: Tensors, detector: WatermarkDetector) -> Tensors:
@@ -192,7 +250,7 @@ def _verdict_fields(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _kit_info(settings: EmbedSettings, model_digest: str) -> dict[str, Any]:
+def _kit_info(settings: EmbedSettings, model_digest: str, verdict: Verdict) -> dict[str, Any]:
     return {
         "model_digest": model_digest,
         "task": settings.task,
@@ -200,7 +258,9 @@ def _kit_info(settings: EmbedSettings, model_digest: str) -> dict[str, Any]:
         "seed": settings.seed,
         "lr": settings.phase1.lr,
         **({} if settings.recipient is None else {"recipient": settings.recipient}),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "created": _now(),
+        "status": verdict.status,
+        "evidence_bits": verdict.evidence_bits,
         "versions": {"mtlsign": __version__, "torch": torch.__version__},
     }
 
@@ -210,6 +270,11 @@ def _scores(detector: WatermarkDetector, marked: Tensors, tapped: Tensors) -> di
     control = detector.with_control_key(0)
     scores = dict(zip(("marked", "w0"), signed_scores(detector, [marked, tapped]), strict=False))
     return scores | dict(zip(("wrong_key",), signed_scores(control, [marked]), strict=False))
+
+
+def in_network_order(tensors: Tensors, state: Mapping[str, Tensor]) -> Tensors:
+    """Return `tensors` in the order of a network's state dict; files sort them by name."""
+    return {name: tensors[name] for name in (*state, *tensors) if name in tensors}
 
 
 def parameter_deviation(base_weights: Mapping[str, Tensor], marked: Mapping[str, Tensor]) -> dict[str, float]:

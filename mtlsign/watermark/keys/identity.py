@@ -197,7 +197,9 @@ def _write_new_file(path: Path, data: bytes) -> None:
         atomic_write(path, data, exclusive=True, without_hard_links=True)
     except FileExistsError:
         raise KeyMaterialError(
-            f"{path} exists already. Choose another file, or delete it yourself.", field="owner"
+            f"{path} exists already, and is never replaced: its kits open with no other identity. Pass it as "
+            "--owner to use it, or choose another file.",
+            field="owner",
         ) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a path"
@@ -224,13 +226,31 @@ def read_passphrase(path: Path) -> bytes:
     """Read at most 1,024 bytes, without one line break at the end.
 
     Raises:
-        KeyMaterialError: the file is empty, too large or unreadable.
+        KeyMaterialError: the file is empty, too large, unreadable, or readable by other users.
     """
-    data, _ = _read(Path(path), _MAX_PASSPHRASE_BYTES, "passphrase_file")
+    data, mode = _read(Path(path), _MAX_PASSPHRASE_BYTES, "passphrase_file")
+    if mode & 0o077:
+        raise KeyMaterialError(f"Other users can read {path}. Run chmod 600 on it.", field="passphrase_file")
     passphrase = data.removesuffix(b"\n").removesuffix(b"\r")
     if not passphrase:
         raise KeyMaterialError(f"{path} is empty. Write a passphrase into it.", field="passphrase_file")
     return passphrase
+
+
+def load_identity(owner: Path | None, passphrase_file: Path | None) -> tuple[Identity, Path]:
+    """Return the identity and its file: `owner`, or the default one. Nothing is created.
+
+    Raises:
+        KeyMaterialError: there is no such file; see `Identity.load` and `read_passphrase`.
+    """
+    passphrase = None if passphrase_file is None else read_passphrase(passphrase_file)
+    path = default_identity_path() if owner is None else Path(owner)
+    if not path.exists():
+        raise KeyMaterialError(
+            f"There is no owner identity at {path}. Copy the owner's identity file to it, or pass --owner.",
+            field="owner",
+        )
+    return Identity.load(path, passphrase), path
 
 
 def load_or_create_identity(owner: Path | None, passphrase_file: Path | None) -> tuple[Identity, Path, bool]:

@@ -28,6 +28,10 @@ def test_main_version_help_and_no_command(capsys: pytest.CaptureFixture[str]) ->
     assert code == 0 and all(name in text for name in commands.COMMANDS)
     code, out, err = outcome(capsys)
     assert (code, out, err) == (2, "", text)
+    for flags in (("-V",), ("verify", "--version")):
+        assert outcome(capsys, *flags) == (0, f"mtlsign {mtlsign.__version__}\n", "")
+    assert outcome(capsys, "verify", "-h") == outcome(capsys, "verify", "--help")
+    assert outcome(capsys, "xyz")[2] == "error: The command 'xyz' is unknown. See mtlsign --help.\n"
     assert outcome(capsys, "embbed") == (
         2,
         "",
@@ -53,6 +57,23 @@ def test_command_without_a_required_setting_is_one_line(
 ) -> None:
     code, out, err = outcome(capsys, name)
     assert (code, out) == (2, "") and err.startswith("error: ") and err.endswith("is required. See --help.\n")
+
+
+def test_command_without_several_required_settings_names_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome(capsys, "verify") == (
+        2, "", "error: model: This setting, like --kit, is required. See --help.\n",
+    )  # fmt: skip
+
+
+def test_misspelt_flag_is_reported_before_torch_and_ray_are_imported() -> None:
+    code = (
+        "import sys\nfrom mtlsign.commands import main\n"
+        "try:\n    main(['embed', '--stpes', '3'])\n"
+        "finally:\n    print(*sorted({'torch', 'ray', 'numpy', 'matplotlib'} & set(sys.modules)))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "\n")
+    assert result.stderr == "error: --stpes: Unknown setting. Did you mean 'phase2.steps'?\n"
 
 
 def test_command_unknown_name_raises_settings_error() -> None:

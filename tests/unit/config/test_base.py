@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from mtlsign.config.attack import AttackSettings
 from mtlsign.config.base import Settings, dump, field_info, setting_names
 from mtlsign.config.embed import RECIPES, EmbedSettings, Phase1Settings
 from mtlsign.config.service import ServiceSettings
+from mtlsign.config.sources import command_line
 from mtlsign.config.verify import VerifySettings
 from mtlsign.errors import SettingsError
 
@@ -169,7 +171,17 @@ def test_with_defaults_of_spread_head_fill_every_setting() -> None:
     assert (perturbation.tuning_distillation, settings.phase2.task_loss) == (1.0, 1.0)
     assert (settings.phase2.steps, settings.phase2.lr) == (500, 0.00025)
     assert settings.with_defaults() == settings
-    open_settings = {"owner", "passphrase_file", "endpoint", "data", "weights", "layers", "taps", "run"}
+    open_settings = {
+        "owner",
+        "passphrase_file",
+        "endpoint",
+        "data",
+        "weights",
+        "weights_key",
+        "layers",
+        "taps",
+        "run",
+    }
     open_settings |= {"carrier_size", "base_kit", "recipient", "resume", "cpus_per_worker"}
     empty = {name for name, value in settings.flat_dump().items() if value is None}
     assert {name.replace("-", "_") for name in empty} <= open_settings, "a default is missing"
@@ -306,3 +318,26 @@ def test_of_secret_is_not_repeated_in_the_error(value: object) -> None:
     assert "abab" not in str(caught.value) and str(0xABABAB) not in str(caught.value)
     with pytest.raises(SettingsError, match="got '70000'"):
         ServiceSettings.of({"port": 70_000, "signing_key": "ab" * 64})
+
+
+def test_flags_name_every_setting_that_differs_from_its_default() -> None:
+    settings = AttackSettings.of(
+        {
+            "model": "a b",
+            "attacks": "int8",
+            "seed": 3,
+            "keep_models": False,
+            "other_marked_models": ["x", "y"],
+        }
+    )
+    flags = ["--seed", "3", "--model", "a b", "--attacks", "int8", "--other-marked-models", "x"]
+    flags += ["--other-marked-models", "y", "--no-keep-models"]
+    assert sorted(settings.flags()) == sorted(flags)
+    assert (
+        AttackSettings.of(command_line(AttackSettings, settings.flags(), description="", program="x"))
+        == settings
+    )
+    assert settings.flags(without={"seed", "keep_models", "other_marked_models", "model"}) == [
+        "--attacks",
+        "int8",
+    ]

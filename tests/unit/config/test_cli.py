@@ -208,3 +208,21 @@ def test_job_positional_and_variants_select_setting_and_command() -> None:
     second(["--kit", "k", "--model=n"])
     second(["--model", "m", "--kit", "k", "--gamma=0.8"])
     assert calls == [("second", "m"), ("second", "n"), ("first", "k")]
+
+
+@pytest.mark.parametrize(
+    ("problem", "code"), [(None, 0), ("The model is rejected. Raise --phase2.steps.", 3)]
+)
+def test_job_with_problem_prints_its_output_and_exits_with_3(
+    problem: str | None, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @cli.job(Settings)
+    def embed(settings: Settings) -> cli.Output:
+        """Return an output."""
+        return cli.Output({"a": 1}, "text", problem=problem)
+
+    for flags, out in (((), "text\n"), (("--json",), '{\n "a": 1\n}\n')):
+        with pytest.raises(SystemExit) as ended:
+            cli.run(embed, flags)
+        assert ended.value.code == code
+        assert capsys.readouterr() == (out, "" if problem is None else f"error: {problem}\n")

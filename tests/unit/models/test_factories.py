@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mtlsign.errors import ModelError
-from mtlsign.models.factories import load_factory
+from mtlsign.models.factories import load_factory, trusted_factories
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,12 @@ def test_load_factory_returns_function() -> None:
 def test_load_factory_with_unknown_function_names_setting(field: str) -> None:
     with pytest.raises(ModelError, match=f"^{field}: "):
         load_factory("json:dumpz", field=field)
+
+
+def test_trusted_factories_accept_another_name_of_the_spec() -> None:
+    path = "json:dumps"
+    assert trusted_factories(None) == {}
+    assert trusted_factories(path) == {path: json.dumps}
+    assert trusted_factories(f"__main__:Net={path}") == {"__main__:Net": json.dumps}
+    with pytest.raises(ModelError, match=r"^trusted-factory: "):
+        trusted_factories("__main__:Net=")

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from mtlsign.reports import console
+from mtlsign.reports.attack_console import format_result
 from mtlsign.reports.embedding_console import EmbedLine
 
 
@@ -45,3 +46,28 @@ def test_table_and_print_json_are_plain(capsys: pytest.CaptureFixture[str]) -> N
     assert json.loads(capsys.readouterr().out) == {"b": 1, "a": [0.5]}
     with pytest.raises(ValueError):
         console.print_json({"a": float("nan")})
+
+
+def test_embed_line_of_any_row_fits_80_columns_and_keeps_bits_and_time(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = EmbedLine()
+    row = {"wm_loss": 12.345, "snapshot_loss": 12.345, "distillation_loss": 12.3456, "wm_accuracy": 1.0}
+    row |= {"snapshot_accuracy": 1.0, "of": 1_000_000, "phase": "mark"}
+    line.row({**row, "step": 10})
+    line.row({**row, "step": 999_000})
+    line.end()
+    line.row({"phase": "clean", "epoch": 9999, "of": 10_000, "loss": 12.345, "validation_accuracy": 0.5})
+    line.end()
+    for text in capsys.readouterr().err.splitlines():
+        assert len(text) < 80 and ("phase 1" in text or "bits 100.0%" in text), text
+
+
+def test_attack_line_fits_80_columns_and_starts_with_removal() -> None:
+    row = {
+        "attack": "ftal", "setting": "lr=quarter", "status": "ok", "verdict": "rejected",
+        "evidence_bits": 1024.0, "points_lost": 10.25, "removed": True, "seconds": 1234.5,
+    }  # fmt: skip
+    text = format_result(row)
+    assert text == "REMOVED · ftal lr=quarter · evidence 1024 bits, +10.25 points lost · 1234.5 s"
+    assert len(f" 12/40 {format_result(row | {'removed': False})}") < 80

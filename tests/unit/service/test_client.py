@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -92,3 +93,12 @@ def test_client_with_private_authority_verifies_over_tls(
             Client(url.replace("localhost", "127.0.0.1"), "t", ca=cert, timeout_s=0.5) as client,
         ):
             client.keys()  # another name than the certificate's
+
+
+def test_client_warns_before_it_sends_token_over_plain_http() -> None:
+    with pytest.warns(UserWarning, match="unencrypted"):
+        Client("http://verify.example.org:8000", "t")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for url in ("http://127.0.0.1:8000", "http://localhost", "http://[::1]:1", "https://a.example.org"):
+            Client(url, "t")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -154,3 +156,45 @@ def test_open_atomic_with_exception_in_block_writes_nothing(tmp_path: Path) -> N
         file.write(b"part")
         raise SimulatedCrash
     assert list(tmp_path.iterdir()) == []
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_private_child_has_private_folders_and_files_whatever_the_umask(tmp_path: Path) -> None:
+    previous = os.umask(0)
+    try:
+        store = open_storage(str(tmp_path / "new" / "store"))
+        folder = store.child("runs", private=True).child("one")
+        folder.write("checkpoints/mark.pt", b"secret")
+        folder.write("settings.json", b"{}", if_absent=True)
+        pickle.loads(pickle.dumps(folder)).child("cells").child("a").write("deep/state.pt", b"secret")
+        store.child("models").write("digest/model.safetensors", b"public")
+    finally:
+        os.umask(previous)
+    private = [tmp_path / "new/store/runs", *(tmp_path / "new/store/runs").rglob("*")]
+    assert {mode_of(path) for path in private if path.is_dir()} == {0o700}
+    assert {mode_of(path) for path in private if path.is_file()} == {0o600}
+    assert mode_of(tmp_path / "new/store") == 0o777
+    assert mode_of(tmp_path / "new/store/models/digest/model.safetensors") == 0o666
+
+
+def test_private_child_does_not_change_folder_of_its_user(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir(mode=0o750)
+    open_storage(str(tmp_path)).child("runs", private=True).write("one/file", b"secret")
+    assert (mode_of(tmp_path / "runs"), mode_of(tmp_path / "runs/one")) == (0o750, 0o700)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_write_on_full_disk_names_cause_and_resumption(
+    code: int, store: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"^storage: The disk has no space for .*state.pt\..*--resume\.$"):
+        store.write("state.pt", b"data")
+    monkeypatch.undo()
+    assert store.list() == []

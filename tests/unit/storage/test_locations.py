@@ -37,6 +37,37 @@ def test_open_storage_endpoint_is_the_same_for_boto3_and_ray(monkeypatch: pytest
         open_storage(full, endpoint="http://127.0.0.1:8334")
 
 
+def test_open_storage_prefix_is_literal_and_escaped_for_ray() -> None:
+    opened = open_storage("s3://bucket/my models/größe 100%20")
+    assert opened.uri == "s3://bucket/my models/größe 100%20"
+    assert opened.ray_path() == "s3://bucket/my%20models/gr%C3%B6%C3%9Fe%20100%2520"
+    assert opened.child("run é").uri.endswith("/run é")
+    with pytest.raises(StorageError, match="cannot be part of a location"):
+        opened.child("a#b")
+    folder, name = open_file("s3://bucket/my models/x ü.safetensors")
+    assert (folder.uri, name) == ("s3://bucket/my models", "x ü.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "message"),
+    [
+        ("localhost:9000", "lacks its scheme. Write http://localhost:9000 "),
+        ("minio", "lacks its scheme"),
+        ("ftp://h:1", "Write http://HOST:PORT or https://HOST:PORT"),
+        ("http://h:9000/path", "Write http://HOST:PORT"),
+        ("http//h:9000", "Write http://HOST:PORT"),
+    ],
+)
+def test_open_storage_invalid_endpoint_names_remedy(
+    endpoint: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StorageError, match=f"^endpoint: .*{message}"):
+        open_storage("s3://bucket/x", endpoint=endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(StorageError, match=message):
+        open_storage("s3://bucket/x")
+
+
 def test_open_file_splits_location_into_folder_and_name(tmp_path: Path) -> None:
     folder, name = open_file(f"s3://bucket/m/x.safetensors?{SERVER}")
     assert (folder.uri, name) == (f"s3://bucket/m?{SERVER}", "x.safetensors")
@@ -56,7 +87,8 @@ def test_open_file_splits_location_into_folder_and_name(tmp_path: Path) -> None:
         "s3:bucket",
         "s3://",
         "s3://B/x",
-        "s3://bucket/a b",
+        "s3://bucket/a//b",
+        "s3://bucket/a\tb",
         "s3://bucket/../x",
         "s3://bucket/x?a=b",
         "s3://bucket/x?region=a&region=b",

@@ -103,6 +103,47 @@ def test_write_manifest_folder_with_racing_writers_commits_one_content(store: St
     assert any(successes) and read_manifest_folder(store)["same"] == b"same"
 
 
+class OvertakenStorage(LocalStorage):
+    """Storage in which another writer commits its files immediately before the k-th write."""
+
+    def __init__(self, root: Path, overtaken_write: int) -> None:
+        super().__init__(root)
+        self.overtaken_write = overtaken_write
+
+    def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
+        self.overtaken_write -= 1
+        if self.overtaken_write == 0:
+            write_manifest_folder(LocalStorage(self.root), FILES, replace_uncommitted=False)
+        return super().write(name, data, if_absent=if_absent)
+
+
+@pytest.mark.parametrize("overtaken_write", range(1, len(FILES) + 2))
+@pytest.mark.parametrize("shared", [True, False])
+def test_losing_writer_does_not_damage_committed_folder(
+    store: Storage, overtaken_write: int, shared: bool
+) -> None:
+    other = {**FILES, "b.bin": b"of the loser", "README.md": b"card of the loser\n"}
+    racing = OvertakenStorage(Path(store.uri), overtaken_write)
+    if not shared and overtaken_write > 2:
+        return  # a run has one writer, whose own files are replaced until it commits
+    with pytest.raises(ArtifactError, match="already holds"):
+        write_manifest_folder(racing, other, replace_uncommitted=not shared)
+    if store.exists(MANIFEST):
+        assert read_manifest_folder(store) == FILES
+
+
+def test_shared_folder_with_leftover_of_other_writer_names_remedy(store: Storage) -> None:
+    store.write("a.bin", b"of another writer")
+    with pytest.raises(
+        ArtifactError, match=r"already holds another a\.bin\. Delete that folder if no other job"
+    ):
+        write_manifest_folder(store, FILES, replace_uncommitted=False)
+    store.delete("a.bin")
+    store.write("b.bin", FILES["b.bin"])
+    write_manifest_folder(store, FILES, replace_uncommitted=False)
+    assert read_manifest_folder(store) == FILES
+
+
 def test_read_manifest_folder_respects_limits_and_names(store: Storage) -> None:
     write_manifest_folder(store, FILES)
     store.write("unlisted", b"not read")

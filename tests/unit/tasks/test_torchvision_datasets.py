@@ -13,7 +13,7 @@ import torch
 from torchvision import datasets
 
 from mtlsign.errors import DataError
-from mtlsign.tasks import SPLITS, load_task
+from mtlsign.tasks import SPLITS, load_task, torchvision_datasets
 
 
 def write_idx(root: Path, folder: str, counts: tuple[int, int] = (40, 10)) -> None:
@@ -42,6 +42,17 @@ def test_load_task_reads_idx_files(tmp_path: Path, name: str, folder: str) -> No
     (tmp_path / folder / "raw" / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03 broken")
     with pytest.raises(DataError, match="damaged"):
         load_task(name, data=tmp_path)
+
+
+def test_load_task_with_files_of_another_data_set_raises_data_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_idx(tmp_path, "FashionMNIST")
+    labels = tmp_path / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    digest = hashlib.md5(labels.read_bytes()).hexdigest()
+    monkeypatch.setitem(torchvision_datasets.OFFICIAL_FILES, digest, ("mnist", labels.name))
+    with pytest.raises(DataError, match="t10k-labels-idx1-ubyte of mnist"):
+        load_task("fashion-mnist", data=tmp_path)
 
 
 def test_load_task_with_share_keeps_same_samples_for_all_seeds(tmp_path: Path) -> None:

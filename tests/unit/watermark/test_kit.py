@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtlsign.config.verify import VerifySettings
 from mtlsign.errors import ArtifactError, KeyMaterialError, MTLSignError
 from mtlsign.storage.base import Storage
 from mtlsign.storage.locations import open_storage
+from mtlsign.watermark.keys.identity import default_identity_path, load_or_create_identity
 from mtlsign.watermark.keys.opening import KeyOpening
 from mtlsign.watermark.keys.sealing import EncryptionSecret, encrypt_envelope
-from mtlsign.watermark.kit import KIT_PURPOSE, OwnerKit, read_kit, write_kit
+from mtlsign.watermark.kit import KIT_PURPOSE, OwnerKit, kit_owner, open_kit, read_kit, write_kit
 
 SECRET = EncryptionSecret.from_kit_key(bytes(32))
 
@@ -91,3 +94,43 @@ def test_read_kit_of_any_content_raises_only_mtlsign_error(
     except MTLSignError:
         return
     assert kit.opening == _kit().opening
+
+
+def opened_kit(kit: str, **changes: object) -> VerifySettings:
+    return VerifySettings.of({"model": ["x"], "kit": kit, **changes})
+
+
+def test_open_kit_without_identity_names_owner_and_creates_none(store: Storage) -> None:
+    folder = f"{store.uri}/kits/{write_kit(store, _kit(), SECRET)}"
+    for location in (folder, f"{folder}/kit.sealed"):
+        with pytest.raises(
+            KeyMaterialError, match=f"^owner: The kit belongs to identity {'01' * 32}, and there is no"
+        ):
+            open_kit(opened_kit(location), location)
+    store.delete(folder.removeprefix(f"{store.uri}/") + "/owner.json")
+    with pytest.raises(KeyMaterialError, match="There is no owner identity at"):
+        open_kit(opened_kit(f"{folder}/kit.sealed"), f"{folder}/kit.sealed")
+    assert not default_identity_path().exists()
+
+
+def test_open_kit_of_other_identity_names_both(store: Storage) -> None:
+    folder = f"{store.uri}/kits/{write_kit(store, _kit(), SECRET)}"
+    identity, _, _ = load_or_create_identity(None, None)
+    with pytest.raises(
+        KeyMaterialError,
+        match=f"belongs to identity {'01' * 32}, not to {identity.public_key.hex()}. Pass the identity file",
+    ):
+        open_kit(opened_kit(folder), folder)
+
+
+def test_open_kit_of_own_identity_or_without_owner_file_opens(store: Storage) -> None:
+    identity, _, _ = load_or_create_identity(None, None)
+    kit = replace(_kit(), opening=replace(_kit().opening, public_key=identity.public_key))
+    kit_id = write_kit(store, kit, EncryptionSecret.from_kit_key(identity.kit_key))
+    folder = f"{store.uri}/kits/{kit_id}"
+    assert open_kit(opened_kit(folder), folder) == kit and kit_owner(folder) == identity.public_key.hex()
+    for content in (b"{}", b"[", b'{"public_key": "<b>"}', None):
+        store.delete(f"kits/{kit_id}/owner.json")
+        if content is not None:
+            store.write(f"kits/{kit_id}/owner.json", content)
+        assert kit_owner(folder) is None and open_kit(opened_kit(folder), folder) == kit

@@ -12,7 +12,7 @@ import pytest
 from mtlsign.config.base import dump
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.config.reproduce import ReproduceSettings
-from mtlsign.errors import MTLSignError, SettingsError
+from mtlsign.errors import ArtifactError, MTLSignError, SettingsError
 from mtlsign.experiments.paper_studies import random_keys, run
 from mtlsign.storage.locations import open_storage
 from mtlsign.tasks import Task
@@ -150,3 +150,14 @@ def test_random_keys_resume_with_changed_setting_raises(
             study("random_keys", storage=str(tmp_path), resume="t", keys=120, data=tmp_path, quiet=True)
         )
     assert trained[0].seed == 4 and trained[0].data == tmp_path
+
+
+@pytest.mark.parametrize("data", [b"", b"[0.5", b"{}", b'["a"]', b"\xff", b"[NaN]"])
+def test_random_keys_resumed_with_damaged_accuracies_names_file(data: bytes, tmp_path: Path) -> None:
+    opened, settings = run.StudyRun.open(study("random_keys", storage=str(tmp_path), run="t"))
+    opened.reserve_name(settings)
+    opened.save_accuracies("keyed", 0, [0.5, 1.0])
+    assert opened.load_accuracies("keyed", 0) == [0.5, 1.0]
+    opened.folder.write("keyed-0-accuracies.json", data)
+    with pytest.raises(ArtifactError, match=r"keyed-0-accuracies\.json of run 't' is damaged\. Delete it"):
+        opened.load_accuracies("keyed", 0)

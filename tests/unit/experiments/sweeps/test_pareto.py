@@ -19,6 +19,7 @@ group_lists = st.lists(
             "evidence_bits_attacked": numbers,
             "deviation_l2": numbers,
             "lambda1": numbers,
+            "evidence_bits": st.sampled_from([9.0, 120.0, 700.0]),
             "n": st.integers(1, 3),
             "cells": st.just(3),
         }
@@ -48,19 +49,20 @@ def test_pareto_front_holds_exactly_the_groups_that_none_dominates(groups: list[
 def test_recommend_prefers_complete_groups_within_accuracy_drop(
     groups: list[dict[str, float]], max_accuracy_drop: float
 ) -> None:
-    best, reason = recommend(groups, max_accuracy_drop)
-    if not groups:
-        assert best is None and reason
+    best, reason = recommend(groups, max_accuracy_drop, 120.0)
+    accepted = [group for group in groups if group["evidence_bits"] >= 120]
+    if not accepted:
+        assert best is None and (not groups or "no combination reaches the required 120 bits" in reason)
         return
-    assert best is not None
-    complete = [group for group in groups if group["n"] == 3]
+    assert best is not None and best["evidence_bits"] >= 120
+    complete = [group for group in accepted if group["n"] == 3]
     assert best["n"] == 3 or (not complete and f"only {best['n']} of its 3 cells" in reason)
     assert ("are excluded" in reason) == (0 < len(complete) < len(groups))
-    within = [group for group in complete or groups if group["drop_points"] <= max_accuracy_drop]
+    within = [group for group in complete or accepted if group["drop_points"] <= max_accuracy_drop]
     if within:
         assert best["evidence_bits_attacked"] == max(group["evidence_bits_attacked"] for group in within)
     else:
-        assert best["drop_points"] == min(group["drop_points"] for group in complete or groups)
+        assert best["drop_points"] == min(group["drop_points"] for group in complete or accepted)
 
 
 def test_aggregate_over_seeds_averages_only_finished_cells() -> None:

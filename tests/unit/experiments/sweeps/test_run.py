@@ -35,7 +35,7 @@ def test_run_sweep_job_writes_tables_and_deletes_base_weights(tmp_path: Path) ->
     lines: list[str] = []
     progress: list[Mapping[str, Any]] = []
     result = run_sweep_job(
-        tiny_sweep(storage=str(tmp_path), run="s", set=SHORT),
+        tiny_sweep(storage=str(tmp_path), run="s", set=SHORT, min_evidence_bits=0),
         LocalSweepBackend(lines.append, progress.append),
         log=lines.append,
     )
@@ -45,7 +45,15 @@ def test_run_sweep_job_writes_tables_and_deletes_base_weights(tmp_path: Path) ->
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     cells = {f"cells/{row['cell']}/result.json" for row in result["rows"]}
     assert names == cells | {
-        *("settings.json", "manifest.json", "result.json", "cells.csv", "cells.parquet", "report.html")
+        *(
+            "settings.json",
+            "space.json",
+            "manifest.json",
+            "result.json",
+            "cells.csv",
+            "cells.parquet",
+            "report.html",
+        )
     }
     table = list(csv.DictReader(io.StringIO((folder / "cells.csv").read_text())))
     assert set(table[0]) >= COLUMNS and len(table) == 4
@@ -99,6 +107,8 @@ def test_run_sweep_job_with_failed_cell_stays_resumable(
     assert (folder / "report.html").exists() and (folder / "clean").exists()
     assert not (folder / "manifest.json").exists()
     attack_names.append("resumed")
+    assert first["recommended"] is None and "no combination reaches the required 120 bits" in first["why"]
+    assert "No combination of the 4 cells is recommended" in (folder / "report.html").read_text()
     second = run_sweep_job(resumed_sweep(tmp_path), LocalSweepBackend(), log=lines.append)
     repeated = attack_names[attack_names.index("resumed") + 1 :]
     assert repeated == [attack_names[0]], "more than the failed attack was repeated"

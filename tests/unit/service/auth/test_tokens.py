@@ -75,3 +75,12 @@ def test_tokens_expired_or_malformed_are_refused(
     cookie = service.client.post("/session", data={"token": service.token()}).headers["set-cookie"]
     answer = service.verify(claim_fixtures.claim(), headers={"Cookie": cookie.partition(";")[0]})
     assert problem_type(answer.json()) == "unauthenticated"  # sessions are for pages only
+
+
+def test_sessions_of_one_token_are_bounded_and_the_newest_stay(service: ServiceHarness) -> None:
+    database, text = service.state.database, service.token()
+    sessions = [tokens.open_session(database, text) for _ in range(tokens.MAX_SESSIONS + 5)]
+    other = tokens.open_session(database, service.token())
+    valid = [tokens.token_of_session(database, secret) is not None for secret in sessions]
+    assert valid == [False] * 5 + [True] * tokens.MAX_SESSIONS
+    assert tokens.token_of_session(database, other) is not None

@@ -7,8 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mtlsign.config.service import ServiceSettings
 from mtlsign.service.fetch.model_cache import ModelFetcher
+from mtlsign.service.problems import Problem
 from tests.unit.service.fixtures import problem_kind
 
 
@@ -48,3 +51,35 @@ def test_fetch_model_checks_size_first_and_bounds_cache(tmp_path: Path) -> None:
     before = fetcher.downloads
     assert fetcher.fetch_model(f"file://{inside}/3.safetensors")[2]
     assert fetcher.downloads == before  # from the cache
+
+
+def test_fetch_model_of_another_format_states_the_format_and_the_fix(tmp_path: Path) -> None:
+    inside = tmp_path / "in"
+    for name in ("hf/config.json", "hf/model.safetensors", "old/config.json", "old/pytorch_model.bin",
+                 "split/model.safetensors.index.json", "empty/README.md", "weights"):  # fmt: skip
+        (inside / name).parent.mkdir(parents=True, exist_ok=True)
+        (inside / name).write_bytes(b"x")
+    fetcher = make_fetcher(tmp_path)
+    for name, kind, words in (
+        ("model.pt", "not-a-model", "PyTorch file (.pt)"), ("a/model.ckpt", "not-a-model", "save_file"),
+        ("llm.GGUF", "not-a-model", "GGUF file"), ("hf", "not-a-model", "add /model.safetensors"),
+        ("old", "not-a-model", "safe_serialization"), ("split", "not-a-model", "several files"),
+        ("empty", "not-a-model", "folder without a manifest.json"),
+        ("none", "unreachable", "No file or folder"),
+        ("weights", "not-a-model", "does not end in .safetensors"),
+    ):  # fmt: skip
+        with pytest.raises(Problem) as caught:
+            fetcher.fetch_model(f"file://{inside}/{name}")
+        assert caught.value.kind == kind and words in caught.value.detail, name
+
+
+def test_uploaded_file_of_another_format_is_named(tmp_path: Path) -> None:
+    fetcher = make_fetcher(tmp_path)
+    for data, words in ((b"PK\x03\x04....", "PyTorch"), (b"GGUF....", "GGUF"), (b"\x80\x02}q", "pickle")):
+        with fetcher.uploads.pending_file() as file:
+            file.write(data)
+            location = f"sha256:{file.digest}"
+            file.commit()
+        with pytest.raises(Problem, match="not-a-model") as caught:
+            fetcher.fetch_model(location)
+        assert words in caught.value.detail

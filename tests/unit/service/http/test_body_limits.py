@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,9 +14,10 @@ from typing import Any
 import pytest
 
 from mtlsign.config.service import ServiceSettings
+from mtlsign.service.auth.request_tokens import TokenReader, token_id_of_request
 from mtlsign.service.http.body_limits import BodyLimitMiddleware, release_body
 from tests.unit.service.fakes import SlowBackend
-from tests.unit.service.fixtures import ClaimFixtures, ServiceFactory
+from tests.unit.service.fixtures import ClaimFixtures, ServiceFactory, ServiceHarness, serve_on_socket
 
 
 def run_limits(messages: Any, settings: ServiceSettings, proxy: bool = False) -> int:
@@ -100,8 +103,9 @@ def test_proxy_without_ingress_answers_503_with_retry_after() -> None:
 
 
 def run_concurrent_bodies(
-    settings: ServiceSettings, proxy: bool, *bodies: tuple[str, int, bool], waits: bool = False
-) -> list[int]:
+    settings: ServiceSettings, proxy: bool, *bodies: tuple[str, int, bool], waits: bool = False,
+    identify: Any = None,
+) -> list[int]:  # fmt: skip
     """Return the statuses of bodies that arrive one after another and stay open; 0: no response yet.
 
     Args:
@@ -109,6 +113,7 @@ def run_concurrent_bodies(
         proxy: run the middleware of Ray's proxy.
         bodies: (client address, bytes, whether the body ends).
         waits: the application releases the body and delays its response.
+        identify: lookup of tokens; the Authorization header of a body is its client address.
     """
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -119,7 +124,7 @@ def run_concurrent_bodies(
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     async def run() -> list[int]:
-        limits = BodyLimitMiddleware(app, settings, proxy)
+        limits = BodyLimitMiddleware(app, settings, proxy, identify=identify)
         codes, tasks = [0] * len(bodies), []
         for i, (address, size, ends) in enumerate(bodies):
             messages = [{"type": "http.request", "body": b"x" * size, "more_body": not ends}]
@@ -132,11 +137,11 @@ def run_concurrent_bodies(
 
             scope = {
                 "type": "http", "method": "POST", "path": "/v1/verifications", "client": (address, 1),
-                "headers": [(b"transfer-encoding", b"chunked")],
+                "headers": [(b"transfer-encoding", b"chunked"), (b"authorization", address.encode())],
             }  # fmt: skip
             tasks.append(asyncio.create_task(limits(scope, receive, send)))
             for _ in range(10):
-                await asyncio.sleep(0)
+                await asyncio.sleep(0 if identify is None else 0.005)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -157,6 +162,63 @@ def test_four_large_bodies_leave_memory_for_other_clients(tmp_path: Path) -> Non
         assert run(*held, ("10.0.0.2", large, True), ("10.0.0.2", 9000, True))[4:] == [503, 200]
         many = [(f"10.0.1.{i}", large, True) for i in range(8)]
         assert run(*many, waits=True) == [0] * 8  # parsed bodies do not count against the limit
+
+
+def test_bodies_without_token_leave_all_memory_to_clients_with_token(tmp_path: Path) -> None:
+    settings = ServiceSettings.of({"state_dir": tmp_path, "max_body_mb": 1})
+    large = 2**20 - 100
+
+    def identify(headers: Any) -> str | None:
+        name = headers[b"authorization"].decode()
+        return name if name.startswith("valid") else None
+
+    for proxy in (False, True):
+        run = partial(run_concurrent_bodies, settings, proxy, identify=identify)
+        unfinished = [(f"attacker{i}", large, False) for i in range(4)]
+        assert run(*unfinished, ("valid", large, True), ("none", 9000, True)) == [401] * 4 + [200, 200]
+        held = [("valid1", large, False)] * 2
+        assert run(*held, ("valid1", large, True), ("valid2", large, True)) == [0, 0, 503, 200]
+
+
+def test_body_counts_by_address_if_tokens_cannot_be_read(tmp_path: Path) -> None:
+    settings = ServiceSettings.of({"state_dir": tmp_path, "max_body_mb": 1})
+    identify = partial(token_id_of_request, TokenReader(tmp_path / "missing"))
+    held = [(f"Bearer mtls_{'0' * 12}_{'0' * 64}", 2**20 - 100, False)] * 3
+    assert run_concurrent_bodies(settings, True, *held, identify=identify) == [0, 0, 503]
+
+
+def test_service_refuses_large_body_without_token_before_it_arrives(service: ServiceHarness) -> None:
+    with serve_on_socket(service) as url:
+        host, _, port = url.removeprefix("http://").partition(":")
+        for path, expected in (("/v1/verifications", b" 401 "), ("/v1/models/" + "0" * 64, b" 401 "),
+                               ("/checks", b" 303 ")):  # fmt: skip
+            method = "PUT" if "models" in path else "POST"
+            head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 900000\r\n\r\n"
+            with socket.create_connection((host, int(port)), timeout=10) as connection:
+                connection.sendall(head.encode() + b"x" * 100)
+                assert expected in connection.recv(4096).partition(b"\r\n")[0]
+
+
+def test_client_that_breaks_off_is_no_internal_error(
+    service: ServiceHarness, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", logger="mtlsign.service")
+    monkeypatch.setattr(logging.getLogger("mtlsign.service"), "propagate", True)
+    with serve_on_socket(service) as url:
+        host, _, port = url.removeprefix("http://").partition(":")
+        token = service.token()
+        for path in ("/v1/verifications", "/session", "/v1/models/" + "0" * 64):
+            method = "PUT" if "models" in path else "POST"
+            head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+            head += "Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 9000\r\n\r\n"
+            with socket.create_connection((host, int(port)), timeout=10) as connection:
+                connection.sendall(head.encode() + b"x" * 100)
+                time.sleep(0.2)
+        end = time.monotonic() + 10
+        while caplog.text.count("client_disconnected") < 3 and time.monotonic() < end:
+            time.sleep(0.05)
+    assert caplog.text.count("client_disconnected") == 3, caplog.text
+    assert "internal_error" not in caplog.text and "Traceback" not in caplog.text
 
 
 def test_waiting_request_releases_memory_of_its_body(

@@ -94,7 +94,7 @@ def test_uploads_are_checked_owned_and_expire(
     )
     service.state.database.execute("UPDATE uploads SET expires=1")
     assert_problem(service.client.get(path, headers=mine), "not-found")
-    assert service.state.database.delete_expired(1e9) == set()
+    assert service.state.database.delete_expired(1e9, 10**9) == set()
     os.utime(service.state.uploads.path(claim_fixtures.digest), (0, 0))
     service.state.uploads.delete_unreferenced(set())
     assert not service.state.uploads.has(claim_fixtures.digest)

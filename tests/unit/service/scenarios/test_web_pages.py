@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -60,6 +63,58 @@ def test_claim_form_leads_to_signed_verdict(service: ServiceHarness, claim_fixtu
     assert service.client.get(address).headers["location"] == "/"
 
 
+def test_uploaded_files_of_form_are_verified_and_listed_in_history(
+    service: ServiceHarness, claim_fixtures: ClaimFixtures
+) -> None:
+    files = {
+        "model": ("m.safetensors", claim_fixtures.model_bytes),
+        "bundle": ("claim.json", json.dumps(claim_fixtures.right_bundle).encode()),
+    }
+    assert service.client.post("/uploads", files=files).headers["location"] == "/"
+    sign_in(service)
+    foreign = {"Origin": "https://evil.example.org"}
+    assert service.client.post("/uploads", files=files, headers=foreign).status_code == 403
+    address = service.client.post("/uploads", files=files).headers["location"]
+    query = parse_qs(urlsplit(address).query)
+    assert query["model"] == [f"sha256:{claim_fixtures.digest}"]
+    form = service.client.get(address).text
+    assert query["model"][0] in form and query["bundle"][0] in form and "no request yet" in form
+    fields = {name: values[0] for name, values in query.items()}
+    address, page = submit_form(service, fields)
+    assert "Accepted" in page and 'class="id"' in page
+    page = service.client.get("/").text
+    assert f'href="{address}"' in page and "1 accepted" in page
+    sign_in(service)  # another token
+    assert address not in service.client.get("/").text
+    for broken in ({"model": ("m", b"")}, {"other": ("m", b"x")}, {}):
+        answer = service.client.post("/uploads", files=broken, headers={"Accept": "text/html"})
+        assert answer.status_code in (400, 415, 422) and "card bad" in answer.text
+
+
+def test_session_cookie_over_https_has_host_prefix(start_service: ServiceFactory) -> None:
+    service = start_service(public_url="https://verify.example.org")
+    service.client.base_url = "https://testserver"
+    answer = service.client.post("/session", data={"token": service.token()})
+    cookie = answer.headers["set-cookie"]
+    assert cookie.startswith("__Host-mtlsign_session=") and "Secure" in cookie and "Path=/;" in cookie
+    assert "domain" not in cookie.lower()
+    assert "Your requests" in service.client.get("/").text
+    service.client.cookies.clear()
+    other = {"Cookie": f"mtlsign_session={cookie.partition('=')[2].partition(';')[0]}"}
+    assert "Your requests" not in service.client.get("/", headers=other).text
+
+
+def test_page_names_its_script_with_its_digest(service: ServiceHarness) -> None:
+    sign_in(service)
+    page = service.client.get("/")
+    script = service.client.get("/page.js")
+    digest = base64.b64encode(hashlib.sha384(script.content).digest()).decode()
+    assert f'src="/page.js" integrity="sha384-{digest}"' in page.text and page.text.count("<script") == 1
+    policy = page.headers["content-security-policy"]
+    assert "script-src 'self';" in policy and "unsafe" not in policy
+    assert script.headers["content-type"].startswith("text/javascript")
+
+
 @pytest.mark.skipif(
     chromium_driver.BINARY is None, reason="no Chromium on this machine (Debian: apt install chromium)"
 )
@@ -75,6 +130,8 @@ def test_pages_in_chromium_are_usable_by_keyboard(
         {"state_dir": tmp_path / "state", "allowed_locations": [f"file://{claim_fixtures.folder}"]}
     )
     backend = BlockedBackend(Verifier(settings))
+    bundle_file = tmp_path / "claim.json"
+    bundle_file.write_text(json.dumps(claim_fixtures.right_bundle))
     service = start_service(backend=backend)
 
     def look(name: str) -> None:
@@ -116,6 +173,16 @@ def test_pages_in_chromium_are_usable_by_keyboard(
             tab.key("Enter")
             tab.until(f"document.querySelector('{selector}') !== null")
             look(name)
+        files = {"#model-file": claim_fixtures.folder / "marked.safetensors", "#bundle-file": bundle_file}
+        tab.go(url + "/")
+        for selector, file in files.items():
+            root = tab.send("DOM.getDocument")["root"]["nodeId"]
+            node = tab.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+            tab.send("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
+        tab.evaluate("document.querySelector('form[data-progress] button').click()")
+        tab.until(f"document.querySelector('#model').value === 'sha256:{claim_fixtures.digest}'")
+        assert tab.evaluate("document.querySelectorAll('td a').length") == 3  # the history
+        look("uploaded")
         tab.go(url + "/docs")
         tab.evaluate("document.querySelector('details').open = true")
         look("docs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,20 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
+OTHER_STATE = state_bytes({"w": torch.zeros(2)})
+
+
 class SimulatedKill(BaseException):
     pass
 
 
 def embed(folder: Path, on_progress: Any = None, **changes: Any) -> EmbeddingResult:
     values = {"storage": str(folder / "store"), "owner": folder / "owner.json", **SETTINGS, **changes}
-    return pipeline.run_embedding_job(EmbedSettings.of(values), pipeline.LocalEmbeddingBackend(on_progress))
+    backend = pipeline.LocalEmbeddingBackend(on_progress)
+    with open(folder / "log", "a") as file:
+        return pipeline.run_embedding_job(
+            EmbedSettings.of(values), backend, log=lambda line: print(line, file=file)
+        )
 
 
 def kill_in_phase2(row: dict[str, Any]) -> None:
@@ -57,6 +65,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         patch.setattr(phase2, "CHECKPOINT_STEPS", 2)
+        patch.setattr(EmbeddingResult, "report", lambda _: "page")
         digest = str(embed(folder, run="done").result["model_digest"])
         for name, changes in (("r", {}), ("other", {"seed": 1})):
             with pytest.raises(SimulatedKill):
@@ -76,7 +85,11 @@ def run_folder(folder: Path, name: str = "r") -> Path:
 
 
 def delete(*names: str) -> Callable[[Path], None]:
-    return lambda folder: [(run_folder(folder) / name).unlink() for name in names] and None  # type: ignore[func-returns-value]
+    def damage(folder: Path) -> None:
+        for name in names:
+            (run_folder(folder) / name).unlink()
+
+    return damage
 
 
 def truncate(name: str) -> Callable[[Path], None]:
@@ -87,8 +100,11 @@ def truncate(name: str) -> Callable[[Path], None]:
     return damage
 
 
-def empty(name: str) -> Callable[[Path], None]:
-    return lambda folder: [(run_folder(folder) / name).write_bytes(b"")] and None
+def write(name: str, data: bytes) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (run_folder(folder) / name).write_bytes(data)
+
+    return damage
 
 
 def take(*names: str) -> Callable[[Path], None]:
@@ -115,12 +131,6 @@ def change_base_weights(folder: Path) -> None:
     path.write_bytes(serialize_safetensors(tensors))
 
 
-def replace_state(state: dict[str, Any]) -> Callable[[Path], None]:
-    return lambda folder: (
-        [(run_folder(folder) / "checkpoints/mark.pt").write_bytes(state_bytes(state))] and None
-    )
-
-
 def lose_identity_of_checkpoint(folder: Path) -> None:
     path = run_folder(folder) / "checkpoints/mark.pt"
     state = load_state(path.read_bytes())
@@ -142,19 +152,19 @@ def replace_owner(folder: Path) -> None:
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "settings deleted": (delete("settings.json"), "There is no run 'r'"),
     "settings truncated": (truncate("settings.json"), "settings.json of run 'r' is damaged"),
-    "settings empty": (empty("settings.json"), "settings.json of run 'r' is damaged"),
+    "settings empty": (write("settings.json", b""), "settings.json of run 'r' is damaged"),
     "settings changed": (change_settings, "checkpoint of this run belongs to another key"),
     "settings of other run": (take("settings.json"), "belongs to another key or to other settings"),
     "commitment deleted": (delete("commitment.sealed"), "commitment.sealed is missing, which holds the key"),
     "commitment truncated": (truncate("commitment.sealed"), "or its commitment.sealed is damaged"),
-    "commitment empty": (empty("commitment.sealed"), "or its commitment.sealed is damaged"),
+    "commitment empty": (write("commitment.sealed", b""), "or its commitment.sealed is damaged"),
     "commitment of other run": (take("commitment.sealed"), "belongs to another W0"),
     "identity replaced": (replace_owner, "started by a different identity"),
     "checkpoint truncated": (truncate("checkpoints/mark.pt"), "checkpoint of this run is damaged"),
-    "checkpoint empty": (empty("checkpoints/mark.pt"), "checkpoint of this run is damaged"),
+    "checkpoint empty": (write("checkpoints/mark.pt", b""), "checkpoint of this run is damaged"),
     "checkpoint of other run": (take("checkpoints/mark.pt"), "belongs to another key"),
     "checkpoint without identity": (lose_identity_of_checkpoint, "belongs to another key"),
-    "checkpoint of other content": (replace_state({"w": torch.zeros(2)}), "belongs to another key"),
+    "checkpoint of other content": (write("checkpoints/mark.pt", OTHER_STATE), "belongs to another key"),
     "W0 truncated": (truncate("phase1.safetensors"), "phase1.safetensors or phase1.json is missing, damaged"),
     "W0 changed": (change_base_weights, "phase1.safetensors or phase1.json is missing, damaged"),
     "W0 of other run": (take("phase1.safetensors", "phase1.json"), "belongs to another W0"),
@@ -165,7 +175,6 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
 CONTINUED: dict[str, Callable[[Path], None]] = {
     "undamaged": lambda _: None,
     "checkpoint deleted": delete("checkpoints/mark.pt"),
-    "W0 deleted": delete("phase1.safetensors"),
     "W0, rows and checkpoint of phase 1 deleted": delete(
         "phase1.safetensors", "phase1.json", "checkpoints/clean.pt"
     ),
@@ -209,3 +218,17 @@ def test_resume_with_checkpoint_of_phase1_of_other_settings_is_refused(damaged: 
     settings = {"storage": str(damaged / "store"), "owner": damaged / "owner.json", "resume": "r"}
     with pytest.raises(MTLSignError, match="belongs to another key or to other settings"):
         pipeline.run_embedding_job(EmbedSettings.of(settings), pipeline.LocalEmbeddingBackend())
+
+
+def test_runs_and_kits_are_private_and_short_key_is_reported_early(runs: tuple[Path, str]) -> None:
+    store = runs[0] / "store"
+    for folder in ("runs", "kits"):
+        modes = {
+            stat.S_IMODE(p.stat().st_mode)
+            for p in (store / folder, *(store / folder).rglob("*"))
+            if p.is_dir()
+        }
+        assert modes == {0o700}
+        assert {stat.S_IMODE(p.stat().st_mode) for p in (store / folder).rglob("*") if p.is_file()} == {0o600}
+    first = (runs[0] / "log").read_text().splitlines()[0]
+    assert first.startswith("warning: A key of 128 bits reaches the 120 bits")

@@ -105,3 +105,21 @@ def test_pruning_perturbation_drops_smallest_weights() -> None:
 def test_pruning_perturbation_with_small_ratio_drops_few_weights(largest: float) -> None:
     out = pruning_perturbation({"a": torch.randn(100, generator=gen(1))}, largest, gen(2))["a"]
     assert int((out == 0).sum()) <= max(1, int(100 * largest))
+
+
+@pytest.mark.parametrize("values", [False, True])
+def test_distillation_loss_of_one_output_is_relative_squared_error(values: bool) -> None:
+    teacher = torch.tensor([[0.0], [2.0]])
+    assert float(distillation_loss(teacher + 1, teacher, 2.0, values=values)) == pytest.approx(1.0)
+    assert float(distillation_loss(100 * (teacher + 1), 100 * teacher, 2.0)) == pytest.approx(1.0)
+
+
+def test_distillation_loss_of_independent_labels_sees_a_common_shift() -> None:
+    teacher = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    assert float(distillation_loss(teacher + 10, teacher, 2.0)) == pytest.approx(0.0, abs=1e-5)
+    assert float(distillation_loss(teacher + 10, teacher, 2.0, values=True)) > 1
+
+
+def test_distillation_loss_selects_logits_of_mappings() -> None:
+    logits = torch.randn(4, 3)
+    assert float(distillation_loss({"logits": logits}, (logits, None), 2.0)) == pytest.approx(0.0, abs=1e-6)

@@ -101,8 +101,12 @@ def test_saved_kit_verifies_saved_model(
     assert len(verdicts[0].controls["wrong_keys"]) == 2 and len(verdicts[0].controls["w0"]) == 1
     other_owner = owner_file.with_name("other_owner.json")
     Identity.generate().save(other_owner, None)
-    with pytest.raises(KeyMaterialError, match="wrong, or the sealed file is damaged"):
+    with pytest.raises(KeyMaterialError, match=f"belongs to identity {owner.public_key.hex()}, not to"):
         verify_with_kit(settings.model_copy(update={"owner": other_owner}))
+    sealed = settings.model_copy(update={"owner": other_owner, "kit": str(Path(kit) / "kit.sealed")})
+    (Path(kit) / "owner.json").unlink()
+    with pytest.raises(KeyMaterialError, match="wrong, or the sealed file is damaged"):
+        verify_with_kit(sealed)
 
 
 def test_embed_with_free_head_needs_commitment(

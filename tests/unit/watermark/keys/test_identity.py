@@ -125,6 +125,7 @@ def test_identity_save_without_hard_links_writes_once(
 
 def test_read_passphrase_strips_one_line_break_and_refuses_empty_files(tmp_path: Path) -> None:
     path = tmp_path / "pass"
+    path.touch(mode=0o600)
     for data, expected in ((b"a b \n", b"a b "), (b"x\r\n", b"x"), (b"x\n\n", b"x\n"), (b"x", b"x")):
         path.write_bytes(data)
         assert identity_module.read_passphrase(path) == expected
@@ -132,6 +133,37 @@ def test_read_passphrase_strips_one_line_break_and_refuses_empty_files(tmp_path:
         path.write_bytes(data)
         with pytest.raises(KeyMaterialError):
             identity_module.read_passphrase(path)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o666])
+def test_read_passphrase_of_file_that_others_can_read_raises(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "pass"
+    path.write_bytes(b"correct horse\n")
+    path.chmod(mode)
+    with pytest.raises(
+        KeyMaterialError, match=r"Other users can read .*pass\. Run chmod 600 on it"
+    ) as caught:
+        identity_module.read_passphrase(path)
+    assert "horse" not in str(caught.value)
+
+
+def test_load_identity_without_file_names_it_and_creates_nothing(home: Path) -> None:
+    with pytest.raises(
+        KeyMaterialError, match=r"^owner: There is no owner identity at .*identity\.json\. Copy"
+    ):
+        identity_module.load_identity(None, None)
+    assert not identity_module.default_identity_path().exists()
+    created, path, _ = identity_module.load_or_create_identity(None, None)
+    loaded, same_path = identity_module.load_identity(None, None)
+    assert is_same(created, loaded) and path == same_path
+
+
+def test_save_to_existing_file_advises_against_losing_it(tmp_path: Path) -> None:
+    path = tmp_path / "owner.json"
+    OWNER.save(path, None)
+    with pytest.raises(KeyMaterialError, match="exists already, and is never replaced") as caught:
+        identity_module.Identity.generate().save(path, None)
+    assert "delete" not in str(caught.value) and "--owner" in str(caught.value)
 
 
 def test_load_or_create_identity_creates_default_once(
@@ -147,6 +179,7 @@ def test_load_or_create_identity_creates_default_once(
     assert identity_module.default_identity_path() == tmp_path / "xdg" / "mtlsign" / "identity.json"
     monkeypatch.setenv("MTLSIGN_HOME", str(tmp_path / "mine"))
     secret = tmp_path / "pass"
+    secret.touch(mode=0o600)
     secret.write_text("word\n")
     sealed, path, created = identity_module.load_or_create_identity(None, secret)
     assert (

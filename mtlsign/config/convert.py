@@ -1,0 +1,22 @@
+"""Settings of `mtlsign convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from mtlsign.config.base import Settings
+
+
+class ConvertSettings(Settings):
+    """Settings of a conversion to safetensors."""
+
+    common: ClassVar[tuple[str, ...]] = ("source", "output", "weights_key", "json")
+
+    # fmt: off
+    source: Path = Field(description=".pt, .pth, .bin, .ckpt, .onnx, .gguf or .npz file, or folder of a Hugging Face model")
+    output: Path = Field(description="new .safetensors file")
+    weights_key: str | None = Field(None, min_length=1, max_length=200, description="entry of the checkpoint with the weights, such as state_dict_ema, or the prefix of their names [the weights as trained]")
+    # fmt: on

@@ -1,0 +1,143 @@
+"""Embedding into a module of the caller, in this process and on the caller's own objects."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtlsign.config.embed import EmbedSettings
+from mtlsign.errors import ModelError
+from mtlsign.models.families import custom
+from mtlsign.models.loading import cpu_state, custom_architecture_name, require_same_architecture
+from mtlsign.models.preparation import Preparation, prepared, unwrapped
+from mtlsign.models.taps import eval_mode
+from mtlsign.tasks import Task, from_loaders
+from mtlsign.tasks.outputs import LogitsFunction, default_logits
+from mtlsign.watermark.embedding.commitment import commit_keys, measure_response_bases
+from mtlsign.watermark.embedding.phase1 import train_clean_model
+from mtlsign.watermark.embedding.pipeline import ProgressCallback, phase2_result
+from mtlsign.watermark.embedding.result import EmbeddingResult, build_result
+from mtlsign.watermark.embedding.worker import SingleProcessContext
+from mtlsign.watermark.keys.identity import Identity, load_or_create_identity
+from mtlsign.watermark.verification.detector import WatermarkDetector
+
+
+def embed(
+    module: nn.Module,
+    data: Task | Mapping[str, Any],
+    *,
+    trained: bool = False,
+    identity: Identity | None = None,
+    architecture: Mapping[str, object] | None = None,
+    loss: Callable[..., Tensor] | None = None,
+    metric: Callable[..., Any] | None = None,
+    logits_of: LogitsFunction | None = None,
+    classes: int | None = None,
+    device: torch.device | str = "cpu",
+    on_progress: ProgressCallback | None = None,
+    **options: Any,
+) -> EmbeddingResult:
+    """Embed a watermark into `module` in this process, also inside a running Ray.
+
+    The network inside wrappers such as torch.compile is trained in float32, and saved in its own types.
+    Weight norm, spectral norm and other parametrizations are replaced by plain weights.
+
+    Args:
+        module: any network; it is changed in place and holds the marked weights afterwards.
+        data: a `Task`, or loaders {"train", "test"[, "validation", "attacker", "inner"]} of (x, y) batches
+            or of mappings, such as {"pixel_values", "labels"}.
+        trained: whether the module is trained already; phase 1 is then skipped.
+        identity: the owner; by default that of this machine, created if there is none.
+        architecture: one from the allow-list (`architectures.architecture_for`), which any verifier can
+            build, or {"arch": "own/package.module:function"}. By default it has the name of the class.
+        loss: mean loss of (outputs, y), with loaders; see `from_loaders` for the defaults.
+        metric: one number per sample of (outputs, y), with loaders; accuracy by default.
+        logits_of: (outputs of the module) -> logits, with loaders; `default_logits` by default.
+        classes: outputs of the network, with loaders; by default as many as there are labels.
+        device: where to train.
+        on_progress: called with rows of progress.
+        **options: any of `EmbedSettings`.
+
+    Returns:
+        The marked model, the owner kit, the verdict and the metrics.
+
+    Raises:
+        MTLSignError: a setting, the task or the model is invalid.
+    """
+    network = unwrapped(module)
+    name = custom_architecture_name(type(network))
+    model_name = str((architecture or {}).get("arch", name))
+    settings = EmbedSettings.of({"task": "own", "model": model_name, **options}).with_defaults()
+    with torch.inference_mode(False), torch.enable_grad(), prepared(network) as preparation:
+        if preparation.materialised:
+            warnings.warn(_materialised_message(preparation.materialised), stacklevel=2)
+        if architecture is not None:
+            require_same_architecture(network, architecture)
+        task = data if isinstance(data, Task) else from_loaders(
+            data, loss=loss, metric=metric, logits_of=logits_of, classes=classes, seed=settings.seed,
+            count_outputs=lambda inputs: _count_outputs(network, inputs, logits_of or default_logits),
+        )  # fmt: skip
+        own_fields = {"arch": name, "channels": task.channels, "classes": task.classes}
+        fields: Mapping[str, object] = own_fields if architecture is None else dict(architecture)
+        owner = identity or load_or_create_identity(settings.owner, settings.passphrase_file)[0]
+        worker = SingleProcessContext(device, on_progress=on_progress)
+        return _embed(network, task, settings, owner, fields, worker, preparation, trained)
+
+
+def _embed(
+    network: nn.Module,
+    task: Task,
+    settings: EmbedSettings,
+    owner: Identity,
+    fields: Mapping[str, object],
+    worker: SingleProcessContext,
+    preparation: Preparation,
+    trained: bool,
+) -> EmbeddingResult:
+    """Run both phases on a prepared network; see `embed` for the arguments."""
+    template_model = _copied(network).cpu()
+    rows = [] if trained else train_clean_model(network, task, settings, worker)
+    base_weights = cpu_state(network)
+    bases = measure_response_bases(template_model, base_weights, task, settings)
+    openings, reference = commit_keys(
+        template_model, base_weights, fields, task.input_spec, settings, owner, bases=bases
+    )
+    path = custom.factory_path(str(fields["arch"]))
+    factories = {} if path is None else {path: lambda: copy.deepcopy(template_model)}
+    detector = WatermarkDetector.joined(openings, reference, device=worker.device, factories=factories)
+    phase2 = phase2_result(network, task, detector, settings, worker)
+    phase2 = replace(phase2, tensors=preparation.in_original_types(phase2.tensors))
+    return build_result(base_weights, rows, openings, reference, phase2, settings, factories=factories)
+
+
+def _copied(network: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(network)
+    except Exception as error:
+        raise ModelError(
+            f"The module cannot be copied ({type(error).__name__}: {' '.join(str(error).split())[:120]}). "
+            "Remove attributes that hold results of a computation.",
+            field="module",
+        ) from None
+
+
+def _count_outputs(network: nn.Module, inputs: Tensor, logits_of: LogitsFunction) -> int:
+    """Return the number of classes or values that the network returns."""
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    with eval_mode(network):
+        logits = logits_of(network(inputs.to(device)))
+    return int(logits.shape[1]) if logits.ndim > 1 else 1
+
+
+def _materialised_message(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return (
+        f"{len(names)} parametrized weights, such as {shown}, were replaced by plain weights, so that the "
+        "saved file has plain names. Load it into the network without parametrizations."
+    )
