@@ -44,8 +44,9 @@ def select_tensors_untrusted(
 
     At least one result is yielded, and at most `MAX_MAPPINGS` of `models/tensor_names.py`. Each is made when
     it is requested, so that the caller can release one before the next. Half, bfloat16 and double become
-    float32; quantised and reparametrised kernels are computed (`DerivedWeights`). NaN, infinity, other types, wrong shapes and missing names are a `problem`. An optional tensor
-    that is damaged counts as absent. Nothing is raised because of the file.
+    float32; quantised and reparametrised kernels are computed (`DerivedWeights`). NaN, infinity, other types,
+    wrong shapes and missing names are a `problem`. An optional tensor that is damaged counts as absent.
+    Nothing is raised because of the file.
 
     Args:
         shapes: required tensors, name -> shape.

@@ -52,7 +52,7 @@ def test_unreadable_models_are_not_verifiable(service: ServiceHarness, claim_fix
     nan = {**tensors, name: torch.full_like(tensors[name], float("nan"))}
     infinite = {**tensors, name: torch.full_like(tensors[name], float("inf"))}
     shape = {**tensors, name: torch.zeros(4, 4, 3, 3)}
-    integers = {**tensors, name: torch.zeros(tensors[name].shape, dtype=torch.int8)}
+    integers = {**tensors, name: torch.zeros(tensors[name].shape, dtype=torch.int32)}
     missing = {n: t for n, t in tensors.items() if n != name}
     half = {n: t.half() if t.is_floating_point() else t for n, t in tensors.items()}
     other_head = {**tensors, "fc.weight": torch.zeros(77, 64), "fc.bias": torch.zeros(77)}
