@@ -137,6 +137,7 @@ def test_start_on_cluster_without_body_limits_warns(
     for owner, name, value in (
         (serve.cluster, "cluster_address_set", joined), (serve.cluster, "connect", None),
         (serve, "make_application", None), (serve, "proxy_limits_bodies", bounded),
+        (serve, "_serve_is_running", False), (serve, "reserve_port", None),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, lambda *_, value=value: value)
     monkeypatch.setattr(serve, "serve", SimpleNamespace(start=lambda **_: None, run=lambda *_, **__: None))
