@@ -121,7 +121,13 @@ def read_kit(location: str, secret: EncryptionSecret, *, endpoint: str | None = 
         sealed = storage.read(name, limit)
     else:
         storage = open_storage(location, endpoint=endpoint)
-        sealed = read_manifest_folder(storage, file_limit=limit, names=(KIT_FILE,))[KIT_FILE]
+        try:
+            files = read_manifest_folder(storage, file_limit=limit)
+        except ArtifactError as error:
+            raise ArtifactError(f"{error.detail} Or pass its {KIT_FILE} alone.", field="kit") from None
+        if KIT_FILE not in files:
+            raise ArtifactError(f"{storage.uri} lacks {KIT_FILE}. Pass the folder of a kit.", field="kit")
+        sealed = files[KIT_FILE]
     return _parse_kit(decrypt_envelope(sealed, secret, purpose=KIT_PURPOSE))
 
 

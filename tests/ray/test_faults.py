@@ -26,6 +26,7 @@ def _is_running(storage: Path, run: str, phase: str) -> Callable[[], bool]:
     return lambda: bool(checkpoints(storage, run, phase)) and not end_marker.exists()
 
 
+@pytest.mark.slow
 def test_embedding_with_killed_workers_gives_the_same_digest(
     jobs: JobLauncher, baseline_run: FinishedRun, tmp_path: Path
 ) -> None:

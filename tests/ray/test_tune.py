@@ -14,6 +14,7 @@ import pytest
 
 from mtlsign.config.sweep import SweepSettings
 from mtlsign.experiments.sweeps.cell import SharedCellData
+from mtlsign.experiments.sweeps.rows import COLUMNS
 from mtlsign.experiments.sweeps.run import SweepRun
 from mtlsign.experiments.sweeps.space import count_of
 from mtlsign.storage.locations import open_storage
@@ -57,7 +58,7 @@ def test_ray_sweep_backend_gives_rows_of_one_process(jobs: JobLauncher, tmp_path
         for column in set(ray_row) - {"seconds_mark", "seconds_attacks"}:
             assert ray_row[column] == plain_row[column], (ray_row["lambda2"], column)
     names = {p.name for p in (tmp_path / "runs/ray").iterdir()}
-    files = "settings.json result.json cells.csv cells.parquet report.html manifest.json cells"
+    files = "settings.json space.json result.json cells.csv cells.parquet report.html manifest.json cells"
     assert names == set(files.split()), "files of Tune and W0 must be deleted"
 
 
@@ -122,7 +123,9 @@ def test_resumed_random_sweep_draws_the_same_cells_and_keeps_finished_rows(
     run = SweepRun(open_storage(str(tmp_path)), "r")
     first = draw_cells(0)
     assert len(first) == 6 and draw_cells(0) == first and not set(draw_cells(1)) & set(first)
-    kept = {"cell": "abc", "status": "ok", "lambda1": 0.5, "lambda2": 1.0, "seed": 0}
+    kept = dict.fromkeys(COLUMNS, 1.0) | {
+        "cell": "abc", "status": "ok", "lambda1": 0.5, "lambda2": 1.0, "seed": 0,
+    }  # fmt: skip
     run.folder.write("cells/abc/result.json", json.dumps(kept).encode())
     assert draw_cells(0) == first | {"abc": "ok"}
 

@@ -89,6 +89,7 @@ def test_sweep_on_s3_is_resumed_from_its_stored_state(
     assert json.loads(store.read("runs/s/result.json", 2**20)) == json.loads(out)
     names = {name.removeprefix("runs/s/") for name in store.list("runs/s")}
     assert names == {
-        *("settings.json", "cells.csv", "cells.parquet", "result.json", "report.html", "manifest.json"),
+        *("settings.json", "space.json", "cells.csv", "cells.parquet", "result.json", "report.html"),
+        "manifest.json",
         *(f"cells/{name}/result.json" for name in (first, second)),
     }, "W0 and checkpoints must be deleted"

@@ -148,7 +148,8 @@ def make_reference(
     tensors: dict[str, Tensor] = {}
     handled: set[str] = set()
     for layer in tapped_layers(model, taps, sample):
-        if bases and layer.conv in bases:
+        # A module can have further weights, such as the gains of a scaled convolution.
+        if bases and layer.conv in bases and layer.kind != "other":
             groups = int(getattr(modules[layer.conv], "groups", 1))
             kernel = parameters[layer.weight].detach().float().cpu()
             tensors[f"{layer.conv}/basis"] = bases[layer.conv]

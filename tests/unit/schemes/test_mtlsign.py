@@ -13,6 +13,7 @@ from mtlsign.watermark.embedding.losses import watermark_loss
 from mtlsign.watermark.embedding.worker import SingleProcessContext
 from mtlsign.watermark.kit import detector_for_kit
 from mtlsign.watermark.verification.algorithm import verify
+from tests.conftest import SIDE
 from tests.unit.attacks.helpers import Maker, flat_network
 
 
@@ -79,5 +80,7 @@ def test_embed_marks_model_and_reports_cost(tiny_task: Task, tiny_model: Maker) 
 
 def test_unsupported_reason_names_unknown_stages(tiny_task: Task, tiny_model: Maker) -> None:
     assert MTLSignScheme(head="keyed").unsupported_reason(tiny_model(), tiny_task) is None
-    reason = MTLSignScheme(head="keyed").unsupported_reason(flat_network(), tiny_task)
+    assert MTLSignScheme(head="keyed").unsupported_reason(flat_network(), tiny_task) is None
+    without_pixels = nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, 4))
+    reason = MTLSignScheme(head="keyed").unsupported_reason(without_pixels, tiny_task)
     assert reason is not None and "Sequential" in reason

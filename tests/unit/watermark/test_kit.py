@@ -123,7 +123,7 @@ def test_open_kit_of_other_identity_names_both(store: Storage) -> None:
         open_kit(opened_kit(folder), folder)
 
 
-def test_open_kit_of_own_identity_or_without_owner_file_opens(store: Storage) -> None:
+def test_open_kit_of_own_identity_opens_and_damaged_owner_file_is_refused(store: Storage) -> None:
     identity, _, _ = load_or_create_identity(None, None)
     kit = replace(_kit(), opening=replace(_kit().opening, public_key=identity.public_key))
     kit_id = write_kit(store, kit, EncryptionSecret.from_kit_key(identity.kit_key))
@@ -133,4 +133,8 @@ def test_open_kit_of_own_identity_or_without_owner_file_opens(store: Storage) ->
         store.delete(f"kits/{kit_id}/owner.json")
         if content is not None:
             store.write(f"kits/{kit_id}/owner.json", content)
-        assert kit_owner(folder) is None and open_kit(opened_kit(folder), folder) == kit
+        assert kit_owner(folder) is None
+        with pytest.raises(ArtifactError, match=r"owner\.json.* Or pass its kit\.sealed alone"):
+            open_kit(opened_kit(folder), folder)
+        sealed = f"{folder}/kit.sealed"
+        assert open_kit(opened_kit(sealed), sealed) == kit, "the kit itself is not lost"

@@ -108,6 +108,26 @@ def test_reference_from_hostile_bytes_raises() -> None:
             Reference.from_bytes(data)
 
 
+class ScaledConv(nn.Conv2d):
+    """Convolution with a gain of several dimensions, as networks without norms have it."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 8, 3)
+        self.gain = nn.Parameter(torch.ones(8, 1, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.weight * self.gain, self.bias)
+
+
+def test_make_reference_with_further_weight_of_marked_layer_holds_values_of_kernel() -> None:
+    model = nn.Sequential(ScaledConv(), nn.Identity())
+    reference = make_reference(
+        model, ["1"], torch.zeros(2, 3, 8, 8), bases={"0": torch.zeros(1, 27, 4).half()}
+    )
+    assert torch.equal(reference.tensors["0/columns"], column_norms(model[0].weight.detach()))
+    assert reference.tensors["0/sketch"].shape == (8, 6)
+
+
 def changed(reference: Reference, name: str, value: object) -> bytes:
     tensor = reference.tensors[name]
     tensor = (
