@@ -117,7 +117,9 @@ def read_model(location: str, *, endpoint: str | None = None, max_bytes: int = 2
         return _loaded_shards(storage, name, location, max_bytes)
     hint = conversion_hint(location)
     if hint is not None:
-        raise ArtifactError(hint, field="model")
+        storage, name = open_file(location, endpoint=endpoint)
+        if storage.exists(name):  # otherwise a folder, or nothing
+            raise ArtifactError(hint, field="model")
     storage = open_storage(location, endpoint=endpoint)
     folder_name = path_of(storage.uri).rpartition("/")[2]
     is_digest = _DIGEST.fullmatch(folder_name) is not None

@@ -32,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 KEY_SIZE = 128
 #: The time of the eigenvectors bounds the marked layers: their number, and the inputs of one row.
 MOST_LAYERS, MOST_INPUTS = 6, 640
+#: Networks whose marked layers have few coordinates need more steps.
+MORE_STEPS = {"timm/mobilenetv4_conv_small": 48, "torchvision/mnasnet0_5": 48}
 SETTINGS: dict[str, Any] = {
     "key_size": KEY_SIZE,
     "phase2.steps": 16,
@@ -85,7 +87,8 @@ def measure(name: str, folder: Path, verifier: Verifier) -> Row:
     x = torch.rand(30, 3, entry.side, entry.side, generator=gen)
     task = from_tensors(x, torch.arange(30) % CLASSES, classes=CLASSES, logits_of=entry.logits_of)
     architecture = {"arch": f"own/tests.architectures.zoo:{_identifier(name)}", "channels": 3}
-    first_stage, last_stage, count, options = "", "", 0, dict(SETTINGS)
+    first_stage, last_stage, count = "", "", 0
+    options = SETTINGS | {"phase2.steps": MORE_STEPS.get(name, SETTINGS["phase2.steps"])}
     if entry.refusal is None:
         layers, first_stage, last_stage, count = _marked_layers(model, x[:2])
         options["layers"] = ",".join(layers)

@@ -82,12 +82,17 @@ def test_read_model_accepts_commas_and_upper_case_endings(tmp_path: Path) -> Non
         ("s.gguf", "a GGUF model, .* mtlsign convert"),
         ("s.onnx", "an ONNX model, .* mtlsign convert"),
         ("s.h5", "a Keras model, .* save its state_dict"),
-        ("s.weights", "does not exist"),
-        ("folder", "does not exist"),
     ],
 )
 def test_read_model_of_another_format_states_what_it_is(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_bytes(b"")
     with pytest.raises(ArtifactError, match=text):
+        read_model(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["s.pt", "s.gguf", "no/s.pt", "s.safetensors", "s.weights", "folder"])
+def test_read_model_of_missing_path_states_that_it_does_not_exist(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ArtifactError, match="does not exist"):
         read_model(str(tmp_path / name))
 
 
