@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 KEY_SIZE = 128
 #: The time of the eigenvectors bounds the marked layers: their number, and the inputs of one row.
 MOST_LAYERS, MOST_INPUTS = 6, 640
-#: Networks whose marked layers have few coordinates need more steps.
-MORE_STEPS = {"timm/mobilenetv4_conv_small": 48, "torchvision/mnasnet0_5": 48}
+#: Networks whose six widest layers have few coordinates are marked in more layers.
+MORE_LAYERS = {"timm/mobilenetv4_conv_small": 16, "timm/dla46_c": 16, "torchvision/mnasnet0_5": 10}
 SETTINGS: dict[str, Any] = {
     "key_size": KEY_SIZE,
     "phase2.steps": 16,
@@ -88,9 +88,11 @@ def measure(name: str, folder: Path, verifier: Verifier) -> Row:
     task = from_tensors(x, torch.arange(30) % CLASSES, classes=CLASSES, logits_of=entry.logits_of)
     architecture = {"arch": f"own/tests.architectures.zoo:{_identifier(name)}", "channels": 3}
     first_stage, last_stage, count = "", "", 0
-    options = SETTINGS | {"phase2.steps": MORE_STEPS.get(name, SETTINGS["phase2.steps"])}
+    options = dict(SETTINGS)
     if entry.refusal is None:
-        layers, first_stage, last_stage, count = _marked_layers(model, x[:2])
+        layers, first_stage, last_stage, count = _marked_layers(
+            model, x[:2], MORE_LAYERS.get(name, MOST_LAYERS)
+        )
         options["layers"] = ",".join(layers)
     try:
         with warnings.catch_warnings():
@@ -110,17 +112,17 @@ def measure(name: str, folder: Path, verifier: Verifier) -> Row:
     return Row(name, first_stage, last_stage, count, unmarked, done.verdict.matches, **matches)
 
 
-def _marked_layers(model: nn.Module, sample: Tensor) -> tuple[list[str], str, str, int]:
+def _marked_layers(model: nn.Module, sample: Tensor, most: int) -> tuple[list[str], str, str, int]:
     """Return the layers with most rows and few inputs, the two default taps, and the number of all layers."""
     (first_stage,), (last_stage,) = (default_taps(model, kind, sample) for kind in ("keyed", "spread"))
     modules = dict(model.named_modules())
     layers = [
         layer.conv
         for layer in tapped_layers(model, (last_stage,), sample)
-        if supports_responses(layer, modules) and layer.kind != "other"
+        if supports_responses(layer, modules)
     ]
     small = [name for name in layers if modules[name].weight[0].numel() <= MOST_INPUTS]  # type: ignore
-    widest = sorted(small, key=lambda name: -len(modules[name].weight))[:MOST_LAYERS]  # type: ignore
+    widest = sorted(small, key=lambda name: -len(modules[name].weight))[:most]  # type: ignore
     return [name for name in small if name in widest], first_stage, last_stage, len(layers)
 
 

@@ -200,7 +200,7 @@ _TIMM: dict[str, tuple[int, dict[str, Any]]] = {
         32,
         {"img_size": 32, "embed_dim": 24, "depths": (1, 1), "num_heads": (2, 4)},
     ),
-    "mixer_s32_224": (64, {"img_size": 64, "num_blocks": 2}),
+    "mixer_s32_224": (64, {"img_size": 64}),
     "test_nfnet": (32, {}),
     "regnety_002": (32, {}),
     "repvgg_a0": (32, {}),
@@ -212,6 +212,8 @@ _TIMM: dict[str, tuple[int, dict[str, Any]]] = {
     "poolformer_s12": (32, {}),
     "edgenext_xx_small": (32, {}),
 }
+#: The last stage of this network returns a list, so that a tap has to be named.
+_TIMM_REFUSALS = {"hrnet_w18_small": "Tap another module"}
 _SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
 _PATCHES = {"image_size": 32, "patch_size": 8}
 #: transformers: name of the configuration -> its options.
@@ -257,7 +259,10 @@ ZOO: dict[str, Entry] = {
     "torchvision/frozen_resnet18_fpn_body": Entry(partial(_frozen_body, "resnet18"), 64),
     "torchvision/ssdlite_body": Entry(_ssd_body, 64),
     "torchvision/ssdlite": Entry(_detector, 64, None, "logits_of"),
-    **{f"timm/{n}": Entry(partial(_timm, n, **o), s) for n, (s, o) in _TIMM.items()},
+    **{
+        f"timm/{n}": Entry(partial(_timm, n, **o), s, refusal=_TIMM_REFUSALS.get(n))
+        for n, (s, o) in _TIMM.items()
+    },
     **{f"transformers/{n}": Entry(partial(_transformers, n, **o)) for n, o in _TRANSFORMERS.items()},
     "transformers/Bert": Entry(
         partial(_transformers, "Bert", "ForSequenceClassification", **_SMALL), 32, None, "cannot read images"

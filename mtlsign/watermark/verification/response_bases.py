@@ -37,9 +37,12 @@ class InputMoments(NamedTuple):
 
 
 def supports_responses(layer: TappedLayer, modules: Mapping[str, nn.Module]) -> bool:
-    """Return whether a layer's inputs can be collected: two-dimensional convolutions and linear layers."""
+    """Return whether a weight is the kernel of a two-dimensional convolution or of a linear layer.
+
+    A module can have further weights, such as the gains of a scaled convolution.
+    """
     module = modules[layer.conv]
-    return isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and layer.kind == "linear")
+    return layer.kind != "other" and isinstance(module, nn.Conv2d | nn.Linear)
 
 
 def response_bases(

@@ -18,6 +18,7 @@ from mtlsign.watermark.verification.reference import (
     make_reference,
     random_projection,
 )
+from mtlsign.watermark.verification.response_model import ResponseModel
 
 SAMPLE = torch.zeros(2, 1, 24, 24)
 
@@ -126,6 +127,8 @@ def test_make_reference_with_further_weight_of_marked_layer_holds_values_of_kern
     )
     assert torch.equal(reference.tensors["0/columns"], column_norms(model[0].weight.detach()))
     assert reference.tensors["0/sketch"].shape == (8, 6)
+    reader = ResponseModel(model, ["1"], reference, torch.zeros(2, 3, 8, 8))
+    assert set(reader.weight_shapes) == {"0.weight"}
 
 
 def changed(reference: Reference, name: str, value: object) -> bytes:
