@@ -32,8 +32,10 @@ ROOT = Path(__file__).resolve().parents[2]
 KEY_SIZE = 128
 #: The time of the eigenvectors bounds the marked layers: their number, and the inputs of one row.
 MOST_LAYERS, MOST_INPUTS = 6, 640
-#: Networks whose six widest layers have few coordinates are marked in more layers.
-MORE_LAYERS = {"timm/mobilenetv4_conv_small": 16, "timm/dla46_c": 16, "torchvision/mnasnet0_5": 10}
+#: Networks whose six widest layers have few coordinates: number of marked layers and steps.
+LARGER_EMBEDDINGS = {
+    "timm/mobilenetv4_conv_small": (16, 96), "timm/dla46_c": (16, 96), "torchvision/mnasnet0_5": (10, 48),
+}  # fmt: skip
 SETTINGS: dict[str, Any] = {
     "key_size": KEY_SIZE,
     "phase2.steps": 16,
@@ -88,11 +90,10 @@ def measure(name: str, folder: Path, verifier: Verifier) -> Row:
     task = from_tensors(x, torch.arange(30) % CLASSES, classes=CLASSES, logits_of=entry.logits_of)
     architecture = {"arch": f"own/tests.architectures.zoo:{_identifier(name)}", "channels": 3}
     first_stage, last_stage, count = "", "", 0
-    options = dict(SETTINGS)
+    most_layers, steps = LARGER_EMBEDDINGS.get(name, (MOST_LAYERS, SETTINGS["phase2.steps"]))
+    options = SETTINGS | {"phase2.steps": steps}
     if entry.refusal is None:
-        layers, first_stage, last_stage, count = _marked_layers(
-            model, x[:2], MORE_LAYERS.get(name, MOST_LAYERS)
-        )
+        layers, first_stage, last_stage, count = _marked_layers(model, x[:2], most_layers)
         options["layers"] = ",".join(layers)
     try:
         with warnings.catch_warnings():
