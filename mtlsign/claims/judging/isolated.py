@@ -3,15 +3,14 @@
 A claim that exhausts the child ends the child and not the council. A child that ends before it has read the
 model makes the claim inadmissible; afterwards the model is not verifiable. The next claim starts a new child.
 
-The parent writes frames to the child's standard input: 8 bytes of length, then the bytes. The child writes
-one JSON object per line.
+The parent writes four frames for each claim to the child's standard input: a JSON object, reference, head and
+model. A frame is 8 bytes of length, then the bytes. The child writes one JSON object per line.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 import struct
 import subprocess
 import sys
@@ -74,7 +73,8 @@ class IsolatedClaimVerifier:
         timer.start()
         status = "inadmissible"
         try:
-            _send(process, pickle.dumps((claim, reference, head, bits)), model)
+            request = {"opening": claim.opening.to_json(), "bits": bits, "has_head": head is not None}
+            _send(process, json.dumps(request).encode(), reference, head or b"", model)
             reply = _receive(process)
             if reply == {"phase": "model"}:
                 status = "not_verifiable"

@@ -12,6 +12,7 @@ from mtlsign.claims.statements.types import Claim
 from mtlsign.errors import ArtifactError, KeyMaterialError, MTLSignError
 
 if TYPE_CHECKING:
+    from mtlsign.watermark.keys.opening import KeyOpening
     from mtlsign.watermark.verification.detector import WatermarkDetector
 
 
@@ -90,11 +91,11 @@ class DetectorClaimVerifier:
         self._on_claim_accepted = on_claim_accepted
         self.verdicts: dict[str, dict[str, Any]] = {}
 
-    def detector(self, claim: Claim, reference: bytes, head: bytes | None) -> WatermarkDetector:
+    def detector(self, opening: KeyOpening, reference: bytes, head: bytes | None) -> WatermarkDetector:
         """Return the detector of the parts that a claim opens.
 
         Args:
-            claim: the claim.
+            opening: the opened key.
             reference: bytes of the reference.
             head: bytes of the trained head, or None.
 
@@ -105,16 +106,30 @@ class DetectorClaimVerifier:
         from mtlsign.watermark.verification.detector import WatermarkDetector
         from mtlsign.watermark.verification.reference import Reference
 
-        check_claim_budget(claim.opening.parse(), self.factories)
+        check_claim_budget(opening.parse(), self.factories)
         return WatermarkDetector(
-            claim.opening, Reference.from_bytes(reference), head=head, factories=self.factories
+            opening, Reference.from_bytes(reference), head=head, factories=self.factories
         )
 
     def judge(  # noqa: D102
         self, claim: Claim, reference: bytes, head: bytes | None, model: bytes, bits: int
     ) -> Finding:
+        return self.judge_opening(claim.opening, reference, head, model, bits)
+
+    def judge_opening(
+        self, opening: KeyOpening, reference: bytes, head: bytes | None, model: bytes, bits: int
+    ) -> Finding:
+        """Return the finding of an opened key on a model; the arguments are those of `judge`.
+
+        Args:
+            opening: the key that the claim opens; nothing else of the claim is needed.
+            reference: bytes of the reference.
+            head: bytes of the trained head; None for a keyed head.
+            model: safetensors bytes of the model.
+            bits: required evidence in bits.
+        """
         try:
-            detector = self.detector(claim, reference, head)
+            detector = self.detector(opening, reference, head)
         except FAILURES as error:
             return Finding("inadmissible", reason=_origin(error))
         self._on_claim_accepted()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import resource
 import signal
 import struct
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mtlsign.claims.judging.judge import DetectorClaimVerifier
+from mtlsign.watermark.keys.opening import KeyOpening
 
 
 def main(trusted_factory: str, cpu_seconds: str, memory_bytes: str) -> None:
@@ -33,13 +33,14 @@ def main(trusted_factory: str, cpu_seconds: str, memory_bytes: str) -> None:
     _limit_memory(int(memory_bytes))
     _reply(output, {"phase": "ready"})
     while (frame := _read_frame(sys.stdin.buffer)) is not None:
-        claim, reference, head, bits = pickle.loads(frame)  # from the parent
-        model = _read_frame(sys.stdin.buffer)
-        if model is None:
+        request = json.loads(frame)
+        reference, head, model = (_read_frame(sys.stdin.buffer) for _ in range(3))
+        if reference is None or head is None or model is None:
             return
         _limit_cpu(int(cpu_seconds))
         judge.verdicts.clear()
-        finding = judge.judge(claim, reference, head, model, bits)
+        opening, head_bytes = KeyOpening.from_json(request["opening"]), head if request["has_head"] else None
+        finding = judge.judge_opening(opening, reference, head_bytes, model, request["bits"])
         _reply(output, {"finding": asdict(finding), "verdicts": judge.verdicts})
 
 
