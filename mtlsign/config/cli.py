@@ -23,7 +23,8 @@ from mtlsign.reports import console
 S = TypeVar("S", bound=Settings)
 #: Packages that `pip install mtlsign` leaves out; the extra `all` has them.
 OPTIONAL_PACKAGES = {
-    "boto3", "botocore", "fastapi", "matplotlib", "pyarrow", "ray", "sklearn", "starlette", "uvicorn",
+    "boto3", "botocore", "fastapi", "matplotlib", "pyarrow", "python_multipart", "ray", "sklearn",
+    "starlette", "uvicorn",
 }  # fmt: skip
 
 

@@ -37,6 +37,7 @@ _UNSUPPORTED: Mapping[str, str] = {
     ".h5": "a Keras model",
     ".keras": "a Keras model",
     ".msgpack": "a Flax model",
+    ".ggml": "a GGML model",
     ".tflite": "a TensorFlow Lite model",
     ".pb": "a TensorFlow model",
     ".mlmodel": "a Core ML model",
@@ -50,6 +51,13 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}\.safetensors")
 def is_safetensors(location: str) -> bool:
     """Return whether a location names one safetensors file; the case of the ending has no meaning."""
     return path_of(location).lower().endswith(SAFETENSORS)
+
+
+def other_format(location: str) -> str | None:
+    """Return the name of the format that the ending states, such as "a GGUF model"; None for any other."""
+    path = path_of(location).lower()
+    formats = (*CONVERTIBLE.items(), *_UNSUPPORTED.items())
+    return next((name for suffix, name in formats if path.endswith(suffix)), None)
 
 
 def conversion_hint(location: str) -> str | None:

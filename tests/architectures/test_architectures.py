@@ -32,7 +32,10 @@ def test_architecture_gives_equal_bits_in_every_file_or_one_refusal(
     name: str, verifier: Verifier, tmp_path: Path
 ) -> None:
     library = name.partition("/")[0]
-    pytest.importorskip(_LIBRARIES.get(library, library))
+    reason = (
+        f"{library} is missing: uv run --dev --extra architectures pytest -m slow tests/architectures -n 0"
+    )
+    pytest.importorskip(_LIBRARIES.get(library, library), reason=reason)
     row = measure(name, tmp_path, verifier)
     _append(row)
     expected = ZOO[name].refusal

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from mtlsign.service.problems import Problem
+from mtlsign.storage.file_formats import other_format
 
-#: Suffixes of other formats of weights.
-_SUFFIXES = {
-    ".pt": "PyTorch", ".pth": "PyTorch", ".bin": "PyTorch", ".ckpt": "checkpoint", ".pkl": "pickle",
-    ".gguf": "GGUF", ".ggml": "GGML", ".onnx": "ONNX", ".h5": "HDF5", ".keras": "Keras", ".npz": "NumPy",
-    ".msgpack": "Flax", ".tflite": "TFLite", ".pb": "TensorFlow",
-}  # fmt: skip
 #: First bytes of other formats of weights.
 _MAGIC = (
-    (b"GGUF", "GGUF"), (b"PK\x03\x04", "PyTorch"), (b"\x80\x02", "pickle"), (b"\x80\x04", "pickle"),
-    (b"\x89HDF\r\n", "HDF5"),
+    (b"GGUF", "a GGUF model"), (b"PK\x03\x04", "a PyTorch checkpoint"), (b"\x80\x02", "a pickled object"),
+    (b"\x80\x04", "a pickled object"), (b"\x89HDF\r\n", "an HDF5 file"),
 )  # fmt: skip
-_PICKLES = {"PyTorch", "checkpoint", "pickle"}
 #: Files of a Hugging Face folder, in the order in which they are looked for.
 HUGGING_FACE_FILES = (
     "model.safetensors.index.json", "model.safetensors", "config.json", "pytorch_model.bin"
@@ -24,20 +18,18 @@ HUGGING_FACE_FILES = (
 
 def problem_of_suffix(name: str) -> Problem | None:
     """Return the problem of a file whose name has the suffix of another format, or None."""
-    _, dot, suffix = name.rpartition(".")
-    kind = _SUFFIXES.get(f"{dot}{suffix}".lower())
-    finding = f"The location names a {kind} file (.{suffix.lower()})."
-    return None if kind is None else _other_format(finding, kind)
+    kind = other_format(name)
+    return None if kind is None else _other_format(f"The location names {kind}.")
 
 
 def problem_of_content(head: bytes) -> Problem | None:
     """Return the problem of a file whose first bytes are those of another format, or None."""
     kind = next((kind for magic, kind in _MAGIC if head.startswith(magic)), None)
-    return None if kind is None else _other_format(f"The file has the {kind} format.", kind)
+    return None if kind is None else _other_format(f"The file is {kind}.")
 
 
-def _other_format(finding: str, kind: str) -> Problem:
-    reason = "It can hold code, so the service never opens it." if kind in _PICKLES else "It is not read."
+def _other_format(finding: str) -> Problem:
+    reason = "The service reads safetensors only, which hold no code."
     fix = "Convert it on your machine (mtlsign convert, or safetensors.torch.save_file) and give that file."
     return Problem("not-a-model", f"{finding} {reason} {fix}")
 

@@ -1,28 +1,28 @@
-"""Streaming parser of the files in a multipart/form-data body (RFC 7578)."""
+"""Files of a multipart/form-data body (RFC 7578), read from a stream without keeping them in memory."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
 
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
 from mtlsign.service.problems import Problem
 
 MAX_HEADER_BYTES = 4096
 MAX_FILES = 4
-_BOUNDARY = re.compile(
-    r'multipart/form-data\s*;.*\bboundary="?([A-Za-z0-9\'()+_,./:=? -]{1,70})"?', re.IGNORECASE
-)
-_NAME = re.compile(
-    rb'^content-disposition:\s*form-data\b.*[;\s]name="([a-z]{1,32})"', re.IGNORECASE | re.MULTILINE
-)
+_BOUNDARY = re.compile(rb"[A-Za-z0-9'()+_,./:=? -]{1,70}")
+_NAME = re.compile(rb"[a-z]{1,32}")
 
 
 def boundary_of(content_type: str) -> bytes:
     """Return the boundary in a Content-Type. Raises Problem."""
-    match = _BOUNDARY.match(content_type.strip())
-    if match is None:
+    kind, options = parse_options_header(content_type.encode("latin-1", "replace"))
+    boundary = options.get(b"boundary", b"")
+    if kind != b"multipart/form-data" or not _BOUNDARY.fullmatch(boundary):
         raise Problem("wrong-media-type", "The body is not a form with files. Send multipart/form-data.")
-    return match[1].rstrip().encode()
+    return boundary
 
 
 async def file_pieces(
@@ -39,43 +39,64 @@ async def file_pieces(
     Raises:
         Problem: `malformed-request`.
     """
-    delimiter, buffer = b"\r\n--" + boundary, b"\r\n"
-    field: str | None = None
-    in_header, parts = False, 0
-    async for piece in stream:
-        buffer += piece
-        while True:
-            if in_header:
-                header, end, rest = buffer.partition(b"\r\n\r\n")
-                if buffer.startswith(b"--"):  # the last delimiter
-                    return
-                if not end:
-                    break
-                field, buffer, in_header, parts = _field_name(header), rest, False, parts + 1
-                if parts > MAX_FILES:
-                    raise _malformed()
-            data, separator, rest = buffer.partition(delimiter)
-            if not separator:
-                safe = max(0, len(buffer) - len(delimiter))
-                if field is not None and safe:
-                    yield field, buffer[:safe]
-                buffer = buffer[safe:]
-                break
-            if field is not None:
-                if data:
-                    yield field, data
-                yield field, None
-            buffer, in_header = rest, True
-        if in_header and len(buffer) > MAX_HEADER_BYTES:
-            raise _malformed()
-    raise _malformed()
-
-
-def _field_name(header: bytes) -> str:
-    match = _NAME.search(header.lstrip())
-    if len(header) > MAX_HEADER_BYTES or match is None:
+    form = _Form()
+    parser = MultipartParser(boundary, form.callbacks(), max_header_size=MAX_HEADER_BYTES)  # type: ignore[arg-type]  # a TypedDict
+    try:
+        async for piece in stream:
+            parser.write(piece)
+            for event in form.events:
+                yield event
+            form.events.clear()
+    except FormParserError:
+        raise _malformed() from None
+    if not form.is_complete:
         raise _malformed()
-    return match[1].decode()
+
+
+class _Form:
+    """Events of one form, collected by the callbacks of a parser.
+
+    Attributes:
+        events: (field, piece) and (field, None) as in `file_pieces`.
+        is_complete: whether the last delimiter was read.
+    """
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, bytes | None]] = []
+        self.is_complete = False
+        self._field, self._parts = "", 0
+        self._header, self._headers = [b"", b""], dict[bytes, bytes]()
+
+    def callbacks(self) -> dict[str, object]:
+        """Return the functions that a `MultipartParser` calls."""
+        return {
+            "on_header_field": lambda data, start, end: self._extend(0, data[start:end]),
+            "on_header_value": lambda data, start, end: self._extend(1, data[start:end]),
+            "on_header_end": self._end_header,
+            "on_headers_finished": self._start_part,
+            "on_part_data": lambda data, start, end: self.events.append((self._field, data[start:end])),
+            "on_part_end": lambda: self.events.append((self._field, None)),
+            "on_end": self._end,
+        }
+
+    def _extend(self, index: int, data: bytes) -> None:
+        self._header[index] += data
+
+    def _end_header(self) -> None:
+        name, value = self._header
+        self._headers[name.lower()] = value
+        self._header = [b"", b""]
+
+    def _start_part(self) -> None:
+        kind, options = parse_options_header(self._headers.get(b"content-disposition", b""))
+        name = options.get(b"name", b"")
+        self._parts, self._headers = self._parts + 1, {}
+        if kind != b"form-data" or not _NAME.fullmatch(name) or self._parts > MAX_FILES:
+            raise _malformed()
+        self._field = name.decode()
+
+    def _end(self) -> None:
+        self.is_complete = True
 
 
 def _malformed() -> Problem:

@@ -46,7 +46,8 @@ def test_convert_weights_without_its_library_names_it(
 
 
 def test_convert_weights_of_onnx_model(tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx")
+    import onnx
+
     tensors = [onnx.numpy_helper.from_array(t.numpy(), name) for name, t in TENSORS.items()]
     graph = onnx.helper.make_graph([], "g", [], [], initializer=tensors)
     onnx.save(onnx.helper.make_model(graph), str(tmp_path / "m.onnx"))
@@ -55,7 +56,8 @@ def test_convert_weights_of_onnx_model(tmp_path: Path) -> None:
 
 
 def test_convert_weights_of_gguf_model(tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "test")
     for name, tensor in TENSORS.items():
         writer.add_tensor(name, tensor.numpy())
