@@ -6,6 +6,7 @@ reason quotes a name of the file.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -78,11 +79,12 @@ def _readings(
         ModelError: there is none, or there are more than `MAX_MAPPINGS`.
     """
     names, omissible = {**optional, **shapes}, set(optional) - set(shapes)
+    views = DerivedWeights(tensors).alternatives()  # they have the same names
+    mappings = suspect_mappings(names, views[0], optional=omissible, tolerated=tolerated)
     distinct: dict[tuple[tuple[str, int], ...], tuple[DerivedWeights, NameMapping]] = {}
-    for view in DerivedWeights(tensors).alternatives():
-        for mapping in suspect_mappings(names, view, optional=omissible, tolerated=tolerated):
-            sources = tuple(sorted((source, view.form_of(source)) for source in mapping.values()))
-            distinct.setdefault(sources, (view, mapping))
+    for view, mapping in itertools.product(views, mappings):
+        sources = tuple(sorted((source, view.form_of(source)) for source in mapping.values()))
+        distinct.setdefault(sources, (view, mapping))
     if len(distinct) > MAX_MAPPINGS:
         raise ModelError(
             f"The weights exist in over {MAX_MAPPINGS} places of the file. Keep one of them.",

@@ -17,7 +17,7 @@ from mtlsign.errors import LedgerError
 Councils = Sequence[tuple[int, Membership]]
 Times = dict[bytes, int]
 MAX_LINES = 2**20
-"""Most stored co-signatures of a ledger; each one costs a signature check."""
+"""Most stored co-signatures in the name of members in force; each one costs a signature check."""
 _NAMED_SIZES = 8
 
 
@@ -75,20 +75,24 @@ def member_times(
         cache: results of earlier checks.
 
     Raises:
-        LedgerError: the store holds over a million co-signatures.
+        LedgerError: the store holds over a million co-signatures in the name of members.
     """
     members: dict[int, frozenset[bytes]] = {}
     times_by_tree: dict[Checkpoint, Times] = {}
-    for number, (checkpoint, line) in enumerate(cosignatures):
-        if number >= MAX_LINES:
-            raise LedgerError(
-                f"The store holds over {MAX_LINES} co-signatures. Delete those that no member made.",
-                field="ledger",
-            )
+    checks = 0
+    for checkpoint, line in cosignatures:
         size, member = checkpoint.size, line.member
         if size not in members:
             members[size] = frozenset(council_in_force(councils, size).members)
-        if member is None or member not in members[size] or not cache.is_valid(checkpoint, line):
+        if member is None or member not in members[size]:
+            continue
+        checks += 1
+        if checks > MAX_LINES:
+            raise LedgerError(
+                f"Over {MAX_LINES} co-signatures name members in force. Delete those that no member made.",
+                field="ledger",
+            )
+        if not cache.is_valid(checkpoint, line):
             continue
         times = times_by_tree.setdefault(checkpoint, {})
         times[member] = min(times.get(member, line.time), line.time)

@@ -29,7 +29,7 @@ VERSION = "mtlsign/witness/v0"
 PIN_VERSION = "mtlsign/place/v0"
 FIELD = "witness-state"
 MAX_STATE = 64 * 1024
-MAX_LINES = 64 * 2**20
+MAX_LINES_BYTES = 64 * 2**20
 _FIELDS = ("version", "public_key", "origin", "size", "frontier", "time", "check")
 
 
@@ -114,8 +114,8 @@ def load_own_lines(path: Path) -> list[tuple[int, str]]:
     lines: list[tuple[int, str]] = []
     try:
         with open(_lines_path(path), "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_LINES))
-            data = file.read(MAX_LINES)
+            file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_LINES_BYTES))
+            data = file.read(MAX_LINES_BYTES)
     except FileNotFoundError:
         return lines
     for row in data.decode("utf-8", "replace").splitlines():

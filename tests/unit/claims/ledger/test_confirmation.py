@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from mtlsign.claims.ledger import checkpoints
+from mtlsign.claims.ledger import checkpoints, confirmation
 from mtlsign.claims.ledger.checkpoints import Checkpoint
 from mtlsign.claims.ledger.confirmation import LineCache
 from mtlsign.claims.statements.types import Membership, Ref
@@ -106,3 +106,19 @@ def test_line_cache_checks_each_line_once(changed: ChangedCouncil, monkeypatch: 
     assert cache.is_valid(checkpoint, line)
     monkeypatch.setattr(checkpoints, "is_valid_signature", lambda *_: pytest.fail("checked twice"))
     assert cache.is_valid(checkpoint, line)
+
+
+def test_member_times_limit_counts_lines_in_the_name_of_members_only(
+    changed: ChangedCouncil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit that outsiders could exhaust would stop every reader."""
+    scenario = changed.scenario
+    outsider, checkpoint = make_identity("outsider"), scenario.ledger.checkpoint(changed.start + 1)
+    lines = [(checkpoint, checkpoints.cosign(outsider, checkpoint, LATER + i)) for i in range(5)]
+    member = [(checkpoint, checkpoints.cosign(scenario.members[0], checkpoint, LATER + i)) for i in range(3)]
+    councils = scenario.view().councils
+    monkeypatch.setattr(confirmation, "MAX_LINES", 2)
+    times = confirmation.member_times(councils, [*lines, *member[:2]], LineCache())
+    assert times == {checkpoint: {scenario.members[0].public_key: LATER}}
+    with pytest.raises(LedgerError, match="Over 2 co-signatures name members in force"):
+        confirmation.member_times(councils, member, LineCache())
