@@ -61,7 +61,8 @@ def test_fetch_model_of_another_format_states_the_format_and_the_fix(tmp_path: P
         (inside / name).write_bytes(b"x")
     fetcher = make_fetcher(tmp_path)
     for name, kind, words in (
-        ("model.pt", "not-a-model", "names a PyTorch checkpoint"), ("a/model.ckpt", "not-a-model", "save_file"),
+        ("model.pt", "not-a-model", "names a PyTorch checkpoint"),
+        ("a/model.ckpt", "not-a-model", "save_file"),
         ("llm.GGUF", "not-a-model", "names a GGUF model"), ("hf", "not-a-model", "add /model.safetensors"),
         ("old", "not-a-model", "safe_serialization"), ("split", "not-a-model", "several files"),
         ("empty", "not-a-model", "folder without a manifest.json"),
