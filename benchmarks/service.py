@@ -97,11 +97,11 @@ class ServiceFixtures:
         noise = torch.randn(64, 1, side, side, generator=gen)
         x = torch.rand(4, 1, side, side, generator=gen)[y] + 0.3 * noise
         options = {
-            "key_size": n, "lambda2": 0, "phase1.batch": 16, "phase2.steps": steps, "phase2.batch": 16,
-            "phase2.lr": 0.01,
+            "head": "keyed", "key_size": n, "lambda2": 0, "phase1.batch": 16, "phase2.steps": steps,
+            "phase2.batch": 16, "phase2.lr": 0.01,
         }  # fmt: skip
         result = mtlsign.embed(
-            model, from_tensors(x, y), trained=True, identity=owner, graph=architecture, **options
+            model, from_tensors(x, y), trained=True, identity=owner, architecture=architecture, **options
         )
         assert result.kit is not None
         fields = json.loads(result.kit.opening.spec)

@@ -14,7 +14,10 @@ _MEASURES = ("drop_points", "wm_accuracy", "evidence_bits_attacked", "deviation_
 
 @job(SweepSettings)
 def sweep(settings: SweepSettings) -> Output:
-    """Embed over a grid of settings, attack every cell and recommend one."""
+    """Embed over a grid of settings, attack every cell and recommend one.
+
+    Without a combination to recommend, the exit code is 3.
+    """
     line = EmbedLine(quiet=settings.quiet or settings.json_output)
     if settings.workers == 0:
         from mtlsign.experiments.sweeps.backend import LocalSweepBackend
@@ -25,7 +28,19 @@ def sweep(settings: SweepSettings) -> Output:
         from mtlsign.distributed.tune import sweep_on_ray
 
         result = sweep_on_ray(settings, log=line.log)
-    return Output(result, _summary(result))
+    return Output(result, _summary(result), problem=_problem(result))
+
+
+def _problem(result: dict[str, Any]) -> str | None:
+    """Return the reason why no combination is recommended, with the fix; None if one is."""
+    if result["recommended"] is not None:
+        return None
+    reason = f"The sweep recommends nothing: {result['why']}."
+    if result["try_again"]:
+        return f"{reason} Retry the failed cells with --resume {result['run']}."
+    if not result["groups"]:
+        return f"{reason} Read the column reason of {result['csv']}."
+    return f"{reason} With --force, a new sweep recommends the best of the rejected combinations."
 
 
 def _summary(result: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ class SweepSettings(RunStorage, RunPlacement, TaskData, Settings):
         "seed",
     )
     resumable: ClassVar[frozenset[str]] = (
-        Settings.resumable | RESUMABLE | {"keep_checkpoints", "max_concurrent"}
+        Settings.resumable | RESUMABLE | {"keep_checkpoints", "max_concurrent", "force"}
     )
 
     # fmt: off
@@ -57,5 +57,6 @@ class SweepSettings(RunStorage, RunPlacement, TaskData, Settings):
     cpus_per_worker: int = Field(1, ge=1, le=1024, description="CPUs of each cell")
     max_failures: int = Field(3, ge=0, le=1000, description="restarts of a cell after a lost worker or node")
     # outputs
+    force: bool = Field(False, description="recommend a combination although no marked model is accepted")
     keep_checkpoints: bool = Field(False, description="keep W0 and the (secret) checkpoints of the cells after success")
     # fmt: on

@@ -175,7 +175,8 @@ def stopped_for_memory() -> dict[str, str]:
     from ray.util.state.exception import RayStateApiException
 
     try:
-        workers = list_workers(filters=[("exit_type", "=", OUT_OF_MEMORY)], limit=1000, timeout=10)
+        address = ray.get_runtime_context().gcs_address  # another Ray may run on this machine
+        workers = list_workers(address, filters=[("exit_type", "=", OUT_OF_MEMORY)], limit=1000, timeout=10)
     except (RayError, RayStateApiException, RuntimeError, OSError):
         return {}
     return {worker.worker_id: str(worker.ip) for worker in workers}

@@ -35,7 +35,10 @@ class EmbedLine:
         self._line.log(text)
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """Show a row of progress; a new phase or cell starts a new line."""
+        """Show a row of progress; a new phase or cell starts a new line. A warning is a separate line."""
+        if "warning" in row:
+            self.log(f"warning: {row['warning']}")
+            return
         phase = str(row["phase"])
         if phase != self._phase or _fraction(row) < self._completed:
             self.end()

@@ -52,6 +52,8 @@ def _tone(result: Mapping[str, Any]) -> str:
     best = result["recommended"]
     if best is None or best["drop_points"] > result["max_drop"]:
         return "bad"
+    if (best["evidence_bits"] or 0.0) < result["bits_required"]:  # with --force
+        return "bad"
     return "good" if best["evidence_bits_attacked"] >= result["bits_required"] else "open"
 
 

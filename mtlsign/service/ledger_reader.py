@@ -138,18 +138,18 @@ class LedgerReader:
                 **self._rivals(view, claim),
             }
 
-    def _rivals(self, view: LedgerView, claim: Claim) -> dict[str, int]:
-        """Return the numbers of claims of other publications on the same model, and of earlier publications.
+    def _rivals(self, view: LedgerView, claim: Claim) -> dict[str, Any]:
+        """Return the entries of claims of other publications on the same model, and how many are earlier.
 
         The order of publications is all that a ledger shows of a lineage.
         """
-        rivals = [
-            other.publish
-            for _, other in view.all(Claim)
+        rivals = {
+            entry.index: other.publish.index
+            for entry, other in view.all(Claim)
             if other.suspect == claim.suspect and other.publish != claim.publish
-        ]
-        earlier = sum(publish.index < claim.publish.index for publish in rivals)
-        return {"rivals": len(rivals), "earlier_rivals": earlier}
+        }
+        earlier = sum(publication < claim.publish.index for publication in rivals.values())
+        return {"rivals": sorted(rivals), "earlier_rivals": earlier}
 
     def first_entry_of_key(self, public_keys: Sequence[bytes]) -> dict[bytes, int]:
         """Return, for each key in the ledger, the first entry that it signed or that lists it as a member."""

@@ -42,7 +42,7 @@ def test_sweep_on_s3_is_resumed_from_its_stored_state(
         monkeypatch.setattr(f"mtlsign.{module}.load_task", lambda *_, **__: tiny_task)
     location = f"s3://{s3.bucket}/sweep"
     store = open_storage(location, endpoint=s3.endpoint)
-    common = ["--storage", location, "--endpoint", s3.endpoint, "--workers", "0", "--json"]
+    common = ["--storage", location, "--endpoint", s3.endpoint, "--workers", "0", "--json", "--force"]
     main = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "sweep.py"))["main"]
     steps: dict[str, list[int]] = {}
 

@@ -104,7 +104,7 @@ class IsolatedClaimVerifier:
         self.close()
         path = os.pathsep.join(folder for folder in sys.path if folder)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", _WORKER, *self._arguments],
+            [sys.executable, "-P", "-m", _WORKER, *self._arguments],  # not from the working directory
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path},
         )  # fmt: skip
         try:

@@ -55,8 +55,17 @@ def pareto_front(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
     return [b for b in groups if not any(dominates(a, b) for a in groups)]
 
 
+def _is_accepted(group: Mapping[str, Any], min_evidence_bits: float) -> bool:
+    """Return whether the marked models of a combination reach the evidence, on average over the seeds."""
+    return bool((group["evidence_bits"] or 0.0) >= min_evidence_bits)
+
+
 def recommend(
-    groups: Sequence[Mapping[str, Any]], max_accuracy_drop: float, min_evidence_bits: float
+    groups: Sequence[Mapping[str, Any]],
+    max_accuracy_drop: float,
+    min_evidence_bits: float,
+    *,
+    force: bool = False,
 ) -> tuple[Mapping[str, Any] | None, str]:
     """Recommend one combination whose marked models are accepted.
 
@@ -67,13 +76,17 @@ def recommend(
         groups: rows of `aggregate_over_seeds`.
         max_accuracy_drop: points of validation accuracy.
         min_evidence_bits: evidence in bits at which a claim is accepted.
+        force: whether to recommend a combination although none is accepted.
 
     Returns:
         The combination (None if none is accepted) and the reason in words.
     """
     if not groups:
         return None, "no cell finished"
-    accepted = [group for group in groups if (group["evidence_bits"] or 0.0) >= min_evidence_bits]
+    accepted = [group for group in groups if _is_accepted(group, min_evidence_bits)]
+    if not accepted and force:
+        best, reason = recommend(groups, max_accuracy_drop, 0.0)
+        return best, f"no combination reaches the required {min_evidence_bits:g} bits of evidence; {reason}"
     if not accepted:
         most = max(group["evidence_bits"] or 0.0 for group in groups)
         return None, (

@@ -116,7 +116,9 @@ class SweepRun(RunFolder[SweepSettings]):
         varied = varied_settings(rows, space)
         counts = {status: sum(row["status"] == status for row in rows) for status in STATUSES}
         groups = pareto.aggregate_over_seeds(rows, varied)
-        best, reason = pareto.recommend(groups, settings.max_accuracy_drop, settings.min_evidence_bits)
+        best, reason = pareto.recommend(
+            groups, settings.max_accuracy_drop, settings.min_evidence_bits, force=settings.force
+        )
         return {
             "run": self.name, "space": settings.space, "attacks": settings.attacks,
             "bits_required": settings.min_evidence_bits, "max_drop": settings.max_accuracy_drop,

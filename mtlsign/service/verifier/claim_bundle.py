@@ -92,7 +92,10 @@ def parse_bundle(bundle: object) -> OpenedClaim:
         detail = f"The bundle contains {sorted(secret)[0]!r}, a part of an owner kit. Never send a kit."
         raise Problem("kit-refused", detail)
     if not _REQUIRED <= bundle.keys() <= _FIELDS:
-        detail = "A bundle has the fields opening and reference, and optionally head and claim."
+        detail = (
+            "An opened claim has the fields opening and reference, and optionally head and claim. "
+            "Send the file that `mtlsign claim --bundle` wrote."
+        )
         raise Problem("bad-bundle", detail)
     claim = bundle.get("claim")
     if claim is not None and not (isinstance(claim, str) and _CLAIM.fullmatch(claim)):

@@ -100,6 +100,7 @@ async def _render_claim_form(
     return render(
         "new_claim", status=status, token=token, wrong=wrong, model=model, bundle=bundle, limits=limits,
         history=history, prefixes=settings.allowed_locations[:MAX_PREFIXES],
+        uploaded=not wrong and model.startswith("sha256:") and bundle.startswith("sha256:"),
     )  # fmt: skip
 
 
@@ -216,7 +217,7 @@ def _result(state: AppState, outcome: dict[str, Any] | None, name: str) -> dict[
     required = None
     if verdict.statistic == "count":
         required = required_matches(verdict.n, verdict.bits_required)
-    tone = {"accepted": "good", "rejected": "bad"}.get(verdict.status, "open")
+    tone = {"accepted": "good", "rejected": "bad", "unrelated": "bad"}.get(verdict.status, "open")
     verifiable = verdict.status != "not_verifiable"
     chart = null_distribution_svg(verdict.matches, verdict.n, required) if verifiable else ""
     return {

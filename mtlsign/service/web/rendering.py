@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import time
 from functools import lru_cache
 from importlib import resources
@@ -15,11 +16,13 @@ from typing import Any
 import jinja2
 from fastapi import APIRouter, Response
 from fastapi.responses import HTMLResponse
+from markupsafe import Markup, escape
 
 from mtlsign.reports.pages import template_environment
 
 router = APIRouter(include_in_schema=False)
 SCRIPT = "page.js"
+_POWER_OF_TWO = re.compile(r"2\^-(\d+(?:\.\d+)?)")
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
     "img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -34,6 +37,7 @@ SECURITY_HEADERS = {
 def _templates() -> jinja2.Environment:
     environment = template_environment("mtlsign.service.web")
     environment.filters["when"] = _format_time
+    environment.filters["powers"] = _format_powers
     environment.globals["script_integrity"] = _integrity(SCRIPT)
     return environment
 
@@ -51,6 +55,11 @@ def _format_time(seconds: float | None) -> str:
     if seconds is None:
         return "not yet confirmed"
     return time.strftime("%d %B %Y, %H:%M UTC", time.gmtime(seconds))
+
+
+def _format_powers(text: str) -> Markup:
+    """Escape a sentence and write its powers of two with exponents."""
+    return Markup(_POWER_OF_TWO.sub("2<sup>−\\1</sup>", str(escape(text))))
 
 
 def render(name: str, *, status: int = 200, refresh: bool = False, **values: Any) -> HTMLResponse:

@@ -26,7 +26,7 @@ from mtlsign.models.loading import (
     load_tensors,
 )
 from mtlsign.tasks import Task, load_task
-from mtlsign.watermark.embedding.advice import key_size_warning
+from mtlsign.watermark.embedding.advice import chance_warning, key_size_warning
 from mtlsign.watermark.embedding.base_kit import load_base_weights
 from mtlsign.watermark.embedding.commitment import (
     commit_keys,
@@ -34,6 +34,7 @@ from mtlsign.watermark.embedding.commitment import (
     needs_response_bases,
     validate_before_training,
 )
+from mtlsign.watermark.embedding.loop import evaluate
 from mtlsign.watermark.embedding.phase1 import train_clean_model
 from mtlsign.watermark.embedding.phase2 import embed_watermark
 from mtlsign.watermark.embedding.result import EmbeddingResult, Phase2Result, Rows, Tensors, build_result
@@ -284,7 +285,7 @@ def run_phase2(
 def phase2_result(
     model: nn.Module, task: Task, detector: WatermarkDetector, settings: EmbedSettings, worker: WorkerContext
 ) -> Phase2Result:
-    """Run phase 2 on a network that holds W0.
+    """Run phase 2 on a network that holds W0. A clean model at chance is reported before the first step.
 
     Args:
         model: the network; it holds W afterwards.
@@ -293,6 +294,11 @@ def phase2_result(
         settings: complete settings.
         worker: this process of the phase.
     """
+    if task.targets == "labels" and worker.load_checkpoint() is None:
+        accuracy = evaluate(model, task, "validation", settings, worker)
+        if warning := chance_warning(accuracy, task.classes, task.size("validation")):
+            row = {"phase": "mark", "step": 0, "of": settings.phase2.steps, "warning": warning}
+            worker.show_progress(row)
     rows, measured = embed_watermark(model, task, detector, settings, worker)
     return Phase2Result(cpu_state(model), detector.head_bytes(), rows, measured)
 

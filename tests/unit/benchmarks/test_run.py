@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from benchmarks import memory, run, training_step, verification, workers
 from benchmarks.fixtures import BareForward, BenchmarkSetup
 from benchmarks.measure import ratio, row
+from benchmarks.service import ServiceFixtures, further_claim
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +60,11 @@ def test_main_with_json_prints_a_row_of_each_benchmark(
 def test_arguments_outside_their_limits_exit(flags: list[str]) -> None:
     with pytest.raises(SystemExit):
         run.arguments(flags)
+
+
+def test_service_fixtures_hold_a_marked_network_and_a_further_claim_is_measured(tmp_path: Path) -> None:
+    marked = ServiceFixtures.make(width=8, n=128, side=21, keys=1, steps=1)
+    assert json.loads(marked.right.spec)["head"]["kind"] == "keyed" and marked.tensors
+    unmarked = ServiceFixtures.make(width=8, n=128, side=21, keys=3, steps=0)
+    measured = further_claim(unmarked, tmp_path, repeats=1)
+    assert measured["pairs"] == 1 and measured["further_over_forward"] > 0

@@ -24,6 +24,15 @@ def test_live_line_without_a_terminal_is_plain_and_rare(capsys: pytest.CaptureFi
     assert capsys.readouterr().err == ""
 
 
+def test_embed_line_prints_a_warning_as_a_separate_line(capsys: pytest.CaptureFixture[str]) -> None:
+    line = EmbedLine()
+    line.row({"phase": "mark", "step": 0, "of": 2, "warning": "The clean model is at chance."})
+    line.row({"phase": "mark", "step": 2, "of": 2, "wm_accuracy": 1.0})
+    line.end()
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first == "warning: The clean model is at chance." and "100%" in others[-1]
+
+
 def test_embed_line_prints_one_line_per_phase(capsys: pytest.CaptureFixture[str]) -> None:
     line = EmbedLine()
     line.row({"phase": "clean", "step": 10, "of": 40, "epoch": 1, "loss": 1.25})

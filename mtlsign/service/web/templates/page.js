@@ -8,7 +8,7 @@ for (const code of document.querySelectorAll("code.id")) {
   button.className = "plain copy";
   button.textContent = "Copy";
   button.addEventListener("click", async () => {
-    await navigator.clipboard.writeText(code.textContent);
+    await navigator.clipboard.writeText(code.dataset.value ?? code.textContent);
     button.textContent = "Copied";
   });
   code.after(" ", button);

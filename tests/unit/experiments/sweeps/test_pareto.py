@@ -53,8 +53,12 @@ def test_recommend_prefers_complete_groups_within_accuracy_drop(
     accepted = [group for group in groups if group["evidence_bits"] >= 120]
     if not accepted:
         assert best is None and (not groups or "no combination reaches the required 120 bits" in reason)
+        forced, reason = recommend(groups, max_accuracy_drop, 120.0, force=True)
+        assert forced in groups if groups else forced is None
+        assert not groups or reason.startswith("no combination reaches the required 120 bits of evidence; ")
         return
     assert best is not None and best["evidence_bits"] >= 120
+    assert recommend(groups, max_accuracy_drop, 120.0, force=True) == (best, reason)
     complete = [group for group in accepted if group["n"] == 3]
     assert best["n"] == 3 or (not complete and f"only {best['n']} of its 3 cells" in reason)
     assert ("are excluded" in reason) == (0 < len(complete) < len(groups))

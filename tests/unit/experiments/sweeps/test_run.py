@@ -11,8 +11,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from mtlsign.commands.sweep import sweep
+from mtlsign.config import cli
 from mtlsign.config.sweep import SweepSettings
-from mtlsign.errors import SettingsError
+from mtlsign.errors import RejectedResultError, SettingsError
 from mtlsign.experiments.sweeps import backend
 from mtlsign.experiments.sweeps.backend import LocalSweepBackend
 from mtlsign.experiments.sweeps.cell import SharedCellData, run_cell
@@ -93,6 +95,27 @@ def test_run_sweep_job_resumed_after_interruption_keeps_finished_cells(
     assert len(result["rows"]) == 4 and not set(computed) & set(finished) and len(set(computed)) == 2
     with pytest.raises(SettingsError, match="lambda"):
         SweepSettings.of({"lambda1": 3})
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_sweep_command_without_accepted_cell_exits_with_code_3_unless_forced(
+    force: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = [*SHORT, "phase2.steps=2", "lambda1=0.02"]
+    argv = ["--workers=0", "--quiet", "--attacks=int8", f"--storage={tmp_path}", "--run=s"]
+    argv += [f"--set={value}" for value in values] + ["--force"] * force
+    with pytest.raises(SystemExit) as ended:
+        cli.run(sweep, argv)
+    out, err = capsys.readouterr()
+    assert ended.value.code == (0 if force else RejectedResultError.exit_code)
+    assert ("\nrecommended: no combination reaches" in out) == force
+    page = (tmp_path / "runs/s/report.html").read_text()
+    if force:
+        assert err == "" and "Recommended: " in page and "(120 bits are required)" in page
+    else:
+        assert err.startswith("error: The sweep recommends nothing: no combination reaches the required 120")
+        assert err.endswith(" With --force, a new sweep recommends the best of the rejected combinations.\n")
+        assert "No combination of the 2 cells is recommended" in page and "no recommendation: " in out
 
 
 def test_run_sweep_job_with_failed_cell_stays_resumable(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import hypothesis
-import schemathesis
-from schemathesis.core.result import Ok
 
 from tests.unit.service.fixtures import ServiceFactory, ServiceHarness
+
+if TYPE_CHECKING:
+    import schemathesis
 
 EXAMPLES = 25
 
 
 def test_generated_requests_cause_no_server_error(start_service: ServiceFactory) -> None:
+    import schemathesis  # slow to import, and one of the processes alone needs it
+    from schemathesis.core.result import Ok
+
     service: ServiceHarness = start_service(max_wait_s=0.5, ledger="sqlite:////nowhere/ledger.db")
     schema = schemathesis.openapi.from_asgi("/openapi.json", service.client.app)
     headers = service.headers("verify", "ledger", "admin")

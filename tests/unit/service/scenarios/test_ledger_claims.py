@@ -107,8 +107,11 @@ def test_verification_page_counts_rival_claims(
     uri, _, file = registered_claim
     service = start_service(ledger=uri)
     sign_in(service)
-    monkeypatch.setattr(service.state.ledger, "_rivals", lambda *_: {"rivals": 2, "earlier_rivals": 1})
+    monkeypatch.setattr(service.state.ledger, "_rivals", lambda *_: {"rivals": [8, 9], "earlier_rivals": 1})
     fields = {"model": claim_fixtures.location(), "bundle": claim_fixtures.write("claim.zip", file)}
     _, page = submit_form(service, fields)
-    assert "2 other claims on this model" in page and "mtlsign dispute" in page
+    assert "2 other claims on this model" in page and "cannot judge which model descends" in page
+    command = page.split("mtlsign dispute ")[1].split("</code>")[0]
+    assert command.startswith("--ledger LEDGER --archive ARCHIVE --claims ")
+    assert command.endswith(" --claims 8 --claims 9")
     assert "1 of the other keys was committed before this one" in page

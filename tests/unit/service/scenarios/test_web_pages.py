@@ -79,11 +79,14 @@ def test_uploaded_files_of_form_are_verified_and_listed_in_history(
     assert query["model"] == [f"sha256:{claim_fixtures.digest}"]
     form = service.client.get(address).text
     assert query["model"][0] in form and query["bundle"][0] in form and "no request yet" in form
+    assert "The files are uploaded." in form and "<button autofocus>Verify</button>" in form
+    assert "The files are uploaded." not in service.client.get("/").text
     fields = {name: values[0] for name, values in query.items()}
     address, page = submit_form(service, fields)
-    assert "Accepted" in page and 'class="id"' in page
+    assert "Accepted" in page and 'class="id"' in page and "2<sup>−128.0</sup>" in page and "2^" not in page
     page = service.client.get("/").text
     assert f'href="{address}"' in page and "1 accepted" in page
+    assert f'data-value="{claim_fixtures.digest}"' in page
     sign_in(service)  # another token
     assert address not in service.client.get("/").text
     for broken in ({"model": ("m", b"")}, {"other": ("m", b"x")}, {}):
@@ -125,7 +128,10 @@ def test_pages_in_chromium_are_usable_by_keyboard(
     from mtlsign.config.service import ServiceSettings
     from mtlsign.service.verifier.verifier import Verifier
 
+    take_pictures = "MTLSIGN_TEST_PICTURES" in os.environ
     shots = Path(os.environ.get("MTLSIGN_TEST_PICTURES", tmp_path / "pictures"))
+    scheme = "light" if script else "dark"
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
     settings = ServiceSettings.of(
         {"state_dir": tmp_path / "state", "allowed_locations": [f"file://{claim_fixtures.folder}"]}
     )
@@ -136,8 +142,9 @@ def test_pages_in_chromium_are_usable_by_keyboard(
 
     def look(name: str) -> None:
         for width in (1200, 380):
-            if script:
-                tab.picture(shots / f"{name}-{width}.png", width)
+            tab.send("Emulation.setEmulatedMedia", features=features)
+            if script or take_pictures:
+                tab.picture(shots / scheme / f"{name}-{width}.png", width)
             wide = tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
             assert wide <= 0, (name, width)  # no horizontal scrolling
 

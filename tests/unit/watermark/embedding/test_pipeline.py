@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,19 @@ class Small(nn.Module):
         return out
 
 
+def test_embed_of_clean_model_at_chance_warns_before_the_first_step(
+    tiny_model: Maker, tiny_task: Task, tiny_graph: dict[str, object], owner: Identity
+) -> None:
+    rows: list[Mapping[str, Any]] = []
+    done = mtlsign.embed(
+        tiny_model(), tiny_task, trained=True, identity=owner, architecture=tiny_graph,
+        on_progress=rows.append, **FAST, **{"phase2.steps": 2},
+    )  # fmt: skip
+    assert (rows[0]["phase"], rows[0]["step"]) == ("mark", 0) and all(row["step"] > 0 for row in rows[1:])
+    assert "which is chance for 4 classes" in rows[0]["warning"]
+    assert any("which is chance" in warning for warning in done.result["warnings"])
+
+
 def test_embed_accepts_local_class_and_loaders(owner: Identity) -> None:
     """Use embed as in a notebook: a class inside a function, loaders, and phase 1."""
 
@@ -265,8 +278,9 @@ def test_resumed_job_after_kill_gives_same_digest(job: dict[str, Any], store_dir
         again = start(job, rows.append, run=None, resume=name)
         assert again.result["model_digest"] == whole.result["model_digest"]
         assert again.kit.opening == whole.kit.opening and again.result["run"] == name
-        seen = {row.get("step", row.get("epoch")) for row in rows}
+        seen = {row.get("step", row.get("epoch")) for row in rows if "warning" not in row}
         assert seen == steps - {1}  # steps before the checkpoint are not repeated
+        assert [row["phase"] for row in rows if "warning" in row] == ["mark"] * (name == "two")
         left = {p.name for p in (runs / name).iterdir()}
         assert left == {"settings.json", "result.json", "metrics.json", "report.html", "manifest.json"}
         result = json.loads((runs / name / "result.json").read_text())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from mtlsign.watermark.verification.algorithm import verify
 from mtlsign.watermark.verification.detector import WatermarkDetector
 from tests.unit.models.network import transformers_name
+from tests.unit.watermark.scenarios.hostile_files import DECOY_FILES, decoys, renamed
 
 Tensors = dict[str, Tensor]
 Marked = tuple[nn.Module, "object"]
@@ -26,30 +26,6 @@ def tapped(marked_model: tuple[object, object], detector: WatermarkDetector) -> 
     """Return the marked weights that the detector reads, γ included."""
     names = {*detector.weight_shapes, *detector.optional_shapes}
     return {name: t for name, t in marked_model[1].tensors.items() if name in names}  # type: ignore[attr-defined]
-
-
-def decoys(tensors: Tensors, spelling: Callable[[str], str] = str) -> Tensors:
-    """Return random tensors of the same shapes under another spelling of the names."""
-    generator = torch.Generator().manual_seed(1)
-    return {spelling(name): torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
-
-
-def renamed(tensors: Tensors, spelling: Callable[[str], str]) -> Tensors:
-    return {spelling(name): t for name, t in tensors.items()}
-
-
-def backbone_name(name: str) -> str:
-    return transformers_name(name).removeprefix("resnet.")
-
-
-DECOY_FILES: dict[str, Callable[[Tensors], Tensors]] = {
-    "transformers names, torchvision decoys": lambda t: renamed(t, transformers_name) | decoys(t),
-    "transformers names, prefixed decoys": lambda t: renamed(t, transformers_name) | decoys(t, "x.{}".format),
-    "two transformers spellings": lambda t: renamed(t, transformers_name) | decoys(t, backbone_name),
-    "prefix without a dot": lambda t: renamed(t, "module/{}".format) | decoys(t),
-    "prefix of 600 characters": lambda t: renamed(t, lambda name: "p" * 600 + "." + name) | decoys(t),
-    "two prefixes": lambda t: renamed(t, "net.{}".format) | decoys(t, "ema.{}".format),
-}
 
 
 @pytest.mark.parametrize("name", DECOY_FILES)
