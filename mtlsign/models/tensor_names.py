@@ -176,6 +176,12 @@ def _partial_mappings(
                 yield {name: table[prefix + name] for name in names if prefix + name in table}
 
 
+def is_name_of(source: str, targets: Collection[str]) -> bool:
+    """Return whether a name in a file is one of a model's names, after any prefix."""
+    starts = range(max(0, len(source) - 300), len(source))
+    return any(source[i:] in targets and _is_prefix(source[i - 1 : i] if i else "") for i in starts)
+
+
 def _prefixes_of(name: str, targets: Collection[str], longest: int) -> Iterator[str]:
     """Yield the prefixes, empty or ending with no word character, after which a target name follows.
 

@@ -16,7 +16,11 @@ from torch import Tensor
 from mtlsign.errors import ModelError
 from mtlsign.models.checkpoints import FLOATS
 from mtlsign.models.derived_weights import DerivedWeights
-from mtlsign.models.tensor_names import MAX_MAPPINGS, NameMapping, suspect_mappings
+from mtlsign.models.families import translation_of
+from mtlsign.models.tensor_names import MAX_MAPPINGS, NameMapping, is_name_of, suspect_mappings
+
+#: Largest ratio of a suspect's rows or input columns to those of W0; an attacker can add channels.
+MAX_GROWTH = 4
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ def select_tensors_untrusted(
     *,
     optional: Mapping[str, Sequence[int]] | None = None,
     tolerated: Collection[str] = (),
+    resizable: Collection[str] = (),
 ) -> Iterator[MappedTensors]:
     """Select only the requested tensors of a suspect model, once for each place where the file has them.
 
@@ -54,6 +59,8 @@ def select_tensors_untrusted(
         tensors: the suspect's tensors, of any origin.
         optional: tensors that may be missing, name -> shape.
         tolerated: names of tensors that may be missing or damaged as long as one required tensor remains.
+        resizable: names of kernels that may have other numbers of rows and input columns, up to
+            `MAX_GROWTH` times as many.
     """
     try:
         readings = _readings(shapes, tensors, optional or {}, tolerated)
@@ -64,7 +71,7 @@ def select_tensors_untrusted(
         yield MappedTensors({}, f"the tensors cannot be read ({type(error).__name__})")
         return
     for view, mapping in readings:
-        yield _selected(mapping, shapes, view, optional or {}, tolerated)
+        yield _selected(mapping, shapes, view, optional or {}, tolerated, resizable)
 
 
 def _readings(
@@ -99,11 +106,13 @@ def _selected(
     tensors: Mapping[str, Tensor],
     optional: Mapping[str, Sequence[int]],
     tolerated: Collection[str],
+    resizable: Collection[str],
 ) -> MappedTensors:
     values: dict[str, Tensor] = {}
     for name, source in mapping.items():
         required = name in shapes
-        problem, value = _validated_tensor(tensors, source, tuple((shapes if required else optional)[name]))
+        shape = tuple((shapes if required else optional)[name])
+        problem, value = _validated_tensor(tensors, source, shape, resizable=name in resizable)
         if value is not None:
             values[name] = value
         elif required and name not in tolerated:
@@ -115,14 +124,14 @@ def _selected(
 
 
 def _validated_tensor(
-    tensors: Mapping[str, Tensor], source: str, shape: tuple[int, ...]
+    tensors: Mapping[str, Tensor], source: str, shape: tuple[int, ...], *, resizable: bool
 ) -> tuple[str, Tensor | None]:
     """Return a tensor as float32, or a description of what is wrong with it."""
     try:
         tensor = tensors[source]
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
             return "is no plain tensor", None
-        if tuple(tensor.shape) != shape:
+        if tuple(tensor.shape) != shape and not (resizable and _is_resized(tuple(tensor.shape), shape)):
             return f"is {list(tensor.shape)} and should be {list(shape)}", None
         if tensor.dtype not in FLOATS:
             return f"is {tensor.dtype}; only float16, bfloat16, float32 and float64 are supported", None
@@ -134,3 +143,50 @@ def _validated_tensor(
     except Exception as error:  # a hostile object can raise anything
         return f"cannot be read ({type(error).__name__})", None
     return "", value
+
+
+def _is_resized(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Return whether a kernel differs from the expected one in its numbers of rows and columns alone."""
+    return (
+        len(shape) == len(expected) >= 2
+        and shape[2:] == expected[2:]
+        and all(1 <= size <= MAX_GROWTH * other for size, other in zip(shape[:2], expected[:2], strict=True))
+    )
+
+
+def has_unread_tensors(names: Collection[str], tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether a matrix or kernel of a file is no tensor of an architecture under any prefix.
+
+    Args:
+        names: names of the architecture's tensors.
+        tensors: the suspect's tensors, of any origin.
+    """
+    try:
+        view = DerivedWeights(tensors).alternatives()[0]
+        sources = sorted(name for name in view if isinstance(name, str))
+        return any(
+            _has_rows_and_columns(view, source)
+            for source in sources
+            if not any(is_name_of(target, names) for target in _spellings(source))
+        )
+    except (OSError, MemoryError):  # the machine's fault, not the file's
+        raise
+    except Exception:  # a hostile object can raise anything
+        return True
+
+
+def _spellings(source: str) -> list[str]:
+    """Return a name of a file, and this package's name of it."""
+    translation = translation_of(source)
+    return [source] if translation is None else [source, translation.target]
+
+
+def _has_rows_and_columns(tensors: Mapping[str, Tensor], source: str) -> bool:
+    """Return whether a tensor can be read, and has two or more dimensions of over 1."""
+    try:
+        tensor = tensors[source]
+        return isinstance(tensor, Tensor) and sum(size > 1 for size in tensor.shape) >= 2
+    except (OSError, MemoryError):
+        raise
+    except Exception:
+        return True

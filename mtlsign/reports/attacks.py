@@ -148,7 +148,7 @@ def _outcome(row: Row) -> str:
         return words(row["verdict"]).replace("_", " ")
     if row["verdict"] == "not_verifiable":
         return "not verifiable"
-    if row["removed"] is False and not row["accepted"] and row["verdict"] == "rejected":
+    if row["removed"] is False and not row["accepted"] and row["verdict"] in ("rejected", "unrelated"):
         return "watermark rejected, but too much accuracy lost"
     return {True: "watermark removed", False: "watermark kept"}.get(row["removed"], "–")
 

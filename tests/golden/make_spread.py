@@ -25,7 +25,7 @@ from mtlsign.watermark.verification.readouts import SpreadReadout, readout_key
 from mtlsign.watermark.verification.reference import Reference, make_reference
 from mtlsign.watermark.verification.response_bases import response_bases
 from mtlsign.watermark.verification.scores import best_result, matching_bits
-from tests.golden.make_vectors import TEST_KIT_KEY, TEST_SEED, WARNING, sha256
+from tests.golden.make_vectors import TEST_KIT_KEY, TEST_SEED, WARNING, OwnOrderDetector, sha256
 from tests.unit.watermark.verification.spread_examples import images, mark
 
 SPREAD_FILE = Path(__file__).parent / "v0" / "spread.json"
@@ -92,8 +92,8 @@ def openings(reference_digest: str) -> dict[str, key.KeyOpening]:
 
 
 def make_detector(opening: key.KeyOpening, reference: Reference) -> WatermarkDetector:
-    """Return the package's detector of an opening."""
-    return WatermarkDetector(opening, reference, factories={ARCHITECTURE: Network})
+    """Return the package's detector of an opening, without alignment."""
+    return OwnOrderDetector(opening, reference, factories={ARCHITECTURE: Network})
 
 
 def unordered_safetensors(tensors: dict[str, Tensor]) -> bytes:

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +23,7 @@ from mtlsign.watermark.keys import identity, spec
 from mtlsign.watermark.keys import opening as key
 from mtlsign.watermark.verification import evidence
 from mtlsign.watermark.verification.algorithm import verify
+from mtlsign.watermark.verification.alignment import Alignment
 from mtlsign.watermark.verification.detector import WatermarkDetector
 from mtlsign.watermark.verification.reference import Reference, make_reference
 
@@ -243,11 +245,19 @@ def canonical_vector() -> dict[str, Any]:
     }
 
 
+class OwnOrderDetector(WatermarkDetector):
+    """Detector that reads a suspect in its own order only, as the second readers do."""
+
+    def align(self, tensors: Mapping[str, Tensor]) -> Alignment:
+        """Return the kernels as they are."""
+        return Alignment(self.select_weights(tensors), 1.0)
+
+
 def evaluate_suspect(
     opening: key.KeyOpening, reference: Reference, tensors: dict[str, Tensor]
 ) -> dict[str, Any]:
     """Return the canonical kernels, scores, k and control keys of a suspect, by the package."""
-    detector = WatermarkDetector(opening, reference, factories={"golden:tiny": tiny})
+    detector = OwnOrderDetector(opening, reference, factories={"golden:tiny": tiny})
     model = detector.feature_readout.model
     canonical = model.canonicalize(model.select_weights(tensors))
     scores = detector.score_state_dict(tensors).scores

@@ -102,7 +102,7 @@ def _require_publishable(settings: PublishSettings, digest: str, kits: Sequence[
         raise ClaimError(
             f"The model {digest} does not belong to the kit. Pass the marked model.", field="model"
         )
-    if not settings.force and any(kit.info.get("status") == "rejected" for kit in kits):
+    if not settings.force and any(kit.info.get("status") in ("rejected", "unrelated") for kit in kits):
         raise ClaimError(
             "The watermark of this model was rejected when it was embedded, so a commitment to it proves "
             "nothing. Embed again with the advice of that run, or pass --force.",

@@ -19,7 +19,7 @@ from mtlsign.watermark.keys.opening import OPENING_FORMAT, KeyOpening
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "urn:mtlsign:v0:"
-VOTES = ("accepted", "rejected", "needs_commitment", "not_verifiable", "inadmissible")
+VOTES = ("accepted", "rejected", "unrelated", "needs_commitment", "not_verifiable", "inadmissible")
 
 Fields = dict[str, object]
 

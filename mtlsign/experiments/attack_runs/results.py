@@ -66,7 +66,7 @@ def summary_counts(rows: Sequence[Row]) -> dict[str, int]:
         ),
         "attacks": len([row for row in rows if row["kind"] != "none"]),
         "removed": sum(row["removed"] is True for row in finished),
-        "rejected": sum(row["verdict"] == "rejected" for row in finished),
+        "rejected": sum(row["verdict"] in ("rejected", "unrelated") for row in finished),
         **{name: sum(row["status"] == name for row in rows)
            for name in ("diverged", "not_applicable", "failed")},
     }  # fmt: skip

@@ -16,11 +16,14 @@ from mtlsign.models.factories import Factory
 from mtlsign.service.problems import Problem, problem_from_error
 from mtlsign.service.verifier.claim_bundle import OpenedClaim
 from mtlsign.service.verifier.factory_parameters import check_factory_parameters
-from mtlsign.service.verifier.lazy_safetensors import CachedReading, LazySafetensors
+from mtlsign.service.verifier.lazy_safetensors import CachedReadings, LazySafetensors
 from mtlsign.watermark.keys.spec import Spec
 from mtlsign.watermark.verification.compute_budget import ComputeLimits, check_claim_budget
 from mtlsign.watermark.verification.detector import SuspectReading, WatermarkDetector
 from mtlsign.watermark.verification.reference import Reference
+
+#: Readings of one suspect that are cached: one place of its file, in its own order and aligned.
+_CACHED_READINGS = 2
 
 
 class _SkipInit(TorchFunctionMode):
@@ -93,7 +96,7 @@ class SharedDetector(WatermarkDetector):
     def read_untrusted(self, tensors: Mapping[str, Tensor]) -> Iterator[SuspectReading]:
         """Return the same readings as `WatermarkDetector.read_untrusted`.
 
-        A `LazySafetensors` caches its reading for the models of the read-outs that were used last, unless
+        A `LazySafetensors` caches its readings for the models of the read-outs that were used last, unless
         the file has the kernels several times.
         """
         if not isinstance(tensors, LazySafetensors):
@@ -101,15 +104,26 @@ class SharedDetector(WatermarkDetector):
             return
         models = tuple(readout.model for readout in self.readouts)
         if tensors.cached is not None and tensors.cached.models == models:
-            yield tensors.cached.reading
+            yield from tensors.cached.readings
             return
-        count = 0
+        readings: list[SuspectReading] = []
         for reading in super().read_untrusted(tensors):
-            count += 1
+            readings = [*readings, reading][: _CACHED_READINGS + 1]
             yield reading
             tensors.release_tensors()
-        if count == 1:
-            tensors.cache_reading(CachedReading(models, reading))
+        if len(readings) <= _CACHED_READINGS:
+            tensors.cache_readings(CachedReadings(models, tuple(readings)))
+
+    @torch.no_grad()
+    def recognizes(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Return the same as `WatermarkDetector.recognizes`; the result is cached with the readings."""
+        models = tuple(readout.model for readout in self.readouts)
+        cached = tensors.cached if isinstance(tensors, LazySafetensors) else None
+        if cached is None or cached.models != models:
+            return super().recognizes(tensors)
+        if cached.recognized is None:
+            cached.recognized = super().recognizes(tensors)
+        return cached.recognized
 
 
 def detector_for_claim(

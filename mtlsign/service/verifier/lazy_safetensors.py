@@ -50,17 +50,19 @@ def _raise_not_a_model(problem: str) -> NoReturn:
     raise Problem("not-a-model", f"{problem} Save the state_dict with safetensors.torch.save_file.")
 
 
-@dataclass(frozen=True)
-class CachedReading:
-    """Reading of a suspect that the models of the read-outs have made without a key.
+@dataclass
+class CachedReadings:
+    """Readings of a suspect that the models of the read-outs have made without a key.
 
     Attributes:
         models: the models of the read-outs.
-        reading: what they have read.
+        readings: what they have read.
+        recognized: whether the suspect descends from the base model; None if nothing has asked yet.
     """
 
     models: tuple[object, ...]
-    reading: SuspectReading
+    readings: tuple[SuspectReading, ...]
+    recognized: bool | None = None
 
 
 class LazySafetensors(Mapping[str, Tensor]):
@@ -81,7 +83,7 @@ class LazySafetensors(Mapping[str, Tensor]):
         self.digest = digest
         self.header = validate_header(path, max_tensors=max_tensors)
         self._tensors: dict[str, Tensor] = {}
-        self.cached: CachedReading | None = None
+        self.cached: CachedReadings | None = None
         self.loads = 0
         try:
             self._file = safe_open(os.fspath(path), framework="pt")
@@ -91,11 +93,11 @@ class LazySafetensors(Mapping[str, Tensor]):
     @property
     def cached_bytes(self) -> int:
         """Bytes of the tensors in memory."""
-        values = self.cached.reading.values if self.cached else ()
+        values = [reading.values for reading in self.cached.readings] if self.cached else ()
         tensors = [t for t in tree_leaves(values) if isinstance(t, Tensor)]
         return sum(t.numel() * t.element_size() for t in (*self._tensors.values(), *tensors))
 
-    def cache_reading(self, cached: CachedReading) -> None:
+    def cache_readings(self, cached: CachedReadings) -> None:
         """Replace the tensors in memory by what the read-outs of the last detector have read."""
         self.cached = cached
         self.release_tensors()

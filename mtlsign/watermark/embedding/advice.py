@@ -64,7 +64,9 @@ def rejection(
         settings: complete settings.
         trained_share: share of matching bits in the last steps of training, None if it is not known.
     """
-    failed = [verdict for verdict in verdicts if verdict.status in ("rejected", "not_verifiable")]
+    failed = [
+        verdict for verdict in verdicts if verdict.status in ("rejected", "unrelated", "not_verifiable")
+    ]
     if not failed:
         return None
     worst = min(failed, key=lambda verdict: verdict.evidence_bits)

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from mtlsign.models.untrusted import has_unread_tensors
 from mtlsign.watermark.verification import evidence
 from mtlsign.watermark.verification.detector import WatermarkDetector
-from mtlsign.watermark.verification.scores import MIN_SCORE, ScoreResult, matching_bits
+from mtlsign.watermark.verification.scores import MIN_SCORE, ScoreResult, best_result, matching_bits
 from mtlsign.watermark.verification.verdict import Verdict
 
 
@@ -37,20 +38,18 @@ def verify(
     Returns:
         The verdict; it is never an exception.
     """
-    results = detector.score_all(tensors)
+    control_keys = [detector.with_control_key(index) for index in range(controls)]
+    results, *control_results = detector.score_all_keys(tensors, control_keys)
     readable = [result for result in results if result.scores is not None]
     result = max(readable, key=lambda r: _evidence_bits(r, detector)) if readable else results[0]
     scores, n = result.scores, len(detector.labels)
     if scores is None:
-        return Verdict(
-            "not_verifiable", False, 0, n, 0.0, 1.0, 0.0, bits, gamma, False, 1.0, 0, detector.spec.statistic,
-            model_digest=model_digest, reason=result.problem, readings=len(results),
-        )  # fmt: skip
+        return _unreadable(results, detector, bits, gamma, model_digest)
     correct = matching_bits(scores, detector.labels)
     k = int(correct.sum())
     # The best of several results has by chance at most so many times the p-value of one.
     evidence_bits = max(0.0, _evidence_bits(result, detector) - math.log2(len(results)))
-    status, reason = _status(evidence_bits >= bits, detector, results)
+    status, reason = _status(evidence_bits >= bits, detector, results, tensors)
     return Verdict(
         status=status,
         accepted=status == "accepted",
@@ -65,12 +64,29 @@ def verify(
         chernoff_bound=evidence.chernoff_bound(k, n),
         near_zero=int((scores.abs() < MIN_SCORE).sum()),
         statistic=detector.spec.statistic,
-        controls=_control_results(tensors, detector, controls, base_weights),
+        controls=_control_results(
+            detector, list(zip(control_keys, control_results, strict=True)), base_weights
+        ),
+        similarity=result.similarity,
         model_digest=model_digest,
         reason=reason,
         missing_layers=result.missing,
         readings=len(results),
     )
+
+
+def _unreadable(
+    results: Sequence[ScoreResult],
+    detector: WatermarkDetector,
+    bits: float,
+    gamma: float,
+    model_digest: str | None,
+) -> Verdict:
+    """Return the verdict on a suspect without any scores; see `verify` for the arguments."""
+    return Verdict(
+        "not_verifiable", False, 0, len(detector.labels), 0.0, 1.0, 0.0, bits, gamma, False, 1.0, 0,
+        detector.spec.statistic, model_digest=model_digest, reason=results[0].problem, readings=len(results),
+    )  # fmt: skip
 
 
 def _evidence_bits(result: ScoreResult, detector: WatermarkDetector) -> float:
@@ -84,11 +100,17 @@ def _evidence_bits(result: ScoreResult, detector: WatermarkDetector) -> float:
 
 
 def _status(
-    enough_evidence: bool, detector: WatermarkDetector, results: Sequence[ScoreResult]
+    enough_evidence: bool,
+    detector: WatermarkDetector,
+    results: Sequence[ScoreResult],
+    tensors: Mapping[str, Tensor],
 ) -> tuple[str, str | None]:
     """Return the status and its reason.
 
-    A model is rejected only if the file has every layer in each place where it has some, and all can be read.
+    A model is rejected if it is recognised as a descendant of W0, and unrelated if it is not although the
+    whole file was read. Without a sketch nothing can be recognised, and the model is rejected.
+    Each of these needs that the file has every layer in each place where it has some, and that all can be
+    read.
     """
     if enough_evidence:
         return ("needs_commitment" if detector.spec.has_trained_head else "accepted"), None
@@ -100,25 +122,41 @@ def _status(
         )
     problem = next((result.problem for result in results if result.problem is not None), None)
     if problem is not None:
-        return "not_verifiable", f"the file has the weights {len(results)} times, and one of them {problem}"
-    return "rejected", None
+        return "not_verifiable", f"the file can be read in {len(results)} ways, and in one of them {problem}"
+    recognizable = bool(detector.aligner.layers)
+    if recognizable and detector.recognizes(tensors):
+        return "rejected", None
+    if has_unread_tensors(detector.tensor_names, tensors):
+        return "not_verifiable", (
+            "its weights are not alike those of the base model, and some tensors of the file belong to no "
+            "layer of this architecture"
+        )
+    return ("unrelated" if recognizable else "rejected"), None
 
 
 def _control_results(
-    tensors: Mapping[str, Tensor],
     detector: WatermarkDetector,
-    count: int,
+    results: Sequence[tuple[WatermarkDetector, Sequence[ScoreResult]]],
     base_weights: Mapping[str, Tensor] | None,
 ) -> dict[str, list[float]]:
     """Compute the accuracies of unrelated keys on the suspect and of the claimed key on W0."""
-    results: dict[str, list[float]] = {}
-    if count:
-        results["wrong_keys"] = control_accuracies(tensors, detector, count)
+    accuracies: dict[str, list[float]] = {}
+    if results:
+        accuracies["wrong_keys"] = _accuracies(results)
     if base_weights is not None:
-        scores = detector.score_state_dict(base_weights).scores
+        accuracies["w0"] = _accuracies([(detector, detector.score_all(base_weights))])
+    return {name: values for name, values in accuracies.items() if values}
+
+
+def _accuracies(results: Sequence[tuple[WatermarkDetector, Sequence[ScoreResult]]]) -> list[float]:
+    """Return the share of matching bits of the best result of each key."""
+    accuracies = []
+    for key, own in results:
+        labels = key.labels.cpu()
+        scores = best_result(own, labels).scores
         if scores is not None:
-            results["w0"] = [float(matching_bits(scores, detector.labels).float().mean())]
-    return results
+            accuracies.append(float(matching_bits(scores, labels).float().mean()))
+    return accuracies
 
 
 def control_accuracies(tensors: Mapping[str, Tensor], detector: WatermarkDetector, count: int) -> list[float]:
@@ -129,13 +167,10 @@ def control_accuracies(tensors: Mapping[str, Tensor], detector: WatermarkDetecto
         detector: detector of the claimed key.
         count: number of unrelated keys.
     """
-    accuracies = []
-    for index in range(count):
-        control = detector.with_control_key(index)
-        scores = control.score_state_dict(tensors).scores
-        if scores is not None:
-            accuracies.append(float(matching_bits(scores, control.labels).float().mean()))
-    return accuracies
+    keys = [detector.with_control_key(index) for index in range(count)]
+    if not keys:
+        return []
+    return _accuracies(list(zip(keys, keys[0].score_all_keys(tensors, keys[1:]), strict=True)))
 
 
 def signed_scores(detector: WatermarkDetector, networks: Sequence[Mapping[str, Tensor]]) -> list[list[float]]:

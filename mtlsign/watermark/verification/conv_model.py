@@ -19,10 +19,10 @@ from mtlsign.models.taps import (
     tapped_layers,
     tapped_parameters,
 )
-from mtlsign.watermark.verification.alignment import apply_bn_sign, canonicalize_kernels
 from mtlsign.watermark.verification.features import Features
 from mtlsign.watermark.verification.model import CanonicalStep, Weights
 from mtlsign.watermark.verification.reference import Reference, reference_tensor
+from mtlsign.watermark.verification.scaling import apply_bn_sign, canonicalize_kernels
 
 
 @dataclass(frozen=True)

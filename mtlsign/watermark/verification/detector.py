@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from mtlsign.errors import ArtifactError, SettingsError
 from mtlsign.models import architectures
 from mtlsign.models.factories import Factory
-from mtlsign.models.untrusted import select_tensors_untrusted
+from mtlsign.models.untrusted import MappedTensors, select_tensors_untrusted
 from mtlsign.watermark.keys.opening import KeyOpening, keystream, watermark_labels
 from mtlsign.watermark.keys.spec import parse_spec
+from mtlsign.watermark.verification.alignment import Aligner, Alignment
 from mtlsign.watermark.verification.conv_model import ConvVerifierModel
 from mtlsign.watermark.verification.model import exact_fp32
 from mtlsign.watermark.verification.readouts import (
@@ -38,11 +39,13 @@ class SuspectReading:
         values: one value for each read-out; empty if there is a problem.
         problem: reason why the kernels cannot be read, or None.
         missing: kernels that are missing or damaged.
+        similarity: how alike the aligned kernels and those of W0 are, see `Alignment`.
     """
 
     values: tuple[Any, ...]
     problem: str | None
     missing: tuple[str, ...] = ()
+    similarity: float = 0.0
 
 
 class WatermarkDetector:
@@ -58,6 +61,8 @@ class WatermarkDetector:
     Attributes:
         readouts: the read-outs in the spec's order; their scores and bits are joined.
         labels: bits of all read-outs, uint8 [N].
+        aligner: alignment with W0.
+        tensor_names: names of the architecture's tensors.
 
     Raises:
         KeyMaterialError, ArtifactError, ModelError: the opening, reference or head is damaged or does not
@@ -85,6 +90,14 @@ class WatermarkDetector:
         self.readouts: tuple[Readout, ...] = tuple(
             self._make_readout(index, template_model, reference, head)
             for index in range(len(self.spec.readouts))
+        )
+        carrier = self.spec.carrier
+        self.tensor_names = frozenset(template_model.state_dict())
+        self.aligner = Aligner(
+            template_model.cpu(),
+            tuple(dict.fromkeys(tap for readout in self.spec.readouts for tap in readout.taps)),
+            reference,
+            torch.zeros(2, carrier.channels, carrier.height, carrier.width),
         )
         self._join_readouts()
 
@@ -210,33 +223,103 @@ class WatermarkDetector:
         """Compute the scores of untrusted tensors: the best, if the file has the kernels several times."""
         return best_result(self.score_all(tensors), self.labels.cpu())
 
-    @torch.no_grad()
     def score_all(self, tensors: Mapping[str, Tensor]) -> list[ScoreResult]:
         """Compute the scores of untrusted tensors for each place where the file has the kernels."""
-        return [
-            ScoreResult(None, reading.problem)
-            if reading.problem is not None
-            else checked_scores(self.score(reading.values).cpu(), reading.missing)
-            for reading in self.read_untrusted(tensors)
-        ]
+        return self.score_all_keys(tensors, ())[0]
+
+    @torch.no_grad()
+    def score_all_keys(
+        self, tensors: Mapping[str, Tensor], others: Sequence[Self]
+    ) -> list[list[ScoreResult]]:
+        """Compute the scores of untrusted tensors under this key and others, which share the reading.
+
+        Args:
+            tensors: the suspect's tensors.
+            others: detectors made by `with_control_key` or `with_raw_key`.
+
+        Returns:
+            For each detector, this one first: a result for each place where the file has the kernels.
+        """
+        detectors = (self, *others)
+        results: list[list[ScoreResult]] = [[] for _ in detectors]
+        for reading in self.read_untrusted(tensors):
+            for detector, own in zip(detectors, results, strict=True):
+                if reading.problem is not None:
+                    own.append(ScoreResult(None, reading.problem))
+                else:
+                    scores = detector.score(reading.values).cpu()
+                    own.append(checked_scores(scores, reading.missing, reading.similarity))
+        return results
 
     def read_untrusted(self, tensors: Mapping[str, Tensor]) -> Iterator[SuspectReading]:
         """Compute all that is independent of the key, for each place where the file has the kernels.
 
-        A spread read-out tolerates missing kernels.
+        Each place is read in the suspect's own order and, if this differs, aligned with W0. A spread read-out
+        tolerates missing kernels.
         """
-        names: dict[bool, set[str]] = {True: set(), False: set()}
-        for readout in self.readouts:
-            names[readout.tolerates_missing] |= {*readout.model.weight_shapes, *readout.model.optional_shapes}
-        for selected in select_tensors_untrusted(
-            dict(self.weight_shapes),
-            tensors,
-            optional=dict(self.optional_shapes),
-            tolerated=names[True] - names[False],
-        ):
+        for selected in self._select(tensors):
             if selected.problem is not None:
                 yield SuspectReading((), selected.problem)
                 continue
-            on_device = {name: tensor.to(self.device) for name, tensor in selected.tensors.items()}
-            values = tuple(self.read(self.select_weights(on_device)))
-            yield SuspectReading(values, None, selected.missing)
+            alignment = self.align(selected.tensors)
+            own, shapes = None, {name: tuple(tensor.shape) for name, tensor in selected.tensors.items()}
+            if shapes.items() <= {**self.optional_shapes, **self.weight_shapes}.items():
+                own = self.select_weights(selected.tensors)
+                yield self._reading(own, alignment.similarity)
+            if own is None or not _equal_kernels(own, alignment.kernels):
+                unfit = sorted(self._required_names() - alignment.kernels.keys())
+                if unfit or not alignment.kernels:
+                    name = unfit[0] if unfit else "all kernels"
+                    yield SuspectReading((), f"the sizes of {name!r} and of the other kernels do not fit")
+                else:
+                    yield self._reading(alignment.kernels, alignment.similarity)
+
+    def align(self, tensors: Mapping[str, Tensor]) -> Alignment:
+        """Bring selected kernels into W0's order; other tensors are not read."""
+        return self.aligner.align({name: t for name, t in tensors.items() if name in self.weight_shapes})
+
+    def _reading(self, kernels: Mapping[str, Tensor], similarity: float) -> SuspectReading:
+        """Return the reading of kernels with W0's shapes and signs."""
+        on_device = {name: kernel.to(self.device) for name, kernel in kernels.items()}
+        missing = tuple(name for name in self.weight_shapes if name not in kernels)
+        return SuspectReading(tuple(self.read(on_device)), None, missing, similarity)
+
+    def recognizes(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Return whether the kernels descend from W0 in one of the places where the file has them."""
+        return any(
+            selected.problem is None
+            and self.aligner.recognizes(
+                {name: t for name, t in selected.tensors.items() if name in self.weight_shapes}
+            )
+            for selected in self._select(tensors)
+        )
+
+    def _required_names(self) -> set[str]:
+        """Return the kernels of the read-outs that tolerate no missing ones."""
+        return {
+            name
+            for readout in self.readouts
+            if not readout.tolerates_missing
+            for name in readout.model.weight_shapes
+        }
+
+    def _select(self, tensors: Mapping[str, Tensor]) -> Iterator[MappedTensors]:
+        """Select the kernels of untrusted tensors for each place where the file has them."""
+        required = {
+            name
+            for readout in self.readouts
+            if not readout.tolerates_missing
+            for name in (*readout.model.weight_shapes, *readout.model.optional_shapes)
+        }
+        return select_tensors_untrusted(
+            dict(self.weight_shapes),
+            tensors,
+            optional=dict(self.optional_shapes),
+            tolerated={*self.weight_shapes, *self.optional_shapes} - required,
+            resizable=self.aligner.layers.keys(),
+        )
+
+
+def _equal_kernels(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """Return whether two sets of kernels are equal; a sign of zero does not matter."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,12 +18,10 @@ from mtlsign.errors import ArtifactError, ModelError
 from mtlsign.models.batch_norms import batch_norm_values
 from mtlsign.models.taps import TappedLayer, tapped_buffers, tapped_layers, tapped_parameters
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
-from mtlsign.watermark.keys.opening import keystream
-from mtlsign.watermark.verification.alignment import apply_bn_sign, column_norms
+from mtlsign.watermark.verification.scaling import apply_bn_sign, column_norms
+from mtlsign.watermark.verification.sketches import random_projection
 
 MAX_REFERENCE_BYTES = 64 * 1024 * 1024
-#: The sketch's matrix is public and the same for all owners: a keystream under this constant.
-SKETCH_KEY = hashlib.sha256(b"mtlsign/v0/sketch").digest()
 
 
 @dataclass(frozen=True)
@@ -188,20 +185,3 @@ def _conv_values(layer: TappedLayer, weight: Tensor, modules: Mapping[str, nn.Mo
         f"{layer.conv}/columns": column_norms(kernel, groups),
         f"{layer.conv}/sketch": random_projection(kernel),
     }
-
-
-def random_projection(kernel: Tensor) -> Tensor:
-    """Project a kernel's unit rows to s = max(1, min(32, fan_in // 4)) numbers: float16 [O, s].
-
-    The public matrix [fan_in, s] has elements ±1/sqrt(s). Its signs are read row by row from the keystream
-    `mtlsign/v0/sketch/<fan_in>/<s>` under SHA-256("mtlsign/v0/sketch"); a bit 1 means +1.
-    """
-    rows = kernel.detach().double().reshape(kernel.shape[0], -1)
-    fan_in = rows.shape[1]
-    size = max(1, min(32, fan_in // 4))
-    stream = keystream(SKETCH_KEY, f"mtlsign/v0/sketch/{fan_in}/{size}".encode(), -(-fan_in * size // 8))
-    bits = np.unpackbits(np.frombuffer(stream, dtype=np.uint8))[: fan_in * size].astype(np.float64)
-    matrix = torch.from_numpy(2 * bits - 1).reshape(fan_in, size)
-    norms = rows.norm(dim=1, keepdim=True)
-    projected: Tensor = (rows / torch.where(norms > 0, norms, torch.ones_like(norms))) @ matrix / size**0.5
-    return projected.half()

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from mtlsign.errors import ArtifactError
 from mtlsign.models.taps import TappedLayer, tapped_layers
-from mtlsign.watermark.verification.alignment import column_multipliers
 from mtlsign.watermark.verification.conv_model import apply_bn_signs
 from mtlsign.watermark.verification.model import Weights
 from mtlsign.watermark.verification.reference import Reference, reference_tensor
 from mtlsign.watermark.verification.response_bases import MAX_DIRECTIONS, supports_responses
+from mtlsign.watermark.verification.scaling import column_multipliers
 
 #: Largest number of coordinates of all layers together.
 MAX_COORDINATES = 2**24

@@ -20,18 +20,20 @@ class ScoreResult:
         scores: [N] on the CPU; None if the tensors cannot be read.
         problem: why they cannot be read; None if they were.
         missing: kernels that are missing or damaged; they contribute nothing to the scores.
+        similarity: how alike the aligned kernels and those of W0 are, from 0 to 1.
     """
 
     scores: Tensor | None
     problem: str | None = None
     missing: tuple[str, ...] = ()
+    similarity: float = 0.0
 
 
-def checked_scores(scores: Tensor, missing: tuple[str, ...] = ()) -> ScoreResult:
+def checked_scores(scores: Tensor, missing: tuple[str, ...] = (), similarity: float = 0.0) -> ScoreResult:
     """Return scores, or the problem that they are not finite."""
     if not torch.isfinite(scores).all():
         return ScoreResult(None, "its values overflow in float32")
-    return ScoreResult(scores, missing=missing)
+    return ScoreResult(scores, missing=missing, similarity=similarity)
 
 
 def best_result(results: Sequence[ScoreResult], bits: Tensor) -> ScoreResult:

@@ -11,9 +11,10 @@ class Verdict:
     """Result of one verification (docs/decisions/0006).
 
     Attributes:
-        status: `accepted`, `rejected`, `needs_commitment` or `not_verifiable`. A free head passes on any
-            model, so that only an earlier commitment makes it evidence. A network that could not be mapped is
-            not verifiable; it may still be marked.
+        status: `accepted`, `rejected`, `unrelated`, `needs_commitment` or `not_verifiable`. A free head
+            passes on any model, so that only an earlier commitment makes it evidence. A network that could
+            not be mapped is not verifiable; it may still be marked. A rejected model descends from the base
+            model, an unrelated one shows no sign of it.
         accepted: whether the status is `accepted`.
         matches: matching bits.
         n: bits of the watermark.
@@ -32,6 +33,8 @@ class Verdict:
         missing_layers: kernels of a spread head that are missing or damaged; they contribute nothing.
         readings: how many times the file has the kernels. Each is tested. The best counts, and
             log2(readings) is subtracted from its evidence.
+        similarity: mean cosine between the sketches of W0's and of the aligned suspect's rows; no evidence
+            of a key.
     """
 
     status: str
@@ -52,6 +55,7 @@ class Verdict:
     reason: str | None = None
     missing_layers: tuple[str, ...] = ()
     readings: int = 1
+    similarity: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-ready fields; `missing_layers` and `readings` only if they are not () and 1."""
@@ -78,7 +82,13 @@ class Verdict:
                 f"Accepted: {evidence_text}. "
                 "These weights descend from a model that the holder of this key changed."
             )
+        required = f"{evidence_text}, and 2^-{self.bits_required:g} is required"
+        if self.status == "unrelated":
+            return (
+                f"Unrelated: {required}. "
+                "The weights are no more alike those of the owner's base model than independent ones are."
+            )
         return (
-            f"Rejected: {evidence_text}, and 2^-{self.bits_required:g} is required. "
-            "The key was not shown to be in the model; this does not show that the model is unmarked."
+            f"Rejected: {required}. The model descends from the owner's base model, but the key was not "
+            "shown to be in it; this does not show that the model is unmarked."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,12 +23,19 @@ def sound_claim(data: bytes) -> Claim:
 
 def test_isolated_judge_over_its_time_gives_a_finding_and_ends_the_child(
     reference: bytes,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One child is started in all, because a start takes seconds."""
+    (tmp_path / "mtlsign").mkdir()
+    (tmp_path / "mtlsign" / "__init__.py").write_text(
+        "raise SystemExit('a package of the working directory')"
+    )
+    monkeypatch.chdir(tmp_path)
     claim, model = sound_claim(reference), serialize_safetensors(network_tensors())
     verifier = IsolatedClaimVerifier()
     try:
-        assert verifier.judge(claim, reference, None, model, 120).status == "rejected"
+        assert verifier.judge(claim, reference, None, model, 120).status == "unrelated"
         assert verifier.verdicts[hashlib.sha256(model).hexdigest()]["n"] == 128
         process = verifier._process
         assert verifier.judge(claim, b"damaged", None, model, 120).status == "inadmissible"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtlsign.service.problems import Problem
-from mtlsign.service.verifier.lazy_safetensors import CachedReading, LazySafetensors, validate_header
+from mtlsign.service.verifier.lazy_safetensors import CachedReadings, LazySafetensors, validate_header
 from mtlsign.watermark.verification.detector import SuspectReading
 from tests.unit.service.fixtures import limit_memory_and_time
 from tests.unit.service.invalid_models import INVALID_FILES, VALID_FILE
@@ -35,17 +35,17 @@ def test_lazy_safetensors_with_valid_file_reads_each_tensor_once(tmp_path: Path)
     assert model.cached_bytes == 16
 
 
-def test_cache_reading_replaces_tensors_in_memory(tmp_path: Path) -> None:
+def test_cache_readings_replaces_tensors_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     path.write_bytes(VALID_FILE)
     model = LazySafetensors(path, "d")
     assert model.cached is None and model["a"].numel() == 4
     values = (torch.zeros(10), {"k": torch.zeros(3).double()})
-    cached = CachedReading((object(), object()), SuspectReading(values, None))
-    model.cache_reading(cached)
+    cached = CachedReadings((object(), object()), (SuspectReading(values, None),))
+    model.cache_readings(cached)
     assert model.cached is cached and model.cached_bytes == 40 + 24
     assert model["a"].tolist() == [0, 1, 2, 3] and model.loads == 2 and model.cached_bytes == 40 + 24 + 16
-    model.cache_reading(CachedReading((object(),), SuspectReading((), "damaged")))
+    model.cache_readings(CachedReadings((object(),), (SuspectReading((), "damaged"),)))
     assert model.cached_bytes == 0
 
 

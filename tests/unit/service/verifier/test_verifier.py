@@ -84,8 +84,8 @@ def test_bundle_at_location_is_fetched(service: ServiceHarness, claim_fixtures: 
 class GreedyDetector(SharedDetector):
     """Detector that allocates more memory than any machine has."""
 
-    def score_all(self, tensors: Any) -> Any:
-        return [ScoreResult(torch.empty(2**60))]
+    def score_all_keys(self, tensors: Any, others: Any) -> Any:
+        return [[ScoreResult(torch.empty(2**60))]]
 
 
 def test_claim_with_too_large_allocation_gives_problem_too_large(

@@ -29,16 +29,18 @@ def tapped(marked_model: tuple[object, object], detector: WatermarkDetector) -> 
 
 
 @pytest.mark.parametrize("name", DECOY_FILES)
-def test_verify_of_marked_weights_with_decoys_is_accepted_less_one_bit(
+def test_verify_of_marked_weights_with_decoys_is_accepted_less_the_price_of_decoys(
     name: str, tapped: Tensors, detector: WatermarkDetector
 ) -> None:
     single = verify(tapped, detector, bits=40)
     tensors = DECOY_FILES[name](tapped)
     for file in (tensors, dict(reversed(tensors.items()))):
         verdict = verify(file, detector, bits=40)
-        assert verdict.accepted and verdict.matches == single.matches and verdict.readings == 2
-        assert verdict.evidence_bits == pytest.approx(single.evidence_bits - 1)
-        assert verdict.to_json()["readings"] == 2
+        assert verdict.accepted and verdict.matches == single.matches
+        # The decoys are read twice: in their own order, and aligned. If only their γ differs, once.
+        assert verdict.to_json()["readings"] == verdict.readings and verdict.readings in (2, 3)
+        price = math.log2(verdict.readings)
+        assert verdict.evidence_bits == pytest.approx(single.evidence_bits - price)
     assert "readings" not in single.to_json()
 
 
@@ -64,11 +66,11 @@ def test_verify_of_unmarked_weights_in_two_places_pays_for_both(
 ) -> None:
     unmarked = decoys(tapped)
     verdict = verify(unmarked | decoys(tapped, "a.{}".format), detector)
-    assert verdict.status == "rejected" and verdict.readings == 2 and verdict.evidence_bits < 20
+    assert verdict.status == "unrelated" and verdict.readings == 4 and verdict.evidence_bits < 20
     damaged = unmarked | {f"a.{name}": t[:1] for name, t in tapped.items()}
     verdict = verify(damaged, detector)
     assert verdict.status == "not_verifiable" and verdict.reason is not None
-    assert "2 times" in verdict.reason and "should be" in verdict.reason
+    assert "in 3 ways" in verdict.reason and "do not fit" in verdict.reason
 
 
 def test_verify_of_weights_in_many_places_is_not_verifiable(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_verify_accepts_marked_model_and_rejects_others(
         assert low <= chance <= high
     for other in (tiny_model(11), tiny_model(12)):
         rejected = verify(other.state_dict(), detector)
-        assert rejected.status == "rejected" and low <= rejected.accuracy <= high and not rejected.accepted
+        assert rejected.status == "unrelated" and low <= rejected.accuracy <= high and not rejected.accepted
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -102,9 +103,9 @@ def test_verify_of_unmappable_tensors_is_not_verifiable(
     json.dumps(verdict.to_json(), allow_nan=False)
 
 
-def test_verify_of_zero_weights_is_rejected(marked_model: Marked, detector: WatermarkDetector) -> None:
+def test_verify_of_zero_weights_is_unrelated(marked_model: Marked, detector: WatermarkDetector) -> None:
     verdict = verify({n: torch.zeros_like(t) for n, t in marked_model[1].tensors.items()}, detector)
-    assert (verdict.status, verdict.matches, verdict.near_zero) == ("rejected", 0, 128)
+    assert (verdict.status, verdict.matches, verdict.near_zero) == ("unrelated", 0, 128)
 
 
 def test_matching_bits_treats_scores_near_zero_as_wrong() -> None:
@@ -246,9 +247,9 @@ def test_verify_with_spread_head_accepts_marked_model_and_rejects_others(
     low, high = (k / N for k in evidence.control_band(N, 1e-6))
     for chance in (*verdict.controls["wrong_keys"], *verdict.controls["w0"]):
         assert low <= chance <= high
-    for seed in (0, 4):
+    for seed, status in ((0, "rejected"), (4, "unrelated")):  # W0 itself, and an independent network
         other = verify(network(seed).state_dict(), spread)
-        assert other.status == "rejected" and low <= other.accuracy <= high
+        assert other.status == status and low <= other.accuracy <= high
 
 
 def test_spread_matches_of_unmarked_network_are_near_half_over_random_keys(
@@ -323,9 +324,9 @@ def test_spread_scores_of_missing_layer_equal_those_of_zero_kernel(
     assert (expected.missing, found.missing) == ((), ("13.weight",))
 
 
-def test_verify_of_zero_weights_with_spread_head_is_rejected(spread: WatermarkDetector) -> None:
+def test_verify_of_zero_weights_with_spread_head_is_unrelated(spread: WatermarkDetector) -> None:
     verdict = verify({n: torch.zeros_like(t) for n, t in network().state_dict().items()}, spread)
-    assert (verdict.status, verdict.matches, verdict.near_zero) == ("rejected", 0, N)
+    assert (verdict.status, verdict.matches, verdict.near_zero) == ("unrelated", 0, N)
 
 
 def test_spread_detector_from_bytes_gives_equal_scores(
@@ -354,7 +355,7 @@ def test_further_keyed_readout_adds_its_bits(spread: WatermarkDetector, spread_m
     assert both.spec.total_bits == 2 * N == len(both.labels) and len(both.readouts) == 2
     assert not both.spec.has_trained_head
     marked = mark(network().state_dict(), both, steps=40)
-    verdict = verify(marked, both, controls=2)
+    verdict = verify(marked, both, controls=2, bits=100)
     assert verdict.status == "accepted" and verdict.n == 2 * N
     result = both.score_state_dict(marked)
     assert result.scores is not None and len(result.scores) == 2 * N
@@ -364,10 +365,11 @@ def test_further_keyed_readout_adds_its_bits(spread: WatermarkDetector, spread_m
     torch.testing.assert_close(result.scores[N:], second.score(second.read(kernels)))
     matching = matching_bits(result.scores, both.labels)
     assert verdict.matches == int(matching.sum()) and int(matching[:N].sum()) > 110
-    assert verdict.evidence_bits == evidence.binomial_evidence_bits(verdict.matches, 2 * N)
-    assert verify(network(4).state_dict(), both).status == "rejected"
+    bits = evidence.binomial_evidence_bits(verdict.matches, 2 * N) - math.log2(verdict.readings)
+    assert verdict.evidence_bits == pytest.approx(bits)
+    assert verify(network(4).state_dict(), both).status == "unrelated"
     # The key depends on the spec, so that another list of read-outs is another key.
-    assert both.key != spread.key and verify(spread_marked, both).status == "rejected"
+    assert both.key != spread.key and not verify(spread_marked, both).accepted
 
 
 def test_further_keyed_readout_needs_its_own_kernels() -> None:
@@ -395,7 +397,7 @@ def test_joined_detector_has_readouts_of_every_key(spread: WatermarkDetector) ->
     joined = WatermarkDetector.joined(openings, example_reference(), factories=factories)
     assert len(joined.readouts) == 3 and len(joined.labels) == 3 * N
     assert len({id(readout.model) for readout in joined.readouts}) == 1, "the model is shared"
-    state = network(4).state_dict()
+    state = network().state_dict()
     scores = joined.score_state_dict(state).scores
     assert scores is not None
     for key_opening, part, bits in zip(openings, scores.split(N), joined.labels.split(N), strict=True):

@@ -11,14 +11,10 @@ from torch import nn
 
 from mtlsign.errors import ArtifactError, ModelError
 from mtlsign.storage.safetensors_io import serialize_safetensors
-from mtlsign.watermark.verification.alignment import apply_bn_sign, column_norms
-from mtlsign.watermark.verification.reference import (
-    SKETCH_KEY,
-    Reference,
-    make_reference,
-    random_projection,
-)
+from mtlsign.watermark.verification.reference import Reference, make_reference
 from mtlsign.watermark.verification.response_model import ResponseModel
+from mtlsign.watermark.verification.scaling import apply_bn_sign, column_norms
+from mtlsign.watermark.verification.sketches import random_projection
 
 SAMPLE = torch.zeros(2, 1, 24, 24)
 
@@ -37,7 +33,7 @@ def test_make_reference_holds_values_of_each_tapped_convolution(tiny_model: Call
     assert torch.equal(values["columns"], column_norms(kernel)) and values["columns"].dtype == torch.float64
     assert torch.equal(values["sketch"], random_projection(apply_bn_sign(kernel, gamma))) and values[
         "sketch"
-    ].shape == (8, 18)
+    ].shape == (8, 16)
     assert not torch.equal(values["sketch"], random_projection(kernel))
     assert reference.digest == hashlib.sha256(reference.raw_bytes).hexdigest()
 
@@ -84,22 +80,6 @@ def test_apply_bn_sign_reads_only_the_sign() -> None:
     assert apply_bn_sign(kernel, None) is kernel
 
 
-def test_random_projection_is_small_and_linear_in_unit_rows() -> None:
-    kernel = torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(0))
-    sketch = random_projection(kernel)
-    assert sketch.shape == (5, 6) and sketch.dtype == torch.float16
-    assert torch.equal(
-        random_projection(kernel * torch.tensor([1, 2, 0.25, 64, 1]).reshape(-1, 1, 1, 1)), sketch
-    )
-    assert random_projection(torch.randn(2, 64, 3, 3)).shape == (2, 32) and random_projection(
-        torch.randn(2, 3)
-    ).shape == (2, 1)
-    assert not random_projection(torch.zeros(2, 8)).any()
-    eye = random_projection(torch.eye(8))  # the matrix itself, over sqrt(2)
-    torch.testing.assert_close(eye.double().abs(), torch.full((8, 2), 0.5**0.5).double(), rtol=0, atol=1e-3)
-    assert hashlib.sha256(b"mtlsign/v0/sketch").digest() == SKETCH_KEY
-
-
 def test_reference_from_hostile_bytes_raises() -> None:
     good = make_reference(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)), ["1"], SAMPLE)
     assert Reference.from_bytes(good.raw_bytes).digest == good.digest
@@ -126,7 +106,7 @@ def test_make_reference_with_further_weight_of_marked_layer_holds_values_of_kern
         model, ["1"], torch.zeros(2, 3, 8, 8), bases={"0": torch.zeros(1, 27, 4).half()}
     )
     assert torch.equal(reference.tensors["0/columns"], column_norms(model[0].weight.detach()))
-    assert reference.tensors["0/sketch"].shape == (8, 6)
+    assert reference.tensors["0/sketch"].shape == (8, 12)
     reader = ResponseModel(model, ["1"], reference, torch.zeros(2, 3, 8, 8))
     assert set(reader.weight_shapes) == {"0.weight"}
 

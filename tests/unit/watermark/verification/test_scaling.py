@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mtlsign.watermark.verification import alignment
-from mtlsign.watermark.verification.alignment import canonicalize_kernels, column_norms, squared_block_norms
+from mtlsign.watermark.verification import scaling
+from mtlsign.watermark.verification.scaling import canonicalize_kernels, column_norms, squared_block_norms
 
 SHAPES = [((6, 4, 3, 3), 1), ((6, 2, 3, 3), 2), ((6, 1, 3, 3), 6), ((8, 5), 1), ((12, 3, 1, 1), 4)]
 
@@ -107,7 +107,7 @@ def unrolled(kernel: Tensor, columns: Tensor, groups: int) -> Tensor:
     """Run the documented algorithm with a graph through all rounds, independently of the package."""
     k = kernel.double().reshape(groups, -1, *kernel.shape[1:])
     rest = [1] * (kernel.dim() - 2)
-    for _ in range(alignment.SINKHORN_ITERATIONS):
+    for _ in range(scaling.SINKHORN_ITERATIONS):
         k = k / k.flatten(2).norm(dim=2).reshape(*k.shape[:2], 1, *rest)
         norms = k.transpose(1, 2).flatten(2).norm(dim=2)
         k = k * (columns / norms).reshape(groups, 1, -1, *rest)

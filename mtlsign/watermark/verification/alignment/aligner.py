@@ -1,0 +1,192 @@
+"""Alignment of one architecture and reference: starts of the search, and its result."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mtlsign.models.channel_sets import channel_structure
+from mtlsign.watermark.keys.opening import keystream
+from mtlsign.watermark.verification.alignment.assignment import best_assignment, quantized
+from mtlsign.watermark.verification.alignment.extra_channels import without_extra_channels
+from mtlsign.watermark.verification.alignment.inputs import SQUARES, signed_permutations, squares_for
+from mtlsign.watermark.verification.alignment.layers import (
+    ReferenceLayer,
+    reference_layers,
+    unit_rows,
+)
+from mtlsign.watermark.verification.alignment.orders import Orders, staying_similarities
+from mtlsign.watermark.verification.alignment.search import Search
+from mtlsign.watermark.verification.alignment.suspect import SuspectLayer, suspect_layers
+from mtlsign.watermark.verification.reference import Reference
+
+#: Starts from the first layer's rows, and those that are followed to the end.
+_STARTS, _FINALISTS = 4, 2
+_FIRST_ROUNDS, _ROUNDS = 2, 12
+#: Layers from which the symmetry of the inputs is read in the suspect's own order.
+_TURNED_LAYERS = 4
+#: Mean cosine from which the suspect's own order is taken without further starts.
+_CLEAR = 0.8
+#: How much more alike W0 a descendant is than the same suspect is alike random kernels.
+RECOGNITION_MARGIN = 0.1
+#: The random kernels are public and the same for all owners.
+_CONTROL_KEY = hashlib.sha256(b"mtlsign/v1/control-sketch").digest()
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Kernels in W0's order.
+
+    Attributes:
+        kernels: float32 in W0's shapes, with the signs of W0's rows.
+        similarity: mean cosine of the rows' sketches over all layers; 1 for W0.
+    """
+
+    kernels: Mapping[str, Tensor]
+    similarity: float
+
+
+class Aligner:
+    """Alignment of suspects with the W0 of one reference.
+
+    Args:
+        template_model: the architecture; its own values are never used.
+        taps: module names; layers up to the last one are aligned.
+        reference: W0's reference.
+        sample: float32 [n, C, H, W] of the network's input geometry.
+
+    Attributes:
+        layers: W0's layers by name of the kernel.
+        sets: channel sets of the architecture.
+
+    Raises:
+        ModelError: a tap does not exist.
+        ArtifactError: the reference does not fit the architecture.
+    """
+
+    def __init__(
+        self, template_model: nn.Module, taps: Sequence[str], reference: Reference, sample: Tensor
+    ) -> None:
+        structure = channel_structure(template_model, taps, sample)
+        self.sets = structure.sets
+        self.layers = reference_layers(template_model, taps, sample, reference, structure)
+        self._inputs = sample.shape[1]
+        self._staying = staying_similarities(self.layers.values(), self.sets)
+
+    def align(self, kernels: Mapping[str, Tensor]) -> Alignment:
+        """Bring a suspect's kernels into W0's order.
+
+        Args:
+            kernels: by name. Those without a sketch are returned unchanged. Kernels whose channels do not
+                fit the others are left out.
+        """
+        arrays = {
+            name: kernel.detach().cpu().double().numpy()
+            for name, kernel in kernels.items()
+            if name in self.layers
+        }
+        others = {name: kernel for name, kernel in kernels.items() if name not in self.layers}
+        suspect = suspect_layers(arrays, self.layers, self.sets)
+        suspect = without_extra_channels(suspect, self.layers, self.sets)
+        if not suspect:
+            return Alignment(others, 0.0)
+        search = self._best(suspect)
+        aligned = {
+            name: torch.from_numpy(search.aligned_kernel(part).reshape(part.layer.shape)).float()
+            for name, part in suspect.items()
+        }
+        return Alignment({**others, **aligned}, search.similarity())
+
+    def recognizes(self, kernels: Mapping[str, Tensor]) -> bool:
+        """Return whether a suspect descends from W0, as far as its kernels show.
+
+        The same alignment with random kernels of W0's shapes gives the similarity that search alone reaches.
+        """
+        control = copy.copy(self)
+        control.layers = {name: _random_layer(layer) for name, layer in self.layers.items()}
+        chance = control.align(kernels).similarity
+        return self.align(kernels).similarity > chance + RECOGNITION_MARGIN
+
+    def _search(self, suspect: Mapping[str, SuspectLayer], orders: Orders) -> Search:
+        return Search(suspect, self.sets, self._staying, orders)
+
+    def _best(self, suspect: Mapping[str, SuspectLayer]) -> Search:
+        """Return the search with the largest total similarity, or the first one that is clear."""
+        starts = self._starts(suspect)
+        own = self._own_order(suspect)
+        if own is not None:
+            # The own order comes first only if it is nearly right, because each start costs time.
+            first = self._search(suspect, own).similarity() > _CLEAR
+            starts.insert(0 if first else len(starts), own)
+        searches = []
+        for orders in starts or [Orders(SQUARES[0], np.eye(self._inputs))]:
+            search = self._search(suspect, orders)
+            settled = search.run(_FIRST_ROUNDS)
+            if search.similarity() > _CLEAR:
+                if not settled:
+                    search.run(_ROUNDS)
+                return search
+            searches.append(search)
+        searches.sort(key=lambda search: -float(quantized(np.array(search.orders.value))))
+        for search in searches[:_FINALISTS]:
+            search.run(_ROUNDS)
+        return max(searches[:_FINALISTS], key=lambda search: float(quantized(np.array(search.orders.value))))
+
+    def _own_order(self, suspect: Mapping[str, SuspectLayer]) -> Orders | None:
+        """Return the suspect's own order under the best symmetry; None if it has other sizes than W0."""
+        parts = list(suspect.values())
+        if any(part.kernel.shape[0] != part.layer.shape[0] for part in parts) or any(
+            part.kernel.size != np.prod(part.layer.shape) for part in parts
+        ):
+            return None
+        channels = {number: np.arange(members.size) for number, members in enumerate(self.sets)}
+        inner = [part for part in parts if not part.layer.reads_inputs and part.layer.positions > 1]
+        inner = inner[:_TURNED_LAYERS]
+        first = [part for part in parts if part.layer.reads_inputs]
+
+        def value(orders: Orders, chosen: Sequence[SuspectLayer]) -> float:
+            search = self._search(suspect, orders)
+            return float(quantized(np.array(search.similarity(chosen))))
+
+        windows = [part.layer.window for part in parts]
+        identity = np.eye(self._inputs)
+        square = max(squares_for(windows), key=lambda s: value(Orders(s, identity, channels), inner or first))
+        mixes = [identity]
+        if first:
+            mixes = signed_permutations(self._inputs, free_signs=first[0].layer.free_signs)
+        mix = max(mixes, key=lambda m: value(Orders(square, m, channels), first))
+        return Orders(square, mix, dict(channels), prefers_own=True)
+
+    def _starts(self, suspect: Mapping[str, SuspectLayer]) -> list[Orders]:
+        """Return the most promising orders of the first layer's rows."""
+        part = next((p for p in suspect.values() if p.layer.reads_inputs), None)
+        if part is None or len(part.layer.sets_of_rows()) != 1:
+            return []
+        number = part.layer.sets_of_rows()[0]
+        starts = []
+        for square in squares_for([p.layer.window for p in suspect.values()]):
+            for mix in signed_permutations(self._inputs, free_signs=part.layer.free_signs):
+                orders = Orders(square, mix)
+                search = self._search({part.layer.weight: part}, orders)
+                similarity = search.row_similarity(part, number)
+                order = best_assignment(similarity)
+                known = order >= 0
+                orders.value = float(quantized(similarity[np.flatnonzero(known), order[known]].sum()))
+                orders.channels = {number: order}
+                starts.append(orders)
+        starts.sort(key=lambda orders: -orders.value)
+        return starts[:_STARTS]
+
+
+def _random_layer(layer: ReferenceLayer) -> ReferenceLayer:
+    """Return a layer with a random sketch of the same size."""
+    rows, size = layer.sketch.shape
+    stream = keystream(_CONTROL_KEY, layer.weight.encode(), 4 * rows * size)
+    numbers = np.frombuffer(stream, dtype=">u4").astype(np.float64).reshape(rows, size)
+    return replace(layer, sketch=unit_rows(numbers / 2**31 - 1))
