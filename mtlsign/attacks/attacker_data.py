@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor, nn
 
-from mtlsign.attacks.base import AttackerResources, InputTransforms, device_of
+from mtlsign.attacks.base import AttackerResources, ChannelMix, InputTransforms, Turn, device_of
 from mtlsign.tasks import Batch, Split, Task
 from mtlsign.tasks.splitting import seeded_generator
 
 #: Size of the attacker's validation and test splits.
 SMALL_SPLIT = 500
+
+#: Symmetries of the square, for images [n, C, H, W] and kernels [O, I, H, W].
+TURNS: Mapping[Turn, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.transpose(2, 3),
+    "flipped_rows": lambda x: x.flip(2),
+    "flipped_columns": lambda x: x.flip(3),
+    "rotated": lambda x: torch.rot90(x, 1, (2, 3)),
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,10 @@ class TransformedSplit:
 def transform_inputs(x: Tensor, transforms: InputTransforms) -> Tensor:
     """Apply input transforms to images [n, C, H, W]."""
     for transform in transforms:
-        x = x.transpose(2, 3) if transform == "transposed" else -x
+        if isinstance(transform, ChannelMix):
+            x = torch.einsum("dc,nchw->ndhw", x.new_tensor(transform.rows), x)
+        else:
+            x = -x if transform == "negated" else TURNS[transform](x)
     return x
 
 
@@ -83,7 +94,7 @@ def transform_task(task: Task, transforms: InputTransforms) -> Task:
     if not transforms:
         return task
     height, width = task.height, task.width
-    if transforms.count("transposed") % 2:
+    if sum(transform in ("transposed", "rotated") for transform in transforms) % 2:
         height, width = width, height
     splits = {name: TransformedSplit(split, transforms) for name, split in task.splits.items()}
     return replace(task, splits=splits, height=height, width=width)

@@ -8,6 +8,7 @@ accepts; their annotations hold the limits.
 from __future__ import annotations
 
 import inspect
+import json
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,8 +36,26 @@ LearningRate = (
     Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | Literal["full", "half", "quarter", "tenth"]
 )
 Kind = Literal["none", "removal", "free", "forgery"]
+
+
+@dataclass(frozen=True)
+class ChannelMix:
+    """Change of images: the channels of every pixel are multiplied by a matrix.
+
+    Attributes:
+        rows: the matrix, with the weights of one new channel in each row.
+    """
+
+    rows: tuple[tuple[float, ...], ...]
+
+    def __str__(self) -> str:
+        """Return the text of attack runs, such as `mixed[[0.0,1.0],[1.0,0.0]]`."""
+        return f"mixed{json.dumps(self.rows, separators=(',', ':'))}"
+
+
+Turn = Literal["transposed", "flipped_rows", "flipped_columns", "rotated"]
 #: Changes, in order, that a user of the attacked model applies to every image.
-InputTransforms = tuple[Literal["transposed", "negated"], ...]
+InputTransforms = tuple[Turn | Literal["negated"] | ChannelMix, ...]
 
 _FRACTIONS = {"full": 1.0, "half": 0.5, "quarter": 0.25, "tenth": 0.1}
 
@@ -84,6 +103,7 @@ class AttackOutcome:
         images: images used in training, key images and carriers included.
         input_transforms: changes that a user of the model applies to every image.
         detection: for an ambiguity attack, the verifier's result for the attacker's claim.
+        tensors: content of the model's file, if it is not the state dict; a verifier reads this file.
     """
 
     model: nn.Module = field(repr=False)
@@ -91,6 +111,7 @@ class AttackOutcome:
     images: int = 0
     input_transforms: InputTransforms = ()
     detection: Detection | None = None
+    tensors: State | None = field(default=None, repr=False)
 
 
 #: (model, task, resources, seed, **parameters) -> AttackOutcome

@@ -114,6 +114,7 @@ class AttackPlan:
                 total.images + outcome.images,
                 total.input_transforms + outcome.input_transforms,
                 outcome.detection,
+                outcome.tensors,
             )
         return total
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from mtlsign.attacks import (
+    channel_symmetries,
     decorrelation,
     distilled_tuning,
+    extra_channels,
+    file_rewriting,
     fine_tuning,
     head_forgery,
+    input_symmetries,
     layer_reinit,
     model_averaging,
     overwriting,
@@ -17,6 +21,7 @@ from mtlsign.attacks import (
     response_space,
     spoiling,
     symmetries,
+    unsketching,
     weight_noise,
 )
 from mtlsign.attacks.base import Attack, AttackerResources, AttackOutcome
@@ -151,6 +156,12 @@ _ALL = (
         "mean of models marked from one W0 (--other-marked-models)",
     ),
     Attack(
+        "unsketch",
+        unsketching.unsketch,
+        "parts of kernels that an opened reference shows put back to those of W0",
+        fast=("",),
+    ),
+    Attack(
         "noise",
         weight_noise.noise,
         "Gaussian noise on the weights",
@@ -179,39 +190,84 @@ _ALL = (
     ),
     Attack(
         "scale_inner_channels",
-        symmetries.scale_inner_channels,
-        "inner channels of blocks scaled",
+        channel_symmetries.scale_inner_channels,
+        "channels that one kernel writes scaled",
         "free",
         fast=("",),
     ),
     Attack(
         "scale_residual_channels",
-        symmetries.scale_residual_channels,
+        channel_symmetries.scale_residual_channels,
         "residual channels scaled",
         "free",
         fast=("",),
     ),
     Attack(
         "permute_channels",
-        symmetries.permute_channels,
-        "channels permuted (undone from format v1)",
+        channel_symmetries.permute_channels,
+        "channels permuted",
         "free",
         variants=("which=inner/residual/both",),
         fast=("which=inner/both",),
     ),
     Attack(
         "transpose_input",
-        symmetries.transpose_input,
-        "kernels and images transposed (undone from format v1)",
+        input_symmetries.transpose_input,
+        "kernels and images transposed",
         "free",
         fast=("",),
     ),
     Attack(
+        "turn_input",
+        input_symmetries.turn_input,
+        "kernels and images turned or mirrored",
+        "free",
+        variants=("kind=flipped_rows/flipped_columns/rotated",),
+    ),
+    Attack(
+        "mix_input",
+        input_symmetries.mix_input,
+        "first kernels multiplied by an inverse colour matrix, images by the matrix",
+        "free",
+        variants=("kind=yuv/negate_one/negate/bgr/random",),
+        fast=("kind=negate",),
+    ),
+    Attack(
         "negate_input",
-        symmetries.negate_input,
-        "first kernels and images negated (undone from format v1)",
+        input_symmetries.negate_input,
+        "first kernels and images negated",
         "free",
         fast=("",),
+    ),
+    Attack(
+        "dummy_channels",
+        extra_channels.dummy_channels,
+        "channels added that no output depends on",
+        "free",
+        fast=("count=4",),
+    ),
+    Attack(
+        "split_channels",
+        extra_channels.split_channels,
+        "copies of channels added, which share the columns of their originals",
+        "free",
+        variants=("kind=halves/random",),
+        fast=("count=4",),
+    ),
+    Attack(
+        "clique_channels",
+        extra_channels.clique_channels,
+        "pairs of equal channels added, which cancel",
+        "free",
+        fast=("count=4",),
+    ),
+    Attack(
+        "rewrite_file",
+        file_rewriting.rewrite_file,
+        "file in another form: names, layouts, several tensors for a kernel, further tensors",
+        "free",
+        variants=("form=prefix/half/names/hwio/ohwi/flat/weight_norm/int8/padded/decoys/extra/lora",),
+        fast=("form=prefix/weight_norm",),
     ),
     Attack(
         "ambiguity_trained_head",
@@ -246,11 +302,14 @@ CHAINS = (
     "scale_inner_channels+scale_residual_channels+bn_reparameterize+bn_fold",
     "prune:ratio=0.3+ftal:epochs=3+int8",
     "scale_inner_channels+prune:ratio=0.5,bn=recalibrated+ftal:epochs=3",
+    "dummy_channels+permute_channels+mix_input:kind=negate+rewrite_file:form=weight_norm",
+    "prune:ratio=0.3+ftal:epochs=3+split_channels+transpose_input",
 )
 
 #: Attacks that a watermark with default settings must survive, as an `--attacks` list.
 STANDARD = (
     "none,ftal:lr=quarter/full,retrain,fine_prune:ratio=0.5,prune_to_accuracy_drop:points=10,"
     "overwrite:epochs=350,int8,spoil:steps=60,decorrelate:steps=40,null_space:energy=0.95,noise=1,"
-    "repair_steps=300,repair_lr=0.003,tune:steps=1500,lr=0.01,relearn:epochs=20"
+    "repair_steps=300,repair_lr=0.003,tune:steps=1500,lr=0.01,relearn:epochs=20,unsketch,"
+    "permute_channels,transpose_input,mix_input:kind=negate,dummy_channels,split_channels,clique_channels"
 )

@@ -139,8 +139,14 @@ class WatermarkScheme(Protocol[KeyT]):
             ModelError: the model cannot be marked, or training diverged.
         """
 
-    def verify(self, model: nn.Module, key: KeyT) -> Detection:
-        """Detect the watermark of a key in a model. A failed detection is a result, not an error."""
+    def verify(self, model: nn.Module, key: KeyT, tensors: Mapping[str, Tensor] | None = None) -> Detection:
+        """Detect the watermark of a key in a model. A failed detection is a result, not an error.
+
+        Args:
+            model: the suspect.
+            key: key of this scheme.
+            tensors: content of the suspect's file, if it is not the state dict.
+        """
 
     def watermark_loss(self, model: nn.Module, key: KeyT) -> Tensor | None:
         """Return the loss of the key's bits with gradients, for key-aware attacks; None if there is none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -165,9 +166,12 @@ class MTLSignScheme:
         images = settings.steps * (key_images + settings.batch)
         return SchemeResult(settings.steps, images, rows, measured)
 
-    def verify(self, model: nn.Module, key: MTLSignKey) -> Detection:
-        """Run Algorithm 1 on the model's state dict."""
-        verdict = verify(model.state_dict(), key.detector, bits=self.min_evidence_bits)
+    def verify(
+        self, model: nn.Module, key: MTLSignKey, tensors: Mapping[str, Tensor] | None = None
+    ) -> Detection:
+        """Run Algorithm 1 on the model's state dict, or on the tensors of its file."""
+        state = model.state_dict() if tensors is None else tensors
+        verdict = verify(state, key.detector, bits=self.min_evidence_bits)
         return Detection(
             matched=verdict.matches,
             n=verdict.n,

@@ -86,7 +86,8 @@ def run_attack(
     row["seconds"] = round(time.monotonic() - started, 3)
     if row["status"] != "ok" or outcome is None:
         return AttackResult(row, None)
-    return _measure(row, outcome, task, outcome.detection or scheme.verify(outcome.model, key), device)
+    detection = outcome.detection or scheme.verify(outcome.model, key, outcome.tensors)
+    return _measure(row, outcome, task, detection, device)
 
 
 def _require_finite(outcome: AttackOutcome) -> None:
@@ -103,7 +104,7 @@ def _measure(
     device: torch.device | str,
 ) -> AttackResult:
     """Add the detection and the accuracy on the test split to the row."""
-    data = serialize_safetensors(cpu_state(outcome.model))
+    data = serialize_safetensors(cpu_state(outcome.model) if outcome.tensors is None else outcome.tensors)
     exact = EmbedSettings.of({"amp": False})
     transformed = transform_task(task, outcome.input_transforms)
     after = loop.evaluate(outcome.model, transformed, "test", exact, SingleProcessContext(device))
@@ -112,7 +113,7 @@ def _measure(
         "accepted": detection.accepted, "verdict": detection.status, "matches": detection.matched,
         "n": detection.n,
         "primary_after": after, "steps": outcome.steps, "images": outcome.images,
-        "inputs": "+".join(outcome.input_transforms), "model_digest": model_digest(data),
+        "inputs": "+".join(map(str, outcome.input_transforms)), "model_digest": model_digest(data),
         "reason": detection.reason,
     }  # fmt: skip
     return AttackResult(row, data)

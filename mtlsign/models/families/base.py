@@ -63,23 +63,6 @@ class Translation(NamedTuple):
     spelling: str | None
 
 
-@dataclass(frozen=True)
-class ChannelGroup:
-    """Channels that belong together: all layers that write them and all layers that read them.
-
-    Attributes:
-        place: "inner" for channels within a block, "residual" for those of a stage's residual connection.
-        size: number of channels.
-        producers: (convolution, its batch norm), by module name.
-        consumers: convolutions and linear layers whose input columns are these channels.
-    """
-
-    place: str
-    size: int
-    producers: tuple[tuple[str, str], ...]
-    consumers: tuple[str, ...]
-
-
 class ArchitectureFamily(Protocol):
     """Set of networks that are described by the same fields.
 
@@ -116,10 +99,6 @@ class ArchitectureFamily(Protocol):
     def stages(self, model: nn.Module) -> Sequence[str]:
         """Return the module names of the model's stages in execution order; empty if they are unknown."""
         return ()
-
-    def channel_groups(self, model: nn.Module) -> list[ChannelGroup] | None:
-        """Return the channel groups of the model in execution order; None if they are unknown."""
-        return None
 
     def translation_of(self, name: str) -> Translation | None:
         """Return the family's name of another library's tensor; None for any other name."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -10,13 +9,11 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from mtlsign.config.embed import MAX_WIDTH
-from mtlsign.errors import ModelError
 from mtlsign.models.factories import Factory
 from mtlsign.models.families.base import (
     CHANNELS,
     CLASSES,
     ArchitectureFamily,
-    ChannelGroup,
     ChoiceField,
     Field,
     IntegerField,
@@ -103,33 +100,6 @@ class ResNetFamily(ArchitectureFamily):
         names = [name for name in STAGES if name in modules]
         return names if len(names) >= 3 else ()
 
-    def channel_groups(self, model: nn.Module) -> list[ChannelGroup] | None:
-        """Return the channel groups of a torchvision ResNet of any width.
-
-        Raises:
-            ModelError: the model has grouped convolutions.
-        """
-        if not isinstance(model, ResNet):
-            return None
-        modules = dict(model.named_modules())
-        if any(m.groups != 1 for m in modules.values() if isinstance(m, nn.Conv2d)):
-            raise ModelError("The model has grouped convolutions. Use a model without them.", field="model")
-        groups: list[ChannelGroup] = []
-        producers, consumers = [("conv1", "bn1")], []
-        for name, block in _blocks(modules):
-            convs = [n for n in ("conv1", "conv2", "conv3") if hasattr(block, n)]
-            consumers.append(f"{name}.conv1")
-            for first, second in itertools.pairwise(convs):
-                inner = ((f"{name}.{first}", f"{name}.bn{first[-1]}"),)
-                groups.append(_group(modules, "inner", inner, (f"{name}.{second}",)))
-            last = (f"{name}.{convs[-1]}", f"{name}.bn{convs[-1][-1]}")
-            if block.downsample is not None:  # one residual connection ends and the next one begins
-                consumers.append(f"{name}.downsample.0")
-                groups.append(_group(modules, "residual", tuple(producers), tuple(consumers)))
-                producers, consumers = [(f"{name}.downsample.0", f"{name}.downsample.1")], []
-            producers.append(last)
-        return [*groups, _group(modules, "residual", tuple(producers), (*consumers, "fc"))]
-
     def translation_of(self, name: str) -> Translation | None:
         """Return the torchvision name of a tensor of a transformers ResNet."""
         return torchvision_name(name)
@@ -158,23 +128,3 @@ def torchvision_name(name: str) -> Translation | None:
     if prefix == "resnet." or prefix.endswith(".resnet."):
         prefix, spelling = prefix.removesuffix("resnet."), "transformers"
     return Translation(f"{prefix}{target}.{leaf}", spelling)
-
-
-def _blocks(modules: Mapping[str, nn.Module]) -> list[tuple[str, BasicBlock | Bottleneck]]:
-    blocks = []
-    for stage in STAGES:
-        for index, block in enumerate(modules[stage].children()):
-            assert isinstance(block, BasicBlock | Bottleneck)
-            blocks.append((f"{stage}.{index}", block))
-    return blocks
-
-
-def _group(
-    modules: Mapping[str, nn.Module],
-    place: str,
-    producers: tuple[tuple[str, str], ...],
-    consumers: tuple[str, ...],
-) -> ChannelGroup:
-    first = modules[producers[0][0]]
-    assert isinstance(first, nn.Conv2d)
-    return ChannelGroup(place, first.out_channels, producers, consumers)

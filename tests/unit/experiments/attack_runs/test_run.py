@@ -108,7 +108,7 @@ def test_run_attack_job_writes_all_results(job: JobRunner) -> None:
     ftal = by["ftal lr=quarter epochs=1 schedule=constant batch=16"]
     assert int(ftal["steps"]) > 0 and float(ftal["seconds"]) > 0
     stream = by["permute_channels which=residual"]
-    assert (stream["removed"], stream["points_lost"], stream["accepted"]) == ("true", "0.0", "false")
+    assert (stream["removed"], stream["points_lost"], stream["accepted"]) == ("false", "0.0", "true")
     assert by["transpose_input"]["inputs"] == "transposed" and by["transpose_input"]["points_lost"] == "0.0"
     assert by["bn_fold decoys=none"]["removed"] == "false"
     assert by["average_models copies=0 bn=recalibrated"]["status"] == "not_applicable"
@@ -128,7 +128,8 @@ def test_run_attack_job_writes_all_results(job: JobRunner) -> None:
 
 
 def test_stored_attacked_models_are_read_by_verifier(job: JobRunner) -> None:
-    assert job("--attacks", "bn_fold,permute_channels,int8", "--run", "two")[0] == 0
+    attacks = "bn_fold,permute_channels,int8,rewrite_file:form=weight_norm"
+    assert job("--attacks", attacks, "--run", "two")[0] == 0
     rows = {r["attack"]: r for r in table(job.storage, "two")}
     settings = VerifySettings.of(
         {"model": [r["model"] for r in rows.values()], "kit": job.saved.result["kit"],
@@ -141,6 +142,7 @@ def test_stored_attacked_models_are_read_by_verifier(job: JobRunner) -> None:
         assert model.config["attack"].split()[0] == row["attack"]
     folded = read_model(rows["bn_fold"]["model"]).tensors
     assert "conv1.bias" in folded and "bn1.weight" not in folded
+    assert {"conv1.weight_g", "conv1.weight_v"} <= read_model(rows["rewrite_file"]["model"]).tensors.keys()
     assert job("--attacks", "int8", "--run", "three", "--no-keep-models")[0] == 0
     assert not any(name.startswith("runs/three/models") for name in job.files())
 
@@ -293,12 +295,12 @@ class StrictHtmlParser(HTMLParser):
 
 
 def test_report_holds_every_row_and_rule(job: JobRunner) -> None:
-    assert job("--attacks", "int8,permute_channels,average_models", "--run", "r")[0] == 0
+    assert job("--attacks", "int8,prune:ratio=0.99,average_models", "--run", "r")[0] == 0
     page = (job.storage / "runs/r/report.html").read_text()
     parser = StrictHtmlParser()
     parser.feed(page)
     assert parser.open == [] and "1 of 3 attacks removed the watermark" in parser.text
-    for text in ("int8", "permute_channels", "which=both", "not applicable", "removed: under 120 bits"):
+    for text in ("int8", "prune", "ratio=0.99", "not applicable", "removed: under 120 bits"):
         assert text in parser.text, text
     assert page.count("<svg") == 1 and 'role="img"' in page and len(page) < 200_000
     result = json.loads((job.storage / "runs/r/result.json").read_text())

@@ -85,7 +85,7 @@ def _short_training(cell: Any) -> EmbedSettings:
 def test_random_keys_resumed_after_interruption_measure_all_keys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = study("random_keys", width=4, keys=120, seeds=2, heads="keyed", storage=str(tmp_path), run="t")
+    settings = study("random_keys", width=8, keys=120, seeds=2, heads="keyed", storage=str(tmp_path), run="t")
     original, resumed_at = random_keys.random_key_accuracies, list[int]()
 
     def interrupted_once(*args: Any, **options: Any) -> list[float]:
