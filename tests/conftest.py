@@ -2,29 +2,30 @@
 
 The tests run in two processes (pytest-xdist). Tests of one file stay in one process, because they share
 fixtures. Tests with a Ray cluster or a server form one group, because they share one cluster and its CPUs.
+The process that distributes the tests needs no torch, so this module imports it in the fixtures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
-import torch
-from torch import Tensor, nn
 from xdist.scheduler import LoadScopeScheduling
 
-from mtlsign.config.embed import EmbedSettings
-from mtlsign.models import architectures
-from mtlsign.tasks import Task, from_tensors
 from mtlsign.watermark.keys.identity import Identity
 from tests.helpers.job_harness import baseline_run, jobs  # noqa: F401  (fixtures)
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mtlsign.config.embed import EmbedSettings
+    from mtlsign.tasks import Task
+
 hypothesis.settings.register_profile("shared cores", deadline=None)
 hypothesis.settings.load_profile("shared cores")
-torch.set_num_threads(1)
 
 SIDE = 24
 #: PUBLISHED TEST OWNER: never mark a model with it.
@@ -78,6 +79,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: scheduling_group(item.nodeid) != "cluster")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Let torch compute with one thread, because two processes share the cores."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _own_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Set a separate home folder, so that no test reads or creates an identity in the user's."""
@@ -92,6 +101,10 @@ def owner() -> Identity:
 @pytest.fixture(scope="session")
 def tiny_task() -> Task:
     """Return a task of 120 noisy 24x24 images in four classes."""
+    import torch
+
+    from mtlsign.tasks import from_tensors
+
     gen = torch.Generator().manual_seed(0)
     y = torch.arange(120) % 4
     x = torch.rand(4, 1, SIDE, SIDE, generator=gen)[y] + 0.3 * torch.randn(120, 1, SIDE, SIDE, generator=gen)
@@ -100,18 +113,26 @@ def tiny_task() -> Task:
 
 @pytest.fixture(scope="session")
 def tiny_graph() -> dict[str, object]:
+    from mtlsign.models import architectures
+
     return architectures.architecture_for("resnet18", channels=1, classes=4, width=8, stem="stock")
 
 
 @pytest.fixture(scope="session")
 def tiny_settings() -> Callable[..., EmbedSettings]:
     """Return a function that completes TINY with overrides."""
+    from mtlsign.config.embed import EmbedSettings
+
     return lambda **overrides: EmbedSettings.of({**TINY, **overrides}).with_defaults()
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_graph: dict[str, object]) -> Callable[..., nn.Module]:
     """Return a function that makes a ResNet-18 of width 8 by seed, with random BatchNorms."""
+    import torch
+    from torch import nn
+
+    from mtlsign.models import architectures
 
     def make(seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)

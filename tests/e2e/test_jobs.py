@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from mtlsign.config import cli
 from mtlsign.models import architectures
 from mtlsign.watermark.keys.identity import Identity
-from tests.helpers.job_harness import ROOT, JobLauncher
+from tests.helpers.job_harness import ROOT, JobLauncher, exit_code_of
 
 Ran = tuple[int, str, str]
 Run = Callable[..., Ran]
@@ -38,11 +38,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Call a job in this process: (exit code, stdout, stderr)."""
 
     def call(name: str, *argv: str) -> Ran:
-        main = runpy.run_path(str(ROOT / "jobs" / f"{name}.py"))["main"]
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.run(main, argv)
-        return int(str(ended.value.code)), *capsys.readouterr()
+        return exit_code_of(name, *argv), *capsys.readouterr()
 
     return call
 
@@ -261,24 +258,35 @@ def test_verify_invalid_input_is_one_line_with_code_2(
 # -- as processes ------------------------------------------------------------------
 
 
-def test_embed_too_many_workers_are_refused_before_ray_starts(jobs: JobLauncher, tmp_path: Path) -> None:
-    job = jobs.embed(workers=4096, storage=tmp_path / "s")
-    assert job.wait(2) == "" and job.err.startswith("error: workers: 4096 workers need 4096 CPUs")
-    assert job.err.count("\n") == 1 and not (tmp_path / "s").exists()
+def test_embed_too_many_workers_are_refused_before_ray_starts(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    code, out, err = run("embed", *QUICK, "--workers", "4096", "--storage", str(tmp_path / "s"))
+    assert (code, out) == (2, "") and err.startswith("error: workers: 4096 workers need 4096 CPUs")
+    assert err.count("\n") == 1 and not (tmp_path / "s").exists() and not ray.is_initialized()
 
 
-def test_embed_on_a_cluster_requires_an_owner(jobs: JobLauncher, tmp_path: Path) -> None:
-    job = jobs.python("jobs/embed.py", "--storage", str(tmp_path / "s"), RAY_ADDRESS="127.0.0.1:1")
-    assert job.wait(2) == "" and job.err.startswith("error: owner: An identity is required on a cluster")
-    assert job.err.count("\n") == 1 and not (tmp_path / "s").exists()
+def test_embed_on_a_cluster_requires_an_owner(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    code, out, err = run("embed", "--storage", str(tmp_path / "s"))
+    assert (code, out) == (2, "") and err.startswith("error: owner: An identity is required on a cluster")
+    assert err.count("\n") == 1 and not (tmp_path / "s").exists()
 
 
-def test_embed_interrupted_run_prints_one_line_and_continues(jobs: JobLauncher, tmp_path: Path) -> None:
+def test_embed_interrupted_run_prints_one_line_and_continues(
+    jobs: JobLauncher, run: Run, tmp_path: Path
+) -> None:
     job = jobs.embed(*QUICK, "--phase2.steps", "2000", "--quiet", "--run", "i", storage=tmp_path)
     job.until((tmp_path / "runs/i/checkpoints/mark.pt").exists)
     job.process.send_signal(signal.SIGINT)
     assert job.wait(130) == "" and job.err == "interrupted; continue with --resume NAME\n"
     files = {p.name for p in (tmp_path / "runs/i").iterdir()}
     assert files == {"settings.json", "checkpoints", "phase1.safetensors", "phase1.json", "commitment.sealed"}
-    changed = jobs.resume("i", "--lambda1", "0.5", storage=tmp_path)
-    assert changed.wait(2) == "" and changed.err.startswith("error: lambda1: Run 'i' has the value 0.001.")
+    changed = [*jobs.as_owner, "--storage", str(tmp_path), "--lambda1", "0.5"]
+    code, out, err = run("embed", "--resume", "i", *changed)
+    assert (code, out) == (2, "") and err.startswith("error: lambda1: Run 'i' has the value 0.001.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import runpy
 import shlex
 import signal
 import socket
@@ -246,6 +247,16 @@ def baseline_run(jobs: JobLauncher) -> FinishedRun:
     job = jobs.embed("--run", "base", storage=storage)
     job.wait()
     return FinishedRun(job, storage, result_of(storage, "base"))
+
+
+def exit_code_of(name: str, *argv: str) -> int:
+    """Call a job in this process, which has imported torch already; return its exit code."""
+    from mtlsign.config import cli
+
+    main = runpy.run_path(str(ROOT / "jobs" / f"{name}.py"))["main"]
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main, argv)
+    return int(str(ended.value.code))
 
 
 def free_port() -> int:

@@ -14,7 +14,7 @@ import pytest
 
 from mtlsign.watermark.keys.sealing import EncryptionSecret
 from mtlsign.watermark.kit import read_kit
-from tests.helpers.job_harness import FinishedRun, Job, JobLauncher
+from tests.helpers.job_harness import FinishedRun, Job, JobLauncher, exit_code_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
@@ -23,9 +23,14 @@ ATTACKS = "int8,ftal:epochs=1,spoil:steps=2,bn_fold,average_models,transpose_inp
 UNSTABLE_COLUMNS = {"seconds", "model", "model_digest"}
 
 
-def start(jobs: JobLauncher, baseline_run: FinishedRun, storage: Path, *flags: str) -> Job:
+def target(jobs: JobLauncher, baseline_run: FinishedRun, storage: Path) -> list[str]:
+    """Return the flags that every run here needs."""
     always = ["--model", baseline_run.result["model_path"], "--kit", baseline_run.result["kit"]]
-    return jobs.python("jobs/attack.py", *always, *jobs.as_owner, "--storage", str(storage), *flags)
+    return [*always, *jobs.as_owner, "--storage", str(storage)]
+
+
+def start(jobs: JobLauncher, baseline_run: FinishedRun, storage: Path, *flags: str) -> Job:
+    return jobs.python("jobs/attack.py", *target(jobs, baseline_run, storage), *flags)
 
 
 def table(storage: Path, run: str) -> list[dict[str, str]]:
@@ -42,9 +47,8 @@ def test_ray_attack_backend_gives_rows_of_one_process_and_logs_no_secret(
     )  # fmt: skip
     result: dict[str, Any] = json.loads(job.wait())
     assert job.err == "" and result["not_applicable"] == 1 and len(result["rows"]) == 7
-    start(
-        jobs, baseline_run, tmp_path, "--attacks", ATTACKS, "--run", "plain", "--workers", "0", "--quiet"
-    ).wait()
+    plain = ["--attacks", ATTACKS, "--run", "plain", "--workers", "0", "--quiet"]
+    assert exit_code_of("attack", *target(jobs, baseline_run, tmp_path), *plain) == 0
     for ray_row, plain_row in zip(table(tmp_path, "ray"), table(tmp_path, "plain"), strict=True):
         for column in set(ray_row) - UNSTABLE_COLUMNS:
             assert ray_row[column] == plain_row[column], (ray_row["attack"], column)

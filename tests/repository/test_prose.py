@@ -8,7 +8,7 @@ import re
 import subprocess
 import tokenize
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import pytest
@@ -56,18 +56,25 @@ def python_files(*tops: str) -> list[Path]:
     return [p for p in tree() if p.suffix == ".py" and p.relative_to(ROOT).parts[0] in tops]
 
 
-def passages(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number, text): comments, strings and split identifiers of Python files, lines of others."""
+@cache
+def passages(path: Path) -> tuple[tuple[int, str], ...]:
+    """Return (line number, text): comments, strings and split names of Python files, lines of others.
+
+    A name that a file uses several times is listed once.
+    """
     content = path.read_text("utf-8")
     if path.suffix != ".py":
         content = OLD_COMMANDS.sub(lambda match: "\n" * match.group().count("\n"), content)
-        yield from enumerate(content.splitlines(), 1)
-        return
+        return tuple(enumerate(content.splitlines(), 1))
+    names: dict[str, int] = {}
+    texts = []
     for token in tokenize.generate_tokens(io.StringIO(content).readline):
         if token.type == tokenize.NAME:
-            yield token.start[0], re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_+", " ", token.string)
+            names.setdefault(token.string, token.start[0])
         elif token.type in (tokenize.STRING, tokenize.COMMENT):
-            yield token.start[0], token.string.replace("_", " ")
+            texts.append((token.start[0], token.string.replace("_", " ")))
+    split = ((line, re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_+", " ", name)) for name, line in names.items())
+    return (*texts, *split)
 
 
 def violations(pattern: re.Pattern[str], paths: tuple[Path, ...] | list[Path]) -> list[str]:

