@@ -46,6 +46,10 @@ def trace_channels(model: nn.Module, taps: Sequence[str], sample: Tensor) -> Cha
     return tracer.result()
 
 
+#: Errors of an operation whose arguments have an unexpected form; its channels are fixed.
+_UNFOLLOWED = (RuntimeError, ValueError, TypeError, IndexError, KeyError, StopIteration)
+
+
 class _Tracer(TorchDispatchMode):
     def __init__(self, tensors: Mapping[str, Tensor], sample: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -71,7 +75,10 @@ class _Tracer(TorchDispatchMode):
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self._alive += [result, *leaves]
         if any(id(leaf) in self._labels for leaf in leaves):
-            handled = self._pass_on(name, func, args, kwargs, result)
+            try:
+                handled = self._pass_on(name, func, args, kwargs, result)
+            except _UNFOLLOWED:
+                handled = False
             if not handled:
                 self._fix_all(leaves)
                 self._set_unknown(result)

@@ -18,6 +18,8 @@ from mtlsign.watermark.verification.response_bases import MAX_DIRECTIONS
 
 MAX_IMAGE_ELEMENTS = 2**26
 """Elements of the images of one key set: 256 MiB of float32."""
+#: Operations of the alignments for each parameter: about 40 products with a sketch of 32 numbers.
+ALIGNMENT_OPERATIONS = 2 * 40 * 32
 _RUN_LOCALLY = "Verify the claim on your own machine (jobs/verify.py)."
 
 
@@ -81,8 +83,9 @@ def check_claim_budget(
 def _measure(spec: Spec, readout: ReadoutSpec, factories: Mapping[str, Factory] | None) -> tuple[float, int]:
     """Return the operations (10^9) of one read-out and the elements of its largest tensor.
 
-    A spread read-out passes two samples to find the layers, and multiplies each kernel with a basis of at
-    most `MAX_DIRECTIONS` columns. A free head multiplies the joined features with its first layer.
+    A spread read-out passes two samples to find the layers, aligns the kernels, and multiplies each with a
+    basis of at most `MAX_DIRECTIONS` columns. A free head multiplies the joined features with its first
+    layer.
     """
     spread = readout.head.kind == "spread"
     largest = 0
@@ -109,7 +112,7 @@ def _measure(spec: Spec, readout: ReadoutSpec, factories: Mapping[str, Factory] 
         handle.remove()
     flops = counter.get_total_flops()
     if spread:
-        return (float(flops) + 2 * MAX_DIRECTIONS * parameters) / 1e9, largest
+        return (float(flops) + (2 * MAX_DIRECTIONS + ALIGNMENT_OPERATIONS) * parameters) / 1e9, largest
     joined = sum(output.numel() for output in outputs)
     hidden = readout.head.hidden or 1
     largest = max(largest, joined, joined // samples * hidden)

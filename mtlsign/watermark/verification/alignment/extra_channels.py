@@ -54,7 +54,7 @@ def _reduced(suspect: Mapping[str, SuspectLayer], number: int) -> dict[str, Floa
     same = np.ones((size, size), dtype=bool)
     for part in writers:
         rows = unit_rows(part.kernel[part.rows.places[number]].reshape(size, -1))
-        cosines = rows @ rows.T
+        cosines = rows.astype(np.float32) @ rows.T.astype(np.float32)  # four times as many rows are allowed
         same &= (np.abs(cosines) if part.layer.free_signs else cosines) > 1 - _TOLERANCE
     first = same.argmax(1) if writers else np.arange(size)  # the first channel with equal rows
     first = np.where(first[first] == first, first, np.arange(size))
