@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtlsign.models.untrusted import MappedTensors, select_tensors_untrusted
+from mtlsign.models.untrusted import MappedTensors, has_unread_tensors, select_tensors_untrusted
 
 
 def select_single(*args: Any, **options: Any) -> MappedTensors:
@@ -143,3 +143,40 @@ def test_select_tensors_untrusted_yields_equal_partial_prefixes() -> None:
     ema, net = select_tensors_untrusted(SHAPES, tensors, tolerated=SHAPES)
     assert not ema.tensors["a.weight"].any() and net.tensors["a.weight"].all()
     assert ema.missing == net.missing == ("b.weight",)
+
+
+@pytest.mark.parametrize(("shape", "selected"), [
+    ((1, 2), True), ((8, 8), True), ((2, 3), True), ((9, 2), False), ((2, 9), False), ((0, 2), False),
+    ((2, 2, 1), False), ((2,), False),
+])  # fmt: skip
+def test_select_tensors_untrusted_reads_resizable_kernel_up_to_four_times_its_size(
+    shape: tuple[int, ...], selected: bool
+) -> None:
+    tensors = {"a.weight": torch.ones(shape), "b.weight": torch.ones(3)}
+    mapped = select_single(SHAPES, tensors, resizable=["a.weight"])
+    assert (mapped.problem is None) is selected
+    assert select_single(SHAPES, tensors).problem is not None
+
+
+def test_select_tensors_untrusted_never_changes_positions_of_a_kernel() -> None:
+    shapes = {"a.weight": (4, 3, 3, 3)}
+    padded = select_single(shapes, {"a.weight": torch.ones(4, 3, 5, 5)}, resizable=shapes)
+    assert padded.problem is not None and "should be" in padded.problem
+
+
+@pytest.mark.parametrize(("further", "unread"), [
+    ({}, False), ({"lora_A": torch.ones(2, 4)}, True), ({"step": torch.ones(1)}, False),
+    ({"scales": torch.ones(7)}, False), ({"other.a.weight": torch.ones(2, 2)}, False),
+    ({"xa.weight": torch.ones(2, 2)}, True), ({"x": torch.ones(1, 9, 1)}, False),
+])  # fmt: skip
+def test_has_unread_tensors_finds_matrices_of_no_layer(further: dict[str, Any], unread: bool) -> None:
+    tensors = {"net.a.weight": torch.ones(2, 2), "net.b.weight": torch.ones(3), **further}
+    assert has_unread_tensors(SHAPES, tensors) is unread
+
+
+def test_has_unread_tensors_of_hostile_mapping_is_true() -> None:
+    class Hostile(dict[str, Any]):
+        def __getitem__(self, name: str) -> Any:
+            raise ValueError(name)
+
+    assert has_unread_tensors(SHAPES, Hostile({"x": None}))
