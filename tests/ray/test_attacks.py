@@ -14,7 +14,7 @@ import pytest
 
 from mtlsign.watermark.keys.sealing import EncryptionSecret
 from mtlsign.watermark.kit import read_kit
-from tests.helpers.job_harness import FinishedRun, Job, JobLauncher, exit_code_of
+from tests.helpers.job_harness import FinishedRun, Job, JobLauncher
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
@@ -47,8 +47,9 @@ def test_ray_attack_backend_gives_rows_of_one_process_and_logs_no_secret(
     )  # fmt: skip
     result: dict[str, Any] = json.loads(job.wait())
     assert job.err == "" and result["not_applicable"] == 1 and len(result["rows"]) == 7
-    plain = ["--attacks", ATTACKS, "--run", "plain", "--workers", "0", "--quiet"]
-    assert exit_code_of("attack", *target(jobs, baseline_run, tmp_path), *plain) == 0
+    start(
+        jobs, baseline_run, tmp_path, "--attacks", ATTACKS, "--run", "plain", "--workers", "0", "--quiet"
+    ).wait()
     for ray_row, plain_row in zip(table(tmp_path, "ray"), table(tmp_path, "plain"), strict=True):
         for column in set(ray_row) - UNSTABLE_COLUMNS:
             assert ray_row[column] == plain_row[column], (ray_row["attack"], column)

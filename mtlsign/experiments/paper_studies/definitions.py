@@ -62,6 +62,13 @@ ALL_ATTACKS = ",".join(
         "permute_channels:which=inner/both",
         "transpose_input",
         "negate_input",
+        "mix_input:kind=negate",
+        "turn_input",
+        "dummy_channels",
+        "split_channels",
+        "clique_channels",
+        "rewrite_file:form=weight_norm",
+        "unsketch",
         "ambiguity_trained_head",
     )
 )
