@@ -131,6 +131,7 @@ def _validated_tensor(
         tensor = tensors[source]
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
             return "is no plain tensor", None
+        tensor = _without_zero_rim(tensor, shape)
         if tuple(tensor.shape) != shape and not (resizable and _is_resized(tuple(tensor.shape), shape)):
             return f"is {list(tensor.shape)} and should be {list(shape)}", None
         if tensor.dtype not in FLOATS:
@@ -143,6 +144,21 @@ def _validated_tensor(
     except Exception as error:  # a hostile object can raise anything
         return f"cannot be read ({type(error).__name__})", None
     return "", value
+
+
+def _without_zero_rim(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a kernel without the zeros around its positions, if it has as many on both sides.
+
+    Such a kernel computes the same with a larger padding.
+    """
+    extra = [size - target for size, target in zip(tensor.shape[2:], shape[2:], strict=False)]
+    rims = [count // 2 for count in extra]
+    if tensor.dim() != len(shape) or not any(extra) or any(e < 0 or e % 2 for e in extra):
+        return tensor
+    inner = tensor
+    for dim, (rim, target) in enumerate(zip(rims, shape[2:], strict=True), start=2):
+        inner = inner.narrow(dim, rim, target)
+    return inner if int(inner.count_nonzero()) == int(tensor.count_nonzero()) else tensor
 
 
 def _is_resized(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:

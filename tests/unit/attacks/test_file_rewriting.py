@@ -16,7 +16,7 @@ from tests.unit.attacks.helpers import changed_parameters, difference, network, 
 
 FORMS = typing.get_args(Form)
 #: Forms that a verifier reads today; the others end as "not_verifiable".
-READABLE = {"prefix", "half", "weight_norm", "int8", "decoys", "extra"}
+READABLE = {"prefix", "half", "weight_norm", "padded", "int8", "decoys", "extra"}
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -158,10 +158,20 @@ def test_select_tensors_untrusted_reads_resizable_kernel_up_to_four_times_its_si
     assert select_single(SHAPES, tensors).problem is not None
 
 
-def test_select_tensors_untrusted_never_changes_positions_of_a_kernel() -> None:
+@pytest.mark.parametrize("size", [(5, 5), (3, 5), (7, 3)])
+def test_select_tensors_untrusted_drops_a_rim_of_zeros(size: tuple[int, int]) -> None:
+    kernel = torch.rand(4, 3, 3, 3) + 1
+    rows, columns = ((total - 3) // 2 for total in size)
+    padded = torch.nn.functional.pad(kernel, (columns, columns, rows, rows))
+    mapped = select_single({"a.weight": (4, 3, 3, 3)}, {"a.weight": padded.double()})
+    assert torch.equal(mapped.tensors["a.weight"], kernel)
+
+
+@pytest.mark.parametrize("size", [(5, 5), (4, 4), (1, 1)])
+def test_select_tensors_untrusted_of_kernel_with_other_positions_gives_reason(size: tuple[int, int]) -> None:
     shapes = {"a.weight": (4, 3, 3, 3)}
-    padded = select_single(shapes, {"a.weight": torch.ones(4, 3, 5, 5)}, resizable=shapes)
-    assert padded.problem is not None and "should be" in padded.problem
+    other = select_single(shapes, {"a.weight": torch.ones(4, 3, *size)}, resizable=shapes)
+    assert other.problem is not None and "should be" in other.problem
 
 
 @pytest.mark.parametrize(("further", "unread"), [
