@@ -55,7 +55,6 @@ class _Tracer(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._parents: list[int] = []
         self._fixed: set[int] = set()
-        self._nonlinear: set[int] = set()
         self._kernels: dict[str, KernelChannels] = {}
         self._vectors: dict[str, Tensor] = {}
         #: Parameter, or a view of it: its name, and whether rows and columns have changed places.
@@ -103,20 +102,16 @@ class _Tracer(TorchDispatchMode):
         if name in operations.MOVES or name in operations.PADS:
             return self._move(name, func, args, kwargs, result)
         if name in operations.BINARY and sum(isinstance(a, Tensor) for a in args) > 1:
-            return self._binary(name, args, result)
+            return self._binary(args, result)
         if labels is None or not isinstance(first, Tensor):
             return False
-        if name in operations.COPIES or name in operations.LINEAR or name in operations.BINARY:
-            self._set(_first_tensor(result), labels)
-            return True
-        if name in operations.POINTWISE:
-            self._nonlinear |= set(labels.unique().tolist())
+        if name in operations.POINTWISE or name in operations.BINARY:
             if name in ("prelu", "_prelu_kernel") and not self._vector(args[1], labels, 1):
                 return False
             self._set(_first_tensor(result), labels)
             return True
         if name in operations.POOLS:
-            return self._pool(name, labels, _first_tensor(result))
+            return self._pool(labels, _first_tensor(result))
         if name in operations.REDUCTIONS:
             return self._reduce(labels, args, kwargs, _first_tensor(result))
         return False
@@ -172,7 +167,6 @@ class _Tracer(TorchDispatchMode):
         for tensor in args[2:4]:
             if isinstance(tensor, Tensor) and (channels is None or not self._record_vector(tensor, channels)):
                 return False
-        self._nonlinear |= set(labels.unique().tolist())
         self._set(_first_tensor(result), labels)
         return True
 
@@ -194,7 +188,7 @@ class _Tracer(TorchDispatchMode):
             self._set(tensor, labels)
         return True
 
-    def _binary(self, name: str, args: tuple[Any, ...], result: Tensor) -> bool:
+    def _binary(self, args: tuple[Any, ...], result: Tensor) -> bool:
         tensors = [a for a in args if isinstance(a, Tensor)]
         known = [self._labels[id(t)] for t in tensors if id(t) in self._labels]
         operands = [compact(aligned(labels, result.dim())) for labels in known]
@@ -207,8 +201,6 @@ class _Tracer(TorchDispatchMode):
                 self._join(one, two)
             merged = torch.where(first >= 0, first, second)
         labels = merged.expand(result.shape)
-        if len(known) > 1 and not name.startswith(("add", "sub", "rsub")):
-            self._nonlinear |= set(merged.unique().tolist())
         for tensor in tensors:
             if id(tensor) not in self._labels and not self._operand(tensor, labels):
                 return False
@@ -230,12 +222,10 @@ class _Tracer(TorchDispatchMode):
         channels = per_channel(labels, dim)
         return tensor.numel() == 1 or (channels is not None and self._record_vector(tensor, channels))
 
-    def _pool(self, name: str, labels: Tensor, result: Tensor) -> bool:
+    def _pool(self, labels: Tensor, result: Tensor) -> bool:
         channels = per_channel(labels, 1)
         if channels is None:
             return False
-        if name.startswith(("max", "adaptive_max", "mkldnn_max")):
-            self._nonlinear |= set(channels.tolist())
         self._set(result, spread(channels, result.shape, 1))
         return True
 
@@ -247,10 +237,10 @@ class _Tracer(TorchDispatchMode):
             return False
         for dim in sorted((d % labels.dim() for d in dims), reverse=True):
             labels = labels.select(dim, 0)
-        self._set(
-            result, labels.reshape([s for s in result.shape]) if labels.numel() == result.numel() else labels
-        )
-        return labels.numel() == result.numel()
+        if labels.numel() != result.numel():
+            return False
+        self._set(result, labels.reshape(result.shape))
+        return True
 
     def _view_weight(self, name: str, args: tuple[Any, ...], result: Tensor) -> None:
         """Remember a view of a parameter that keeps its numbers' meaning."""
@@ -327,9 +317,7 @@ class _Tracer(TorchDispatchMode):
         }
         vectors = {name: roots(labels) for name, labels in self._vectors.items()}
         fixed = {self._root(label) for label in self._fixed if label >= 0}
-        nonlinear = {self._root(label) for label in self._nonlinear if label >= 0}
-        every = {self._root(label) for label in range(len(self._parents))}
-        return ChannelLabels(kernels, vectors, fixed, every - nonlinear)
+        return ChannelLabels(kernels, vectors, fixed)
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:

@@ -34,13 +34,11 @@ class ChannelLabels:
         kernels: by parameter name, in order of first use.
         vectors: parameters and buffers with one number for each channel, int64 of their length.
         fixed: labels whose channels stay in their order.
-        linear: labels whose channels pass no nonlinear operation.
     """
 
     kernels: dict[str, KernelChannels] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
     fixed: set[int] = field(default_factory=set)
-    linear: set[int] = field(default_factory=set)
 
 
 def spread(channels: Tensor, shape: Sequence[int], dim: int) -> Tensor:

@@ -9,23 +9,16 @@ MOVES = frozenset({
     "pixel_shuffle", "pixel_unshuffle", "repeat", "reshape", "roll", "select", "slice", "split",
     "split_with_sizes", "squeeze", "stack", "t", "transpose", "unbind", "unfold", "unsqueeze", "view"
 })  # fmt: skip
-#: Operations whose result has the numbers of their operand.
-COPIES = frozenset({
-    "_to_copy", "alias", "alpha_dropout", "clone", "contiguous", "copy_", "detach", "dropout",
-    "feature_dropout", "lift_fresh", "native_dropout", "to"
-})  # fmt: skip
-#: Operations on single numbers that keep the sign of a channel free.
-LINEAR = frozenset({
-    "div", "div_", "mul", "mul_", "neg"
-})  # fmt: skip
-#: Other operations on single numbers.
+#: Operations on single numbers, and copies.
 POINTWISE = frozenset({
-    "_log_softmax", "_prelu_kernel", "_softmax", "abs", "celu", "clamp", "clamp_", "clamp_max",
-    "clamp_min", "clamp_min_", "cos", "elu", "elu_", "erf", "exp", "gelu", "hardsigmoid",
-    "hardsigmoid_", "hardswish", "hardswish_", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_",
-    "log", "log_sigmoid", "logit", "mish", "mish_", "pow", "prelu", "reciprocal", "relu", "relu_",
-    "rsqrt", "selu", "sigmoid", "sigmoid_", "sign", "silu", "silu_", "sin", "softplus", "sqrt",
-    "square", "tanh", "tanh_", "threshold"
+    "_log_softmax", "_prelu_kernel", "_softmax", "_to_copy", "abs", "alias", "alpha_dropout", "celu",
+    "clamp", "clamp_", "clamp_max", "clamp_min", "clamp_min_", "clone", "contiguous", "copy_", "cos",
+    "detach", "div", "div_", "dropout", "elu", "elu_", "erf", "exp", "feature_dropout", "gelu",
+    "hardsigmoid", "hardsigmoid_", "hardswish", "hardswish_", "hardtanh", "hardtanh_", "leaky_relu",
+    "leaky_relu_", "lift_fresh", "log", "log_sigmoid", "logit", "mish", "mish_", "mul", "mul_",
+    "native_dropout", "neg", "pow", "prelu", "reciprocal", "relu", "relu_", "rsqrt", "selu", "sigmoid",
+    "sigmoid_", "sign", "silu", "silu_", "sin", "softplus", "sqrt", "square", "tanh", "tanh_",
+    "threshold", "to"
 })  # fmt: skip
 #: Operations on pairs of numbers.
 BINARY = frozenset({

@@ -26,7 +26,6 @@ class ChannelSet:
         columns: kernel name -> indices of each channel's input columns, [size, r]; r is above 1 where
             positions were flattened. Columns of a grouped convolution are counted over all its groups.
         vectors: name -> index of each channel's number in a vector parameter or buffer, [size].
-        linear: whether no nonlinear operation follows before the next kernel.
         blocks: number of blocks of neighbouring channels that stay together, because a grouped convolution
             reads or writes them.
         partner: index of the set whose blocks change places in the same way; None without one.
@@ -36,7 +35,6 @@ class ChannelSet:
     rows: Mapping[str, Indices]
     columns: Mapping[str, Indices]
     vectors: Mapping[str, Indices] = field(default_factory=dict)
-    linear: bool = False
     blocks: int = 1
     partner: int | None = None
 
@@ -78,7 +76,7 @@ def channel_structure(model: nn.Module, taps: Sequence[str], sample: Tensor) -> 
                 tuple(uses.vectors),
             )
             members[signature].append(label)
-    sets = [_channel_set(group, channels, labels) for group in members.values()]
+    sets = [_channel_set(group, channels) for group in members.values()]
     inputs = list(range(sample.shape[1]))
     return ChannelStructure(
         sets=_with_blocks(sets, list(members.values()), blocks),
@@ -133,7 +131,7 @@ def _blocks(labels: ChannelLabels) -> list[tuple[list[list[int]], list[list[int]
     return blocks
 
 
-def _channel_set(group: Sequence[int], channels: Mapping[int, _Uses], labels: ChannelLabels) -> ChannelSet:
+def _channel_set(group: Sequence[int], channels: Mapping[int, _Uses]) -> ChannelSet:
     first = channels[group[0]]
 
     def places(kind: str, name: str) -> Indices:
@@ -144,7 +142,6 @@ def _channel_set(group: Sequence[int], channels: Mapping[int, _Uses], labels: Ch
         rows={name: places("rows", name)[:, 0] for name in first.rows},
         columns={name: places("columns", name) for name in first.columns},
         vectors={name: places("vectors", name)[:, 0] for name in first.vectors},
-        linear=all(label in labels.linear for label in group),
     )
 
 
