@@ -7,6 +7,7 @@ and code.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -20,14 +21,14 @@ from mtlsign.watermark.verification.features import Features
 Weights = Mapping[str, Tensor]
 
 
-#: Operators whose precision a caller can reduce, from general to single ones.
+#: Operators whose precision a caller can reduce, from general to single ones. `torch.backends.mkldnn` is
+#: absent: its setter writes the general precision (torch 2.15), and its three operators are all here.
 _PRECISIONS: tuple[Any, ...] = (
     torch.backends,
     torch.backends.cuda.matmul,
     torch.backends.cudnn,
     torch.backends.cudnn.conv,  # type: ignore[attr-defined]  # missing in the annotations
     torch.backends.cudnn.rnn,
-    torch.backends.mkldnn,
     torch.backends.mkldnn.conv,  # type: ignore[attr-defined]  # missing in the annotations
     torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]  # as above
     torch.backends.mkldnn.rnn,  # type: ignore[attr-defined]  # as above
@@ -85,20 +86,51 @@ class VerifierModel(Protocol):
         """
 
 
+class _PrecisionGuard:
+    """Holds all operators at exact fp32 while at least one thread computes.
+
+    The settings are global to the process. Contexts of several threads can therefore overlap in any order:
+    the first one stores the caller's settings and the last one restores them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._active_contexts = 0
+        self._before: list[str] = []
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._active_contexts == 0:
+                self._before = [operator.fp32_precision for operator in _PRECISIONS]
+                for operator in _PRECISIONS:
+                    operator.fp32_precision = "ieee"
+            self._active_contexts += 1
+
+    def exit(self) -> None:
+        with self._lock:
+            self._active_contexts -= 1
+            if self._active_contexts == 0:
+                self._restore()
+
+    def _restore(self) -> None:
+        for operator, precision in zip(_PRECISIONS, self._before, strict=True):
+            operator.fp32_precision = "none"  # a single operator then has the value of the general one
+            if operator.fp32_precision != precision:
+                operator.fp32_precision = precision
+
+
+_guard = _PrecisionGuard()
+
+
 @contextmanager
 def exact_fp32() -> Iterator[None]:
     """Compute in fp32 without TF32, bfloat16 and autocast, so that machines agree (docs/decisions/0001).
 
-    The settings of the caller are restored, also those of single operators.
+    The settings of the caller are restored, also those of single operators and when threads overlap.
     """
-    before = [operator.fp32_precision for operator in _PRECISIONS]
+    _guard.enter()
     try:
-        for operator in _PRECISIONS:
-            operator.fp32_precision = "ieee"
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        for operator, precision in zip(_PRECISIONS, before, strict=True):
-            operator.fp32_precision = "none"  # a single operator then has the value of the general one
-            if operator.fp32_precision != precision:
-                operator.fp32_precision = precision
+        _guard.exit()
