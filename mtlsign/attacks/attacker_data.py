@@ -8,7 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor, nn
 
-from mtlsign.attacks.base import AttackerResources, ChannelMix, InputTransforms, Turn, device_of
+from mtlsign.attacks.base import (
+    AttackerResources,
+    ChannelMix,
+    InputTransforms,
+    NotApplicableError,
+    Turn,
+    device_of,
+)
+from mtlsign.models.input_spec import ImageSpec
 from mtlsign.tasks import Batch, Split, Task
 from mtlsign.tasks.splitting import seeded_generator
 
@@ -93,11 +101,19 @@ def transform_task(task: Task, transforms: InputTransforms) -> Task:
     """Return the task with every image transformed."""
     if not transforms:
         return task
-    height, width = task.height, task.width
+    images = require_images(task)
+    height, width = images.height, images.width
     if sum(transform in ("transposed", "rotated") for transform in transforms) % 2:
         height, width = width, height
     splits = {name: TransformedSplit(split, transforms) for name, split in task.splits.items()}
-    return replace(task, splits=splits, height=height, width=width)
+    return replace(task, splits=splits, input_spec=replace(images, height=height, width=width))
+
+
+def require_images(task: Task) -> ImageSpec:
+    """Return the images of a task. Raises `NotApplicableError` if its inputs are no images."""
+    if isinstance(task.input_spec, ImageSpec):
+        return task.input_spec
+    raise NotApplicableError(f"The attack changes images, and the task has {task.input_spec}.", field="task")
 
 
 def attacker_view(model: nn.Module, task: Task, resources: AttackerResources, seed: int) -> Task:

@@ -75,6 +75,7 @@ class AttackerResources:
     Attributes:
         extra_data_fraction: fraction of the owner's training split that the attacker has, 0 to 1.
         training_lr: peak learning rate with which the model was trained.
+        training_optimizer: optimizer with which it was trained.
         key: the owner's opened key; only key-aware attacks use it.
         other_models: state dicts of other models marked from the same W0, with the marked model's names.
         on_step: called with (step, steps) during training.
@@ -83,6 +84,7 @@ class AttackerResources:
 
     extra_data_fraction: float = 0.0
     training_lr: float = 0.1
+    training_optimizer: Literal["sgd", "adam"] = "sgd"
     key: SchemeKey | None = field(default=None, repr=False)
     other_models: Sequence[State] = field(default=(), repr=False)
     on_step: Callable[[int, int], None] = field(default=lambda step, steps: None, repr=False)

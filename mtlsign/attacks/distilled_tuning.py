@@ -122,8 +122,9 @@ def relearn(
     start: Literal["random", "shrink_perturb"] = "random",
     batch: BatchSize = 128,
 ) -> AttackOutcome:
-    """Train the whole network from random weights by SGD on the marked model's outputs and the labels.
+    """Train the whole network from random weights on the marked model's outputs and the labels.
 
+    The optimizer is that of the model's training, SGD or Adam.
     `shrink_perturb` starts from 0.4 times the stolen weights plus half a random initialisation.
     """
     data = attacker_view(model, task, resources, seed)
@@ -136,14 +137,19 @@ def relearn(
                     parameter.mul_(0.5).add_(stolen, alpha=0.4)
     size = min(batch, data.size("attacker"))
     steps = epochs * max(1, data.size("attacker") // size)
-    tuning = Tuning(steps, resources.learning_rate(lr), batch=size, weight_decay=5e-4, adam=False)
+    adam = resources.training_optimizer == "adam"
+    tuning = Tuning(
+        steps, resources.learning_rate(lr), batch=size, weight_decay=0.0 if adam else 5e-4, adam=adam
+    )
     return tune_by_distillation(student, model, data, resources, seed, tuning)
 
 
 def _reset(model: nn.Module, seed: int) -> None:
-    """Draw all weights at random."""
+    """Draw all weights at random; word vectors stay, because they are public or in the stolen file."""
     with seeded("relearn", seed):
         for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                continue
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
@@ -182,7 +188,7 @@ def tune_by_distillation(
     consolidation = _Consolidation(attacked, data, batch, seed) if tuning.ewc else None
 
     def batch_loss(forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-        outputs, loss = forward(x), x.new_zeros(())
+        outputs, loss = forward(x), torch.zeros((), device=x.device)
         if tuning.distillation:
             with torch.no_grad():
                 target = teacher(x)
@@ -192,6 +198,8 @@ def tune_by_distillation(
     def loss_fn(step: int) -> Tensor:
         x, y = data.batch_at("attacker", batch, step, seed=seed, augment=True)
         if tuning.mixup:
+            if not x.is_floating_point():
+                raise NotApplicableError("Token ids cannot be mixed. Leave out mixup.", field="mixup")
             share = tuning.mixup * float(torch.rand((), generator=gen))
             x = (1 - share) * x + share * x[torch.randperm(len(x), generator=gen).to(x.device)]
         loss = batch_loss(attacked, x, y)

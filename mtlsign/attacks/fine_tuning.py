@@ -22,7 +22,7 @@ from mtlsign.attacks.base import (
     NotApplicableError,
     seeded,
 )
-from mtlsign.attacks.training import Loss, LrSchedule, frozen_copy, train_sgd, trainable_copy
+from mtlsign.attacks.training import Loss, LrSchedule, frozen_copy, train_supervised, trainable_copy
 from mtlsign.tasks import Task
 from mtlsign.tasks.outputs import default_logits
 
@@ -42,7 +42,9 @@ def ftal(
     data = attacker_view(model, task, resources, seed)
     tuned = trainable_copy(model).train()
     rate = resources.learning_rate(lr)
-    return train_sgd(tuned, data, resources, seed, lr=rate, epochs=epochs, schedule=schedule, batch=batch)
+    return train_supervised(
+        tuned, data, resources, seed, lr=rate, epochs=epochs, schedule=schedule, batch=batch
+    )
 
 
 def retrain(
@@ -72,7 +74,7 @@ def ftll(
     """Fine-tune the last layer on true labels; other layers and batch norms are unchanged."""
     data = attacker_view(model, task, resources, seed)
     tuned = trainable_copy(model)
-    return train_sgd(
+    return train_supervised(
         tuned, data, resources, seed, lr=resources.learning_rate(lr), epochs=epochs, batch=batch,
         parameters=last_layer(tuned).parameters(),
     )  # fmt: skip
@@ -91,7 +93,7 @@ def rtll(
     """Train a new last layer on the marked model's predictions; batch norms follow the attacker's data."""
     data = attacker_view(model, task, resources, seed)
     tuned = _with_new_last_layer(model, seed).train()
-    return train_sgd(
+    return train_supervised(
         tuned, data, resources, seed, lr=resources.learning_rate(lr), epochs=epochs, batch=batch,
         parameters=last_layer(tuned).parameters(), loss=_loss_on_predictions(model),
     )  # fmt: skip
@@ -110,7 +112,7 @@ def rtal(
     """Train a new last layer and all other layers on the marked model's predictions."""
     data = attacker_view(model, task, resources, seed)
     tuned = _with_new_last_layer(model, seed).train()
-    return train_sgd(
+    return train_supervised(
         tuned, data, resources, seed, lr=resources.learning_rate(lr), epochs=epochs, batch=batch,
         loss=_loss_on_predictions(model),
     )  # fmt: skip

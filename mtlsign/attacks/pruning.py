@@ -19,7 +19,7 @@ from mtlsign.attacks.base import (
     LearningRate,
 )
 from mtlsign.attacks.pruning_masks import Rule, accuracy, prune_units, prune_weights
-from mtlsign.attacks.training import recalibrate_batch_norm, train_sgd, trainable_copy
+from mtlsign.attacks.training import recalibrate_batch_norm, train_supervised, trainable_copy
 from mtlsign.tasks import Task
 
 Points = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
@@ -148,6 +148,6 @@ def _prune_and_tune(
 
     pruned.train()
     rate = resources.learning_rate(lr)
-    return train_sgd(
+    return train_supervised(
         pruned, data, resources, seed, lr=rate, epochs=epochs, batch=batch, after_step=restore_zeros
     )

@@ -18,6 +18,7 @@ from mtlsign.attacks import (
     overwriting,
     pruning,
     quantisation,
+    recurrent_symmetries,
     response_space,
     spoiling,
     symmetries,
@@ -211,6 +212,13 @@ _ALL = (
         fast=("which=inner/both",),
     ),
     Attack(
+        "recurrent_symmetries",
+        recurrent_symmetries.recurrent_symmetries,
+        "word vectors in other coordinates, units permuted and negated",
+        "free",
+        fast=("",),
+    ),
+    Attack(
         "transpose_input",
         input_symmetries.transpose_input,
         "kernels and images transposed",
@@ -311,5 +319,5 @@ STANDARD = (
     "none,ftal:lr=quarter/full,retrain,fine_prune:ratio=0.5,prune_to_accuracy_drop:points=10,"
     "overwrite:epochs=350,int8,spoil:steps=60,decorrelate:steps=40,null_space:energy=0.95,noise=1,"
     "repair_steps=300,repair_lr=0.003,tune:steps=1500,lr=0.01,relearn:epochs=20,unsketch,"
-    "permute_channels,transpose_input,mix_input:kind=negate,dummy_channels,split_channels,clique_channels"
+    "recurrent_symmetries,permute_channels,transpose_input,mix_input:kind=negate,dummy_channels,split_channels,clique_channels"
 )

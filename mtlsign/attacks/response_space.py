@@ -27,7 +27,11 @@ from mtlsign.models.architectures import default_taps
 from mtlsign.models.taps import last_layer, tapped_layers
 from mtlsign.tasks import Task
 from mtlsign.tasks.splitting import seeded_generator
-from mtlsign.watermark.verification.response_bases import input_moments, supports_responses
+from mtlsign.watermark.verification.response_bases import (
+    input_moments,
+    module_of_key,
+    supports_responses,
+)
 
 #: Noise or change in units of a row's standard deviation or response.
 Size = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
@@ -47,22 +51,28 @@ class _Layers:
         end = _tap_of_stage(model, stages) if stages else last_layer(model)
         layers = tapped_layers(self.model, (end,), images[:2])
         self.names = [
-            layer.conv for layer in layers if supports_responses(layer, modules) and layer.kind == "conv"
+            layer.key
+            for layer in layers
+            if supports_responses(layer, modules) and layer.kind in ("conv", "recurrent")
         ]
         if not self.names:
-            raise NotApplicableError("The network has no convolution of two dimensions.", field="model")
+            raise NotApplicableError(
+                "The network has neither a convolution of two dimensions nor a recurrent layer.",
+                field="model",
+            )
         self._modules = modules
         self._moments = input_moments(self.model, (end,), images, self.names)
 
     def kernel(self, name: str) -> nn.Parameter:
         """Return the kernel of a layer."""
-        weight = self._modules[name].weight
+        module, leaf = module_of_key(self._modules, name)
+        weight = getattr(module, leaf)
         assert isinstance(weight, nn.Parameter)
         return weight
 
     def rows(self, name: str) -> Tensor:
         """Return a kernel's rows, float64 [groups, O/groups, fan-in]."""
-        groups = int(getattr(self._modules[name], "groups", 1))
+        groups = int(getattr(module_of_key(self._modules, name)[0], "groups", 1))
         weight = self.kernel(name).detach().double()
         return weight.reshape(groups, len(weight) // groups, -1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Literal
 
@@ -19,6 +19,10 @@ from mtlsign.watermark.embedding.losses import distillation_loss
 LrSchedule = Literal["constant", "cosine"]
 #: (model, images, labels) -> loss.
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+_OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4),
+    "adam": torch.optim.Adam,
+}
 
 
 def trainable_copy(model: nn.Module) -> nn.Module:
@@ -71,7 +75,7 @@ def optimize(
         resources.on_step(step + 1, steps)
 
 
-def train_sgd(
+def train_supervised(
     model: nn.Module,
     data: Task,
     resources: AttackerResources,
@@ -85,12 +89,14 @@ def train_sgd(
     loss: Loss | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> AttackOutcome:
-    """Train by SGD with momentum 0.9 and weight decay 5e-4 on the attacker's augmented data, in place.
+    """Train on the attacker's augmented data with the optimizer of the model's training, in place.
+
+    SGD has momentum 0.9 and weight decay 5e-4; Adam has neither.
 
     Args:
         model: in the mode that the caller chose; it ends in evaluation mode.
         data: the attacker's view of the task.
-        resources: for progress.
+        resources: optimizer, and progress.
         seed: order and augmentation of the data.
         lr: peak learning rate.
         epochs: passes over the attacker's data.
@@ -123,7 +129,7 @@ def train_sgd(
 
     optimize(
         loss_fn, model.parameters() if parameters is None else parameters, steps, lr, resources,
-        optimizer_class=partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4),
+        optimizer_class=_OPTIMIZERS[resources.training_optimizer],
         lr_at=cosine if schedule == "cosine" else None, after_step=after_step,
     )  # fmt: skip
     return AttackOutcome(model.eval(), steps, images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +14,6 @@ from mtlsign.models.batch_norms import batch_norm_values
 from mtlsign.models.channel_groups import batch_norm_of_conv
 from mtlsign.schemes.mtlsign import MTLSignKey
 from mtlsign.tasks import Task
-from mtlsign.watermark.verification.alignment.layers import ReferenceLayer
 from mtlsign.watermark.verification.sketches import projection_matrix
 
 
@@ -37,16 +37,16 @@ def unsketch(model: nn.Module, task: Task, resources: AttackerResources, seed: i
             weight = tensors[layer.weight]
             rows = weight.double().cpu().flatten(1)
             sign = signs.get(layer.weight, torch.ones(len(rows))).double().cpu()[:, None]
-            weight.copy_((sign * _unsketched(sign * rows, layer)).reshape(weight.shape))
+            weight.copy_((sign * _unsketched(sign * rows, layer.sketch)).reshape(weight.shape))
     return AttackOutcome(recalibrate_batch_norm(attacked, data))
 
 
-def _unsketched(rows: Tensor, layer: ReferenceLayer) -> Tensor:
+def _unsketched(rows: Tensor, sketch: npt.NDArray[np.float64]) -> Tensor:
     """Return rows with W0's sketch and the lengths of the given ones, float64 [O, fan-in]."""
     norms = rows.norm(dim=1, keepdim=True)
     unit = rows / torch.where(norms > 0, norms, torch.ones_like(norms))
-    matrix = torch.from_numpy(np.array(projection_matrix(rows.shape[1], layer.sketch.shape[1])))
-    missing = torch.from_numpy(layer.sketch) - unit @ matrix
+    matrix = torch.from_numpy(np.array(projection_matrix(rows.shape[1], sketch.shape[1])))
+    missing = torch.from_numpy(sketch) - unit @ matrix
     changed: Tensor = (unit + missing @ torch.linalg.pinv(matrix)) * norms
     return changed
 

@@ -24,7 +24,7 @@ S = TypeVar("S", bound=Settings)
 #: Packages that `pip install mtlsign` leaves out; the extra `all` has them.
 OPTIONAL_PACKAGES = {
     "boto3", "botocore", "fastapi", "matplotlib", "pyarrow", "python_multipart", "ray", "sklearn",
-    "starlette", "uvicorn",
+    "starlette", "tokenizers", "uvicorn",
 }  # fmt: skip
 
 

@@ -31,9 +31,10 @@ class Phase1Settings(SettingsGroup):
 
     # fmt: off
     epochs: int | None = Field(None, ge=1, le=10_000, description="epochs of phase 1")
-    batch: int = Field(128, ge=1, le=65_536, description="primary samples in a step, over all workers")
-    lr: float | None = Field(None, gt=0, le=100, description="peak learning rate (SGD, one-cycle) [0.1 at width 16, divided by the root of the width ratio]")
-    weight_decay: float = Field(5e-4, ge=0, le=1, description="lambda0 of eq. (6), with u = L2")
+    batch: int | None = Field(None, ge=1, le=65_536, description="primary samples in a step, over all workers [128, texts 64]")
+    optimizer: Literal["sgd", "adam"] | None = Field(None, description="optimizer of phase 1; sgd has Nesterov momentum 0.9 [texts adam, otherwise sgd]")
+    lr: float | None = Field(None, gt=0, le=100, description="peak learning rate (one-cycle) [sgd 0.1 at width 16, divided by the root of the width ratio; adam 0.002]")
+    weight_decay: float | None = Field(None, ge=0, le=1, description="lambda0 of eq. (6), with u = L2 [0.0005, texts 0]")
     # fmt: on
 
 
@@ -63,7 +64,7 @@ class PerturbationSettings(SettingsGroup):
     inner_steps: int | None = Field(None, ge=1, le=10_000, description="fine_tuned, decorrelated, spoiled: steps of the inner attack [spread 12, otherwise 8]")
     refresh_steps: int | None = Field(None, ge=1, le=10_000, description="fine_tuned, decorrelated, spoiled: steps after which the inner attack restarts from the current network [spread 24, otherwise 8]")
     tuning_optimizer: Literal["sgd", "adam"] | None = Field(None, description="fine_tuned: optimizer [spread adam, otherwise sgd]")
-    tuning_lr: float | None = Field(None, gt=0, le=100, description="fine_tuned: learning rate [adam 0.01, sgd that of phase 1]")
+    tuning_lr: float | None = Field(None, gt=0, le=100, description="fine_tuned: learning rate [adam 0.01, sgd that of phase 1 with sgd]")
     tuning_distillation: float | None = Field(None, ge=0, le=1e6, description="fine_tuned: weight of KL(W0 || W) besides the primary loss [spread 1, otherwise 0]")
     attack_lr: float = Field(0.03, gt=0, le=10, description="decorrelated, spoiled: learning rate of Adam in units of the standard deviation of each tensor")
     # fmt: on
@@ -108,8 +109,8 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
 
     # fmt: off
     # network and task
-    task: str = Field("digits", min_length=1, max_length=200, description="digits, mnist, fashion-mnist, cifar10, cifar100 (NAME@0.1: a tenth of the data), or package.module:factory")
-    model: str = Field("resnet18", min_length=1, max_length=200, description="resnet18/34/50, timm/NAME, or package.module:factory")
+    task: str = Field("digits", min_length=1, max_length=200, description="digits, mnist, fashion-mnist, cifar10, cifar100, imdb, sst2, sst5 (NAME@0.1: a tenth of the data), or package.module:factory")
+    model: str | None = Field(None, min_length=1, max_length=200, description="resnet18/34/50, bilstm, lstm, bigru, gru, timm/NAME, or package.module:factory [resnet18, texts bilstm]")
     width: int | None = Field(None, ge=4, le=MAX_WIDTH, description="channels of the first stage; 64 is torchvision's own network")
     stem: Literal["stock", "cifar"] | None = Field(None, description="7x7 stride 2 with pooling, or 3x3 stride 1")
     weights: str | None = Field(None, max_length=4096, description="trained checkpoint (.safetensors, Hugging Face folder, .pt or .ckpt of tensors) or 'pretrained' (timm); skips phase 1")
@@ -193,16 +194,24 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
             "width": 64,
             "stem": "stock",
             "phase1.epochs": 10,
+            "phase1.batch": 128,
+            "phase1.optimizer": "sgd",
+            "phase1.weight_decay": 5e-4,
             "phase2.steps": 800,
             "key_size": 600 if self.head == "free" else 1024,
-            "name": f"{self.task}-{self.model}".replace(":", ".").replace("/", "-")[:128],
+            "model": "resnet18",
             **recipe,
             **(SPREAD_DEFAULTS if self.head == "spread" else FEATURE_DEFAULTS),
         }
+        model = self.model or defaults["model"]
+        defaults["name"] = f"{self.task}-{model}".replace(":", ".").replace("/", "-")[:128]
         width = self.width or defaults["width"]
-        defaults["phase1.lr"], defaults["phase2.lr"] = learning_rates(width, self.head)
+        sgd_lr, defaults["phase2.lr"] = learning_rates(width, self.head)
+        phase1_optimizer = self.phase1.optimizer or defaults["phase1.optimizer"]
+        defaults["phase1.lr"] = PHASE1_ADAM_LR if phase1_optimizer == "adam" else sgd_lr
         optimizer = self.perturbation.tuning_optimizer or defaults["perturbation.tuning_optimizer"]
-        sgd_lr = self.phase1.lr or defaults["phase1.lr"]
+        if phase1_optimizer == "sgd" and self.phase1.lr is not None:
+            sgd_lr = self.phase1.lr
         defaults["perturbation.tuning_lr"] = 0.01 if optimizer == "adam" else sgd_lr
         r_func = self.r_func or defaults["r_func"]
         defaults["lambda1"] = 3.0 if r_func == "responses" else 0.001
@@ -219,6 +228,8 @@ def learning_rates(width: int, head: str = "spread") -> tuple[float, float]:
     return round(0.1 * factor, 6), round(phase2 * factor, 6)
 
 
+#: Peak learning rate of phase 1 with Adam, for every width.
+PHASE1_ADAM_LR = 2e-3
 #: Defaults that depend on the head.
 FEATURE_DEFAULTS: dict[str, Any] = {
     "lambda2": 1.0,
@@ -255,6 +266,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "perturbation.kinds": ("fine_tuned",),
     },
 }
+#: Defaults of phase 1 for text tasks, whose networks are recurrent.
+_TEXT_RECIPE: dict[str, Any] = {
+    "model": "bilstm",
+    "phase1.epochs": 6,
+    "phase1.batch": 64,
+    "phase1.optimizer": "adam",
+    "phase1.weight_decay": 0.0,
+}
 #: Defaults of the built-in tasks.
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {"width": 16, "phase1.epochs": 30, "phase2.steps": 600},
@@ -262,4 +281,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fashion-mnist": {"phase1.epochs": 10},
     "cifar10": {"phase1.epochs": 30, "stem": "cifar"},
     "cifar100": {"phase1.epochs": 40, "stem": "cifar"},
+    "imdb": {**_TEXT_RECIPE, "phase1.epochs": 5},
+    "sst2": _TEXT_RECIPE,
+    "sst5": _TEXT_RECIPE,
 }

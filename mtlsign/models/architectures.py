@@ -17,6 +17,7 @@ from mtlsign.models.families import FAMILIES, ArchitectureFamily, family_of
 from mtlsign.models.families.base import check_fields
 from mtlsign.models.families.timm import MAX_PARAMETERS
 from mtlsign.models.stages import stages_of
+from mtlsign.models.taps import last_layer
 
 __all__ = ["MAX_PARAMETERS", "architecture_for", "build", "default_taps"]
 
@@ -24,8 +25,10 @@ __all__ = ["MAX_PARAMETERS", "architecture_for", "build", "default_taps"]
 def architecture_for(
     model_name: str,
     *,
-    channels: int,
     classes: int,
+    channels: int | None = None,
+    vocabulary: int | None = None,
+    embedding: int | None = None,
     width: int = 64,
     stem: str = "stock",
     size: int | None = None,
@@ -33,10 +36,13 @@ def architecture_for(
     """Return the checked architecture of a model name.
 
     Args:
-        model_name: resnet18, resnet34, resnet50, `timm/NAME` or `own/package.module:function`.
-        channels: image channels.
+        model_name: resnet18, resnet34, resnet50, lstm, bilstm, gru, bigru, `timm/NAME` or
+            `own/package.module:function`.
         classes: outputs of the network.
-        width: channels of the first stage of a ResNet.
+        channels: image channels; None for texts.
+        vocabulary: number of token ids; None for images.
+        embedding: numbers of one token's vector; None for images.
+        width: channels of the first stage of a ResNet, or units of a recurrent layer in each direction.
         stem: "stock" or "cifar", for ResNets.
         size: image size in pixels, only for timm networks with a fixed one.
 
@@ -46,8 +52,20 @@ def architecture_for(
     Raises:
         ModelError: unknown name, or a value outside its limits.
     """
-    options = family_of(model_name).options(width=width, stem=stem, size=size)
-    architecture = {"arch": model_name, "channels": channels, "classes": classes, **options}
+    family = family_of(model_name)
+    kind = "text" if channels is None else "image"
+    if family.inputs not in ("any", kind):
+        fitting = ", ".join(family.usage for family in FAMILIES if family.inputs in ("any", kind))
+        raise ModelError(
+            f"{model_name!r} reads {family.inputs}s, and the task has {kind}s. Use one of {fitting}.",
+            field="model",
+        )
+    inputs = {"channels": channels, "vocabulary": vocabulary, "embedding": embedding, "classes": classes}
+    architecture = {
+        "arch": model_name,
+        **{name: value for name, value in inputs.items() if value is not None},
+        **family.options(width=width, stem=stem, size=size),
+    }
     _check_architecture(architecture)
     return architecture
 
@@ -85,19 +103,22 @@ def default_taps(model: nn.Module, kind: HeadKind, sample: Tensor | None = None)
     """Return the names of the modules whose outputs carry the watermark by default.
 
     A keyed head reads the first stage, a free head the first three (paper, section 4.1). A spread head marks
-    everything before the end of the last stage.
+    everything before the end of the last stage. In networks of texts without stages it marks all layers.
 
     Args:
         model: the network.
         kind: kind of the head.
-        sample: two inputs [2, C, H, W], from which the stages are read if no family knows them.
+        sample: two inputs, from which the stages are read if no family knows them.
 
     Raises:
         ModelError: the stages are unknown.
     """
     count = 3 if kind == "free" else 1
     stages = next((stages for family in FAMILIES if (stages := family.stages(model))), ())
-    if len(stages) < count and sample is not None:
+    is_text = sample is not None and not sample.is_floating_point()
+    if not stages and is_text and kind == "spread":
+        return (last_layer(model),)
+    if len(stages) < count and sample is not None and not is_text:
         stages = stages_of(model, sample)
         count = 1
     if len(stages) < count:

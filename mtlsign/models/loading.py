@@ -16,7 +16,7 @@ from mtlsign.models import architectures
 from mtlsign.models.checkpoints import load_checkpoint
 from mtlsign.models.factories import Factory, load_factory
 from mtlsign.models.families import custom, family_of
-from mtlsign.models.input_spec import InputSpec
+from mtlsign.models.input_spec import ImageSpec, InputSpec
 
 Tensors = dict[str, Tensor]
 
@@ -30,17 +30,17 @@ def architecture_from_settings(settings: EmbedSettings, input_spec: InputSpec) -
     Raises:
         ModelError: unknown model, a path that is too long for a spec, or a value outside its limits.
     """
-    name = f"{custom.PREFIX}{settings.model}" if ":" in settings.model else settings.model
+    model = settings.model or "resnet18"
+    name = f"{custom.PREFIX}{model}" if ":" in model else model
     if len(name) > MAX_ARCH:
         raise ModelError(
-            f"The path has {len(settings.model)} characters, but a spec holds at most "
+            f"The path has {len(model)} characters, but a spec holds at most "
             f"{MAX_ARCH - len(custom.PREFIX)}. Give the factory a shorter path.",
             field="model",
         )
     return architectures.architecture_for(
         name,
-        channels=input_spec.channels,
-        classes=input_spec.classes,
+        **input_spec.architecture_fields,
         width=settings.width or 64,
         stem=settings.stem or "stock",
         size=_image_size(name, input_spec),
@@ -49,7 +49,7 @@ def architecture_from_settings(settings: EmbedSettings, input_spec: InputSpec) -
 
 def _image_size(arch: str, input_spec: InputSpec) -> int | None:
     """Return the side of the task's images if the network is built for one size, else None."""
-    if not family_of(arch).has_fixed_size(arch):
+    if not isinstance(input_spec, ImageSpec) or not family_of(arch).has_fixed_size(arch):
         return None
     if input_spec.height != input_spec.width:
         raise ModelError(

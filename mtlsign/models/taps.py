@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from mtlsign.errors import ModelError
 from mtlsign.models.batch_norms import is_batch_norm
+from mtlsign.models.recurrent_layers import is_recurrent
 
 
 class _StopForward(BaseException):
@@ -95,6 +96,9 @@ def last_layer(model: nn.Module) -> str:
     return name
 
 
+LayerKind = Literal["conv", "linear", "recurrent", "other"]
+
+
 @dataclass(frozen=True)
 class TappedLayer:
     """Weight that is used before the last tap.
@@ -102,14 +106,20 @@ class TappedLayer:
     Attributes:
         conv: name of its module.
         batch_norm: name of the batch norm that receives the module's unchanged output; None without one.
-        kind: "conv" (kernel [out, in/groups, ...]), "linear" ([out, in]) or "other".
+        kind: "conv" (kernel [out, in/groups, ...]), "linear" ([out, in]), "recurrent" (one of the matrices
+            [gates * hidden, in] of an LSTM or GRU) or "other".
         weight: name of the parameter.
     """
 
     conv: str
     batch_norm: str | None
-    kind: Literal["conv", "linear", "other"]
+    kind: LayerKind
     weight: str
+
+    @property
+    def key(self) -> str:
+        """Name of the layer in a reference: that of its module, or of the weight if a module has several."""
+        return self.weight if self.kind == "recurrent" else self.conv
 
 
 class _ParameterUseRecorder(TorchDispatchMode):
@@ -208,9 +218,11 @@ def tapped_layers(model: nn.Module, taps: Sequence[str], sample: Tensor) -> list
     modules = dict(model.named_modules())
     outputs: dict[int, tuple[str, Tensor, int]] = {}
     pairs: dict[str, str] = {}
+    called: set[str] = set()
 
     def record_output(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
+            called.add(name)
             if isinstance(output, Tensor):  # the reference keeps its id unique
                 outputs[id(output)] = (name, output, output._version)
 
@@ -226,7 +238,7 @@ def tapped_layers(model: nn.Module, taps: Sequence[str], sample: Tensor) -> list
 
     handles = []
     for name, module in modules.items():
-        if isinstance(module, _ConvNd | nn.Linear):
+        if isinstance(module, _ConvNd | nn.Linear | nn.LSTM | nn.GRU):
             handles.append(module.register_forward_hook(record_output(name)))
         elif is_batch_norm(module):
             handles.append(module.register_forward_pre_hook(record_input(name)))
@@ -236,7 +248,6 @@ def tapped_layers(model: nn.Module, taps: Sequence[str], sample: Tensor) -> list
         for handle in handles:
             handle.remove()
     parameters = dict(model.named_parameters())
-    called = {name for name, _, _ in outputs.values()}
     return [_layer(name, modules, pairs, called) for name in names if parameters[name].ndim >= 2]
 
 
@@ -246,7 +257,9 @@ def _layer(
     """Return the layer of a weight; a module that another one reads without calling it is "other"."""
     owner, _, leaf = weight.rpartition(".")
     module = modules[owner]
-    kind: Literal["conv", "linear", "other"] = "other"
+    kind: LayerKind = "other"
+    if leaf.startswith("weight_") and owner in called and is_recurrent(module):
+        kind = "recurrent"
     if leaf == "weight" and owner in called:
         if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
             kind = "conv"

@@ -100,7 +100,7 @@ class MTLSignScheme:
     def unsupported_reason(self, model: nn.Module, task: Task) -> str | None:
         """Return why the model's default taps are unknown; None if they are known."""
         try:
-            default_taps(model, self.head, torch.zeros(2, task.channels, task.height, task.width))
+            default_taps(model, self.head, task.input_spec.sample())
         except ModelError as error:
             return error.detail
         return None
@@ -116,8 +116,7 @@ class MTLSignScheme:
         base = copy.deepcopy(model)
         architecture = {
             "arch": f"{custom.PREFIX}{_FACTORY}",
-            "channels": task.channels,
-            "classes": task.classes,
+            **task.input_spec.architecture_fields,
         }
         identity = Identity(hashlib.sha256(f"mtlsign adversary {seed}".encode()).digest(), bytes(32))
         settings = self._embed_settings(seed=seed)

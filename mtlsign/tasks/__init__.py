@@ -1,6 +1,7 @@
 """Primary tasks: data, loss and metric behind one class, with splits fixed by a seed.
 
-Names are "digits", "mnist", "fashion-mnist", "cifar10", "cifar100" and `package.module:factory`.
+Names are "digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imdb", "sst2", "sst5" and
+`package.module:factory`.
 `"fashion-mnist@0.2"` is a fifth of both official parts, for studies on small machines.
 """
 
@@ -19,10 +20,12 @@ from mtlsign.tasks.digits import load_digits
 from mtlsign.tasks.metrics import MeanMetric, Metric
 from mtlsign.tasks.splitting import SPLITS
 from mtlsign.tasks.tensor_split import InputTransform
+from mtlsign.tasks.text import NAMES as TEXT_NAMES
+from mtlsign.tasks.text import load_text
 from mtlsign.tasks.torchvision_datasets import SOURCES, load_images
 from mtlsign.tasks.user_task import from_loaders, from_tensors, load_user_task
 
-NAMES = ("digits", *SOURCES)
+NAMES = ("digits", *SOURCES, *TEXT_NAMES)
 
 __all__ = [
     "NAMES",
@@ -61,7 +64,7 @@ def load_task(
     Args:
         name: see the module's docstring.
         data: folder of data sets.
-        download: whether to download missing files.
+        download: whether to download missing files; those of text tasks are not downloaded.
         seed: division of the training part.
         options: further keyword arguments of a user's factory.
 
@@ -71,11 +74,12 @@ def load_task(
     """
     if name == "digits":
         return load_digits(seed=seed)
-    base, at, share = name.partition("@")
-    if base in SOURCES:
-        return load_images(
-            base, data_root(data), download=download, seed=seed, share=_share(name, share) if at else 1.0
-        )
+    base, at, text = name.partition("@")
+    if base in SOURCES or base in TEXT_NAMES:
+        root, share = data_root(data), _share(name, text) if at else 1.0
+        if base in TEXT_NAMES:
+            return load_text(base, root, seed=seed, share=share)
+        return load_images(base, root, download=download, seed=seed, share=share)
     if ":" in name:
         return load_user_task(
             name, seed=seed, options={"data": data, "download": download, **(options or {})}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from mtlsign.errors import DataError
 from mtlsign.models.input_spec import InputSpec
@@ -47,27 +47,23 @@ class Task:
 
     Attributes:
         name: as `load_task` takes it.
-        channels: image channels.
-        height: image height in pixels.
-        width: image width in pixels.
-        classes: outputs of the network.
+        input_spec: inputs and classes, as networks and carriers are built for them.
         splits: data by the names in `SPLITS`.
         loss: (outputs, targets) -> mean loss.
         metric: builds an empty metric on a device; accuracy by default.
         logits_of: (outputs of the network) -> logits [n, classes, ...], which distillation compares.
         targets: kind of the targets; distillation compares probabilities or values accordingly.
+        initial_tensors: values of a new network's parameters by name, such as word vectors.
     """
 
     name: str
-    channels: int
-    height: int
-    width: int
-    classes: int
+    input_spec: InputSpec
     splits: Mapping[str, Split]
     loss: Callable[[Any, Any], Tensor] = cross_entropy
     metric: MetricFactory = MeanMetric
     logits_of: LogitsFunction = default_logits
     targets: TargetKind = "labels"
+    initial_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     _orders: dict[tuple[object, ...], Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -81,9 +77,9 @@ class Task:
                 )
 
     @property
-    def input_spec(self) -> InputSpec:
-        """Images and classes, as networks and carriers are built for them."""
-        return InputSpec(self.channels, self.height, self.width, self.classes)
+    def classes(self) -> int:
+        """Outputs of the network."""
+        return self.input_spec.classes
 
     def size(self, split: str) -> int:
         """Return the number of samples in a split. Raises `DataError` for an unknown split."""
@@ -93,6 +89,14 @@ class Task:
         """Return the number of whole batches in a shuffled epoch; a small split is one batch."""
         size = self.size(split)
         return size // min(batch_size, size)
+
+    def initialize(self, model: nn.Module) -> None:
+        """Copy `initial_tensors` into those parameters of a new network that have their names and shapes."""
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, values in self.initial_tensors.items():
+                if name in parameters and parameters[name].shape == values.shape:
+                    parameters[name].copy_(values)
 
     def to(self, device: torch.device | str) -> Task:
         """Return the same task with batches on `device`."""

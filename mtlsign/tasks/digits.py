@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from mtlsign.models.input_spec import ImageSpec
 from mtlsign.tasks.base import Task
 from mtlsign.tasks.splitting import seeded_generator, split_training_rows, stratified_permutation
 from mtlsign.tasks.tensor_split import InputTransform, tensor_splits
@@ -32,4 +33,4 @@ def load_digits(*, seed: int) -> Task:
     x_rest, y_rest = x[rest], y[rest]
     rows = split_training_rows(y_rest, seed)
     splits = tensor_splits(x_rest, y_rest, rows, TRANSFORM, (x[test], y[test]))
-    return Task("digits", 1, SIDE, SIDE, 10, splits)
+    return Task("digits", ImageSpec(1, SIDE, SIDE, 10), splits)

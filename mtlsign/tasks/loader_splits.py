@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Generator, Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from mtlsign.errors import DataError
 from mtlsign.tasks.base import Split
 from mtlsign.tasks.batch import Batch
 from mtlsign.tasks.tensor_split import InputTransform, TensorSplit
+from mtlsign.tasks.text.text_split import TextSplit
 
 #: Largest iterable that is copied into memory.
 MAX_BYTES = 2 * 1024**3
 #: Names of inputs and targets in batches that are mappings, in order of preference.
-INPUT_KEYS = ("pixel_values", "image", "images", "img", "x", "inputs", "input")
+INPUT_KEYS = ("pixel_values", "image", "images", "img", "input_ids", "tokens", "x", "inputs", "input")
 TARGET_KEYS = ("labels", "label", "y", "targets", "target")
 
 
@@ -92,8 +94,14 @@ def _validate_batch(batch: Any) -> Batch:
             field="task",
         )
     x, y = pair
-    images = x.float() / 255 if x.dtype == torch.uint8 else x.float()
-    return Batch(images, y if y.is_floating_point() else y.long())
+    return Batch(_network_inputs(x), y if y.is_floating_point() else y.long())
+
+
+def _network_inputs(x: Tensor) -> Tensor:
+    """Return images as float32, divided by 255 if they are uint8, and token ids [n, L] as int64."""
+    if x.ndim == 2 and not x.is_floating_point():
+        return x.long()
+    return x.float() / 255 if x.dtype == torch.uint8 else x.float()
 
 
 def _entry(batch: Mapping[Any, Any], keys: Sequence[str]) -> Any:
@@ -127,7 +135,7 @@ def as_split(name: str, loader: Any) -> Split:
     return _copied(name, loader)
 
 
-def _copied(name: str, batches: Iterable[Any]) -> TensorSplit:
+def _copied(name: str, batches: Iterable[Any]) -> TensorSplit | TextSplit:
     xs, ys, size = [], [], 0
     for batch in batches:
         x, y = _validate_batch(batch)
@@ -144,12 +152,16 @@ def _copied(name: str, batches: Iterable[Any]) -> TensorSplit:
         raise DataError(
             f"{name!r} gives no batch. Give a loader that can be read more than once.", field="task"
         )
-    return TensorSplit(torch.cat(xs), torch.cat(ys), torch.arange(sum(map(len, ys))), InputTransform())
+    if xs[0].is_floating_point():
+        return TensorSplit(torch.cat(xs), torch.cat(ys), torch.arange(sum(map(len, ys))), InputTransform())
+    length = max(x.shape[1] for x in xs)
+    padded = [F.pad(x, (0, length - x.shape[1])) for x in xs]
+    return TextSplit(torch.cat(padded), torch.cat(ys), torch.arange(sum(map(len, ys))))
 
 
 def subset(split: Split, rows: Tensor) -> Split:
     """Return the split of some rows of a split that `as_split` made."""
-    assert isinstance(split, DatasetSplit | TensorSplit)
+    assert isinstance(split, DatasetSplit | TensorSplit | TextSplit)
     return replace(split, rows=split.rows[rows])
 
 
@@ -158,6 +170,8 @@ def class_labels(split: Split) -> Tensor | None:
     values: Any = None
     if isinstance(split, TensorSplit):
         values = split.y
+    elif isinstance(split, TextSplit):
+        values = split.targets
     elif isinstance(split, DatasetSplit):
         values = getattr(split.dataset, "targets", None)
         tensors = getattr(split.dataset, "tensors", None)

@@ -42,6 +42,21 @@ def stratified_permutation(labels: Tensor | int, gen: Generator) -> Tensor:
     return order[torch.argsort(position, stable=True)]
 
 
+def share_of_rows(name: str, labels: Tensor, share: float) -> Tensor:
+    """Return the rows of a share of a data set, with the classes in proportion, and at least 10.
+
+    Args:
+        name: the data set, which fixes the choice.
+        labels: int64 [n].
+        share: part of the rows, 0 to 1.
+
+    Returns:
+        int64 [m].
+    """
+    rows = stratified_permutation(labels, seeded_generator("mtlsign/share", name))
+    return rows[: max(10, round(share * len(labels)))]
+
+
 def split_training_rows(
     labels: Tensor | int, seed: int, present: frozenset[str] = frozenset()
 ) -> dict[str, Tensor]:

@@ -16,8 +16,9 @@ from torch import Tensor
 from torchvision import datasets
 
 from mtlsign.errors import DataError
+from mtlsign.models.input_spec import ImageSpec
 from mtlsign.tasks.base import Task
-from mtlsign.tasks.splitting import seeded_generator, split_training_rows, stratified_permutation
+from mtlsign.tasks.splitting import share_of_rows, split_training_rows
 from mtlsign.tasks.tensor_split import InputTransform, tensor_splits
 
 _IDX = (
@@ -124,13 +125,11 @@ def load_images(name: str, root: Path, *, download: bool, seed: int, share: floa
     if share < 1:
         name, (x, y), test = f"{name}@{share:g}", _part(name, x, y, share), _part(name, *test, share)
     splits = tensor_splits(x, y, split_training_rows(y, seed), source.transform, test)
-    return Task(name, source.channels, source.side, source.side, source.classes, splits)
+    return Task(name, ImageSpec(source.channels, source.side, source.side, source.classes), splits)
 
 
 def _part(name: str, x: Tensor, y: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    rows = stratified_permutation(y, seeded_generator("mtlsign/share", name))[
-        : max(10, round(share * len(y)))
-    ]
+    rows = share_of_rows(name, y, share)
     return x[rows].contiguous(), y[rows]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtlsign.errors import DataError
 from mtlsign.models.factories import call_factory, load_factory
+from mtlsign.models.input_spec import ImageSpec, InputSpec, TextSpec
 from mtlsign.tasks.base import Split, Task
 from mtlsign.tasks.batch import Batch
 from mtlsign.tasks.loader_splits import as_split, class_labels, subset
@@ -30,9 +31,11 @@ from mtlsign.tasks.splitting import (
 )
 from mtlsign.tasks.tensor_split import InputTransform, tensor_splits
 
-FIELDS = {"loaders", "loss", "metric", "logits_of", "classes", "name"}
+FIELDS = {"loaders", "loss", "metric", "logits_of", "classes", "vocabulary", "name"}
 #: Samples whose targets show their kind.
 _KIND_SAMPLES = 32
+#: Texts of one batch when the token ids are checked.
+_SCANNED = 1024
 
 
 def load_user_task(path: str, *, seed: int, options: Mapping[str, object] | None = None) -> Task:
@@ -40,7 +43,7 @@ def load_user_task(path: str, *, seed: int, options: Mapping[str, object] | None
 
     Args:
         path: `package.module:function`. The function returns a `Task`, or a dict with `loaders` (see
-            `from_loaders`) and optionally `loss`, `metric`, `logits_of`, `classes` and `name`.
+            `from_loaders`) and optionally `loss`, `metric`, `logits_of`, `classes`, `vocabulary` and `name`.
         seed: division of the training part; passed to a function that accepts it.
         options: further keyword arguments; the function receives those that it accepts.
 
@@ -74,16 +77,18 @@ def from_loaders(
     logits_of: LogitsFunction | None = None,
     classes: int | None = None,
     count_outputs: Callable[[Any], int] | None = None,
+    vocabulary: int | None = None,
     name: str = "own",
     seed: int = 0,
 ) -> Task:
     """Build a task of DataLoaders, datasets or iterables of batches.
 
-    A batch is a pair (x, y), or a mapping with `pixel_values`, `image`, `x` or `inputs` and `labels`,
-    `label`, `y` or `targets`. The batch size, order, sampler and processes of a DataLoader are not used. Its
-    dataset is read by index through its collate function. The generators of torch, numpy and Python are
-    seeded for each sample, so that the dataset's random transforms are the same for any number of workers.
-    An iterable without a dataset is copied into memory (at most 2 GiB).
+    A batch is a pair (x, y), or a mapping with `pixel_values`, `image`, `input_ids`, `tokens`, `x` or
+    `inputs` and `labels`, `label`, `y` or `targets`. x holds images [n, C, H, W], or whole numbers [n, L]:
+    the token ids of texts, with 0 after the last token. The batch size, order, sampler and processes of a
+    DataLoader are not used. Its dataset is read by index through its collate function. The generators of
+    torch, numpy and Python are seeded for each sample, so that the dataset's random transforms are the same
+    for any number of workers. An iterable without a dataset is copied into memory (at most 2 GiB).
 
     Args:
         loaders: `train` and `test`, optionally `validation`, `attacker` and `inner`. Missing splits are
@@ -96,6 +101,7 @@ def from_loaders(
             `default_logits`. If it is given, loss and metric receive its result.
         classes: outputs of the network; by default as many as there are labels.
         count_outputs: (inputs of a batch) -> outputs of the network, if the targets do not show `classes`.
+        vocabulary: number of token ids of texts; by default that of the largest id in the data.
         name: name of the task.
         seed: division of the training part.
 
@@ -107,7 +113,6 @@ def from_loaders(
     labels = class_labels(train)
     rows = split_training_rows(len(train) if labels is None else labels, seed, frozenset(splits) - {"train"})
     splits |= {split: subset(train, chosen) for split, chosen in rows.items()}
-    channels, height, width = _image_shape(splits)
     kind: TargetKind = "labels"
     if labels is None:
         examples = splits["train"].batch(torch.arange(min(_KIND_SAMPLES, len(splits["train"]))))
@@ -118,7 +123,28 @@ def from_loaders(
     if classes is None:
         raise DataError("The number of classes is unknown. Return it as 'classes'.", field="task")
     objectives = _objectives(kind, loss, metric, logits_of)
-    return Task(name, channels, height, width, int(classes), splits, **objectives)
+    return Task(name, _input_spec(splits, int(classes), vocabulary), splits, **objectives)
+
+
+def _input_spec(splits: Mapping[str, Split], classes: int, vocabulary: int | None) -> InputSpec:
+    """Return the description of the inputs of all splits. Raises `DataError` unless they have one shape."""
+    if splits["train"].batch(torch.arange(1)).inputs.is_floating_point():
+        return ImageSpec(*_image_shape(splits), classes)
+    batches = [
+        split.batch(torch.arange(start, min(start + _SCANNED, len(split)))).inputs
+        for split in splits.values()
+        for start in range(0, len(split), _SCANNED)
+    ]
+    smallest, largest = min(int(x.min()) for x in batches), max(int(x.max()) for x in batches)
+    if smallest < 0 or (vocabulary is not None and largest >= vocabulary):
+        raise DataError(
+            f"The token ids are from {smallest} to {largest}. Give ids from 0 to {(vocabulary or 0) - 1}."
+            if vocabulary
+            else f"The token ids begin at {smallest}. Give ids from 0.",
+            field="task",
+        )
+    length = max(x.shape[1] for x in batches)
+    return TextSpec(vocabulary or largest + 1, None, length, classes)
 
 
 def _given_splits(loaders: Any) -> dict[str, Split]:
@@ -231,7 +257,7 @@ def from_tensors(
     splits = tensor_splits(x, y, rows, transform or InputTransform(), test)
     channels, height, width = (int(n) for n in x.shape[1:])
     objectives = _objectives(kind, loss, metric, logits_of)
-    return Task(name, channels, height, width, int(classes), splits, **objectives)
+    return Task(name, ImageSpec(channels, height, width, int(classes)), splits, **objectives)
 
 
 def _check_tensors(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

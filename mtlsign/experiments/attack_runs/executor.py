@@ -67,6 +67,7 @@ def run_attack(
     resources = AttackerResources(
         extra_data_fraction=target.extra_data_fraction,
         training_lr=target.learning_rate,
+        training_optimizer=target.optimizer,
         key=key,
         other_models=[parse_safetensors(data) for data in target.other_marked_models],
         on_step=on_step or (lambda *_: None),

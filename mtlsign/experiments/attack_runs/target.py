@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -43,6 +44,7 @@ class AttackTarget:
         split_seed: seed of the data splits of the embedding.
         extra_data_fraction: fraction of the owner's training split that the attacker has, 0 to 1.
         learning_rate: the (peak) learning rate that the model was trained with.
+        optimizer: the optimizer that the model was trained with.
         other_marked_models: safetensors bytes of other models marked from the same W0.
         min_evidence_bits: evidence in bits at which a claim is accepted.
     """
@@ -59,6 +61,7 @@ class AttackTarget:
     learning_rate: float
     other_marked_models: tuple[bytes, ...] = field(repr=False)
     min_evidence_bits: float
+    optimizer: Literal["sgd", "adam"] = "sgd"
 
     @property
     def digest(self) -> str:
@@ -101,10 +104,10 @@ class AttackTarget:
             DataError: data are missing or do not match the model.
         """
         task = _cached_task(self.task, self.data, self.download, self.split_seed)
-        for name in ("channels", "classes"):
-            if self.architecture.get(name, getattr(task, name)) != getattr(task, name):
+        for name, value in task.input_spec.architecture_fields.items():
+            if self.architecture.get(name, value) != value:
                 raise DataError(
-                    f"The task has {getattr(task, name)} {name}, the model {self.architecture[name]}. "
+                    f"The task has {value} {name}, the model {self.architecture[name]}. "
                     "Pass the task of the model.",
                     field="task",
                 )
@@ -146,6 +149,7 @@ def load_target(settings: AttackSettings) -> AttackTarget:
             for location in settings.other_marked_models
         ),
         min_evidence_bits=settings.min_evidence_bits,
+        optimizer=_training_optimizer(kit, task),
     )
 
 
@@ -164,6 +168,14 @@ def _task_name(model: LoadedModel, kit: OwnerKit) -> str:
     if ":" in name:
         raise DataError(f"The task is code. If you trust it, pass --task {name[:120]}", field="task")
     return name
+
+
+def _training_optimizer(kit: OwnerKit, task: str) -> Literal["sgd", "adam"]:
+    """Return the optimizer of phase 1 from the kit, otherwise the default for the task."""
+    optimizer = kit.info.get("optimizer")
+    if optimizer in ("sgd", "adam"):
+        return "adam" if optimizer == "adam" else "sgd"
+    return EmbedSettings.of({"task": task}).with_defaults().phase1.optimizer or "sgd"
 
 
 def _training_rate(kit: OwnerKit, task: str, architecture: Mapping[str, object]) -> float:

@@ -230,6 +230,7 @@ def _embed(
         split_seed=settings.seed,
         extra_data_fraction=0.0,
         learning_rate=settings.phase1.lr or 0.1,
+        optimizer=settings.phase1.optimizer or "sgd",
         other_marked_models=(),
         min_evidence_bits=shared.min_evidence_bits,
     )

@@ -5,13 +5,19 @@ from __future__ import annotations
 from mtlsign.errors import ModelError
 from mtlsign.models.families.base import ArchitectureFamily, Translation
 from mtlsign.models.families.custom import CustomFamily
+from mtlsign.models.families.recurrent import RecurrentFamily
 from mtlsign.models.families.resnet import ResNetFamily
 from mtlsign.models.families.timm import TimmFamily
 
 __all__ = ["FAMILIES", "ArchitectureFamily", "Translation", "family_of", "translation_of"]
 
 #: Searched in this order.
-FAMILIES: tuple[ArchitectureFamily, ...] = (ResNetFamily(), TimmFamily(), CustomFamily())
+FAMILIES: tuple[ArchitectureFamily, ...] = (
+    ResNetFamily(),
+    RecurrentFamily(),
+    TimmFamily(),
+    CustomFamily(),
+)
 
 
 def family_of(arch: str) -> ArchitectureFamily:

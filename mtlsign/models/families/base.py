@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -49,6 +49,8 @@ Field = IntegerField | ChoiceField
 
 CHANNELS = IntegerField(1, 16)
 CLASSES = IntegerField(1, 65_536)
+VOCABULARY = IntegerField(3, 1_000_000)
+EMBEDDING = IntegerField(2, 4096)
 
 
 class Translation(NamedTuple):
@@ -72,10 +74,12 @@ class ArchitectureFamily(Protocol):
     Attributes:
         usage: names of the family's architectures, as error messages show them.
         fields: the fields besides `arch`, in the order in which they are checked; None if any are allowed.
+        inputs: kind of inputs that the networks read.
     """
 
     usage: str
     fields: Mapping[str, Field] | None
+    inputs: Literal["image", "text", "any"] = "image"
 
     def includes(self, arch: str) -> bool:
         """Return whether `arch` names a network of this family."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -26,6 +27,7 @@ class CustomFamily(ArchitectureFamily):
 
     usage = f"{PREFIX}package.module:function"
     fields: Mapping[str, Field] | None = None
+    inputs: Literal["image", "text", "any"] = "any"
 
     def includes(self, arch: str) -> bool:
         """Return whether `arch` has the form of a custom architecture name."""

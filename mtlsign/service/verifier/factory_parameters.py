@@ -6,13 +6,19 @@ import re
 from collections.abc import Mapping, Sequence
 
 from mtlsign.errors import ModelError, SettingsError
-from mtlsign.models.families.base import CHANNELS, CLASSES, IntegerField
+from mtlsign.models.families.base import CHANNELS, CLASSES, EMBEDDING, VOCABULARY, IntegerField
 from mtlsign.models.families.custom import factory_path
 from mtlsign.service.problems import Problem
 
 _DECLARATION = re.compile(r"([A-Za-z_][A-Za-z0-9_]{0,63})=([0-9]{1,12}):([0-9]{1,12})")
-#: Parameters that every claim on a network for images has.
-_ALWAYS = {"channels": CHANNELS, "classes": CLASSES, "size": IntegerField(1, 4096)}
+#: Parameters of claims on networks for images and texts, which the owner's jobs write.
+_ALWAYS = {
+    "channels": CHANNELS,
+    "classes": CLASSES,
+    "size": IntegerField(1, 4096),
+    "vocabulary": VOCABULARY,
+    "embedding": EMBEDDING,
+}
 
 
 def declared_parameters(declarations: Sequence[str]) -> dict[str, IntegerField]:

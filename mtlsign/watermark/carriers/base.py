@@ -7,6 +7,7 @@ from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from mtlsign.models.input_spec import InputSpec
@@ -40,6 +41,9 @@ class Carrier(Protocol):
     def element_shape(self) -> tuple[int, ...]:
         """Shape of one input, without the batch dimension."""
 
+    def sample(self, count: int = 2, device: torch.device | str = "cpu") -> Tensor:
+        """Return constant inputs of the carrier's shape and type, [count, *element_shape]."""
+
     def number_count(self, n: int) -> int:
         """Return how many numbers n inputs hold."""
 
@@ -47,7 +51,7 @@ class Carrier(Protocol):
         """Raise CarrierError if n inputs need more memory than the carrier allows."""
 
     def inputs(self, integers: npt.NDArray[np.int64]) -> Tensor:
-        """Return the inputs of n integers: float32 [n, *element_shape], contiguous, on the CPU.
+        """Return the inputs of n integers: [n, *element_shape], contiguous, on the CPU.
 
         Raises:
             CarrierError: an integer is outside the carrier's range, or `check` fails.

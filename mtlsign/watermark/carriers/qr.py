@@ -20,13 +20,15 @@ from qrcode.main import QRCode  # type: ignore[import-untyped]
 from qrcode.util import MODE_NUMBER, QRData  # type: ignore[import-untyped]
 
 from mtlsign.errors import CarrierError
-from mtlsign.models.input_spec import InputSpec
+from mtlsign.models.input_spec import ImageSpec, InputSpec
+from mtlsign.storage.strict_json import raise_invalid
 from mtlsign.watermark.carriers.base import Carrier
 from mtlsign.watermark.keys.spec import (
     MAX_N,
     MIN_N,
     MODULES_PER_SIDE,
     CarrierSpec,
+    QrCarrierSpec,
     decimal_digits,
     parse_carrier,
 )
@@ -43,11 +45,15 @@ _GROUP_BITS = {3: 10, 2: 7, 1: 4}
 class QrCarrier(Carrier):
     """QR codes of version 1-H, centred on images of the primary task's size."""
 
-    spec: CarrierSpec
+    spec: QrCarrierSpec
 
     @classmethod
     def make(cls, n: int, input_spec: InputSpec) -> dict[str, int | str]:
         """Return the spec's `carrier` object with the largest module that fits; see `make_carrier`."""
+        if not isinstance(input_spec, ImageSpec):
+            raise CarrierError(
+                f"QR codes need images, not {input_spec}. Use another carrier.", field="carrier"
+            )
         return make_carrier(n, input_spec.channels, input_spec.height, input_spec.width)
 
     @classmethod
@@ -57,12 +63,19 @@ class QrCarrier(Carrier):
         Raises:
             KeyMaterialError: a field is missing, unknown, of the wrong type or outside its limits.
         """
-        return cls(fields if isinstance(fields, CarrierSpec) else parse_carrier(dict(fields)))
+        spec = fields if isinstance(fields, CarrierSpec) else parse_carrier(dict(fields))
+        if not isinstance(spec, QrCarrierSpec):
+            raise_invalid("carrier.kind", "The value must be qr")
+        return cls(spec)
 
     @property
     def element_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of one image."""
         return self.spec.channels, self.spec.height, self.spec.width
+
+    def sample(self, count: int = 2, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return images of zeros, float32 [count, channels, height, width]."""
+        return torch.zeros(count, *self.element_shape, device=device)
 
     def number_count(self, n: int) -> int:
         """Return how many numbers n images hold."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from mtlsign.models.input_spec import InputSpec
+from mtlsign.models.input_spec import ImageSpec, InputSpec
 from mtlsign.storage.strict_json import raise_invalid
 from mtlsign.watermark.carriers.base import Carrier
 from mtlsign.watermark.carriers.qr import QrCarrier
+from mtlsign.watermark.carriers.words import WordCarrier
 from mtlsign.watermark.keys.spec import Spec
 
-KINDS: dict[str, type[Carrier]] = {"qr": QrCarrier}
+KINDS: dict[str, type[Carrier]] = {"qr": QrCarrier, "words": WordCarrier}
 #: Largest side of key images in pixels, unless the caller sets one.
 MAX_DEFAULT_SIDE = 64
 
@@ -49,16 +50,18 @@ def make(kind: str, n: int, input_spec: InputSpec) -> dict[str, int | str]:
 
 def kind_for(input_spec: InputSpec) -> str:
     """Return the name of the carrier for a task's inputs."""
-    return {"image": "qr"}[input_spec.kind]
+    return {"image": "qr", "text": "words"}[input_spec.kind]
 
 
 def key_input_spec(input_spec: InputSpec, side: int | None = None) -> InputSpec:
-    """Return the inputs of the key set: the task's own, or square images.
+    """Return the inputs of the key set: the task's own, or square images for a task of images.
 
     Args:
         input_spec: inputs of the primary task.
         side: side of the key images in pixels; by default the task's size, or 64 if an image is larger.
     """
+    if not isinstance(input_spec, ImageSpec):
+        return input_spec
     if side is None and max(input_spec.height, input_spec.width) > MAX_DEFAULT_SIDE:
         side = MAX_DEFAULT_SIDE
     return input_spec if side is None else replace(input_spec, height=side, width=side)

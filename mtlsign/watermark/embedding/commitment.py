@@ -126,17 +126,17 @@ def measure_response_bases(
         return None
     load_tensors(model, base_weights)
     _require_readable(model, task.input_spec, field="task")
-    elements = task.channels * task.height * task.width
-    count = min(MOMENT_INPUTS, task.size("train"), max(16, MAX_MOMENT_ELEMENTS // elements))
+    most = max(16, MAX_MOMENT_ELEMENTS // task.input_spec.elements)
+    count = min(MOMENT_INPUTS, task.size("train"), most)
     inputs = task.splits["train"].batch(torch.arange(count)).inputs
     taps = _spread_taps(model, settings, task.input_spec)
     return response_bases(model, taps, inputs, layers=_layer_names(settings))
 
 
 def _sample(model: nn.Module, input_spec: InputSpec) -> Tensor:
-    """Return two inputs of zeros on the network's device."""
+    """Return two inputs on the network's device; only their shape and type matter."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    return torch.zeros(2, input_spec.channels, input_spec.height, input_spec.width, device=device)
+    return input_spec.sample(device=device)
 
 
 def _read_error(model: nn.Module, input_spec: InputSpec) -> str | None:
@@ -154,9 +154,8 @@ def _require_readable(model: nn.Module, input_spec: InputSpec, *, field: str) ->
     problem = _read_error(model, input_spec)
     if problem is None:
         return
-    size = f"{input_spec.channels}x{input_spec.height}x{input_spec.width}"
     fix = "Set --carrier-size to its input size" if field == "carrier-size" else "Give data of its input size"
-    raise ModelError(f"The network cannot read images of {size} ({problem}). {fix}.", field=field)
+    raise ModelError(f"The network cannot read {input_spec} ({problem}). {fix}.", field=field)
 
 
 def _key_inputs(model: nn.Module, input_spec: InputSpec, settings: EmbedSettings) -> InputSpec:

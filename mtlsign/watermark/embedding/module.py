@@ -51,7 +51,7 @@ def embed(
     Args:
         module: any network; it is changed in place and holds the marked weights afterwards.
         data: a `Task`, or loaders {"train", "test"[, "validation", "attacker", "inner"]} of (x, y) batches
-            or of mappings, such as {"pixel_values", "labels"}.
+            or of mappings, such as {"pixel_values", "labels"} or {"input_ids", "labels"}.
         trained: whether the module is trained already; phase 1 is then skipped.
         identity: the owner; by default that of this machine, created if there is none.
         architecture: one from the allow-list (`architectures.architecture_for`), which any verifier can
@@ -82,12 +82,12 @@ def embed(
         task = data if isinstance(data, Task) else from_loaders(
             data, loss=loss, metric=metric, logits_of=logits_of, classes=classes, seed=settings.seed,
             count_outputs=lambda inputs: _count_outputs(network, inputs, logits_of or default_logits),
+            vocabulary=_vocabulary(network),
         )  # fmt: skip
-        own_fields = {"arch": name, "channels": task.channels, "classes": task.classes}
-        fields: Mapping[str, object] = own_fields if architecture is None else dict(architecture)
+        fields = architecture or {"arch": name, **task.input_spec.architecture_fields}
         owner = identity or load_or_create_identity(settings.owner, settings.passphrase_file)[0]
         worker = SingleProcessContext(device, on_progress=on_progress)
-        return _embed(network, task, settings, owner, fields, worker, preparation, trained)
+        return _embed(network, task, settings, owner, dict(fields), worker, preparation, trained)
 
 
 def _embed(
@@ -133,6 +133,12 @@ def _count_outputs(network: nn.Module, inputs: Tensor, logits_of: LogitsFunction
     with eval_mode(network):
         logits = logits_of(network(inputs.to(device)))
     return int(logits.shape[1]) if logits.ndim > 1 else 1
+
+
+def _vocabulary(network: nn.Module) -> int | None:
+    """Return the number of token ids that the first embedding of a network has; None without one."""
+    embeddings = (module for module in network.modules() if isinstance(module, nn.Embedding))
+    return next((embedding.num_embeddings for embedding in embeddings), None)
 
 
 def _materialised_message(names: list[str]) -> str:

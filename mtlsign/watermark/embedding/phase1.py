@@ -44,7 +44,9 @@ _PROGRESS_STEPS = 10
 def train_clean_model(
     model: nn.Module, task: Task, settings: EmbedSettings, worker: WorkerContext
 ) -> list[dict[str, Any]]:
-    """Minimise eq. (6) by SGD with Nesterov momentum under a one-cycle schedule; u(W) is weight decay.
+    """Minimise eq. (6) by SGD with Nesterov momentum, or Adam, under a one-cycle schedule.
+
+    u(W) is weight decay.
 
     A checkpoint is saved after every epoch.
 
@@ -71,17 +73,14 @@ class _CleanTraining:
         self._model = model.to(worker.device).to(memory_format=memory_format_for(model))
         self._task = task.to(worker.device)
         self._epochs, self._peak = require_set(settings.phase1.epochs), require_set(settings.phase1.lr)
-        self._steps_per_epoch = task.steps("train", settings.phase1.batch)
-        self._optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=self._peak,
-            momentum=0.9,
-            nesterov=True,
-            weight_decay=settings.phase1.weight_decay,
-        )
+        self._batch_size = require_set(settings.phase1.batch)
+        self._steps_per_epoch = task.steps("train", self._batch_size)
+        self._optimizer = _build_optimizer(model, settings)
         self._history: list[dict[str, Any]] = []
         checkpoint = worker.load_checkpoint()
-        if checkpoint is not None:
+        if checkpoint is None:
+            task.initialize(model)
+        else:
             require_identity(checkpoint, phase1_identity(settings))
             load_tensors(model, checkpoint["model"])
             self._optimizer.load_state_dict(checkpoint["optimizer"])
@@ -128,7 +127,7 @@ class _CleanTraining:
     def _batches(self, epoch: int) -> Any:
         batches = self._task.batches(
             "train",
-            self._settings.phase1.batch,
+            self._batch_size,
             epoch=epoch,
             seed=self._settings.seed,
             rank=self._worker.rank,
@@ -165,3 +164,11 @@ class _CleanTraining:
             "history": self._history,
         }
         return with_identity(state, phase1_identity(self._settings))
+
+
+def _build_optimizer(model: nn.Module, settings: EmbedSettings) -> torch.optim.Optimizer:
+    """Return the optimizer of phase 1. Runs of earlier versions name none: they used SGD."""
+    peak, decay = require_set(settings.phase1.lr), require_set(settings.phase1.weight_decay)
+    if settings.phase1.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), lr=peak, weight_decay=decay)
+    return torch.optim.SGD(model.parameters(), lr=peak, momentum=0.9, nesterov=True, weight_decay=decay)

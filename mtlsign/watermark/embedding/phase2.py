@@ -5,7 +5,8 @@ It minimises eq. (10),
     Σ l_WM(f^W(x), y) + λ1·‖W−W0‖² + λ2·R_DA(W),
 
 plus distillation from W0 on primary data (docs/decisions/0007). Watermark losses are computed in the verifier
-model. BatchNorm weights and biases are frozen, and running statistics are never updated with key images.
+model. BatchNorm weights and biases and embeddings are frozen. Running statistics are never updated with key
+images.
 
 Every random choice is a function of (seed, phase, step). A checkpoint therefore needs no generator state, and
 a resumed run repeats an uninterrupted one bit for bit on equal hardware and world size.
@@ -117,7 +118,7 @@ class _Embedding:
         use_batch_statistics(model, True)
         use_batch_statistics(self._teacher, True, momentum=0.0)
         self._tensors = named_tensors(model)
-        self._trained = _freeze_batch_norm(model)
+        self._trained = _freeze_fixed_layers(model)
         self._base_parameters = [p for name, p in self._teacher.named_parameters() if name in self._trained]
         self._head = detector.trained_parameters
         self._steps, self._peak = require_set(settings.phase2.steps), require_set(settings.phase2.lr)
@@ -298,17 +299,20 @@ class _Embedding:
         return accuracies | {"primary_samples": self._task.size("test")}
 
 
-def _freeze_batch_norm(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Freeze the weights and biases of batch norms; return the other parameters by name."""
-    affine = {
+def _freeze_fixed_layers(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Freeze batch norms' weights and biases, and embeddings; return the other parameters by name.
+
+    A reference holds vectors of an embedding, which must not change after it is made.
+    """
+    fixed = {
         f"{name}.{part}"
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm)
+        if isinstance(module, _BatchNorm | nn.Embedding)
         for part in ("weight", "bias")
     }
     trained = {}
     for name, parameter in model.named_parameters():
-        if name in affine:
+        if name in fixed:
             parameter.requires_grad_(False)
         else:
             trained[name] = parameter

@@ -257,6 +257,7 @@ def _kit_info(settings: EmbedSettings, model_digest: str, verdict: Verdict) -> d
         "name": settings.name,
         "seed": settings.seed,
         "lr": settings.phase1.lr,
+        "optimizer": settings.phase1.optimizer,
         **({} if settings.recipient is None else {"recipient": settings.recipient}),
         "created": _now(),
         "status": verdict.status,

@@ -4,7 +4,7 @@ The bytes are hashed into the key unchanged and never serialised again. Content 
 understand differently is refused: floats, duplicate or unknown fields, large integers. The format is in
 `docs/format.md`, section "Spec".
 
-The fields of the QR carrier are parsed here and not in `mtlsign.watermark.carriers`, because a key exists
+The fields of carriers are parsed here and not in `mtlsign.watermark.carriers`, because a key exists
 only for a spec that is valid as a whole, and carriers depend on keys.
 """
 
@@ -40,7 +40,7 @@ _TEXT = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class CarrierSpec:
+class QrCarrierSpec:
     """Fields of the QR carrier: symbol, geometry in pixels, normalisation in thousandths."""
 
     kind: str
@@ -56,6 +56,19 @@ class CarrierSpec:
     pad: int
     mean_milli: int
     std_milli: int
+
+
+@dataclass(frozen=True, slots=True)
+class WordCarrierSpec:
+    """Fields of the word carrier: how many words there are, digits of an integer, words of a sequence."""
+
+    kind: str
+    base: int
+    digits: int
+    length: int
+
+
+CarrierSpec = QrCarrierSpec | WordCarrierSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +140,14 @@ def decimal_digits(n: int) -> int:
     return len(str(1 << m_bits(n)))
 
 
+def digit_count(n: int, base: int) -> int:
+    """Return the fewest digits in `base` that hold every integer below 2^m for a key of n integers."""
+    digits = 1
+    while base**digits < 1 << m_bits(n):
+        digits += 1
+    return digits
+
+
 def _integer(fields: Mapping[str, object], name: str, low: int, high: int, where: str) -> int:
     value = fields[name]
     if type(value) is not int or not low <= value <= high:  # bool is an int to isinstance
@@ -165,11 +186,15 @@ def parse_carrier(value: object) -> CarrierSpec:
         KeyMaterialError: a field is missing, unknown, of the wrong type or outside its limits.
     """
     at = "carrier"
-    fields = require_fields(value, at, *CarrierSpec.__dataclass_fields__)
+    if isinstance(value, dict) and value.get("kind") == "words":
+        fields = require_fields(value, at, *WordCarrierSpec.__dataclass_fields__)
+        base, length = _integer(fields, "base", 2, 2**16, at), _integer(fields, "length", 1, 1024, at)
+        return WordCarrierSpec("words", base, _integer(fields, "digits", 1, min(length, 48), at), length)
+    fields = require_fields(value, at, *QrCarrierSpec.__dataclass_fields__)
     height = _integer(fields, "height", MODULES_PER_SIDE, 1024, at)
     width = _integer(fields, "width", MODULES_PER_SIDE, 1024, at)
-    return CarrierSpec(
-        kind=_choice(fields, "kind", at, "qr"),
+    return QrCarrierSpec(
+        kind=_choice(fields, "kind", at, "qr", "words"),
         version=_integer(fields, "version", 1, 1, at),
         level=_choice(fields, "level", at, "H"),
         mode=_choice(fields, "mode", at, "numeric"),
@@ -233,6 +258,13 @@ def _graph(value: object) -> tuple[tuple[str, int | str], ...]:
     return tuple(fields)
 
 
+def _check_capacity(carrier: CarrierSpec, n: int) -> None:
+    """Raise `KeyMaterialError` unless the carrier has exactly the digits that integers for n need."""
+    digits = decimal_digits(n) if isinstance(carrier, QrCarrierSpec) else digit_count(n, carrier.base)
+    if carrier.digits != digits:
+        raise_invalid("carrier.digits", f"The number of digits must be {digits} for n = {n}")
+
+
 def parse_spec(data: bytes) -> Spec:
     """Read a spec's exact bytes (at most 16 KiB).
 
@@ -242,8 +274,7 @@ def parse_spec(data: bytes) -> Spec:
     fields = require_fields(parse_strict_json(data, limit=MAX_SPEC_BYTES, where="spec"), "spec", *FIELDS)
     n = _integer(fields, "n", MIN_N, MAX_N, "spec")
     carrier = parse_carrier(fields["carrier"])
-    if carrier.digits != decimal_digits(n):
-        raise_invalid("carrier.digits", f"The number of digits must be {decimal_digits(n)} for n = {n}")
+    _check_capacity(carrier, n)
     return Spec(
         format=_choice(fields, "format", "spec", FORMAT),
         name=_text(fields["name"], "spec.name", _TEXT),

@@ -13,6 +13,7 @@ from mtlsign.errors import ArtifactError, MTLSignError
 from mtlsign.models import architectures
 from mtlsign.models.factories import Factory
 from mtlsign.models.taps import forward_to_taps
+from mtlsign.watermark import carriers
 from mtlsign.watermark.keys.spec import ReadoutSpec, Spec
 from mtlsign.watermark.verification.response_bases import MAX_DIRECTIONS
 
@@ -55,11 +56,11 @@ def check_claim_budget(
     Raises:
         ArtifactError: the claim costs too much, or its network cannot be built or run.
     """
-    limits, carrier = limits or ComputeLimits(), spec.carrier
+    limits, carrier = limits or ComputeLimits(), carriers.for_spec(spec)
     samples = max((r.n for r in spec.readouts if r.head.kind != "spread"), default=0)
-    if samples * carrier.channels * carrier.height * carrier.width > MAX_IMAGE_ELEMENTS:
+    if carrier.number_count(samples) > MAX_IMAGE_ELEMENTS:
         raise ArtifactError(
-            f"The images of the key have over {MAX_IMAGE_ELEMENTS:,} elements. {_RUN_LOCALLY}", field="spec"
+            f"The inputs of the key have over {MAX_IMAGE_ELEMENTS:,} elements. {_RUN_LOCALLY}", field="spec"
         )
     try:
         measured = [_measure(spec, readout, factories) for readout in spec.readouts]
@@ -67,7 +68,7 @@ def check_claim_budget(
         raise ArtifactError(error.detail, field=error.field or "spec") from None
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         raise ArtifactError(
-            f"The network cannot process the images of the key ({type(error).__name__}). Check the spec.",
+            f"The network cannot process the inputs of the key ({type(error).__name__}). Check the spec.",
             field="spec",
         ) from None
     gflop, largest = sum(m[0] for m in measured), max(m[1] for m in measured)
@@ -95,11 +96,10 @@ def _measure(spec: Spec, readout: ReadoutSpec, factories: Mapping[str, Factory] 
         if isinstance(output, torch.Tensor):
             largest = max(largest, output.numel())
 
-    carrier = spec.carrier
     samples = 2 if spread else readout.n
     with torch.device("meta"):
         network = architectures.build(spec.graph, factories=factories).train()
-        images = torch.empty(samples, carrier.channels, carrier.height, carrier.width)
+        inputs = carriers.for_spec(spec).sample(samples, device="meta")
     parameters = sum(p.numel() for p in network.parameters())
     if parameters > architectures.MAX_PARAMETERS:
         raise ArtifactError(
@@ -107,7 +107,7 @@ def _measure(spec: Spec, readout: ReadoutSpec, factories: Mapping[str, Factory] 
         )
     handles = [module.register_forward_hook(record_size) for module in network.modules()]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        outputs = forward_to_taps(network, images, readout.taps)
+        outputs = forward_to_taps(network, inputs, readout.taps)
     for handle in handles:
         handle.remove()
     flops = counter.get_total_flops()

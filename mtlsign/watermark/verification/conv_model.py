@@ -209,13 +209,15 @@ class ConvVerifierModel:
             for name, kernel in canonical.items()
         }
         values = {**weights, **self._reference_values, **self._buffers}
+        if inputs.is_floating_point():
+            inputs = inputs.to(dtype)
         if dtype != torch.float32:
             values = {
                 name: value.to(dtype) if value.is_floating_point() else value
                 for name, value in values.items()
             }
         return forward_to_taps(
-            self._net, inputs.to(dtype), self.taps, call=lambda x: functional_call(self._net, values, (x,))
+            self._net, inputs, self.taps, call=lambda x: functional_call(self._net, values, (x,))
         )
 
     def features(self, canonical: Weights, inputs: Tensor, *, pooled: bool = False) -> Features:

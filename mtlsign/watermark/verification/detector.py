@@ -14,9 +14,10 @@ from mtlsign.errors import ArtifactError, SettingsError
 from mtlsign.models import architectures
 from mtlsign.models.factories import Factory
 from mtlsign.models.untrusted import MappedTensors, select_tensors_untrusted
+from mtlsign.watermark import carriers
 from mtlsign.watermark.keys.opening import KeyOpening, keystream, watermark_labels
 from mtlsign.watermark.keys.spec import parse_spec
-from mtlsign.watermark.verification.alignment import Aligner, Alignment
+from mtlsign.watermark.verification.alignment import Alignment, make_aligner
 from mtlsign.watermark.verification.conv_model import ConvVerifierModel
 from mtlsign.watermark.verification.model import exact_fp32
 from mtlsign.watermark.verification.readouts import (
@@ -91,13 +92,12 @@ class WatermarkDetector:
             self._make_readout(index, template_model, reference, head)
             for index in range(len(self.spec.readouts))
         )
-        carrier = self.spec.carrier
         self.tensor_names = frozenset(template_model.state_dict())
-        self.aligner = Aligner(
+        self.aligner = make_aligner(
             template_model.cpu(),
             tuple(dict.fromkeys(tap for readout in self.spec.readouts for tap in readout.taps)),
             reference,
-            torch.zeros(2, carrier.channels, carrier.height, carrier.width),
+            carriers.for_spec(self.spec).sample(),
         )
         self._join_readouts()
 
@@ -106,9 +106,8 @@ class WatermarkDetector:
     ) -> Readout:
         """Build read-out `index`, with the inputs of D_WM if it needs them."""
         spec, key = self.spec.readouts[index], readout_key(self.key, index)
-        carrier = self.spec.carrier
         if spec.head.kind == "spread":
-            sample = torch.zeros(2, carrier.channels, carrier.height, carrier.width, device=self.device)
+            sample = carriers.for_spec(self.spec).sample(device=self.device)
             labels = torch.from_numpy(watermark_labels(key, spec.n)).to(self.device)
             responses = ResponseModel(template_model.to(self.device), spec.taps, reference, sample)
             return SpreadReadout(responses, spec, labels, key)
@@ -276,7 +275,12 @@ class WatermarkDetector:
 
     def align(self, tensors: Mapping[str, Tensor]) -> Alignment:
         """Bring selected kernels into W0's order; other tensors are not read."""
-        return self.aligner.align({name: t for name, t in tensors.items() if name in self.weight_shapes})
+        return self.aligner.align(self._alignable(tensors))
+
+    def _alignable(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors that an alignment reads: the kernels, and an embedding."""
+        names = {*self.weight_shapes, *self.aligner.further_names}
+        return {name: tensor for name, tensor in tensors.items() if name in names}
 
     def _reading(self, kernels: Mapping[str, Tensor], similarity: float) -> SuspectReading:
         """Return the reading of kernels with W0's shapes and signs."""
@@ -287,10 +291,7 @@ class WatermarkDetector:
     def recognizes(self, tensors: Mapping[str, Tensor]) -> bool:
         """Return whether the kernels descend from W0 in one of the places where the file has them."""
         return any(
-            selected.problem is None
-            and self.aligner.recognizes(
-                {name: t for name, t in selected.tensors.items() if name in self.weight_shapes}
-            )
+            selected.problem is None and self.aligner.recognizes(self._alignable(selected.tensors))
             for selected in self._select(tensors)
         )
 
@@ -316,7 +317,7 @@ class WatermarkDetector:
             tensors,
             optional=dict(self.optional_shapes),
             tolerated={*self.weight_shapes, *self.optional_shapes} - required,
-            resizable=self.aligner.layers.keys(),
+            resizable={*self.aligner.layers, *self.aligner.further_names},
         )
 
 

@@ -18,6 +18,7 @@ from mtlsign.errors import ArtifactError, ModelError
 from mtlsign.models.batch_norms import batch_norm_values
 from mtlsign.models.taps import TappedLayer, tapped_buffers, tapped_layers, tapped_parameters
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
+from mtlsign.watermark.verification.embedding_frame import embedding_rows
 from mtlsign.watermark.verification.scaling import apply_bn_sign, column_norms
 from mtlsign.watermark.verification.sketches import random_projection
 
@@ -41,6 +42,7 @@ RANGES = {
     "columns": ValueRange(torch.float64, 0.0, 2.0**10),
     "basis": ValueRange(torch.float16, -2.0, 2.0),
     "sketch": ValueRange(torch.float16, -(2.0**10), 2.0**10),
+    "rows": ValueRange(torch.float16, -(2.0**10), 2.0**10),
 }
 #: Tensors stored whole, as `=NAME`.
 WHOLE = ValueRange(torch.float32, -(2.0**24), 2.0**24)
@@ -52,9 +54,10 @@ class Reference:
 
     For each tapped convolution C that a batch norm follows, there are five tensors: `C/gamma` |γ0| and
     `C/beta` float32 [O], `C/eps` float64 [1], `C/columns` float64 [groups, I/groups], `C/sketch` float16
-    [O, s]. Every other parameter of the tapped part with fewer than two dimensions (biases, layer norms),
-    and every floating-point buffer of it that a state dict has and that belongs to no batch norm, is stored
-    whole as `=NAME`.
+    [O, s]. A spread head adds `L/basis`, `L/columns` and `L/sketch` for each layer L that it marks, and
+    `E/rows` float16 [r, d] for an embedding E: the vectors of its first r ids. Every other parameter of the
+    tapped part with fewer than two dimensions (biases, layer norms), and every floating-point buffer of it
+    that a state dict has and that belongs to no batch norm, is stored whole as `=NAME`.
 
     Attributes:
         raw_bytes: the exact safetensors bytes; their SHA-256 is in the spec.
@@ -136,7 +139,7 @@ def make_reference(
         model: the unmarked network W0, in any mode.
         taps: module names.
         sample: float32 [1, C, H, W], any input of the carrier's geometry; only its shape matters.
-        bases: response bases of the layers that a spread head marks, by module name.
+        bases: response bases of the layers that a spread head marks, by key.
 
     Raises:
         ModelError: a tap does not exist, or the network has a value outside the format's ranges.
@@ -146,16 +149,18 @@ def make_reference(
     handled: set[str] = set()
     for layer in tapped_layers(model, taps, sample):
         # A module can have further weights, such as the gains of a scaled convolution.
-        if bases and layer.conv in bases and layer.kind != "other":
+        if bases and layer.key in bases and layer.kind != "other":
             groups = int(getattr(modules[layer.conv], "groups", 1))
             kernel = parameters[layer.weight].detach().float().cpu()
-            tensors[f"{layer.conv}/basis"] = bases[layer.conv]
-            tensors[f"{layer.conv}/columns"] = column_norms(kernel, groups)
-            tensors[f"{layer.conv}/sketch"] = random_projection(kernel)
+            tensors[f"{layer.key}/basis"] = bases[layer.key]
+            tensors[f"{layer.key}/columns"] = column_norms(kernel, groups)
+            tensors[f"{layer.key}/sketch"] = random_projection(kernel)
         if layer.batch_norm is None:
             continue
         tensors |= _conv_values(layer, parameters[layer.weight], modules)
         handled |= {f"{layer.batch_norm}.weight", f"{layer.batch_norm}.bias", f"{layer.conv}.bias"}
+    if bases:
+        tensors |= embedding_rows(model, taps, sample)
     for name in tapped_parameters(model, taps, sample):
         if name not in handled and name in parameters and parameters[name].dim() < 2:
             tensors[f"={name}"] = parameters[name].detach().float().cpu().clone()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtlsign.errors import ModelError
+from mtlsign.models.recurrent_layers import step_inputs
 from mtlsign.models.taps import TappedLayer, forward_to_taps, tapped_layers
 
 #: Training inputs from which the covariances are computed, and the samples of one pass.
@@ -37,12 +38,12 @@ class InputMoments(NamedTuple):
 
 
 def supports_responses(layer: TappedLayer, modules: Mapping[str, nn.Module]) -> bool:
-    """Return whether a weight is the kernel of a two-dimensional convolution or of a linear layer.
+    """Return whether a weight is that of a two-dimensional convolution, a linear or a recurrent layer.
 
     A module can have further weights, such as the gains of a scaled convolution.
     """
     module = modules[layer.conv]
-    return layer.kind != "other" and isinstance(module, nn.Conv2d | nn.Linear)
+    return layer.kind == "recurrent" or (layer.kind != "other" and isinstance(module, nn.Conv2d | nn.Linear))
 
 
 def response_bases(
@@ -53,12 +54,12 @@ def response_bases(
     Args:
         model: the unmarked network W0, in any mode; it is evaluated with its running statistics.
         taps: module names.
-        inputs: natural inputs float32 [n, C, H, W].
-        layers: names of convolutions and linear layers; None for all that `supports_responses` accepts.
+        inputs: natural inputs: float32 [n, C, H, W] or int64 [n, L].
+        layers: keys of layers (`TappedLayer.key`); None for all that `supports_responses` accepts.
 
     Returns:
-        Module name -> float16 [groups, fan-in of a group, k]: orthonormal columns, leading direction first. k
-        is the fewest directions with 97 % of the variance, at most 256.
+        Key of a layer -> float16 [groups, fan-in of a group, k]: orthonormal columns, the leading direction
+        first. k is the fewest directions with 97 % of the variance, at most 256.
 
     Raises:
         ModelError: a tap or a layer does not exist, or no layer is left.
@@ -76,7 +77,7 @@ def placeholder_bases(
     Args:
         model: a network of the architecture.
         taps: module names.
-        sample: inputs of the task's geometry, float32 [n, C, H, W].
+        sample: inputs of the task's geometry.
         layers: see `response_bases`.
 
     Raises:
@@ -85,9 +86,8 @@ def placeholder_bases(
     modules = dict(model.named_modules())
     bases = {}
     for name in _marked_layer_names(model, taps, sample, layers):
-        weight, groups = modules[name].weight, int(getattr(modules[name], "groups", 1))
-        assert isinstance(weight, Tensor)
-        fan_in = weight[0].numel()
+        module, leaf = module_of_key(modules, name)
+        groups, fan_in = int(getattr(module, "groups", 1)), getattr(module, leaf)[0].numel()
         bases[name] = torch.eye(fan_in)[:, :MAX_DIRECTIONS].half().expand(groups, -1, -1).clone()
     return bases
 
@@ -98,12 +98,12 @@ def _marked_layer_names(
     """Return the layers to mark in execution order. Raises `ModelError` for unknown names."""
     modules = dict(model.named_modules())
     candidates = [
-        layer.conv for layer in tapped_layers(model, taps, sample) if supports_responses(layer, modules)
+        layer.key for layer in tapped_layers(model, taps, sample) if supports_responses(layer, modules)
     ]
     unknown = sorted(set(layers or ()) - set(candidates))
     if unknown or not candidates or layers == []:
         raise ModelError(
-            f"The name {', '.join(unknown)[:200]!r} is no convolution or linear layer before the taps. "
+            f"The name {', '.join(unknown)[:200]!r} is no layer before the taps whose responses can be read. "
             f"Choose among {', '.join(candidates)[:400] or 'the layers of another model'}.",
             field="layers",
         )
@@ -119,8 +119,8 @@ def input_moments(
     Args:
         model: in any mode; it is evaluated with its running statistics.
         taps: module names; the layers are before the last of them.
-        inputs: natural inputs float32 [n, C, H, W].
-        names: names of convolutions and linear layers.
+        inputs: natural inputs: float32 [n, C, H, W] or int64 [n, L].
+        names: keys of layers (`TappedLayer.key`).
     """
     modules = dict(model.named_modules())
     sums: dict[str, Tensor] = {}
@@ -128,9 +128,9 @@ def input_moments(
     offsets: dict[str, Tensor] = {}
     counts = dict.fromkeys(names, 0)
 
-    def collect(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            patches = input_patches(module, args[0]).double()
+    def collect(name: str, leaf: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            patches = _input_vectors(module, leaf, args[0]).double()
             # Covariances do not depend on an offset, and products lose fewer digits near 0.
             patches = patches - offsets.setdefault(name, patches.mean(1, keepdim=True))
             if name not in sums:
@@ -146,7 +146,10 @@ def input_moments(
         return hook
 
     modes = [(module, module.training) for module in model.modules()]
-    handles = [modules[name].register_forward_pre_hook(collect(name)) for name in names]
+    handles = []
+    for name in names:
+        module, leaf = module_of_key(modules, name)
+        handles.append(module.register_forward_pre_hook(collect(name, leaf)))
     model.eval()
     try:
         for batch in inputs.split(_PASS):
@@ -163,6 +166,21 @@ def input_moments(
         # The last bits depend on the process. Without them, two runs give one reference on equal hardware.
         moments[name] = InputMoments(means + offsets[name].squeeze(1), covariance.float().double())
     return moments
+
+
+def module_of_key(modules: Mapping[str, nn.Module], key: str) -> tuple[nn.Module, str]:
+    """Return the module of a layer's key, and the name of the weight in it."""
+    if key in modules:
+        return modules[key], "weight"
+    owner, _, leaf = key.rpartition(".")
+    return modules[owner], leaf
+
+
+def _input_vectors(module: nn.Module, leaf: str, inputs: Any) -> Tensor:
+    """Return the vectors that the rows of one weight are multiplied with: [groups, vectors, fan-in]."""
+    if isinstance(module, nn.LSTM | nn.GRU):
+        return step_inputs(module, inputs)[leaf][None]
+    return input_patches(module, inputs)
 
 
 def input_patches(module: nn.Module, inputs: Tensor) -> Tensor:

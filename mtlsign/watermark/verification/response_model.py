@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mtlsign.errors import ArtifactError
 from mtlsign.models.taps import TappedLayer, tapped_layers
 from mtlsign.watermark.verification.conv_model import apply_bn_signs
+from mtlsign.watermark.verification.embedding_frame import embedding_frame
 from mtlsign.watermark.verification.model import Weights
 from mtlsign.watermark.verification.reference import Reference, reference_tensor
 from mtlsign.watermark.verification.response_bases import MAX_DIRECTIONS, supports_responses
@@ -59,12 +60,13 @@ class ResponseModel:
         template_model: the architecture; its own values are never used.
         taps: module names; the marked layers are before the last of them.
         reference: W0's reference.
-        sample: float32 [n, C, H, W] of the network's input geometry.
+        sample: inputs of the network's geometry.
 
     Attributes:
         layers: the marked layers in execution order.
         weight_shapes: name -> shape of every kernel that is read.
-        optional_shapes: name -> shape of the batch norms' γ, which may be absent.
+        optional_shapes: name -> shape of the batch norms' γ, which may be absent, and of an embedding,
+            without which the layers that read it contribute zeros.
         coordinates: D, the number of coordinates of all layers together.
 
     Raises:
@@ -80,7 +82,7 @@ class ResponseModel:
         self.layers = tuple(
             _marked_layer(layer, modules[layer.conv], shapes[layer.weight], reference, sample.device)
             for layer in tapped_layers(template_model, taps, sample)
-            if f"{layer.conv}/basis" in reference.tensors and supports_responses(layer, modules)
+            if f"{layer.key}/basis" in reference.tensors and supports_responses(layer, modules)
         )
         bases = sum(name.endswith("/basis") for name in reference.tensors)
         if not self.layers or bases != len(self.layers):
@@ -94,9 +96,12 @@ class ResponseModel:
         self._bn_weights = {
             layer.weight: f"{layer.batch_norm}.weight" for layer in self.layers if layer.batch_norm
         }
+        self._frame = embedding_frame(template_model, taps, sample, reference.tensors)
         self.optional_shapes: Mapping[str, tuple[int, ...]] = {
             bn_weight: (self.weight_shapes[weight][0],) for weight, bn_weight in self._bn_weights.items()
         }
+        if self._frame is not None:
+            self.optional_shapes = {**self.optional_shapes, self._frame.weight: self._frame.shape}
         self.coordinates = sum(shapes[layer.weight][0] * layer.basis.shape[2] for layer in self.layers)
         if self.coordinates > MAX_COORDINATES:
             raise ArtifactError(
@@ -111,9 +116,15 @@ class ResponseModel:
         return sum(t.numel() * t.element_size() for x in self.layers for t in (x.basis, x.columns))
 
     def select_weights(self, tensors: Weights) -> dict[str, Tensor]:
-        """Return the kernels that are present, with sign(γ) on their rows; γ may be absent."""
+        """Return the kernels that are present, with sign(γ) on their rows; γ may be absent.
+
+        Layers that read an embedding are returned in the coordinates of W0's word vectors.
+        """
         names = [name for name in (*self.weight_shapes, *self.optional_shapes) if name in tensors]
-        return apply_bn_signs({name: tensors[name] for name in names}, self._bn_weights)
+        kernels = {name: tensors[name] for name in names}
+        if self._frame is not None:
+            kernels = self._frame.apply(kernels)
+        return apply_bn_signs(kernels, self._bn_weights)
 
     def responses(self, kernels: Weights, *, differentiable_rounds: int = 0) -> Tensor:
         """Compute the coordinates of all marked layers.
@@ -162,8 +173,8 @@ def _marked_layer(
 ) -> MarkedLayer:
     groups = int(getattr(module, "groups", 1))
     fan_in = shape[1] * (torch.Size(shape[2:]).numel() if len(shape) > 2 else 1)
-    columns = reference_tensor(reference, f"{layer.conv}/columns", (groups, shape[1]))
-    basis = reference.tensors[f"{layer.conv}/basis"]
+    columns = reference_tensor(reference, f"{layer.key}/columns", (groups, shape[1]))
+    basis = reference.tensors[f"{layer.key}/basis"]
     if (
         not basis.dtype.is_floating_point
         or basis.dim() != 3
@@ -171,7 +182,7 @@ def _marked_layer(
         or not 1 <= basis.shape[2] <= MAX_DIRECTIONS
     ):
         raise ArtifactError(
-            f"The reference does not fit the architecture at {layer.conv + '/basis'!r}. "
+            f"The reference does not fit the architecture at {layer.key + '/basis'!r}. "
             "Use that of the same kit.",
             field="reference",
         )

@@ -86,7 +86,7 @@ def test_turned_images_change_height_and_width() -> None:
     for transform in TURNS:
         turned = transform_task(task, (transform,))
         x = turned.splits["train"].batch(torch.arange(2)).inputs
-        assert x.shape[2:] == (turned.height, turned.width)
+        assert x.shape[2:] == (turned.input_spec.height, turned.input_spec.width)
 
 
 def test_negated_input_leaves_every_bit(marked_module: nn.Module, tiny_task: Task, key: MTLSignKey) -> None:

@@ -149,6 +149,31 @@ def test_with_defaults_depends_on_task_and_head() -> None:
     assert kinds == ("noise", "pruned")
 
 
+@pytest.mark.parametrize(("task", "epochs"), [("imdb", 5), ("sst2", 6), ("sst5@0.5", 6)])
+def test_with_defaults_of_text_tasks_use_adam(task: str, epochs: int) -> None:
+    settings = EmbedSettings.of({"task": task}).with_defaults()
+    phase1 = settings.phase1
+    assert (phase1.optimizer, phase1.lr, phase1.epochs) == ("adam", 0.002, epochs)
+    assert (phase1.batch, phase1.weight_decay) == (64, 0.0)
+    assert settings.with_defaults() == settings
+    values = {"epochs": 2, "batch": 128, "optimizer": "sgd", "weight_decay": 5e-4}
+    chosen = EmbedSettings.of({"task": task, "phase1": values}).with_defaults()
+    assert {name: getattr(chosen.phase1, name) for name in values} == values
+    assert chosen.phase1.lr == 0.05
+    assert "--phase1.batch" in chosen.flags() and "--phase1.weight-decay" in chosen.flags()
+
+
+def test_with_defaults_of_image_tasks_use_sgd() -> None:
+    phase1 = EmbedSettings.of({"task": "cifar10"}).with_defaults().phase1
+    assert (phase1.optimizer, phase1.batch, phase1.weight_decay, phase1.lr) == ("sgd", 128, 5e-4, 0.05)
+
+
+def test_with_defaults_of_adam_in_phase_1_leave_rate_of_tuning_by_sgd() -> None:
+    settings = EmbedSettings.of({"head": "keyed", "phase1.optimizer": "adam", "phase1.lr": 0.001})
+    complete = settings.with_defaults()
+    assert complete.phase1.lr == 0.001 and complete.perturbation.tuning_lr == 0.1
+
+
 @pytest.mark.parametrize("head", ["keyed", "free"])
 def test_with_defaults_of_feature_heads_are_those_of_the_first_release(head: str) -> None:
     settings = EmbedSettings.of({"head": head}).with_defaults()

@@ -7,7 +7,7 @@ from torchvision import models
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import ModelError
 from mtlsign.models.architectures import build
-from mtlsign.models.input_spec import InputSpec
+from mtlsign.models.input_spec import ImageSpec
 from mtlsign.models.loading import architecture_from_settings, cpu_state, load_tensors
 
 
@@ -16,14 +16,14 @@ def settings(model: str) -> EmbedSettings:
 
 
 def test_architecture_of_fixed_size_network_has_the_size_of_the_task() -> None:
-    architecture = architecture_from_settings(settings("timm/vit_tiny_patch16_224"), InputSpec(1, 32, 32, 10))
+    architecture = architecture_from_settings(settings("timm/vit_tiny_patch16_224"), ImageSpec(1, 32, 32, 10))
     assert architecture["size"] == 32
     with pytest.raises(ModelError, match="reads square images"):
-        architecture_from_settings(settings("timm/vit_tiny_patch16_224"), InputSpec(1, 32, 48, 10))
+        architecture_from_settings(settings("timm/vit_tiny_patch16_224"), ImageSpec(1, 32, 48, 10))
 
 
 def test_architecture_of_other_networks_has_no_size() -> None:
-    architecture = architecture_from_settings(settings("timm/test_resnet"), InputSpec(3, 32, 48, 10))
+    architecture = architecture_from_settings(settings("timm/test_resnet"), ImageSpec(3, 32, 48, 10))
     assert "size" not in architecture
     assert build(architecture).eval()(torch.zeros(1, 3, 32, 48)).shape == (1, 10)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mtlsign.errors import DataError
-from mtlsign.models.input_spec import InputSpec
+from mtlsign.models.input_spec import ImageSpec
 from tests.unit.tasks.synthetic import joined, task
 
 
@@ -65,4 +65,4 @@ def test_batch_at_with_more_ranks_than_samples_raises_data_error() -> None:
 
 
 def test_input_spec_describes_images_and_classes() -> None:
-    assert task().input_spec == InputSpec(1, 6, 6, 5)
+    assert task().input_spec == ImageSpec(1, 6, 6, 5)

@@ -8,7 +8,7 @@ from tests.unit.tasks.synthetic import joined
 
 def test_load_digits_fixes_test_split_for_all_seeds() -> None:
     t = load_task("digits", seed=1)
-    assert (t.channels, t.height, t.width, t.classes) == (1, 32, 32, 10)
+    assert (t.input_spec.channels, t.input_spec.height, t.input_spec.width, t.classes) == (1, 32, 32, 10)
     assert t.size("test") == 359 and t.size("train") == 1222
     assert torch.bincount(t.splits["test"].batch(torch.arange(359)).targets).min() >= 34
     x, _ = joined(list(t.batches("train", 500, shuffle=False)))

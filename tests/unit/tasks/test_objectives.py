@@ -79,7 +79,7 @@ def test_from_loaders_accepts_mappings(inputs: str, labels: str) -> None:
     data = [{inputs: x, labels: y, "id": 7} for x, y in zip(IMAGES, LABELS, strict=True)]
     batches = [{inputs: IMAGES, labels: LABELS}]
     task = from_loaders({"train": tuple(batches), "test": batches})
-    assert task.classes == 4 and task.height == 4
+    assert task.classes == 4 and task.input_spec.height == 4
     counted = from_loaders({"train": _Dataset(data), "test": _Dataset(data)}, count_outputs=lambda x: len(x))
     assert counted.classes == 2
 

@@ -94,7 +94,13 @@ def test_load_task_reads_cifar10_files(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setitem(datasets.CIFAR10.meta, "md5", sums["batches.meta"])
     t = load_task("cifar10", data=tmp_path)
-    assert (t.channels, t.height, t.classes, t.size("train"), t.size("test")) == (3, 32, 10, 34, 10)
+    assert (t.input_spec.channels, t.input_spec.height, t.classes, t.size("train"), t.size("test")) == (
+        3,
+        32,
+        10,
+        34,
+        10,
+    )
     assert t.batch_at("train", 8, 0, augment=True).inputs.shape == (8, 3, 32, 32)
 
 

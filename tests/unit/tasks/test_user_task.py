@@ -28,7 +28,7 @@ def test_from_loaders_accepts_every_kind_of_loader() -> None:
         batches,
     ):
         t = from_loaders({"train": train, "test": DataLoader(Stream(), batch_size=4)})
-        assert (t.channels, t.height, t.width, t.classes) == (2, 5, 4, 3)
+        assert (t.input_spec.channels, t.input_spec.height, t.input_spec.width, t.classes) == (2, 5, 4, 3)
         assert {part: t.size(part) for part in SPLITS} == {
             "train": 51,
             "inner": 5,

@@ -5,6 +5,33 @@ inputs, all without changing what it computes. `Aligner.align` brings kernels ba
 neither the key nor batch-norm values, so that the null distribution of the scores stays exact.
 """
 
-from mtlsign.watermark.verification.alignment.aligner import Aligner, Alignment
+from collections.abc import Sequence
 
-__all__ = ["Aligner", "Alignment"]
+from torch import Tensor, nn
+
+from mtlsign.models.taps import tapped_layers
+from mtlsign.watermark.verification.alignment.aligner import Aligner
+from mtlsign.watermark.verification.alignment.recurrent import RecurrentAligner
+from mtlsign.watermark.verification.alignment.result import Alignment
+from mtlsign.watermark.verification.reference import Reference
+
+__all__ = ["Aligner", "Alignment", "RecurrentAligner", "make_aligner"]
+
+
+def make_aligner(
+    template_model: nn.Module, taps: Sequence[str], reference: Reference, sample: Tensor
+) -> Aligner | RecurrentAligner:
+    """Return the aligner for an architecture: that of recurrent layers if it has one, else of channels.
+
+    Args:
+        template_model: the architecture; its own values are never used.
+        taps: module names.
+        reference: W0's reference.
+        sample: inputs of the network's geometry.
+
+    Raises:
+        ModelError: a tap does not exist.
+        ArtifactError: the reference does not fit the architecture.
+    """
+    recurrent = any(layer.kind == "recurrent" for layer in tapped_layers(template_model, taps, sample))
+    return (RecurrentAligner if recurrent else Aligner)(template_model, taps, reference, sample)

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mtlsign.models.channel_sets import channel_structure
-from mtlsign.watermark.keys.opening import keystream
 from mtlsign.watermark.verification.alignment.assignment import best_assignment, quantized
 from mtlsign.watermark.verification.alignment.extra_channels import without_extra_channels
 from mtlsign.watermark.verification.alignment.inputs import SQUARES, signed_permutations, squares_for
 from mtlsign.watermark.verification.alignment.layers import (
-    ReferenceLayer,
     reference_layers,
-    unit_rows,
 )
 from mtlsign.watermark.verification.alignment.orders import Orders, staying_similarities
+from mtlsign.watermark.verification.alignment.result import Alignment, random_sketch, recognition_margin
 from mtlsign.watermark.verification.alignment.search import Search
 from mtlsign.watermark.verification.alignment.suspect import SuspectLayer, suspect_layers
 from mtlsign.watermark.verification.reference import Reference
@@ -33,23 +30,6 @@ _FIRST_ROUNDS, _ROUNDS = 2, 12
 _TURNED_LAYERS = 4
 #: Mean cosine from which the suspect's own order is taken without further starts.
 _CLEAR = 0.8
-#: How much more alike W0 a descendant is than the same suspect is alike random kernels.
-RECOGNITION_MARGIN = 0.1
-#: The random kernels are public and the same for all owners.
-_CONTROL_KEY = hashlib.sha256(b"mtlsign/v1/control-sketch").digest()
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """Kernels in W0's order.
-
-    Attributes:
-        kernels: float32 in W0's shapes, with the signs of W0's rows.
-        similarity: mean cosine of the rows' sketches over all layers; 1 for W0.
-    """
-
-    kernels: Mapping[str, Tensor]
-    similarity: float
 
 
 class Aligner:
@@ -63,12 +43,15 @@ class Aligner:
 
     Attributes:
         layers: W0's layers by name of the kernel.
+        further_names: tensors that are read besides kernels; none.
         sets: channel sets of the architecture.
 
     Raises:
         ModelError: a tap does not exist.
         ArtifactError: the reference does not fit the architecture.
     """
+
+    further_names: Sequence[str] = ()
 
     def __init__(
         self, template_model: nn.Module, taps: Sequence[str], reference: Reference, sample: Tensor
@@ -109,9 +92,13 @@ class Aligner:
         The same alignment with random kernels of W0's shapes gives the similarity that search alone reaches.
         """
         control = copy.copy(self)
-        control.layers = {name: _random_layer(layer) for name, layer in self.layers.items()}
+        control.layers = {
+            name: replace(layer, sketch=random_sketch(name, layer.sketch.shape))
+            for name, layer in self.layers.items()
+        }
         chance = control.align(kernels).similarity
-        return self.align(kernels).similarity > chance + RECOGNITION_MARGIN
+        margin = recognition_margin([layer.sketch for layer in self.layers.values()])
+        return self.align(kernels).similarity > chance + margin
 
     def _search(self, suspect: Mapping[str, SuspectLayer], orders: Orders) -> Search:
         return Search(suspect, self.sets, self._staying, orders)
@@ -182,11 +169,3 @@ class Aligner:
                 starts.append(orders)
         starts.sort(key=lambda orders: -orders.value)
         return starts[:_STARTS]
-
-
-def _random_layer(layer: ReferenceLayer) -> ReferenceLayer:
-    """Return a layer with a random sketch of the same size."""
-    rows, size = layer.sketch.shape
-    stream = keystream(_CONTROL_KEY, layer.weight.encode(), 4 * rows * size)
-    numbers = np.frombuffer(stream, dtype=">u4").astype(np.float64).reshape(rows, size)
-    return replace(layer, sketch=unit_rows(numbers / 2**31 - 1))

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from mtlsign.errors import CarrierError, KeyMaterialError
-from mtlsign.models.input_spec import InputSpec
+from mtlsign.models.input_spec import ImageSpec
 from mtlsign.watermark import carriers
 from mtlsign.watermark.carriers import qr
 from mtlsign.watermark.keys.opening import watermark_integers
 from mtlsign.watermark.keys.spec import parse_spec
 from tests.unit.watermark.keys.examples import SPEC
 
-IMAGES = InputSpec(1, 28, 30, 10)
+IMAGES = ImageSpec(1, 28, 30, 10)
 
 
 def test_for_spec_returns_carrier_with_inputs_of_the_spec() -> None:
@@ -33,7 +33,7 @@ def test_make_equals_carrier_of_the_kind() -> None:
 def test_parse_refuses_unknown_kind() -> None:
     fields = qr.make_carrier(600, 1, 28, 28)
     assert carriers.parse(fields).element_shape == (1, 28, 28)
-    for kind in ("words", ["qr"], None):
+    for kind in ("text", ["qr"], None):
         with pytest.raises(KeyMaterialError, match=r"carrier\.kind"):
             carriers.parse(fields | {"kind": kind})
 
@@ -58,5 +58,5 @@ def test_check_refuses_key_set_over_four_gib() -> None:
 def test_key_input_spec_limits_images_to_64_pixels_by_default(
     size: tuple[int, int], side: int | None, expected: tuple[int, int]
 ) -> None:
-    result = carriers.key_input_spec(InputSpec(3, *size, 10), side)
+    result = carriers.key_input_spec(ImageSpec(3, *size, 10), side)
     assert (result.channels, result.height, result.width, result.classes) == (3, *expected, 10)

@@ -8,7 +8,7 @@ import pytest
 
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.models import loading
-from mtlsign.models.input_spec import InputSpec
+from mtlsign.models.input_spec import ImageSpec
 from mtlsign.watermark.embedding import phase2
 from mtlsign.watermark.embedding.commitment import commit_keys
 from mtlsign.watermark.keys.identity import Identity
@@ -37,7 +37,7 @@ def detector_of(
             base_weights,
             loading.cpu_state(base_weights),
             tiny_graph,
-            InputSpec(1, 24, 24, 4),
+            ImageSpec(1, 24, 24, 4),
             settings,
             owner,
         )

@@ -266,6 +266,7 @@ def kill_at(phase: str, at: int) -> Callable[[Any], None]:
     return show
 
 
+@pytest.mark.usefixtures("empty_figures")
 def test_resumed_job_after_kill_gives_same_digest(job: dict[str, Any], store_dir: str) -> None:
     job |= {"width": 4, "phase1.epochs": 2}
     whole = start(job)
@@ -310,6 +311,7 @@ def test_run_embedding_job_with_identity_inside_storage_raises(job: dict[str, An
         start(job, owner=Path(store_dir) / "identity.json")
 
 
+@pytest.mark.usefixtures("empty_figures")
 def test_run_embedding_job_with_weights_skips_phase1(
     job: dict[str, Any], tmp_path: Path, tiny_model: Maker
 ) -> None:

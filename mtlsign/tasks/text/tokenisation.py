@@ -1,0 +1,90 @@
+"""Division of texts into lower-case words, and sequences of token ids, by the library `tokenizers`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+#: Ids of the two tokens that are no words; the words follow.
+PADDING, UNKNOWN = 0, 1
+#: Their names. Words are in lower case, so that no word equals them.
+_SPECIAL_TOKENS = ("[PAD]", "[UNK]")
+#: Words of GloVe: "don't" is "do" and "n't", "it's" is "it" and "'s"; punctuation marks are words.
+_WORD = (
+    r"\.{3}|--|n't(?!\w)|'(?:s|m|d|re|ve|ll)(?!\w)"
+    r"|(?:[a-z]\.){2,}|\d+(?:[.,]\d+)+|\w+?(?=n't(?!\w))|\w+|[^\w\s]"
+)
+#: More than any accepted data set has.
+_MAX_DISTINCT_WORDS = 10_000_000
+#: Texts that are encoded at once, which bounds the memory.
+_CHUNK = 1000
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Rules for the token ids of a text.
+
+    Attributes:
+        words: division of English text into words, or at spaces if it is divided already.
+        length: tokens of each sequence; shorter ones are padded at the end.
+        keep: the end of a longer text to keep.
+    """
+
+    words: Literal["english", "spaces"]
+    length: int
+    keep: Literal["first", "last"]
+
+
+def words_by_frequency(texts: Sequence[str], layout: TokenLayout) -> list[str]:
+    """Return the distinct words of texts, the most frequent first; words of equal frequency by code point."""
+    from tokenizers import trainers
+
+    tokenizer = _build_tokenizer({}, layout)
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=_MAX_DISTINCT_WORDS, min_frequency=0, show_progress=False, special_tokens=[]
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    ranks = tokenizer.get_vocab()
+    return sorted(ranks, key=ranks.__getitem__)
+
+
+def encode_texts(texts: Sequence[str], words: Sequence[str], layout: TokenLayout) -> Tensor:
+    """Return the token ids of texts.
+
+    Args:
+        texts: the texts.
+        words: the words of the ids from 2; other words are unknown.
+        layout: division and length.
+
+    Returns:
+        int64 [n, layout.length]. A text without words is one unknown word.
+    """
+    tokenizer = _build_tokenizer({word: i for i, word in enumerate((*_SPECIAL_TOKENS, *words))}, layout)
+    tokenizer.enable_truncation(layout.length, direction="right" if layout.keep == "first" else "left")
+    tokenizer.enable_padding(length=layout.length, pad_id=PADDING, pad_token=_SPECIAL_TOKENS[PADDING])
+    ids = np.empty((len(texts), layout.length), dtype=np.int64)
+    for start in range(0, len(texts), _CHUNK):
+        encodings = tokenizer.encode_batch_fast(list(texts[start : start + _CHUNK]))
+        ids[start : start + _CHUNK] = [encoding.ids for encoding in encodings]
+    ids[ids[:, 0] == PADDING, 0] = UNKNOWN
+    return torch.from_numpy(ids)
+
+
+def _build_tokenizer(vocabulary: dict[str, int], layout: TokenLayout) -> Tokenizer:
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_SPECIAL_TOKENS[UNKNOWN]))
+    tokenizer.normalizer = normalizers.Lowercase()
+    if layout.words == "english":
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer

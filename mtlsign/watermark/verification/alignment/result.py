@@ -1,0 +1,63 @@
+"""Result of an alignment, and random sketches for comparison."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from mtlsign.watermark.keys.opening import keystream
+from mtlsign.watermark.verification.alignment.assignment import Floats
+from mtlsign.watermark.verification.alignment.layers import unit_rows
+
+#: How much more alike W0 a descendant is than the same suspect is alike random kernels: at least this much,
+#: and at least this many standard deviations of the difference for unrelated kernels.
+_MIN_MARGIN, _DEVIATIONS = 0.1, 5.0
+#: The random kernels are public and the same for all owners.
+_CONTROL_KEY = hashlib.sha256(b"mtlsign/v1/control-sketch").digest()
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Kernels in W0's order.
+
+    Attributes:
+        kernels: float32 in W0's shapes, with the signs of W0's rows.
+        similarity: mean cosine of the rows' sketches over all layers; 1 for W0.
+    """
+
+    kernels: Mapping[str, Tensor]
+    similarity: float
+
+
+def recognition_margin(sketches: Sequence[Floats]) -> float:
+    """Return the difference of two similarities from which a suspect is recognised.
+
+    A cosine of s numbers has the variance 1/s for unrelated kernels, and a similarity is the mean over rows,
+    then over layers. Small networks therefore need a larger difference.
+
+    Args:
+        sketches: of W0's layers, [rows, s].
+    """
+    variance = sum(1 / max(sketch.size, 1) for sketch in sketches) / max(len(sketches), 1) ** 2
+    return max(_MIN_MARGIN, _DEVIATIONS * math.sqrt(2 * variance))
+
+
+def random_sketch(weight: str, shape: tuple[int, ...]) -> Floats:
+    """Return a public random sketch of a layer.
+
+    Args:
+        weight: name of the kernel.
+        shape: of the sketch, [rows, s].
+
+    Returns:
+        Rows of unit length.
+    """
+    rows, size = shape
+    stream = keystream(_CONTROL_KEY, weight.encode(), 4 * rows * size)
+    numbers = np.frombuffer(stream, dtype=">u4").astype(np.float64).reshape(rows, size)
+    return unit_rows(numbers / 2**31 - 1)

@@ -1,0 +1,58 @@
+"""A tiny task of texts, and a network for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+
+from mtlsign.models.architectures import architecture_for, build
+from mtlsign.models.input_spec import TextSpec
+from mtlsign.tasks import Batch, Task
+from mtlsign.tasks.splitting import SPLITS
+
+SPEC = TextSpec(vocabulary=80, embedding=8, length=10, classes=3)
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Token ids int64 [n, 10] and labels int64 [n]."""
+
+    tokens: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> TextRows:
+        return self
+
+    def batch(self, indices: Tensor, augment: Generator | None = None, part: slice | None = None) -> Batch:
+        rows = indices[part or slice(0, len(indices))]
+        return Batch(self.tokens[rows], self.labels[rows])
+
+
+def text_task(count: int = 120) -> Task:
+    """Return texts with words of their class among words of all classes, of 3 to 10 tokens."""
+    splits = {}
+    for number, name in enumerate(SPLITS):
+        generator = torch.Generator().manual_seed(number)
+        labels = torch.randint(0, 3, (count,), generator=generator)
+        tokens = torch.randint(32, 80, (count, 10), generator=generator)
+        own = 2 + 10 * labels[:, None] + torch.randint(0, 10, (count, 10), generator=generator)
+        tokens = torch.where(torch.rand(count, 10, generator=generator) < 0.6, own, tokens)
+        lengths = torch.randint(3, 11, (count, 1), generator=generator)
+        splits[name] = TextRows(tokens * (torch.arange(10) < lengths), labels)
+    return Task("texts", SPEC, splits)
+
+
+def text_architecture(name: str = "bilstm") -> dict[str, object]:
+    """Return an architecture of 16 units in each direction."""
+    return architecture_for(name, **SPEC.architecture_fields, width=16)
+
+
+def text_network(name: str = "bilstm", seed: int = 0) -> nn.Module:
+    """Return a network with random weights."""
+    torch.manual_seed(seed)
+    return build(text_architecture(name)).eval()
