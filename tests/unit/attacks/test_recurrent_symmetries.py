@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-import mtlsign
 from mtlsign.attacks import ATTACKS, NotApplicableError
 from mtlsign.attacks.equal_function import TOLERANCE
 from mtlsign.schemes.mtlsign import MTLSignKey
 from mtlsign.tasks import Task
 from mtlsign.watermark.embedding.result import EmbeddingResult
-from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.kit import detector_for_kit
 from mtlsign.watermark.verification.algorithm import verify
 from tests.unit.attacks.helpers import run
-from tests.unit.attacks.text_examples import text_architecture, text_network, text_task
+from tests.unit.attacks.text_examples import marked_text_network, text_network, text_task
 
-OPTIONS: dict[str, Any] = {
-    "key_size": 128, "phase1.epochs": 4, "phase1.optimizer": "adam", "phase1.lr": 0.01, "phase2.steps": 100,
-    "phase2.lr": 0.005, "phase1.batch": 32, "phase2.batch": 32, "lambda2": 0.0,
-}  # fmt: skip
 #: Parameters with which an attack takes well under a second; the others need images or convolutions.
 ON_TEXTS = {
     "ftal": "epochs=1,batch=32", "ftll": "epochs=1", "retrain": "epochs=1", "prune": "ratio=0.3",
@@ -35,12 +27,10 @@ ON_TEXTS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def marked() -> Iterator[tuple[nn.Module, Task, EmbeddingResult]]:
-    task, model = text_task(), text_network()
-    identity = Identity.generate()
-    result = mtlsign.embed(model, task, identity=identity, architecture=text_architecture(), **OPTIONS)
-    yield model.eval(), task, result
+@pytest.fixture
+def marked() -> tuple[nn.Module, Task, EmbeddingResult]:
+    model, result, _ = marked_text_network()
+    return model, text_task(), result
 
 
 def test_embedding_into_text_network_is_accepted(marked: tuple[nn.Module, Task, EmbeddingResult]) -> None:

@@ -1,18 +1,27 @@
-"""A tiny task of texts, and a network for it."""
+"""A tiny task of texts, and a marked network for it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
+import mtlsign
 from mtlsign.models.architectures import architecture_for, build
 from mtlsign.models.input_spec import TextSpec
 from mtlsign.tasks import Batch, Task
 from mtlsign.tasks.splitting import SPLITS
+from mtlsign.watermark.embedding.result import EmbeddingResult
+from mtlsign.watermark.keys.identity import Identity
 
 SPEC = TextSpec(vocabulary=80, embedding=8, length=10, classes=3)
+OPTIONS: dict[str, Any] = {
+    "key_size": 128, "phase1.epochs": 4, "phase1.optimizer": "adam", "phase1.lr": 0.01, "phase2.steps": 100,
+    "phase2.lr": 0.005, "phase1.batch": 32, "phase2.batch": 32, "lambda2": 0.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,3 +65,12 @@ def text_network(name: str = "bilstm", seed: int = 0) -> nn.Module:
     """Return a network with random weights."""
     torch.manual_seed(seed)
     return build(text_architecture(name)).eval()
+
+
+@cache
+def marked_text_network(**options: Any) -> tuple[nn.Module, EmbeddingResult, Identity]:
+    """Return a marked network of this task, its result and the owner; callers must not change it."""
+    model, owner = text_network(), Identity.generate()
+    values = OPTIONS | options
+    result = mtlsign.embed(model, text_task(), identity=owner, architecture=text_architecture(), **values)
+    return model.eval(), result, owner

@@ -15,12 +15,7 @@ from mtlsign.tasks.user_task import from_loaders
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.kit import detector_for_kit
 from mtlsign.watermark.verification.algorithm import verify
-from tests.unit.attacks.text_examples import text_task
-
-OPTIONS: dict[str, Any] = {
-    "key_size": 128, "phase1.epochs": 3, "phase1.optimizer": "adam", "phase1.lr": 0.01, "phase2.steps": 100,
-    "phase2.lr": 0.005, "phase1.batch": 32, "phase2.batch": 32, "lambda2": 0.0,
-}  # fmt: skip
+from tests.unit.attacks.text_examples import OPTIONS, text_task
 
 
 class Sentences(nn.Module):
