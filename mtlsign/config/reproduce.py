@@ -36,7 +36,7 @@ class ReproduceSettings(RunStorage, RunPlacement, TaskData, Settings):
     # fmt: off
     study: Study = Field(description="ablation (Fig. 5), overwriting (Table 3), random_keys (section 4.1), attacks (the whole table), perturbation_ablation (effect of each kind of perturbation)")
     task: str = Field("fashion-mnist", min_length=1, max_length=200, description="primary task")
-    model: str = Field("resnet18", min_length=1, max_length=200, description="model")
+    model: str | None = Field(None, min_length=1, max_length=200, description="model [resnet18, texts bilstm]")
     width: int | None = Field(16, ge=4, le=MAX_WIDTH, description="channels of the first stage; 64 is full size")
     heads: str = Field("free,keyed", pattern=r"^(free|keyed|spread|free,keyed|keyed,free)$", description="heads to study: free, keyed, spread, or free and keyed")
     seeds: int = Field(3, ge=1, le=1000, description="repetitions, each with its own W0, key and attackers")

@@ -39,6 +39,8 @@ def load_space(settings: SweepSettings) -> dict[str, Any]:
         SettingsError: the space is unknown, or sets something that a cell may not set.
     """
     space = _import_space(settings.space)
+    if settings.task is not None:
+        space.pop("model", None)  # the default model depends on the task
     named = {"task": settings.task, "model": settings.model, "width": settings.width}
     overrides = {name: value for name, value in named.items() if value is not None}
     overrides |= _overrides(settings.overrides)
