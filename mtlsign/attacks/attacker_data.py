@@ -13,10 +13,11 @@ from mtlsign.attacks.base import (
     ChannelMix,
     InputTransforms,
     NotApplicableError,
+    TokenRenumbering,
     Turn,
     device_of,
 )
-from mtlsign.models.input_spec import ImageSpec
+from mtlsign.models.input_spec import ImageSpec, TextSpec
 from mtlsign.tasks import Batch, Split, Task
 from mtlsign.tasks.splitting import seeded_generator
 
@@ -88,9 +89,11 @@ class TransformedSplit:
 
 
 def transform_inputs(x: Tensor, transforms: InputTransforms) -> Tensor:
-    """Apply input transforms to images [n, C, H, W]."""
+    """Apply input transforms to images [n, C, H, W] or token ids [n, L]."""
     for transform in transforms:
-        if isinstance(transform, ChannelMix):
+        if isinstance(transform, TokenRenumbering):
+            x = torch.tensor([0, *(number + 1 for number in transform.numbers)], device=x.device)[x]
+        elif isinstance(transform, ChannelMix):
             x = torch.einsum("dc,nchw->ndhw", x.new_tensor(transform.rows), x)
         else:
             x = -x if transform == "negated" else TURNS[transform](x)
@@ -98,9 +101,12 @@ def transform_inputs(x: Tensor, transforms: InputTransforms) -> Tensor:
 
 
 def transform_task(task: Task, transforms: InputTransforms) -> Task:
-    """Return the task with every image transformed."""
+    """Return the task with every input transformed."""
     if not transforms:
         return task
+    if isinstance(task.input_spec, TextSpec):
+        splits = {name: TransformedSplit(split, transforms) for name, split in task.splits.items()}
+        return replace(task, splits=splits)
     images = require_images(task)
     height, width = images.height, images.width
     if sum(transform in ("transposed", "rotated") for transform in transforms) % 2:

@@ -53,9 +53,24 @@ class ChannelMix:
         return f"mixed{json.dumps(self.rows, separators=(',', ':'))}"
 
 
+@dataclass(frozen=True)
+class TokenRenumbering:
+    """Change of texts: another number for every token but the padding, 0.
+
+    Attributes:
+        numbers: the new number of token i less 1, at place i - 1; a permutation.
+    """
+
+    numbers: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """Return the text of attack runs, such as `renumbered[13775 words]`."""
+        return f"renumbered[{len(self.numbers)} words]"
+
+
 Turn = Literal["transposed", "flipped_rows", "flipped_columns", "rotated"]
-#: Changes, in order, that a user of the attacked model applies to every image.
-InputTransforms = tuple[Turn | Literal["negated"] | ChannelMix, ...]
+#: Changes, in order, that a user of the attacked model applies to every input.
+InputTransforms = tuple[Turn | Literal["negated"] | ChannelMix | TokenRenumbering, ...]
 
 _FRACTIONS = {"full": 1.0, "half": 0.5, "quarter": 0.25, "tenth": 0.1}
 
@@ -103,7 +118,7 @@ class AttackOutcome:
         model: a new module in evaluation mode, with the state dict of a public model.
         steps: optimiser steps.
         images: images used in training, key images and carriers included.
-        input_transforms: changes that a user of the model applies to every image.
+        input_transforms: changes that a user of the model applies to every input.
         detection: for an ambiguity attack, the verifier's result for the attacker's claim.
         tensors: content of the model's file, if it is not the state dict; a verifier reads this file.
     """

@@ -1,11 +1,16 @@
-"""Free changes of recurrent networks: word vectors in other coordinates, units in another order and sign."""
+"""Free changes of networks of texts: word vectors, the order of words, and the units of recurrent layers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from mtlsign.attacks.base import AttackerResources, AttackOutcome, NotApplicableError
+from mtlsign.attacks.base import (
+    AttackerResources,
+    AttackOutcome,
+    NotApplicableError,
+    TokenRenumbering,
+)
 from mtlsign.attacks.training import trainable_copy
 from mtlsign.models.families.recurrent import RecurrentClassifier
 from mtlsign.models.recurrent_layers import CANDIDATE_GATE, gate_count
@@ -33,6 +38,28 @@ def recurrent_symmetries(
         _change_word_vectors(attacked, generator)
         _change_units(attacked, generator)
     return AttackOutcome(attacked.eval())
+
+
+def permute_vocabulary(
+    model: nn.Module, task: Task, resources: AttackerResources, seed: int
+) -> AttackOutcome:
+    """Put the words into another order; a user of the model renumbers the tokenizer.
+
+    Raises:
+        NotApplicableError: the network is no recurrent classifier of this package.
+    """
+    if not isinstance(model, RecurrentClassifier):
+        raise NotApplicableError("The attack needs an LSTM or GRU classifier.", field="model")
+    attacked = trainable_copy(model)
+    assert isinstance(attacked, RecurrentClassifier)
+    words = attacked.embedding.weight
+    numbers = torch.randperm(len(words) - 1, generator=seeded_generator("mtlsign/attack/vocabulary", seed))
+    # numbers[old - 1] + 1 is the new number of a word; 0 remains the padding.
+    order = torch.empty_like(numbers)
+    order[numbers] = torch.arange(len(numbers))
+    with torch.no_grad():
+        words.copy_(torch.cat([words[:1], words[1:][order.to(words.device)]]))
+    return AttackOutcome(attacked.eval(), input_transforms=(TokenRenumbering(tuple(numbers.tolist())),))
 
 
 def random_invertible_matrix(size: int, generator: torch.Generator) -> Tensor:

@@ -219,6 +219,13 @@ _ALL = (
         fast=("",),
     ),
     Attack(
+        "permute_vocabulary",
+        recurrent_symmetries.permute_vocabulary,
+        "words and tokens renumbered",
+        "free",
+        fast=("",),
+    ),
+    Attack(
         "transpose_input",
         input_symmetries.transpose_input,
         "kernels and images transposed",
@@ -319,5 +326,5 @@ STANDARD = (
     "none,ftal:lr=quarter/full,retrain,fine_prune:ratio=0.5,prune_to_accuracy_drop:points=10,"
     "overwrite:epochs=350,int8,spoil:steps=60,decorrelate:steps=40,null_space:energy=0.95,noise=1,"
     "repair_steps=300,repair_lr=0.003,tune:steps=1500,lr=0.01,relearn:epochs=20,unsketch,"
-    "recurrent_symmetries,permute_channels,transpose_input,mix_input:kind=negate,dummy_channels,split_channels,clique_channels"
+    "recurrent_symmetries,permute_vocabulary,permute_channels,transpose_input,mix_input:kind=negate,dummy_channels,split_channels,clique_channels"
 )

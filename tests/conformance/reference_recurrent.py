@@ -56,12 +56,47 @@ def unit(rows: Array) -> Array:
     return rows / np.where(norms > 0, norms, 1.0)
 
 
+def misfit(words: Array, base: Array) -> float:
+    """Return the share of squares that the best linear map of words does not explain."""
+    words = words - words.mean(0)
+    return float(((base - words @ np.linalg.lstsq(words, base, rcond=1e-6)[0]) ** 2).sum() / (base**2).sum())
+
+
+def find_words(known: Array, vectors: Array) -> npt.NDArray[np.int64] | None:
+    """Return the row of each known word in a vocabulary of unknown order and coordinates."""
+    centred = vectors - vectors.mean(0)
+    values, directions = np.linalg.eigh(centred.T @ centred / len(vectors))
+    kept = values > 1e-9 * values[-1]
+    white = centred @ directions[:, kept] / np.sqrt(values[kept])
+    weighted = (white * (white**2).sum(1, keepdims=True)).T @ white / len(vectors)
+    coordinates = white @ np.linalg.eigh(weighted)[1]
+    coordinates *= np.where((coordinates**3).sum(0) < 0, -1, 1)
+    if coordinates.shape[1] != known.shape[1]:
+        return None
+    affine, rows = np.concatenate([vectors, np.ones((len(vectors), 1))], 1), np.array([])
+    for _ in range(6):
+        distances = ((known[:, None] - coordinates[None]) ** 2).sum(2)
+        nearest = distances.argmin(1)
+        if np.array_equal(nearest, rows):
+            break
+        rows = nearest
+        surest = np.argsort(distances.min(1))[: max(len(known) // 2, 1)]
+        coordinates = affine @ np.linalg.lstsq(affine[rows[surest]], known[surest], rcond=None)[0]
+    return rows
+
+
 def framed(reading: Tensors, reference: Tensors, embedding: str, readers: list[str]) -> dict[str, Array]:
     """Return the matrices that read word vectors in W0's coordinates."""
     base, vectors = reference[f"{embedding}/rows"].astype(np.float64), reading.get(f"{embedding}.weight")
     if vectors is None or len(vectors) < len(base):
         return {}
-    words, base = vectors[: len(base)].astype(np.float64), base - base.mean(0)
+    vectors = vectors.astype(np.float64)
+    words, known = vectors[: len(base)], base - reference[f"{embedding}/mean"].astype(np.float64)
+    base = base - base.mean(0)
+    if misfit(words, base) > 0.5:
+        found = find_words(known @ reference[f"{embedding}/axes"].astype(np.float64), vectors)
+        if found is not None and misfit(vectors[found], base) < misfit(words, base):
+            words = vectors[found]
     change = (words - words.mean(0)).T @ np.linalg.pinv(base, rcond=1e-6).T
     return {
         name: (reading[name].astype(np.float64) @ change).astype(np.float32).astype(np.float64)

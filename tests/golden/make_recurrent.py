@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlsign.attacks.base import AttackerResources
-from mtlsign.attacks.recurrent_symmetries import recurrent_symmetries
+from mtlsign.attacks.recurrent_symmetries import permute_vocabulary, recurrent_symmetries
 from mtlsign.models.architectures import architecture_for, build
 from mtlsign.models.input_spec import TextSpec
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
@@ -76,7 +76,11 @@ def suspects(model: nn.Module, detector: WatermarkDetector) -> dict[str, bytes]:
     marked = copy.deepcopy(model)
     marked.load_state_dict(state | mark(state, detector, steps=14, size=0.06))
     changed = recurrent_symmetries(marked, None, AttackerResources(), 2).model  # type: ignore[arg-type]
-    files = {"marked": marked.state_dict(), "changed": changed.state_dict(), "base": state}
+    renumbered = permute_vocabulary(changed, None, AttackerResources(), 3).model  # type: ignore[arg-type]
+    files = {
+        "marked": marked.state_dict(), "changed": changed.state_dict(), "base": state,
+        "renumbered": renumbered.state_dict(),
+    }  # fmt: skip
     if any(name.endswith("_reverse") for name in names):
         files["exchanged"] = _exchanged(changed.state_dict(), names)
     return {

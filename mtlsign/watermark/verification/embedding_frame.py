@@ -5,6 +5,8 @@ E + v with another bias. Neither changes the network. The products of W with the
 remain. From them and W0's vectors of these words follows W in W0's coordinates:
 
     W·Eᵀ·P, with P = E0·(E0ᵀ·E0)⁻¹ and both E less their mean over the words.
+
+If the first vectors of a suspect do not fit those of W0, the words are looked for in its whole vocabulary.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ from torch import Tensor, nn
 from mtlsign.models.recurrent_layers import is_recurrent, weight_place
 from mtlsign.models.taps import tapped_layers
 from mtlsign.watermark.verification.model import Weights
+from mtlsign.watermark.verification.vocabulary import VocabularyAxes, find_words
 
 #: Ids whose vectors are in the reference: padding, the unknown word and the most frequent words.
 MAX_ROWS = 1026
 #: Singular values below this share of the largest one are no direction of the vectors.
 _SMALLEST = 1e-6
+#: Misfit of the first words up to which they count as W0's.
+_FITTING = 0.5
 
 
 def embedding_name(model: nn.Module, taps: Sequence[str], sample: Tensor) -> str | None:
@@ -37,7 +42,10 @@ def embedding_name(model: nn.Module, taps: Sequence[str], sample: Tensor) -> str
 
 
 def embedding_rows(model: nn.Module, taps: Sequence[str], sample: Tensor) -> dict[str, Tensor]:
-    """Return the reference's tensor of word vectors, `E/rows` float16 [r, d]; nothing without an embedding.
+    """Return the reference's tensors of word vectors; none without an embedding.
+
+    They are `E/rows` float16 [r, d], and those of `VocabularyAxes`: `E/mean` float32 [d] and `E/axes`
+    float32 [d, k].
 
     Args:
         model: the unmarked network W0.
@@ -49,7 +57,13 @@ def embedding_rows(model: nn.Module, taps: Sequence[str], sample: Tensor) -> dic
         return {}
     vectors = model.get_submodule(name).weight
     assert isinstance(vectors, Tensor)
-    return {f"{name}/rows": vectors[:MAX_ROWS].detach().half().cpu().clone()}
+    vectors = vectors.detach().cpu()
+    vocabulary = VocabularyAxes.of(vectors)
+    return {
+        f"{name}/rows": vectors[:MAX_ROWS].half().clone(),
+        f"{name}/mean": vocabulary.mean.float(),
+        f"{name}/axes": vocabulary.axes.float().contiguous(),
+    }
 
 
 @dataclass(frozen=True)
@@ -60,12 +74,16 @@ class EmbeddingFrame:
         weight: name of the embedding's matrix [V, d].
         shape: of this matrix in the network.
         readers: names of the matrices [out, d] that are multiplied with word vectors.
+        words: W0's vectors of the first words less their mean, float64 [r, d].
+        known: coordinates of these words, float64 [r, k].
         inverse: P, float64 [r, d].
     """
 
     weight: str
     shape: tuple[int, ...]
     readers: tuple[str, ...]
+    words: Tensor
+    known: Tensor
     inverse: Tensor
 
     def apply(self, kernels: Weights) -> dict[str, Tensor]:
@@ -81,7 +99,7 @@ class EmbeddingFrame:
         vectors = kernels.get(self.weight)
         if vectors is None or vectors.dim() != 2 or len(vectors) < len(self.inverse):
             return others
-        words = vectors[: len(self.inverse)].double()
+        words = self._find_words(vectors)
         change = (words - words.mean(0)).T @ self.inverse.to(words.device)
         framed = {
             name: (kernels[name].double() @ change).to(kernels[name].dtype)
@@ -89,6 +107,26 @@ class EmbeddingFrame:
             if name in kernels and kernels[name].shape[1] == len(change)
         }
         return {name: {**others, **framed}[name] for name in kernels if name in others or name in framed}
+
+    def _find_words(self, vectors: Tensor) -> Tensor:
+        """Return the suspect's vectors of the known words, float64 [r, d]."""
+        first = vectors[: len(self.inverse)].double()
+        if self._misfit(first) <= _FITTING:
+            return first
+        rows = find_words(self.known, vectors.detach().cpu())
+        if rows is None:
+            return first
+        candidates = vectors[rows.to(vectors.device)].double()
+        return candidates if self._misfit(candidates) < self._misfit(first) else first
+
+    @torch.no_grad()
+    def _misfit(self, words: Tensor) -> float:
+        """Return the share of W0's vectors that no linear map of the given ones explains."""
+        centred, expected = words - words.mean(0), self.words.to(words.device)
+        if centred.shape == expected.shape and torch.allclose(centred, expected, rtol=1e-2, atol=1e-3):
+            return 0.0
+        residual = expected - centred @ (torch.linalg.pinv(centred, rtol=_SMALLEST) @ expected)
+        return float(residual.square().sum() / expected.square().sum().clamp(min=1e-300))
 
 
 def embedding_frame(
@@ -116,9 +154,14 @@ def embedding_frame(
         for layer in tapped_layers(model, taps, sample)
         if _reads_vectors(model, layer.conv, layer.weight, dimensions)
     )
+    mean, axes = tensors.get(f"{name}/mean"), tensors.get(f"{name}/axes")
+    if mean is None or axes is None or mean.shape != (dimensions,) or axes.shape[:1] != (dimensions,):
+        return None
     words = rows.double()
-    inverse = torch.linalg.pinv(words - words.mean(0), rtol=_SMALLEST).T
-    return EmbeddingFrame(f"{name}.weight", (count, dimensions), readers, inverse.contiguous())
+    known = VocabularyAxes(mean.double(), axes.double()).coordinates(words)
+    words = words - words.mean(0)
+    inverse = torch.linalg.pinv(words, rtol=_SMALLEST).T.contiguous()
+    return EmbeddingFrame(f"{name}.weight", (count, dimensions), readers, words, known, inverse)
 
 
 def _reads_vectors(model: nn.Module, owner: str, weight: str, dimensions: int) -> bool:

@@ -43,6 +43,8 @@ RANGES = {
     "basis": ValueRange(torch.float16, -2.0, 2.0),
     "sketch": ValueRange(torch.float16, -(2.0**10), 2.0**10),
     "rows": ValueRange(torch.float16, -(2.0**10), 2.0**10),
+    "mean": ValueRange(torch.float32, -(2.0**10), 2.0**10),
+    "axes": ValueRange(torch.float32, -(2.0**20), 2.0**20),
 }
 #: Tensors stored whole, as `=NAME`.
 WHOLE = ValueRange(torch.float32, -(2.0**24), 2.0**24)
@@ -55,9 +57,10 @@ class Reference:
     For each tapped convolution C that a batch norm follows, there are five tensors: `C/gamma` |γ0| and
     `C/beta` float32 [O], `C/eps` float64 [1], `C/columns` float64 [groups, I/groups], `C/sketch` float16
     [O, s]. A spread head adds `L/basis`, `L/columns` and `L/sketch` for each layer L that it marks, and
-    `E/rows` float16 [r, d] for an embedding E: the vectors of its first r ids. Every other parameter of the
-    tapped part with fewer than two dimensions (biases, layer norms), and every floating-point buffer of it
-    that a state dict has and that belongs to no batch norm, is stored whole as `=NAME`.
+    `E/rows` float16 [r, d] for an embedding E: the vectors of its first r ids; with `E/mean` and `E/axes` of
+    the whole vocabulary. Every other parameter of the tapped part with fewer than two dimensions (biases,
+    layer norms), and every floating-point buffer of it that a state dict has and that belongs to no batch
+    norm, is stored whole as `=NAME`.
 
     Attributes:
         raw_bytes: the exact safetensors bytes; their SHA-256 is in the spec.

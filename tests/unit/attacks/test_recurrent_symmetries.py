@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mtlsign.attacks import ATTACKS, NotApplicableError
+from mtlsign.attacks.attacker_data import transform_inputs, transform_task
 from mtlsign.attacks.equal_function import TOLERANCE
 from mtlsign.schemes.mtlsign import MTLSignKey
 from mtlsign.tasks import Task
@@ -23,7 +24,8 @@ ON_TEXTS = {
     "ftal": "epochs=1,batch=32", "ftll": "epochs=1", "retrain": "epochs=1", "prune": "ratio=0.3",
     "int8": "", "overwrite": "epochs=2,n=128,images=16", "spoil": "steps=3,batch=16", "null_space": "",
     "tune": "steps=3,batch=16", "relearn": "epochs=1,batch=16", "unsketch": "",
-    "recurrent_symmetries": "", "response_noise": "size=0.1", "low_rank": "share=0.9",
+    "recurrent_symmetries": "", "permute_vocabulary": "", "response_noise": "size=0.1",
+    "low_rank": "share=0.9",
 }  # fmt: skip
 
 
@@ -55,6 +57,28 @@ def test_symmetries_preserve_function(name: str) -> None:
         expected, actual = model(tokens), first(tokens)
     assert float((expected - actual).abs().max() / expected.abs().max()) < TOLERANCE
     assert not any(torch.allclose(t, before[n]) for n, t in first.state_dict().items() if "weight" in n)
+
+
+def test_vocabulary_in_another_order_preserves_function_with_renumbered_tokens() -> None:
+    model, task = text_network(), text_task()
+    outcome = run("permute_vocabulary", model, task, seed=3)
+    tokens = task.splits["test"].batch(torch.arange(50)).inputs
+    with torch.no_grad():
+        torch.testing.assert_close(
+            outcome.model(transform_inputs(tokens, outcome.input_transforms)), model(tokens)
+        )
+    transformed = transform_task(task, outcome.input_transforms)
+    assert not torch.equal(transformed.splits["test"].batch(torch.arange(50)).inputs, tokens)
+
+
+def test_vocabulary_in_another_order_leaves_every_bit(
+    marked: tuple[nn.Module, Task, EmbeddingResult],
+) -> None:
+    model, task, result = marked
+    detector = detector_for_kit(result.kit, None)
+    for text in ("permute_vocabulary", "permute_vocabulary+recurrent_symmetries"):
+        verdict = verify(run(text, model, task, seed=2).model.state_dict(), detector)
+        assert verdict.accepted and verdict.matches == 128, text
 
 
 def test_symmetries_leave_every_bit(marked: tuple[nn.Module, Task, EmbeddingResult]) -> None:
