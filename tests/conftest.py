@@ -7,6 +7,10 @@ The process that distributes the tests needs no torch, so this module imports it
 
 from __future__ import annotations
 
+import fcntl
+import html
+import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,16 +155,55 @@ def tiny_model(tiny_graph: dict[str, object]) -> Callable[..., nn.Module]:
     return make
 
 
-@pytest.fixture(scope="session")
-def marked_model(tiny_task: Task, tiny_graph: dict[str, object], tiny_model: Callable[..., nn.Module]) -> Any:
-    """Embed a watermark into a network of `tiny_model`; return W0's tensors and the result."""
-    import mtlsign
+def share_between_processes(factory: pytest.TempPathFactory, name: str, make: Callable[[], Any]) -> Any:
+    """Return a copy of `make()`, which the first process of the test run calls."""
+    folder = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    path = folder / f"{name}.pickle"
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            path.write_bytes(pickle.dumps(make()))
+    return pickle.loads(path.read_bytes())
 
-    model = tiny_model()
-    base_weights: dict[str, Tensor] = {name: t.clone() for name, t in model.state_dict().items()}
-    options = {k: v for k, v in TINY.items() if k not in ("task", "model", "width")}
-    done = mtlsign.embed(model, tiny_task, trained=True, identity=OWNER, architecture=tiny_graph, **options)
-    return base_weights, done
+
+@pytest.fixture(scope="session")
+def marked_model(
+    tiny_task: Task, tiny_graph: dict[str, object], tiny_model: Callable[..., nn.Module],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Any:  # fmt: skip
+    """Embed a watermark into a network of `tiny_model`; return W0's tensors and the result."""
+
+    def embed() -> Any:
+        import mtlsign
+
+        model = tiny_model()
+        base_weights: dict[str, Tensor] = {name: t.clone() for name, t in model.state_dict().items()}
+        options = {k: v for k, v in TINY.items() if k not in ("task", "model", "width")}
+        result = mtlsign.embed(
+            model, tiny_task, trained=True, identity=OWNER, architecture=tiny_graph, **options
+        )
+        return base_weights, result
+
+    return share_between_processes(tmp_path_factory, "marked_model", embed)
+
+
+def empty_figure(name: str, description: str, painter: object, size: object = None) -> str:
+    """Return a figure without curves, with the signature of `mtlsign.reports.plotting.render_svg`."""
+    return f'<svg role="img" aria-label="{html.escape(description)}"></svg>'
+
+
+def replace_figures(patch: pytest.MonkeyPatch) -> None:
+    """Draw no curves in reports; they take longer than a tiny run. `tests/unit/reports` draws them."""
+    for module in ("attacks", "figures", "sweeps"):
+        patch.setattr(f"mtlsign.reports.{module}.render_svg", empty_figure)
+
+
+@pytest.fixture
+def empty_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no curves in the reports of the test's runs."""
+    replace_figures(monkeypatch)
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
 
     # fmt: off
     # network and task
-    task: str = Field("digits", min_length=1, max_length=200, description="digits, mnist, fashion-mnist, cifar10, cifar100, imdb, sst2, sst5 (NAME@0.1: a tenth of the data), or package.module:factory")
+    task: str = Field("digits", min_length=1, max_length=200, description="digits, mnist, fashion-mnist, cifar10, cifar100, imdb, sst2, sst5, virusshare, files (NAME@0.1: a tenth of the data), or package.module:factory")
     model: str | None = Field(None, min_length=1, max_length=200, description="resnet18/34/50, bilstm, lstm, bigru, gru, timm/NAME, or package.module:factory [resnet18, texts bilstm]")
     width: int | None = Field(None, ge=4, le=MAX_WIDTH, description="channels of the first stage; 64 is torchvision's own network")
     stem: Literal["stock", "cifar"] | None = Field(None, description="7x7 stride 2 with pooling, or 3x3 stride 1")
@@ -274,6 +274,8 @@ _TEXT_RECIPE: dict[str, Any] = {
     "phase1.optimizer": "adam",
     "phase1.weight_decay": 0.0,
 }
+#: Defaults of phase 1 for tasks of files as images.
+_BYTE_IMAGE_RECIPE: dict[str, Any] = {"width": 16, "phase1.epochs": 10}
 #: Defaults of the built-in tasks.
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {"width": 16, "phase1.epochs": 30, "phase2.steps": 600},
@@ -284,4 +286,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "imdb": {**_TEXT_RECIPE, "phase1.epochs": 5},
     "sst2": _TEXT_RECIPE,
     "sst5": _TEXT_RECIPE,
+    "virusshare": _BYTE_IMAGE_RECIPE,
+    "files": _BYTE_IMAGE_RECIPE,
 }

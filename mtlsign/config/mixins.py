@@ -31,7 +31,7 @@ class TaskData(BaseModel):
     """Data of the primary task."""
 
     # fmt: off
-    data: Path | None = Field(None, description="folder of the datasets in torchvision's layout or, for texts, that of the official archives, on every node")
+    data: Path | None = Field(None, description="folder of the datasets in the layouts of torchvision, of the official text archives or virusshare/CLASS/FILE, on every node")
     download: bool = Field(False, description="let torchvision download missing data")
     # fmt: on
 

@@ -1,7 +1,7 @@
 """Primary tasks: data, loss and metric behind one class, with splits fixed by a seed.
 
-Names are "digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imdb", "sst2", "sst5" and
-`package.module:factory`.
+Names are "digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imdb", "sst2", "sst5", "virusshare",
+"files" and `package.module:factory`.
 `"fashion-mnist@0.2"` is a fifth of both official parts, for studies on small machines.
 """
 
@@ -16,6 +16,8 @@ from pathlib import Path
 from mtlsign.errors import DataError
 from mtlsign.tasks.base import Split, Task
 from mtlsign.tasks.batch import Batch
+from mtlsign.tasks.byte_images import NAMES as BYTE_IMAGE_NAMES
+from mtlsign.tasks.byte_images import load_byte_images
 from mtlsign.tasks.digits import load_digits
 from mtlsign.tasks.metrics import MeanMetric, Metric
 from mtlsign.tasks.splitting import SPLITS
@@ -25,7 +27,7 @@ from mtlsign.tasks.text import load_text
 from mtlsign.tasks.torchvision_datasets import SOURCES, load_images
 from mtlsign.tasks.user_task import from_loaders, from_tensors, load_user_task
 
-NAMES = ("digits", *SOURCES, *TEXT_NAMES)
+NAMES = ("digits", *SOURCES, *TEXT_NAMES, *BYTE_IMAGE_NAMES)
 
 __all__ = [
     "NAMES",
@@ -64,7 +66,7 @@ def load_task(
     Args:
         name: see the module's docstring.
         data: folder of data sets.
-        download: whether to download missing files; those of text tasks are not downloaded.
+        download: whether to download missing files; only those of torchvision's data sets are downloaded.
         seed: division of the training part.
         options: further keyword arguments of a user's factory.
 
@@ -75,10 +77,12 @@ def load_task(
     if name == "digits":
         return load_digits(seed=seed)
     base, at, text = name.partition("@")
-    if base in SOURCES or base in TEXT_NAMES:
+    if base in NAMES and base != "digits":
         root, share = data_root(data), _share(name, text) if at else 1.0
         if base in TEXT_NAMES:
             return load_text(base, root, seed=seed, share=share)
+        if base in BYTE_IMAGE_NAMES:
+            return load_byte_images(base, root, seed=seed, share=share)
         return load_images(base, root, download=download, seed=seed, share=share)
     if ":" in name:
         return load_user_task(

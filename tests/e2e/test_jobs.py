@@ -21,7 +21,10 @@ from safetensors.torch import save_file
 from mtlsign.config import cli
 from mtlsign.models import architectures
 from mtlsign.watermark.keys.identity import Identity
+from tests.conftest import replace_figures
 from tests.helpers.job_harness import ROOT, JobLauncher, exit_code_of
+
+pytestmark = pytest.mark.usefixtures("empty_figures")
 
 Ran = tuple[int, str, str]
 Run = Callable[..., Ran]
@@ -171,6 +174,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     store, home = tmp_path_factory.mktemp("store"), tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         patch.setenv("MTLSIGN_HOME", str(home))
+        replace_figures(patch)
         main = runpy.run_path(str(ROOT / "jobs" / "embed.py"))["main"]
         cli.run(main, [*QUICK, "--storage", str(store), "--run", "q", "--quiet"])
     return store, home

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import pytest
 
 from mtlsign.watermark.keys.identity import Identity
+from tests.helpers.job_session import JobSession
 
 ROOT = Path(__file__).resolve().parents[2]
 T = TypeVar("T")
@@ -60,12 +61,14 @@ def _enable_sigint() -> None:
 class Job:
     """One started process; `out` and `err` are its output until now."""
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str], folder: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], folder: Path, stdin: int = subprocess.DEVNULL
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.stdout, self.stderr = folder / "out", folder / "err"
         with self.stdout.open("wb") as out, self.stderr.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, *command], cwd=ROOT, env=dict(env), stdin=subprocess.DEVNULL, stdout=out,
+                [sys.executable, *command], cwd=ROOT, env=dict(env), stdin=stdin, stdout=out,
                 stderr=err, start_new_session=True, preexec_fn=_enable_sigint,
             )  # fmt: skip
         self._known: dict[int, str] = {}
@@ -186,6 +189,18 @@ class JobLauncher:
         job = Job(command, environment(self.home, self.ray, **env), self.folder / f"job{len(self._jobs)}")
         self._jobs.append(job)
         return job
+
+    @contextlib.contextmanager
+    def session(self, **env: str) -> Iterator[JobSession]:
+        """Run a process for several jobs until the context ends."""
+        command, folder = ("-m", "tests.helpers.job_session"), self.folder / f"job{len(self._jobs)}"
+        process = Job(command, environment(self.home, self.ray, **env), folder, subprocess.PIPE)
+        self._jobs.append(process)
+        session = JobSession(process)
+        try:
+            yield session
+        finally:
+            session.end()
 
     def embed(self, *flags: str, storage: str | Path, workers: int = 2, **env: str) -> Job:
         """Start jobs/embed.py on the small task; later flags override earlier ones."""

@@ -79,7 +79,7 @@ def running(folder: Path) -> Iterator[S3Server]:
         process = subprocess.Popen(
             command,
             cwd=folder,
-            env={**plain, **env, "GOMEMLIMIT": "256MiB", "HOME": str(folder)},
+            env={**plain, **env, "GOMEMLIMIT": "512MiB", "HOME": str(folder)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -1,4 +1,7 @@
-"""Tests of the sweep backend on Ray Tune: equal rows, killed drivers, Ctrl-C, early stopping."""
+"""Tests of the sweep backend on Ray Tune: killed drivers, Ctrl-C, early stopping.
+
+`test_equal_rows.py` compares its rows with those of one process.
+"""
 
 from __future__ import annotations
 
@@ -22,28 +25,10 @@ from tests.helpers.job_harness import ROOT, Job, JobLauncher
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-#: Two cells, λ2 = 0 and 1, of a network that trains in seconds.
-TWO = (
-    "--space",
-    "smoke",
-    "--width",
-    "8",
-    "--set",
-    "lambda1=0.02",
-    "--set",
-    "phase1.epochs=1",
-    "--attacks",
-    "int8",
-)
-
-
-def common(storage: Path) -> list[str]:
-    """Return the flags of every sweep here; its cells are too short for an accepted watermark."""
-    return ["--storage", str(storage), "--force"]
-
 
 def start(jobs: JobLauncher, storage: Path, *flags: str) -> Job:
-    return jobs.python("jobs/sweep.py", *common(storage), *flags)
+    """Start a sweep; the cells here are too short for an accepted watermark."""
+    return jobs.python("jobs/sweep.py", "--storage", str(storage), "--force", *flags)
 
 
 def table(storage: Path, run: str) -> list[dict[str, str]]:
@@ -52,19 +37,6 @@ def table(storage: Path, run: str) -> list[dict[str, str]]:
 
 def done(storage: Path, run: str) -> list[Path]:
     return sorted((storage / "runs" / run / "cells").glob("*/result.json"))
-
-
-def test_ray_sweep_backend_gives_rows_of_one_process(jobs: JobLauncher, tmp_path: Path) -> None:
-    job = start(jobs, tmp_path, *TWO, "--run", "ray", "--workers", "2", "--json")
-    result: dict[str, Any] = json.loads(job.wait())
-    assert job.err == "" and result["ok"] == result["cells"] == 2
-    start(jobs, tmp_path, *TWO, "--run", "plain", "--workers", "0", "--quiet").wait()
-    for ray_row, plain_row in zip(table(tmp_path, "ray"), table(tmp_path, "plain"), strict=True):
-        for column in set(ray_row) - {"seconds_mark", "seconds_attacks"}:
-            assert ray_row[column] == plain_row[column], (ray_row["lambda2"], column)
-    names = {p.name for p in (tmp_path / "runs/ray").iterdir()}
-    files = "settings.json space.json result.json cells.csv cells.parquet report.html manifest.json cells"
-    assert names == set(files.split()), "files of Tune and W0 must be deleted"
 
 
 def test_rows_of_stopped_and_lost_trials_contain_their_settings(tmp_path: Path) -> None:

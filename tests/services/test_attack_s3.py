@@ -18,7 +18,7 @@ from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.keys.sealing import EncryptionSecret
 from tests.helpers.seaweedfs_server import S3Server
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(300), pytest.mark.usefixtures("empty_figures")]
 
 FACTORY = """
 import torch

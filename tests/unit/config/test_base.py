@@ -163,6 +163,13 @@ def test_with_defaults_of_text_tasks_use_adam(task: str, epochs: int) -> None:
     assert "--phase1.batch" in chosen.flags() and "--phase1.weight-decay" in chosen.flags()
 
 
+@pytest.mark.parametrize("task", ["files", "virusshare@0.5"])
+def test_with_defaults_of_byte_images_are_a_narrow_network(task: str) -> None:
+    settings = EmbedSettings.of({"task": task}).with_defaults()
+    assert (settings.model, settings.width, settings.stem) == ("resnet18", 16, "stock")
+    assert (settings.phase1.epochs, settings.phase1.batch, settings.phase1.optimizer) == (10, 128, "sgd")
+
+
 def test_with_defaults_of_image_tasks_use_sgd() -> None:
     phase1 = EmbedSettings.of({"task": "cifar10"}).with_defaults().phase1
     assert (phase1.optimizer, phase1.batch, phase1.weight_decay, phase1.lr) == ("sgd", 128, 5e-4, 0.05)

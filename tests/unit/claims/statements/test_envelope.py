@@ -32,6 +32,14 @@ def test_envelope_is_verified_by_reference_library() -> None:
     )
 
 
+@pytest.mark.parametrize("padding", ["", "=", "==", "===", "===="])
+def test_read_payload_with_any_padding_is_equal_on_every_python(padding: str) -> None:
+    data = sign_statement(VOTE, ALICE)
+    parsed = json.loads(data)
+    other = json.dumps(parsed | {"payload": parsed["payload"].rstrip("=") + padding}).encode()
+    assert envelope.read_payload(other) == base64.b64decode(parsed["payload"])
+
+
 def test_open_envelope_in_another_encoding_is_refused() -> None:
     data = sign_statement(VOTE, ALICE)
     parsed = json.loads(data)

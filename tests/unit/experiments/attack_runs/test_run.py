@@ -294,6 +294,7 @@ class StrictHtmlParser(HTMLParser):
         self.text += data
 
 
+@pytest.mark.figures
 def test_report_holds_every_row_and_rule(job: JobRunner) -> None:
     assert job("--attacks", "int8,prune:ratio=0.99,average_models", "--run", "r")[0] == 0
     page = (job.storage / "runs/r/report.html").read_text()

@@ -85,7 +85,8 @@ def _short_training(cell: Any) -> EmbedSettings:
 def test_random_keys_resumed_after_interruption_measure_all_keys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = study("random_keys", width=8, keys=120, seeds=2, heads="keyed", storage=str(tmp_path), run="t")
+    settings = study("random_keys", width=8, keys=12, seeds=2, heads="keyed", storage=str(tmp_path), run="t")
+    monkeypatch.setattr(random_keys, "_KEYS_PER_CHECKPOINT", 10)
     original, resumed_at = random_keys.random_key_accuracies, list[int]()
 
     def interrupted_once(*args: Any, **options: Any) -> list[float]:
@@ -105,7 +106,7 @@ def test_random_keys_resumed_after_interruption_measure_all_keys(
     with pytest.raises(KeyboardInterrupt):
         run.run_study(settings)
     result = run.run_study(study("random_keys", storage=str(tmp_path), resume="t"))
-    assert resumed_at == [0, 100, 0] and result["rows"][0]["keys"] == 240
+    assert resumed_at == [0, 10, 0] and result["rows"][0]["keys"] == 24
     stored = [(tmp_path / f"runs/t/keyed-{seed}-accuracies.json").read_text() for seed in (0, 1)]
     assert stored[0] != stored[1], "each seed has another W0 and other keys"
     assert 0.4 < result["rows"][0]["mean"] < 0.6

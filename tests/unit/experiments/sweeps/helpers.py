@@ -17,7 +17,7 @@ from mtlsign.storage.locations import open_storage
 
 TINY = [
     *("width=8", "head=keyed", "key_size=128", "phase1.epochs=1", "phase1.batch=16"),
-    *("phase2.steps=60", "phase2.batch=16", "phase2.lr=0.01", "perturbation.inner_steps=2"),
+    *("phase2.steps=30", "phase2.batch=16", "phase2.lr=0.01", "perturbation.inner_steps=2"),
 ]
 SHORT = [*TINY, "phase2.steps=6"]
 ATTACKS = "bn_reparameterize,prune:ratio=0.3"

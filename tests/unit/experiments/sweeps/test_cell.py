@@ -17,6 +17,7 @@ from mtlsign.experiments.sweeps import pareto
 from mtlsign.experiments.sweeps.cell import run_cell, train_shared_clean_model
 from mtlsign.experiments.sweeps.rows import load_finished_row, rows_of
 from mtlsign.storage.locations import open_storage
+from mtlsign.watermark.embedding import phase2
 from tests.unit.experiments.sweeps.helpers import (
     SHORT,
     TINY,
@@ -34,14 +35,17 @@ def finished_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sweep")
 
 
-def test_run_cell_resumed_after_interruption_gives_same_row(finished_folder: Path, tmp_path: Path) -> None:
+def test_run_cell_resumed_after_interruption_gives_same_row(
+    finished_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(phase2, "CHECKPOINT_STEPS", 20)
     cell = first_cell(tiny_sweep())
     uninterrupted = run_cell(cell, shared_data(finished_folder, cell))
     steps: list[int] = []
 
     def kill(row: Mapping[str, Any]) -> None:
         steps.append(row["step"])
-        if "wm_loss" in row and row["step"] > 50:
+        if "wm_loss" in row and row["step"] > 20:
             raise SimulatedKill
 
     shared = shared_data(tmp_path, cell)
@@ -52,7 +56,7 @@ def test_run_cell_resumed_after_interruption_gives_same_row(finished_folder: Pat
     resumed = run_cell(
         cell, shared, lambda row: steps.append(row["step"]) if row["phase"] == "mark" else None
     )
-    assert min(steps) > 50, "the checkpoint of step 50 was not used"
+    assert min(steps) > 20, "the checkpoint of step 20 was not used"
     compared = {name for name in uninterrupted if not name.startswith("seconds")}
     assert {name: resumed[name] for name in compared} == {name: uninterrupted[name] for name in compared}
     assert rows_of(shared.folder) == [resumed]
@@ -62,7 +66,7 @@ def test_run_cell_resumed_after_interruption_gives_same_row(finished_folder: Pat
 def test_run_cell_resumed_does_not_repeat_finished_attacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cell = first_cell(tiny_sweep())
+    cell = first_cell(tiny_sweep(set=SHORT))
     shared, original = shared_data(tmp_path, cell), executor.run_attack
     attack_names: list[str] = []
 

@@ -33,6 +33,7 @@ def resumed_sweep(folder: Path) -> SweepSettings:
     return SweepSettings.of({"storage": str(folder), "resume": "s", "workers": 0})
 
 
+@pytest.mark.figures
 def test_run_sweep_job_writes_tables_and_deletes_base_weights(tmp_path: Path) -> None:
     lines: list[str] = []
     progress: list[Mapping[str, Any]] = []
