@@ -18,7 +18,7 @@ from mtlsign.watermark.verification.alignment.layers import (
     reference_layers,
 )
 from mtlsign.watermark.verification.alignment.orders import Orders, staying_similarities
-from mtlsign.watermark.verification.alignment.result import Alignment, random_sketch, recognition_margin
+from mtlsign.watermark.verification.alignment.result import RECOGNITION_MARGIN, Alignment, random_sketch
 from mtlsign.watermark.verification.alignment.search import Search
 from mtlsign.watermark.verification.alignment.suspect import SuspectLayer, suspect_layers
 from mtlsign.watermark.verification.reference import Reference
@@ -97,8 +97,7 @@ class Aligner:
             for name, layer in self.layers.items()
         }
         chance = control.align(kernels).similarity
-        margin = recognition_margin([layer.sketch for layer in self.layers.values()])
-        return self.align(kernels).similarity > chance + margin
+        return self.align(kernels).similarity > chance + RECOGNITION_MARGIN
 
     def _search(self, suspect: Mapping[str, SuspectLayer], orders: Orders) -> Search:
         return Search(suspect, self.sets, self._staying, orders)

@@ -14,9 +14,10 @@ from mtlsign.watermark.keys.opening import keystream
 from mtlsign.watermark.verification.alignment.assignment import Floats
 from mtlsign.watermark.verification.alignment.layers import unit_rows
 
-#: How much more alike W0 a descendant is than the same suspect is alike random kernels: at least this much,
-#: and at least this many standard deviations of the difference for unrelated kernels.
-_MIN_MARGIN, _DEVIATIONS = 0.1, 5.0
+#: How much more alike W0 a descendant is than the same suspect is alike random kernels.
+RECOGNITION_MARGIN = 0.1
+#: Standard deviations of this difference for unrelated kernels, from which recurrent layers are recognised.
+_DEVIATIONS = 5.0
 #: The random kernels are public and the same for all owners.
 _CONTROL_KEY = hashlib.sha256(b"mtlsign/v1/control-sketch").digest()
 
@@ -35,16 +36,16 @@ class Alignment:
 
 
 def recognition_margin(sketches: Sequence[Floats]) -> float:
-    """Return the difference of two similarities from which a suspect is recognised.
+    """Return the difference of two similarities from which recurrent layers are recognised.
 
     A cosine of s numbers has the variance 1/s for unrelated kernels, and a similarity is the mean over rows,
-    then over layers. Small networks therefore need a larger difference.
+    then over layers. Small networks therefore need more than `RECOGNITION_MARGIN`.
 
     Args:
         sketches: of W0's layers, [rows, s].
     """
     variance = sum(1 / max(sketch.size, 1) for sketch in sketches) / max(len(sketches), 1) ** 2
-    return max(_MIN_MARGIN, _DEVIATIONS * math.sqrt(2 * variance))
+    return max(RECOGNITION_MARGIN, _DEVIATIONS * math.sqrt(2 * variance))
 
 
 def random_sketch(weight: str, shape: tuple[int, ...]) -> Floats:
