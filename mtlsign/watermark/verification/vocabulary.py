@@ -43,8 +43,8 @@ class VocabularyAxes:
         mean = vectors.mean(0)
         centred = vectors - mean
         values, directions = torch.linalg.eigh(centred.T @ centred / len(vectors))
-        kept = values > _SMALLEST * values[-1].clamp(min=1e-300)
-        whitening = directions[:, kept] / values[kept].sqrt()
+        varied = values > _SMALLEST * values[-1].clamp(min=1e-300)
+        whitening = directions[:, varied] / values[varied].sqrt()
         white = centred @ whitening
         lengths = white.square().sum(1, keepdim=True)
         axes = whitening @ torch.linalg.eigh((white * lengths).T @ white / len(vectors))[1]
