@@ -59,6 +59,8 @@ ALL_ATTACKS = ",".join(
         "scale_filters",
         "scale_inner_channels",
         "scale_residual_channels",
+        "recurrent_symmetries",
+        "permute_vocabulary",
         "permute_channels:which=inner/both",
         "transpose_input",
         "negate_input",
