@@ -52,8 +52,10 @@ def rotate_stream(model: nn.Module, task: Task, resources: AttackerResources, se
         NotApplicableError: the network is no transformer of this package, or its matrices have no biases
             that could take those of the norms.
     """
-    if not isinstance(model, Transformer):
-        raise NotApplicableError("The attack needs a transformer of this package.", field="model")
+    if not isinstance(model, Transformer) or model.fc is None:
+        raise NotApplicableError(
+            "The attack needs a transformer of this package with a matrix of outputs.", field="model"
+        )
     attacked = trainable_copy(model)
     assert isinstance(attacked, Transformer)
     generator = seeded_generator("mtlsign/attack/stream", seed)
@@ -149,7 +151,9 @@ def _orthogonal_matrix(size: int, norm: str, generator: Generator) -> Tensor:
 
 def _move_gains(model: Transformer) -> None:
     """Move gains and biases of norms into the matrices after them."""
-    pairs: list[tuple[nn.Module, list[nn.Linear]]] = [(model.final_norm, [model.fc])]
+    pairs: list[tuple[nn.Module, list[nn.Linear]]] = []
+    if model.fc is not None:
+        pairs.append((model.final_norm, [model.fc]))
     for block in model.block_list():
         attention, mlp = block.attention, block.mlp
         pairs.append((block.attention_norm, [attention.query, attention.key, attention.value]))
@@ -169,7 +173,7 @@ def _move_gains(model: Transformer) -> None:
 
 def _turn(model: Transformer, matrix: Tensor) -> None:
     """Multiply the vectors of the stream with an orthogonal matrix: x becomes matrix @ x."""
-    matrix = matrix.to(model.fc.weight.device, torch.float64)
+    matrix = matrix.to(model.embedding.weight.device, torch.float64)
 
     def read(weight: Tensor) -> None:
         weight.copy_(weight.double() @ matrix.T)
@@ -189,7 +193,8 @@ def _turn(model: Transformer, matrix: Tensor) -> None:
             read(block.mlp.gate.weight)
         write(block.attention.output)
         write(block.mlp.down)
-    read(model.fc.weight)
+    if model.fc is not None:
+        read(model.fc.weight)
     if model.shape.order == "post":
         norms = [
             model.embedding_norm,

@@ -21,6 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 
+NORM_EPS = ("1e-12", "1e-8", "1e-6", "1e-5")
 #: Standard deviation of new position vectors; those of GloVe have about 0.4.
 _POSITION_SD = 0.1
 
@@ -48,6 +49,8 @@ class TransformerShape:
         causal: 1 for attention to earlier tokens only.
         bias: 1 for matrices with biases.
         pooling: "mean" over tokens, "first" or "last" token; "tokens" for outputs at every token.
+        tied: 1 if the token vectors are the matrix of the outputs.
+        norm_eps: added by norms to the variance, one of `NORM_EPS`.
     """
 
     vocabulary: int
@@ -68,6 +71,8 @@ class TransformerShape:
     causal: int = 0
     bias: int = 1
     pooling: Literal["mean", "first", "last", "tokens"] = "mean"
+    tied: int = 0
+    norm_eps: str = "1e-5"
 
 
 class Attention(nn.Module):
@@ -142,9 +147,8 @@ class MLP(nn.Module):
 
 
 def _norm(shape: TransformerShape) -> nn.Module:
-    if shape.norm == "layer":
-        return nn.LayerNorm(shape.embedding, eps=1e-12 if shape.order == "post" else 1e-5)
-    return nn.RMSNorm(shape.embedding, eps=1e-5)
+    kind = nn.LayerNorm if shape.norm == "layer" else nn.RMSNorm
+    return kind(shape.embedding, eps=float(shape.norm_eps))
 
 
 class Block(nn.Module):
@@ -185,7 +189,8 @@ class Transformer(nn.Module):
         self.embedding_norm = _norm(shape) if shape.order == "post" else nn.Identity()
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.final_norm = _norm(shape) if shape.order == "pre" else nn.Identity()
-        self.fc = nn.Linear(shape.embedding, shape.classes, bias=shape.pooling != "tokens")
+        has_bias = shape.pooling != "tokens"
+        self.fc = None if shape.tied else nn.Linear(shape.embedding, shape.classes, bias=has_bias)
 
     def block_list(self) -> list[Block]:
         """Return the blocks."""
@@ -202,8 +207,7 @@ class Transformer(nn.Module):
         """
         outputs = self.encode(tokens)
         if self.shape.pooling == "tokens":
-            logits: Tensor = self.fc(outputs)
-            return logits
+            return self._logits(outputs)
         mask = _mask(tokens)
         if self.shape.pooling == "mean":
             pooled = (outputs * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
@@ -211,7 +215,12 @@ class Transformer(nn.Module):
             pooled = outputs[:, 0]
         else:
             pooled = outputs[torch.arange(len(outputs), device=outputs.device), mask.sum(1) - 1]
-        logits = self.fc(pooled)
+        return self._logits(pooled)
+
+    def _logits(self, vectors: Tensor) -> Tensor:
+        if self.fc is None:
+            return F.linear(vectors, self.embedding.weight)
+        logits: Tensor = self.fc(vectors)
         return logits
 
     def encode(self, tokens: Tensor) -> Tensor:

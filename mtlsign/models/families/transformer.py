@@ -20,7 +20,7 @@ from mtlsign.models.families.base import (
     IntegerField,
     Translation,
 )
-from mtlsign.models.transformer import ACTIVATIONS, Transformer, TransformerShape
+from mtlsign.models.transformer import ACTIVATIONS, NORM_EPS, Transformer, TransformerShape
 
 NAME = "transformer"
 _FLAG = IntegerField(0, 1, required=False)
@@ -84,6 +84,9 @@ _OTHER_NAMES = {
     "output_norm.weight": ("final_norm.weight", "gguf"),
 }
 
+#: Only these, because other networks have norms of this name, too.
+_FINAL_NORMS = ("norm.weight", "model.norm.weight")
+
 
 class TransformerFamily(ArchitectureFamily):
     """Transformer encoders and decoders of texts."""
@@ -109,6 +112,8 @@ class TransformerFamily(ArchitectureFamily):
         "causal": _FLAG,
         "bias": _FLAG,
         "pooling": ChoiceField(("mean", "first", "last", "tokens"), required=False),
+        "tied": _FLAG,
+        "norm_eps": ChoiceField(NORM_EPS, required=False),
     }
 
     def includes(self, arch: str) -> bool:
@@ -141,6 +146,12 @@ class TransformerFamily(ArchitectureFamily):
                 f"Rotary positions need an even head_size, not {shape.head_size}. Change it.",
                 field="head_size",
             )
+        if shape.tied and shape.classes != shape.vocabulary:
+            raise ModelError(
+                f"Outputs that are tied to {shape.vocabulary} token vectors are as many, not "
+                f"{shape.classes}. Correct it.",
+                field="classes",
+            )
         return Transformer(shape)
 
     def stages(self, model: nn.Module) -> Sequence[str]:
@@ -156,6 +167,8 @@ class TransformerFamily(ArchitectureFamily):
             if match is not None and match.end() == len(name) and match[2] in parts:
                 target = f"blocks.{match[1]}.{parts[match[2]]}.{match[3]}"
                 return Translation(name[: match.start()] + target, spelling)
+        if name in _FINAL_NORMS:
+            return Translation(name.replace("norm", "final_norm"), "llama")
         for other, (target, spelling) in _OTHER_NAMES.items():
             if name == other or name.endswith(f".{other}"):
                 return Translation(name[: -len(other)] + target, spelling)

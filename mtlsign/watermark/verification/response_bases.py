@@ -29,6 +29,8 @@ MOMENT_INPUTS, _PASS = 1024, 32
 _MAX_POSITIONS = 16
 #: Share of the variance that a basis holds, and the largest number of its directions.
 ENERGY, MAX_DIRECTIONS = 0.97, 256
+#: Most coordinates of all layers together.
+COORDINATES = 2**23
 #: Most directions of the products of attention layers, which have a row for each head and output.
 MAX_ATTENTION_DIRECTIONS = 32
 
@@ -82,7 +84,8 @@ def response_bases(
 
     Returns:
         Key of a layer -> float16 [groups, fan-in of a group, k]: orthonormal columns, the leading direction
-        first. k is the fewest directions with 97 % of the variance, at most 256.
+        first. k is the fewest directions with 97 % of the variance, at most 256, and fewer if there are over
+        2^23 coordinates otherwise.
 
     Raises:
         ModelError: a tap or a layer does not exist, or no layer is left.
@@ -90,7 +93,31 @@ def response_bases(
     stream = residual_stream(model, taps, inputs[:2])
     chosen = _marked_layers(model, taps, inputs[:2], layers, stream)
     moments = input_moments(model, taps, inputs, [layer.key for layer in chosen], stream=stream)
-    return {layer.key: _basis(moments[layer.key].covariance, _most_directions(layer)) for layer in chosen}
+    bases = {layer.key: _basis(moments[layer.key].covariance, _most_directions(layer)) for layer in chosen}
+    return _bounded(bases, _row_counts(model, chosen, stream, bases))
+
+
+def _row_counts(
+    model: nn.Module,
+    layers: Sequence[TappedLayer],
+    stream: ResidualStream | None,
+    bases: Mapping[str, Tensor],
+) -> dict[str, int]:
+    """Return the number of rows of each layer by its key."""
+    parameters, rows = dict(model.named_parameters()), {}
+    for attention in () if stream is None else stream.attentions:
+        if attention.query_key in bases:
+            rows[attention.query_key] = attention.heads * bases[attention.query_key].shape[2]
+        rows[attention.value_output] = attention.heads * (stream.size if stream is not None else 0)
+    return rows | {layer.key: len(parameters[layer.weight]) for layer in layers if layer.kind != "attention"}
+
+
+def _bounded(bases: dict[str, Tensor], rows: Mapping[str, int]) -> dict[str, Tensor]:
+    """Leave out the last directions of large networks, so that there are at most `COORDINATES`."""
+    most = MAX_DIRECTIONS
+    while most > 1 and sum(rows[key] * min(most, b.shape[2]) for key, b in bases.items()) > COORDINATES:
+        most //= 2
+    return {key: basis[:, :, :most].contiguous() for key, basis in bases.items()}
 
 
 def _most_directions(layer: TappedLayer) -> int:
@@ -113,14 +140,15 @@ def placeholder_bases(
     """
     modules = dict(model.named_modules())
     stream, bases = residual_stream(model, taps, sample), {}
-    for layer in _marked_layers(model, taps, sample, layers, stream):
+    chosen = _marked_layers(model, taps, sample, layers, stream)
+    for layer in chosen:
         if layer.kind == "attention" and stream is not None:
             bases[layer.key] = torch.eye(stream.size)[:, :MAX_ATTENTION_DIRECTIONS].half()[None].clone()
             continue
         module, leaf = module_of_key(modules, layer.key)
         groups, fan_in = int(getattr(module, "groups", 1)), getattr(module, leaf)[0].numel()
         bases[layer.key] = torch.eye(fan_in)[:, :MAX_DIRECTIONS].half().expand(groups, -1, -1).clone()
-    return bases
+    return _bounded(bases, _row_counts(model, chosen, stream, bases))
 
 
 def _marked_layers(

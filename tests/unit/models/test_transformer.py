@@ -26,7 +26,6 @@ def test_block_equals_encoder_layer_of_pytorch(order: Any, activation: str) -> N
     block = Block(replace(SHAPE, order=order, activation=activation)).eval()
     layer = nn.TransformerEncoderLayer(
         16, 4, 24, 0.0, activation, batch_first=True, norm_first=order == "pre",
-        layer_norm_eps=block.attention_norm.eps,  # type: ignore[arg-type]
     ).eval()  # fmt: skip
     attention, mlp = block.attention, block.mlp
     parts = (attention.query, attention.key, attention.value)
