@@ -110,7 +110,7 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
     # fmt: off
     # network and task
     task: str = Field("digits", min_length=1, max_length=200, description="digits, mnist, fashion-mnist, cifar10, cifar100, imdb, sst2, sst5, virusshare, files (NAME@0.1: a tenth of the data), or package.module:factory")
-    model: str | None = Field(None, min_length=1, max_length=200, description="resnet18/34/50, bilstm, lstm, bigru, gru, timm/NAME, or package.module:factory [resnet18, texts bilstm]")
+    model: str | None = Field(None, min_length=1, max_length=200, description="resnet18/34/50, bilstm, lstm, bigru, gru, transformer, timm/NAME, hf:FOLDER, or package.module:factory [resnet18, texts bilstm]")
     width: int | None = Field(None, ge=4, le=MAX_WIDTH, description="channels of the first stage; 64 is torchvision's own network")
     stem: Literal["stock", "cifar"] | None = Field(None, description="7x7 stride 2 with pooling, or 3x3 stride 1")
     weights: str | None = Field(None, max_length=4096, description="trained checkpoint (.safetensors, Hugging Face folder, .pt or .ckpt of tensors) or 'pretrained' (timm); skips phase 1")
@@ -204,11 +204,14 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
             **(SPREAD_DEFAULTS if self.head == "spread" else FEATURE_DEFAULTS),
         }
         model = self.model or defaults["model"]
-        defaults["name"] = f"{self.task}-{model}".replace(":", ".").replace("/", "-")[:128]
+        if model.startswith(PRETRAINED):
+            defaults |= PRETRAINED_DEFAULTS
+        defaults["name"] = f"{self.task}-{public_model_name(model)}".replace(":", ".").replace("/", "-")[:128]
         width = self.width or defaults["width"]
-        sgd_lr, defaults["phase2.lr"] = learning_rates(width, self.head)
+        sgd_lr, phase2_lr = learning_rates(width, self.head)
+        defaults.setdefault("phase2.lr", phase2_lr)
         phase1_optimizer = self.phase1.optimizer or defaults["phase1.optimizer"]
-        defaults["phase1.lr"] = PHASE1_ADAM_LR if phase1_optimizer == "adam" else sgd_lr
+        defaults.setdefault("phase1.lr", PHASE1_ADAM_LR if phase1_optimizer == "adam" else sgd_lr)
         optimizer = self.perturbation.tuning_optimizer or defaults["perturbation.tuning_optimizer"]
         if phase1_optimizer == "sgd" and self.phase1.lr is not None:
             sgd_lr = self.phase1.lr
@@ -228,6 +231,25 @@ def learning_rates(width: int, head: str = "spread") -> tuple[float, float]:
     return round(0.1 * factor, 6), round(phase2 * factor, 6)
 
 
+def public_model_name(model: str) -> str:
+    """Return a model's name without the folders of a pretrained one."""
+    if not model.startswith(PRETRAINED):
+        return model
+    return PRETRAINED + model.removeprefix(PRETRAINED).rstrip("/").rpartition("/")[2]
+
+
+#: Prefix of `--model` for a pretrained transformer, before its folder or .gguf file.
+PRETRAINED = "hf:"
+#: Defaults for pretrained transformers, which phase 1 fine-tunes.
+PRETRAINED_DEFAULTS: dict[str, Any] = {
+    "phase1.epochs": 1,
+    "phase1.batch": 32,
+    "phase1.optimizer": "adam",
+    "phase1.lr": 5e-5,
+    "phase1.weight_decay": 0.0,
+    "phase2.steps": 150,
+    "phase2.lr": 2e-4,
+}
 #: Peak learning rate of phase 1 with Adam, for every width.
 PHASE1_ADAM_LR = 2e-3
 #: Defaults that depend on the head.

@@ -32,6 +32,7 @@ class TaskData(BaseModel):
 
     # fmt: off
     data: Path | None = Field(None, description="folder of the datasets in the layouts of torchvision, of the official text archives or virusshare/CLASS/FILE, on every node")
+    tokenizer: Path | None = Field(None, description="tokenizer.json of a pretrained model, for text tasks [the words of GloVe]")
     download: bool = Field(False, description="let torchvision download missing data")
     # fmt: on
 

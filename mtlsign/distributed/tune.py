@@ -97,7 +97,13 @@ class RaySweepBackend:
         first = cells_of(space, settings)[0].settings
 
         def load_data() -> None:
-            load_task(first.task, data=first.data, download=first.download, seed=first.seed)
+            load_task(
+                first.task,
+                data=first.data,
+                download=first.download,
+                tokenizer=first.tokenizer,
+                seed=first.seed,
+            )
 
         if cluster.is_single_machine():
             load_data()
@@ -138,6 +144,7 @@ class RaySweepBackend:
             folder=run.folder, base_weights=self._train_clean_models(cells, settings, run),
             attacks=settings.attacks, min_evidence_bits=settings.min_evidence_bits, data=settings.data,
             download=settings.download,
+            tokenizer=settings.tokenizer,
         )  # fmt: skip
         os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # no TensorBoard files
         os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", str(self._concurrent))

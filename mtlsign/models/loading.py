@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mtlsign.config.embed import EmbedSettings
+from mtlsign.config.embed import PRETRAINED, EmbedSettings
 from mtlsign.errors import ModelError
-from mtlsign.models import architectures
+from mtlsign.models import architectures, pretrained_transformer
 from mtlsign.models.checkpoints import load_checkpoint
 from mtlsign.models.factories import Factory, load_factory
 from mtlsign.models.families import custom, family_of
-from mtlsign.models.input_spec import ImageSpec, InputSpec
+from mtlsign.models.input_spec import ImageSpec, InputSpec, TextSpec
 
 Tensors = dict[str, Tensor]
 
@@ -31,6 +31,8 @@ def architecture_from_settings(settings: EmbedSettings, input_spec: InputSpec) -
         ModelError: unknown model, a path that is too long for a spec, or a value outside its limits.
     """
     model = settings.model or "resnet18"
+    if model.startswith(PRETRAINED):
+        return _pretrained_architecture(model.removeprefix(PRETRAINED), input_spec)
     name = f"{custom.PREFIX}{model}" if ":" in model else model
     if len(name) > MAX_ARCH:
         raise ModelError(
@@ -45,6 +47,48 @@ def architecture_from_settings(settings: EmbedSettings, input_spec: InputSpec) -
         stem=settings.stem or "stock",
         size=_image_size(name, input_spec),
     )
+
+
+def _pretrained_architecture(source: str, input_spec: InputSpec) -> dict[str, object]:
+    """Return the architecture of a pretrained transformer for a task of texts."""
+    if not isinstance(input_spec, TextSpec):
+        raise ModelError(
+            "A pretrained transformer reads texts, and the task has images. Use another --model.",
+            field="model",
+        )
+    architecture = pretrained_transformer.pretrained_architecture(source, classes=input_spec.classes)
+    if input_spec.length > int(str(architecture["length"])):
+        raise ModelError(
+            f"The texts of the task have up to {input_spec.length} tokens, and the model has "
+            f"{architecture['length']} positions. Use another model.",
+            field="model",
+        )
+    if input_spec.embedding is not None or input_spec.vocabulary > int(str(architecture["vocabulary"])):
+        raise ModelError(
+            f"The task has token ids of another vocabulary ({input_spec.vocabulary}). "
+            "Give the tokenizer of the model with --tokenizer.",
+            field="tokenizer",
+        )
+    return architecture
+
+
+def initialize_pretrained(model: nn.Module, settings: EmbedSettings) -> None:
+    """Copy the weights of a pretrained transformer into a new network; nothing for other models.
+
+    Args:
+        model: built from `architecture_from_settings`.
+        settings: settings of the job.
+
+    Raises:
+        ModelError: the weights are missing, damaged or do not fit.
+    """
+    name = settings.model or ""
+    if not name.startswith(PRETRAINED):
+        return
+    source = name.removeprefix(PRETRAINED)
+    loaded = pretrained_transformer.load_pretrained_transformer(source, classes=2)
+    own = {n: t for n, t in loaded.network.state_dict().items() if not n.startswith("fc.")}
+    model.load_state_dict({**model.state_dict(), **own})
 
 
 def _image_size(arch: str, input_spec: InputSpec) -> int | None:

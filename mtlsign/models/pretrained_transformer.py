@@ -65,6 +65,21 @@ class PretrainedTransformer:
         return {**self.original, **{name: tensor.contiguous() for name, tensor in changed.items()}}
 
 
+def pretrained_architecture(
+    source: str | Path, *, classes: int | None, pooling: str | None = None
+) -> dict[str, object]:
+    """Return the architecture of a pretrained transformer; see `load_pretrained_transformer`."""
+    source = Path(source).expanduser()
+    fields = _fields(_gguf_config(source) if source.suffix.lower() == ".gguf" else _read_config(source))
+    if classes is None and not fields.get("causal"):
+        raise ModelError("An encoder has no outputs of its own. Give the number of classes.", field="classes")
+    if classes is None:
+        fields |= {"classes": fields["vocabulary"], "pooling": "tokens", "tied": 1}
+    else:
+        fields |= {"classes": classes, "pooling": pooling or ("last" if fields.get("causal") else "mean")}
+    return {"arch": "transformer", **fields}
+
+
 def load_pretrained_transformer(
     source: str | Path, *, classes: int | None = None, pooling: str | None = None
 ) -> PretrainedTransformer:
@@ -79,18 +94,12 @@ def load_pretrained_transformer(
         ModelError: files are missing or damaged, or the network is of another kind.
     """
     source = Path(source).expanduser()
-    is_gguf = source.suffix.lower() == ".gguf"
-    fields = _fields(_gguf_config(source) if is_gguf else _read_config(source))
-    if classes is None and not fields.get("causal"):
-        raise ModelError("An encoder has no outputs of its own. Give the number of classes.", field="classes")
+    architecture = pretrained_architecture(source, classes=classes, pooling=pooling)
     checkpoint = read_weights(source)
     tensors = {name: tensor.float() for name, tensor in checkpoint.tensors.items()}
-    if classes is None:
-        is_tied = not any(name.endswith(("lm_head.weight", "output.weight")) for name in _heads(tensors))
-        fields |= {"classes": fields["vocabulary"], "pooling": "tokens", "tied": int(is_tied)}
-    else:
-        fields |= {"classes": classes, "pooling": pooling or ("last" if fields.get("causal") else "mean")}
-    architecture = {"arch": "transformer", **fields}
+    if classes is None and _heads(tensors):
+        architecture["tied"] = 0
+    is_gguf = source.suffix.lower() == ".gguf"
     network = architectures.build(architecture)
     assert isinstance(network, Transformer)
     names = _load(network, tensors, is_gguf=is_gguf, new_head=classes is not None)

@@ -58,6 +58,7 @@ def load_task(
     *,
     data: str | Path | None = None,
     download: bool = False,
+    tokenizer: Path | None = None,
     seed: int = 0,
     options: Mapping[str, object] | None = None,
 ) -> Task:
@@ -67,6 +68,7 @@ def load_task(
         name: see the module's docstring.
         data: folder of data sets.
         download: whether to download missing files; only those of torchvision's data sets are downloaded.
+        tokenizer: tokenizer.json of a pretrained model, for text tasks; None for the words of GloVe.
         seed: division of the training part.
         options: further keyword arguments of a user's factory.
 
@@ -74,13 +76,18 @@ def load_task(
         DataError: unknown name, or missing or damaged data.
         ModelError: the factory cannot be imported.
     """
+    if tokenizer is not None and name.partition("@")[0] not in TEXT_NAMES:
+        raise DataError(
+            f"The task {name[:80]!r} has no texts for a tokenizer. Use one of {', '.join(TEXT_NAMES)}.",
+            field="tokenizer",
+        )
     if name == "digits":
         return load_digits(seed=seed)
     base, at, text = name.partition("@")
     if base in NAMES and base != "digits":
         root, share = data_root(data), _share(name, text) if at else 1.0
         if base in TEXT_NAMES:
-            return load_text(base, root, seed=seed, share=share)
+            return load_text(base, root, seed=seed, share=share, tokenizer=tokenizer)
         if base in BYTE_IMAGE_NAMES:
             return load_byte_images(base, root, seed=seed, share=share)
         return load_images(base, root, download=download, seed=seed, share=share)

@@ -47,6 +47,7 @@ class AttackTarget:
         optimizer: the optimizer that the model was trained with.
         other_marked_models: safetensors bytes of other models marked from the same W0.
         min_evidence_bits: evidence in bits at which a claim is accepted.
+        tokenizer: tokenizer.json of a pretrained model, for text tasks.
     """
 
     tensors: bytes = field(repr=False)
@@ -62,6 +63,7 @@ class AttackTarget:
     other_marked_models: tuple[bytes, ...] = field(repr=False)
     min_evidence_bits: float
     optimizer: Literal["sgd", "adam"] = "sgd"
+    tokenizer: Path | None = None
 
     @property
     def digest(self) -> str:
@@ -103,20 +105,22 @@ class AttackTarget:
         Raises:
             DataError: data are missing or do not match the model.
         """
-        task = _cached_task(self.task, self.data, self.download, self.split_seed)
+        task = _cached_task(self.task, self.data, self.download, self.tokenizer, self.split_seed)
         for name, value in task.input_spec.architecture_fields.items():
-            if self.architecture.get(name, value) != value:
+            expected = self.architecture.get(name, value)
+            # A pretrained model can have vectors of more ids than its tokenizer.
+            is_smaller = name == "vocabulary" and isinstance(expected, int) and value < expected
+            if expected != value and not is_smaller:
                 raise DataError(
-                    f"The task has {value} {name}, the model {self.architecture[name]}. "
-                    "Pass the task of the model.",
+                    f"The task has {value} {name}, the model {expected}. Pass the task of the model.",
                     field="task",
                 )
         return task
 
 
 @lru_cache(maxsize=1)  # a warm process runs many attacks on the same task
-def _cached_task(name: str, data: Path | None, download: bool, seed: int) -> Task:
-    return load_task(name, data=data, download=download, seed=seed)
+def _cached_task(name: str, data: Path | None, download: bool, tokenizer: Path | None, seed: int) -> Task:
+    return load_task(name, data=data, download=download, tokenizer=tokenizer, seed=seed)
 
 
 def load_target(settings: AttackSettings) -> AttackTarget:
@@ -150,6 +154,7 @@ def load_target(settings: AttackSettings) -> AttackTarget:
         ),
         min_evidence_bits=settings.min_evidence_bits,
         optimizer=_training_optimizer(kit, task),
+        tokenizer=settings.tokenizer,
     )
 
 

@@ -80,7 +80,18 @@ ABLATION_ATTACKS = (
 )
 
 _SHARED_SETTINGS = (
-    *("owner", "passphrase_file", "endpoint", "quiet", "task", "data", "download", "model", "width"),
+    *(
+        "owner",
+        "passphrase_file",
+        "endpoint",
+        "quiet",
+        "task",
+        "data",
+        "download",
+        "tokenizer",
+        "model",
+        "width",
+    ),
     *("workers", "cpus_per_worker", "gpus_per_worker", "storage", "run", "resume", "seed"),
 )
 

@@ -49,7 +49,13 @@ def random_key_accuracies(
     """
     values = {name: getattr(settings, name) for name in ("task", "data", "model", "width", "seed")}
     embedding = EmbedSettings.of({**values, "head": head, "insecure_test_key": True}).with_defaults()
-    task = load_task(embedding.task, data=embedding.data, download=settings.download, seed=embedding.seed)
+    task = load_task(
+        embedding.task,
+        data=embedding.data,
+        download=settings.download,
+        tokenizer=embedding.tokenizer,
+        seed=embedding.seed,
+    )
     architecture = architecture_from_settings(embedding, task.input_spec)
     network = build(architecture)
     network.load_state_dict(dict(base_weights))

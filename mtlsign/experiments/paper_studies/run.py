@@ -133,7 +133,9 @@ def _run_random_keys(settings: ReproduceSettings, log: LogCallback) -> dict[str,
     for seed in range(settings.seed, settings.seed + settings.seeds):
         config = {"task": settings.task, "model": settings.model, "width": settings.width, "seed": seed}
         base_weights = parse_safetensors(
-            train_shared_clean_model(Cell(config, settings.data, settings.download), run.folder)
+            train_shared_clean_model(
+                Cell(config, settings.data, settings.download, settings.tokenizer), run.folder
+            )
         )
         log(f"seed {seed} · phase 1 is finished: the unmarked network")
         for head, pooled in accuracies.items():

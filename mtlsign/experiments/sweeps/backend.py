@@ -51,7 +51,9 @@ class LocalSweepBackend:
                 "The space draws random values, which needs Ray Tune. Omit --workers 0.", field="space"
             )
         first = cells_of(space, settings)[0].settings
-        load_task(first.task, data=first.data, download=first.download, seed=first.seed)
+        load_task(
+            first.task, data=first.data, download=first.download, tokenizer=first.tokenizer, seed=first.seed
+        )
 
     def run_cells(self, settings: SweepSettings, space: Mapping[str, Any], run: SweepRun) -> list[Row]:
         """Run the cells in the order of the grid."""
@@ -66,6 +68,7 @@ class LocalSweepBackend:
             min_evidence_bits=settings.min_evidence_bits,
             data=settings.data,
             download=settings.download,
+            tokenizer=settings.tokenizer,
         )
         rows = []
         for number, cell in enumerate(cells, 1):

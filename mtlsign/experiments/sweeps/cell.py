@@ -70,6 +70,7 @@ class SharedCellData:
         min_evidence_bits: evidence in bits at which a claim is accepted.
         data: folder of the datasets.
         download: let torchvision download missing data.
+        tokenizer: tokenizer.json of a pretrained model, for text tasks.
     """
 
     folder: Storage = field(repr=False)
@@ -78,19 +79,20 @@ class SharedCellData:
     min_evidence_bits: float
     data: Path | None
     download: bool
+    tokenizer: Path | None = None
 
     def cell(self, config: Mapping[str, Any]) -> Cell:
         """Return the cell of one of Tune's configurations."""
-        return Cell(config, self.data, self.download)
+        return Cell(config, self.data, self.download, self.tokenizer)
 
 
 @lru_cache(maxsize=1)  # a warm process runs many cells on the same task
-def _cached_task(name: str, data: Path | None, download: bool, seed: int) -> Task:
-    return load_task(name, data=data, download=download, seed=seed)
+def _cached_task(name: str, data: Path | None, download: bool, tokenizer: Path | None, seed: int) -> Task:
+    return load_task(name, data=data, download=download, tokenizer=tokenizer, seed=seed)
 
 
 def _task(settings: EmbedSettings) -> Task:
-    return _cached_task(settings.task, settings.data, settings.download, settings.seed)
+    return _cached_task(settings.task, settings.data, settings.download, settings.tokenizer, settings.seed)
 
 
 def _context(folder: Storage, name: str, on_progress: ProgressCallback | None) -> SingleProcessContext:

@@ -24,7 +24,17 @@ from mtlsign.watermark.embedding.checkpoint_identity import PHASE1_SETTINGS
 #: Settings that a space may not set, because the settings of the sweep determine them.
 SWEEP_OWNED_SETTINGS = frozenset(
     (
-        *("owner", "passphrase_file", "endpoint", "json", "quiet", "data", "download", "workers"),
+        *(
+            "owner",
+            "passphrase_file",
+            "endpoint",
+            "json",
+            "quiet",
+            "data",
+            "download",
+            "tokenizer",
+            "workers",
+        ),
         *("cpus_per_worker", "gpus_per_worker", "resource_timeout_s", "max_failures", "storage", "run"),
         *("resume", "keep_checkpoints", "insecure_test_key", "name"),
     )
@@ -185,6 +195,7 @@ class Cell:
     config: Mapping[str, Any]
     data: Path | None
     download: bool
+    tokenizer: Path | None = None
 
     @property
     def flat(self) -> dict[str, Any]:
@@ -195,7 +206,8 @@ class Cell:
     @property
     def settings(self) -> EmbedSettings:
         """Complete settings of the embedding. Raises `SettingsError`."""
-        fixed = {"data": self.data, "download": self.download, "workers": 0, "insecure_test_key": True}
+        fixed = {"data": self.data, "download": self.download, "tokenizer": self.tokenizer}
+        fixed |= {"workers": 0, "insecure_test_key": True}
         return EmbedSettings.of({**self.flat, **fixed}).with_defaults()
 
     @property
@@ -221,7 +233,9 @@ def _digest(settings: EmbedSettings, fields: Sequence[str] | None) -> str:
 
 def cells_of(space: Mapping[str, Any], settings: SweepSettings) -> list[Cell]:
     """Return the cells of the space's grids."""
-    return [Cell(config, settings.data, settings.download) for config in grid_points(space)]
+    return [
+        Cell(config, settings.data, settings.download, settings.tokenizer) for config in grid_points(space)
+    ]
 
 
 def count_of(space: Mapping[str, Any], settings: SweepSettings) -> int:

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mtlsign.models.input_spec import TextSpec
 from mtlsign.tasks.base import Task
@@ -19,7 +20,7 @@ from mtlsign.tasks.text import glove, imdb, sst
 from mtlsign.tasks.text.labelled_texts import LabelledTexts
 from mtlsign.tasks.text.text_files import require_present
 from mtlsign.tasks.text.text_split import TextSplit
-from mtlsign.tasks.text.tokenisation import TokenLayout, encode_texts
+from mtlsign.tasks.text.tokenisation import PretrainedTokenizer, TokenLayout, encode_texts
 from mtlsign.tasks.text.vocabulary import build_vocabulary
 
 __all__ = ["NAMES", "load_text"]
@@ -52,7 +53,7 @@ _SOURCES = {
 NAMES = tuple(_SOURCES)
 
 
-def load_text(name: str, root: Path, *, seed: int, share: float = 1.0) -> Task:
+def load_text(name: str, root: Path, *, seed: int, share: float = 1.0, tokenizer: Path | None = None) -> Task:
     """Load a task of `NAMES`; its test split is the official test part.
 
     The vocabulary follows from the official training part, so that it is the same for every seed.
@@ -62,12 +63,14 @@ def load_text(name: str, root: Path, *, seed: int, share: float = 1.0) -> Task:
         root: data root with the unpacked official archives of the data set and of GloVe.
         seed: division of the training part.
         share: part of the data to keep, 0 to 1: the same texts for every seed, classes in proportion.
+        tokenizer: tokenizer.json of a pretrained model, whose vocabulary replaces that of GloVe.
 
     Raises:
         DataError: files are missing or damaged.
     """
     source = _SOURCES[name]
-    require_present(name, root, [glove.FILE], glove.ARCHIVE, glove.FOLDER)
+    if tokenizer is None:
+        require_present(name, root, [glove.FILE], glove.ARCHIVE, glove.FOLDER)
     parts = source.read(root)
     if share < 1:
         parts = {
@@ -75,10 +78,12 @@ def load_text(name: str, root: Path, *, seed: int, share: float = 1.0) -> Task:
         }
         name = f"{name}@{share:g}"
     train = parts["train"]
-    vocabulary = build_vocabulary(train.texts, source.layout, root / glove.FILE, source.max_words)
-    tokens = {
-        part: encode_texts(texts.texts, vocabulary.words, source.layout) for part, texts in parts.items()
-    }
+    texts_by_part = {part: texts.texts for part, texts in parts.items()}
+    if tokenizer is None:
+        encoded = _encode_with_glove(texts_by_part, source, root / glove.FILE)
+    else:
+        encoded = _encode_with_tokenizer(texts_by_part, source, tokenizer)
+    tokens = encoded.tokens
     official_splits = {
         part: TextSplit(tokens[part], texts.labels, torch.arange(len(texts)))
         for part, texts in parts.items()
@@ -88,7 +93,32 @@ def load_text(name: str, root: Path, *, seed: int, share: float = 1.0) -> Task:
     train_splits = {part: TextSplit(tokens["train"], train.labels, chosen) for part, chosen in rows.items()}
     return Task(
         name=name,
-        input_spec=TextSpec(len(vocabulary), glove.DIMENSIONS, source.layout.length, source.classes),
+        input_spec=TextSpec(encoded.vocabulary, encoded.dimensions, source.layout.length, source.classes),
         splits=train_splits | official_splits,
-        initial_tensors={"embedding.weight": vocabulary.vectors},
+        initial_tensors=encoded.initial_tensors,
     )
+
+
+@dataclass(frozen=True)
+class _EncodedTexts:
+    """Token ids int64 [n, L] by part, number of token ids, and word vectors if the task has its own."""
+
+    tokens: dict[str, Tensor]
+    vocabulary: int
+    dimensions: int | None = None
+    initial_tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def _encode_with_glove(texts: Mapping[str, tuple[str, ...]], source: _Source, file: Path) -> _EncodedTexts:
+    vocabulary = build_vocabulary(texts["train"], source.layout, file, source.max_words)
+    tokens = {part: encode_texts(own, vocabulary.words, source.layout) for part, own in texts.items()}
+    vectors = {"embedding.weight": vocabulary.vectors}
+    return _EncodedTexts(tokens, len(vocabulary), glove.DIMENSIONS, vectors)
+
+
+def _encode_with_tokenizer(
+    texts: Mapping[str, tuple[str, ...]], source: _Source, file: Path
+) -> _EncodedTexts:
+    tokenizer = PretrainedTokenizer(file, source.layout)
+    tokens = {part: tokenizer.encode(own) for part, own in texts.items()}
+    return _EncodedTexts(tokens, tokenizer.vocabulary)

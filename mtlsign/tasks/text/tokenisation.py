@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mtlsign.tasks.text.text_files import damaged_file, read_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -24,6 +27,7 @@ _WORD = (
 )
 #: More than any accepted data set has.
 _MAX_DISTINCT_WORDS = 10_000_000
+_MAX_TOKENIZER_BYTES = 64 * 1024 * 1024
 #: Texts that are encoded at once, which bounds the memory.
 _CHUNK = 1000
 
@@ -76,6 +80,41 @@ def encode_texts(texts: Sequence[str], words: Sequence[str], layout: TokenLayout
         ids[start : start + _CHUNK] = [encoding.ids for encoding in encodings]
     ids[ids[:, 0] == PADDING, 0] = UNKNOWN
     return torch.from_numpy(ids)
+
+
+class PretrainedTokenizer:
+    """Tokenizer of a pretrained model, with its own division of texts, lower case and special tokens.
+
+    Args:
+        file: its tokenizer.json.
+        layout: length of the sequences; the beginning of a longer text is kept.
+
+    Attributes:
+        vocabulary: number of token ids.
+
+    Raises:
+        DataError: the file is missing or damaged, or id 0 is a token of texts.
+    """
+
+    def __init__(self, file: Path, layout: TokenLayout) -> None:
+        from tokenizers import Tokenizer
+
+        content = read_text(file, _MAX_TOKENIZER_BYTES)
+        try:
+            self._tokenizer = Tokenizer.from_str(content)
+        except Exception as error:  # the library raises plain exceptions
+            raise damaged_file(file, f"is no tokenizer ({str(error)[:100]})") from None
+        self.vocabulary = self._tokenizer.get_vocab_size()
+        padding = self._tokenizer.id_to_token(PADDING)
+        if padding is None:
+            raise damaged_file(file, "has no token with the id 0, which is padding")
+        self._tokenizer.enable_truncation(layout.length)
+        self._tokenizer.enable_padding(length=layout.length, pad_id=PADDING, pad_token=padding)
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Return token ids int64 [n, length]; 0 is padding after the last token."""
+        ids = np.array([encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))])
+        return torch.from_numpy(ids.astype(np.int64))
 
 
 def _build_tokenizer(vocabulary: dict[str, int], layout: TokenLayout) -> Tokenizer:

@@ -22,6 +22,7 @@ from mtlsign.models.loading import (
     architecture_from_settings,
     cpu_state,
     custom_factories,
+    initialize_pretrained,
     load_initial_weights,
     load_tensors,
 )
@@ -238,6 +239,7 @@ def run_phase1(
     """
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"init/{settings.seed}".encode()).digest()[:7]))
     model = architectures.build(architecture, factories=custom_factories(architecture))
+    initialize_pretrained(model, settings)
     rows = train_clean_model(model, _load_task(settings), settings, worker)
     return cpu_state(model), rows
 
@@ -309,4 +311,10 @@ def inspect_task(settings: EmbedSettings) -> InputSpec:
 
 
 def _load_task(settings: EmbedSettings) -> Task:
-    return load_task(settings.task, data=settings.data, download=settings.download, seed=settings.seed)
+    return load_task(
+        settings.task,
+        data=settings.data,
+        download=settings.download,
+        tokenizer=settings.tokenizer,
+        seed=settings.seed,
+    )

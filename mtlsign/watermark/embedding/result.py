@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mtlsign._version import __version__
-from mtlsign.config.embed import EmbedSettings
+from mtlsign.config.embed import EmbedSettings, public_model_name
 from mtlsign.models import architectures
 from mtlsign.models.factories import Factory
 from mtlsign.storage.base import Storage
@@ -224,7 +224,7 @@ def _kept_base_weights(base_weights: Tensors, detector: WatermarkDetector) -> Te
 def _settings_fields(settings: EmbedSettings) -> dict[str, Any]:
     return {
         "task": settings.task,
-        "model": settings.model,
+        "model": public_model_name(settings.model or ""),
         "name": settings.name,
         "width": settings.width,
         "head": settings.head,

@@ -22,7 +22,8 @@ BERT = {
 }  # fmt: skip
 LLAMA = {
     "model_type": "llama", "vocab_size": 30, "hidden_size": 16, "num_attention_heads": 4,
-    "hidden_act": "silu", "num_key_value_heads": 2, "intermediate_size": 20, "num_hidden_layers": 2, "rms_norm_eps": 1e-5,
+    "hidden_act": "silu", "num_key_value_heads": 2, "intermediate_size": 20, "num_hidden_layers": 2,
+    "rms_norm_eps": 1e-5,
     "max_position_embeddings": 12, "rope_theta": 5000.0, "attention_bias": False,
 }  # fmt: skip
 PARTS = {

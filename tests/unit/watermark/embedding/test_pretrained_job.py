@@ -1,0 +1,110 @@
+"""Embedding into a pretrained transformer by the job's settings alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtlsign.config.attack import AttackSettings
+from mtlsign.config.embed import EmbedSettings, public_model_name
+from mtlsign.errors import DataError, ModelError
+from mtlsign.experiments.attack_runs.target import load_target
+from mtlsign.models.pretrained_transformer import load_pretrained_transformer
+from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
+from mtlsign.tasks import load_task
+from mtlsign.watermark.embedding.pipeline import LocalEmbeddingBackend, run_embedding_job
+from mtlsign.watermark.keys.identity import Identity
+from mtlsign.watermark.kit import detector_for_kit
+from mtlsign.watermark.verification.algorithm import verify
+from tests.unit.models.test_pretrained_transformer import folder
+from tests.unit.tasks.text.layouts import WORDS, write_imdb, write_sst
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*of the official")
+
+
+def write_tokenizer(path: Path, first: str = "[PAD]") -> Path:
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {word: i for i, word in enumerate((first, "[UNK]", *WORDS))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path / "tokenizer.json"
+
+
+@pytest.fixture
+def settings(tmp_path: Path, owner: Identity) -> dict[str, Any]:
+    """Settings of a job of seconds: a folder of a tiny BERT, its tokenizer, and small parts of SST."""
+    model = tmp_path / "model"
+    model.mkdir()
+    owner.save(tmp_path / "identity.json", None)
+    write_sst(tmp_path, (200, 40, 40))
+    folder(model, "bert", max_position_embeddings=12)
+    return {
+        "task": "sst2", "data": tmp_path, "model": f"hf:{model}", "tokenizer": write_tokenizer(model),
+        "storage": str(tmp_path / "store"), "owner": str(tmp_path / "identity.json"), "workers": 0,
+        "key_size": 128, "phase1.lr": 0.003, "phase1.batch": 16, "phase2.steps": 150, "phase2.lr": 0.005,
+        "phase2.batch": 16, "insecure_test_key": True,
+    }  # fmt: skip
+
+
+def test_job_marks_pretrained_network_and_returns_its_names(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    with pytest.raises(ModelError, match="12 positions"):
+        run_embedding_job(EmbedSettings.of(settings), LocalEmbeddingBackend())
+    tensors = parse_safetensors((model / "model.safetensors").read_bytes())
+    positions = "embeddings.position_embeddings.weight"
+    tensors[positions] = torch.cat([tensors[positions]] * 5)
+    (model / "model.safetensors").write_bytes(serialize_safetensors(tensors))
+    config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 60}
+    (model / "config.json").write_text(json.dumps(config))
+    run = run_embedding_job(EmbedSettings.of(settings), LocalEmbeddingBackend())
+    assert run.verdict.matches == 128 and run.result["model"] == "hf:model"
+    assert str(tmp_path) not in json.dumps(run.result["name"])
+    detector = detector_for_kit(run.kit)
+    marked = load_pretrained_transformer(model, classes=2).in_original_names(run.tensors)
+    renamed = {f"bert.{name}": tensor for name, tensor in marked.items()}
+    assert verify(renamed, detector).matches == 128
+    words = tensors["embeddings.word_embeddings.weight"]
+    assert torch.equal(renamed["bert.embeddings.word_embeddings.weight"], words)
+    target = load_target(AttackSettings.of({
+        "model": run.result["model_path"], "kit": run.result["kit"], "data": tmp_path,
+        "tokenizer": settings["tokenizer"], "owner": settings["owner"],
+    }))  # fmt: skip
+    assert target.load_task().size("test") == load_task("sst2", data=tmp_path).size("test")
+
+
+def test_job_without_tokenizer_of_the_model_raises_model_error(settings: dict[str, Any]) -> None:
+    settings["tokenizer"] = None
+    with pytest.raises(DataError, match="glove"):
+        run_embedding_job(EmbedSettings.of(settings), LocalEmbeddingBackend())
+    settings |= {"task": "digits"}
+    with pytest.raises(ModelError, match="reads texts"):
+        run_embedding_job(EmbedSettings.of(settings), LocalEmbeddingBackend())
+
+
+def test_tokenizer_of_other_tasks_or_damaged_files_raises_data_error(tmp_path: Path) -> None:
+    write_imdb(tmp_path)
+    with pytest.raises(DataError, match="no texts"):
+        load_task("digits", tokenizer=tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match="is no file"):
+        load_task("imdb", data=tmp_path, tokenizer=tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="is no tokenizer"):
+        load_task("imdb", data=tmp_path, tokenizer=tmp_path / "tokenizer.json")
+
+
+def test_tokenizer_gives_its_own_vocabulary_and_padding_at_the_end(tmp_path: Path) -> None:
+    write_sst(tmp_path, (40, 10, 15))
+    task = load_task("sst5", data=tmp_path, tokenizer=write_tokenizer(tmp_path))
+    assert (task.input_spec.vocabulary, task.input_spec.embedding) == (13, None)  # type: ignore[union-attr]
+    inputs, _ = task.splits["test"].batch(torch.tensor([0, 1]))
+    assert inputs[:, :4].tolist() == [[1, 1, 2, 0], [1, 1, 3, 0]] and not inputs[:, 4:].any()
+
+
+def test_public_model_name_has_no_folders() -> None:
+    assert public_model_name("hf:/models/secret/bert/") == "hf:bert"
+    assert public_model_name("resnet18") == "resnet18"
