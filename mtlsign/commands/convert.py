@@ -14,7 +14,13 @@ def convert(settings: ConvertSettings) -> Output:
     """
     from mtlsign.models.conversion import convert_weights
 
-    conversion = convert_weights(settings.source, settings.output, key=settings.weights_key)
+    rename = None
+    if settings.original is not None:
+        from mtlsign.models.pretrained_transformer import load_pretrained_transformer
+
+        # The number of classes has no influence, because the file has no such matrix.
+        rename = load_pretrained_transformer(settings.original, classes=2).in_original_names
+    conversion = convert_weights(settings.source, settings.output, key=settings.weights_key, rename=rename)
     document = {
         "source": str(settings.source),
         "output": str(settings.output),

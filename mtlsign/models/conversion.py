@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +26,20 @@ class Conversion:
     statement: str | None
 
 
-def convert_weights(source: Path, output: Path, *, key: str | None = None) -> Conversion:
+def convert_weights(
+    source: Path,
+    output: Path,
+    *,
+    key: str | None = None,
+    rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
+) -> Conversion:
     """Write the weights of a file or folder as one safetensors file.
 
     Args:
         source: a format of `read_checkpoint`, or an .onnx, .gguf or .npz file.
         output: the new file; it must not exist.
         key: entry with the weights; see `read_checkpoint`.
+        rename: returns the tensors under other names; None keeps those of the source.
 
     Raises:
         ModelError: the source is missing, damaged or of another format, or a library is not installed.
@@ -42,7 +50,8 @@ def convert_weights(source: Path, output: Path, *, key: str | None = None) -> Co
     if output.exists():
         raise ArtifactError(f"{output} exists already. Choose another name.", field="output")
     checkpoint = read_weights(source, key=key)
-    data = serialize_safetensors(checkpoint.tensors)
+    tensors = checkpoint.tensors if rename is None else rename(checkpoint.tensors)
+    data = serialize_safetensors(tensors)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("xb") as file:
@@ -52,7 +61,7 @@ def convert_weights(source: Path, output: Path, *, key: str | None = None) -> Co
             f"{output} cannot be written ({error.strerror}). Choose another folder.", field="output"
         ) from None
     digest = hashlib.sha256(data).hexdigest()
-    return Conversion(len(checkpoint.tensors), len(data), digest, checkpoint.statement())
+    return Conversion(len(tensors), len(data), digest, checkpoint.statement())
 
 
 def read_weights(source: Path, *, key: str | None = None) -> Checkpoint:

@@ -206,7 +206,7 @@ class Cell:
     @property
     def settings(self) -> EmbedSettings:
         """Complete settings of the embedding. Raises `SettingsError`."""
-        fixed = {"data": self.data, "download": self.download, "tokenizer": self.tokenizer}
+        fixed: dict[str, object] = {"data": self.data, "download": self.download, "tokenizer": self.tokenizer}
         fixed |= {"workers": 0, "insecure_test_key": True}
         return EmbedSettings.of({**self.flat, **fixed}).with_defaults()
 
