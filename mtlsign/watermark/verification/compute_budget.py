@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtlsign.errors import ArtifactError, MTLSignError
 from mtlsign.models import architectures
 from mtlsign.models.factories import Factory
+from mtlsign.models.residual_stream import residual_stream
 from mtlsign.models.taps import forward_to_taps
 from mtlsign.watermark import carriers
 from mtlsign.watermark.keys.spec import ReadoutSpec, Spec
 from mtlsign.watermark.verification.response_bases import MAX_DIRECTIONS
+from mtlsign.watermark.verification.sketches import MAX_SKETCH_SIZE
 
 MAX_IMAGE_ELEMENTS = 2**26
 """Elements of the images of one key set: 256 MiB of float32."""
@@ -81,6 +84,24 @@ def check_claim_budget(
     return gflop
 
 
+def _attention_cost(network: nn.Module, taps: Sequence[str], inputs: torch.Tensor) -> tuple[float, int]:
+    """Return the operations on products of attention layers, and the elements of the largest product."""
+    stream = residual_stream(network, taps, inputs)
+    if stream is None:
+        return 0.0, 0
+    parameters = dict(network.named_parameters())
+    operations, largest = 0.0, 0
+    for layer in stream.attentions:
+        elements = layer.heads * stream.size**2
+        head_size = parameters[layer.output].shape[1] // layer.heads
+        # Both products, their rows in the basis, their sketches, and the comparison of all pairs of heads.
+        per_element = 4 * head_size + 2 * MAX_DIRECTIONS + 4 * MAX_SKETCH_SIZE
+        operations += elements * per_element + 4.0 * layer.heads * elements / stream.size * MAX_SKETCH_SIZE
+        largest = max(largest, elements)
+    turns = 60.0 * stream.size**3 + 4.0 * stream.size * sum(p.numel() for p in parameters.values())
+    return operations + turns, largest
+
+
 def _measure(spec: Spec, readout: ReadoutSpec, factories: Mapping[str, Factory] | None) -> tuple[float, int]:
     """Return the operations (10^9) of one read-out and the elements of its largest tensor.
 
@@ -112,7 +133,9 @@ def _measure(spec: Spec, readout: ReadoutSpec, factories: Mapping[str, Factory] 
         handle.remove()
     flops = counter.get_total_flops()
     if spread:
-        return (float(flops) + (2 * MAX_DIRECTIONS + ALIGNMENT_OPERATIONS) * parameters) / 1e9, largest
+        operations, product = _attention_cost(network, readout.taps, inputs)
+        operations += float(flops) + (2 * MAX_DIRECTIONS + ALIGNMENT_OPERATIONS) * parameters
+        return operations / 1e9, max(largest, product)
     joined = sum(output.numel() for output in outputs)
     hidden = readout.head.hidden or 1
     largest = max(largest, joined, joined // samples * hidden)
