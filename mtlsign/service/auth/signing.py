@@ -18,7 +18,7 @@ from mtlsign.errors import ClaimError, KeyMaterialError, MTLSignError
 from mtlsign.watermark.keys.identity import Identity, read_passphrase
 from mtlsign.watermark.keys.sealing import EncryptionSecret, decrypt_envelope, encrypt_envelope
 
-PURPOSE = "mtlsign/v0/service/request"
+PURPOSE = "mtlsign/v1/service/request"
 PREDICATE_TYPE = PREDICATE + "verdict"
 _INTEGERS = ("matches", "n", "near_zero")
 
