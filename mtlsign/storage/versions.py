@@ -20,7 +20,7 @@ def refuse_version_0(document: object, name: str, *, where: str, fix: str) -> No
         document: the JSON value; any value that is no object with a tag of version 0 passes.
         name: the field that holds the format's tag.
         where: the field that errors name.
-        fix: sentence that tells the reader what to do.
+        fix: sentence with the remedy.
 
     Raises:
         OldVersionError: the document has version 0.
@@ -36,7 +36,7 @@ def raise_old_version(tag: str, *, where: str, fix: str) -> NoReturn:
     Args:
         tag: the format's tag in the document.
         where: the field that the error names.
-        fix: sentence that tells the reader what to do.
+        fix: sentence with the remedy.
     """
     problem = f"The format is {tag!r}, version 0, which this release does not read"
     raise OldVersionError(problem, fix, field=where)

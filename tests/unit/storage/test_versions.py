@@ -12,7 +12,7 @@ from mtlsign.storage.versions import refuse_version_0
     "tag",
     ["mtlsign/v0", "mtlsign/key-opening/v0", "urn:mtlsign:v0:vote", "mtlsign/ledger/v0/00"],
 )
-def test_refuse_version_0_names_tag_and_fix_in_one_line(tag: str) -> None:
+def test_refuse_version_0_names_tag_and_fix(tag: str) -> None:
     with pytest.raises(OldVersionError) as caught:
         refuse_version_0({"format": tag}, "format", where="spec", fix="Embed the watermark again.")
     assert str(caught.value) == (
