@@ -243,7 +243,7 @@ def _read(path: Path, *names: str) -> dict[str, object] | None:
     except FileNotFoundError:
         return None
     document = parse_strict_json(data, limit=MAX_STATE, where=FIELD)
-    refuse_version_0(document, "version", where=FIELD, fix=f"Delete {path}. {PUBLISH_AGAIN}")
+    refuse_version_0(document, "version", where=FIELD, fix=f"Move {path} away. {PUBLISH_AGAIN}")
     return require_fields(document, FIELD, *names)
 
 

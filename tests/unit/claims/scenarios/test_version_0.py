@@ -18,9 +18,11 @@ from mtlsign.claims.ledger import witness_state
 from mtlsign.claims.ledger.checkpoints import parse_signed_note
 from mtlsign.claims.ledger.open import open_ledger
 from mtlsign.claims.ledger.view import LedgerView
+from mtlsign.claims.statements.envelope import sign
 from mtlsign.claims.statements.parsing import disclosed_opening, open_statement
 from mtlsign.config.verify import VerifySettings
 from mtlsign.errors import ClaimError, KeyMaterialError, LedgerError, MTLSignError, OldArtifactError
+from mtlsign.service.auth.signing import read_verdict
 from mtlsign.service.problems import Problem
 from mtlsign.service.verifier.claim_bundle import parse_bundle, read_bundle
 from mtlsign.storage.locations import open_storage
@@ -140,12 +142,12 @@ def test_witness_state_of_version_0_is_refused(tmp_path: Path) -> None:
     path, identity = tmp_path / "state.json", Identity.generate()
     path.write_text('{"version": "mtlsign/witness/v0", "origin": ""}')
     message = message_of(KeyMaterialError, lambda: witness_state.load(identity, path))
-    assert message == expected("witness-state", "mtlsign/witness/v0", f"Delete {path}. {PUBLISH}")
+    assert message == expected("witness-state", "mtlsign/witness/v0", f"Move {path} away. {PUBLISH}")
     pin = witness_state.pin_path(identity, "store")
     pin.parent.mkdir(parents=True, exist_ok=True)
     pin.write_text('{"version": "mtlsign/place/v0", "place": "store"}')
     message = message_of(KeyMaterialError, lambda: witness_state.pinned_origin(identity, "store"))
-    assert message == expected("witness-state", "mtlsign/place/v0", f"Delete {pin}. {PUBLISH}")
+    assert message == expected("witness-state", "mtlsign/place/v0", f"Move {pin} away. {PUBLISH}")
 
 
 def test_service_refuses_opened_claims_and_kits_of_version_0() -> None:
@@ -161,6 +163,12 @@ def test_service_refuses_opened_claims_and_kits_of_version_0() -> None:
         read_bundle(claim_file.getvalue())
     with pytest.raises(Problem, match="owner kit"):
         read_bundle(base64.b64decode(KIT["kit.sealed"]))
+
+
+def test_verdict_of_version_0_is_refused() -> None:
+    envelope = sign(b'{"predicateType":"urn:mtlsign:v0:verdict","predicate":{}}', Identity.generate())
+    message = message_of(ClaimError, lambda: read_verdict(envelope))
+    assert message == expected("verdict", "urn:mtlsign:v0:verdict", "Verify the model again.")
 
 
 def test_storage_of_version_0_keeps_its_folder(kit_folder: Path) -> None:

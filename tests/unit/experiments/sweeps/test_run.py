@@ -158,4 +158,4 @@ def test_resuming_finished_sweep_deletes_leftover_checkpoints(tmp_path: Path) ->
         run.folder.write(name, b"{}")
     with pytest.raises(SettingsError, match="finished"):
         SweepRun.open(resumed_sweep(tmp_path))
-    assert run.folder.list() == ["trials/a/result.json", "manifest.json", "result.json", "settings.json"]
+    assert run.folder.list() == ["manifest.json", "result.json", "settings.json", "trials/a/result.json"]
