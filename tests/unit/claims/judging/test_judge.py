@@ -83,9 +83,13 @@ def test_judge_of_heavy_claim_is_inadmissible_before_anything_is_built(
         "mtlsign.watermark.verification.detector.WatermarkDetector.__init__",
         lambda *_, **__: pytest.fail("built"),
     )
-    graph = GRAPH | {"arch": "resnet50", "width": 128}
+    architecture = GRAPH | {"arch": "resnet50", "width": 128}
     finding = judge_claim(
-        reference, architecture=graph, taps=["layer4"], n=4096, carrier=qr.make_carrier(4096, 1, 84, 84)
+        reference,
+        architecture=architecture,
+        taps=["layer4"],
+        n=4096,
+        carrier=qr.make_carrier(4096, 1, 84, 84),
     )
     assert finding.status == "inadmissible" and "docs/claims.md" in finding.reason
 
