@@ -38,14 +38,15 @@ def function_change(
     Args:
         model: the marked model.
         changed: the attacked model.
-        x: images [n, C, H, W].
-        transforms: applied to the images of the attacked model.
+        x: images [n, C, H, W] or token ids [n, L].
+        transforms: applied to the inputs of the attacked model.
 
     Returns:
         The difference relative to the largest output, if that is above 1.
     """
-    expected = copy.deepcopy(model).eval().double()(x.double())
-    actual = copy.deepcopy(changed).eval().double()(transform_inputs(x.double(), transforms))
+    x = x.double() if x.is_floating_point() else x
+    expected = copy.deepcopy(model).eval().double()(x)
+    actual = copy.deepcopy(changed).eval().double()(transform_inputs(x, transforms))
     return float((expected - actual).abs().max() / expected.abs().max().clamp(min=1))
 
 

@@ -14,6 +14,7 @@ from mtlsign.attacks.base import (
 from mtlsign.attacks.training import trainable_copy
 from mtlsign.models.families.recurrent import RecurrentClassifier
 from mtlsign.models.recurrent_layers import CANDIDATE_GATE, gate_count
+from mtlsign.models.transformer import Transformer
 from mtlsign.tasks import Task
 from mtlsign.tasks.splitting import seeded_generator
 
@@ -46,12 +47,12 @@ def permute_vocabulary(
     """Put the words into another order; a user of the model renumbers the tokenizer.
 
     Raises:
-        NotApplicableError: the network is no recurrent classifier of this package.
+        NotApplicableError: the network is none of this package's networks of texts.
     """
-    if not isinstance(model, RecurrentClassifier):
-        raise NotApplicableError("The attack needs an LSTM or GRU classifier.", field="model")
+    if not isinstance(model, RecurrentClassifier | Transformer):
+        raise NotApplicableError("The attack needs a network of texts of this package.", field="model")
     attacked = trainable_copy(model)
-    assert isinstance(attacked, RecurrentClassifier)
+    assert isinstance(attacked, RecurrentClassifier | Transformer)
     words = attacked.embedding.weight
     numbers = torch.randperm(len(words) - 1, generator=seeded_generator("mtlsign/attack/vocabulary", seed))
     # numbers[old - 1] + 1 is the new number of a word; 0 remains the padding.

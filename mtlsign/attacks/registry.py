@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from mtlsign.attacks import (
+    attention_symmetries,
     channel_symmetries,
     decorrelation,
     distilled_tuning,
@@ -230,6 +231,20 @@ _ALL = (
         fast=("",),
     ),
     Attack(
+        "attention_symmetries",
+        attention_symmetries.attention_symmetries,
+        "numbers inside attention heads mixed, heads permuted",
+        "function_preserving",
+        fast=("",),
+    ),
+    Attack(
+        "rotate_stream",
+        attention_symmetries.rotate_stream,
+        "gains of norms moved, residual stream of a transformer turned",
+        "function_preserving",
+        fast=("",),
+    ),
+    Attack(
         "transpose_input",
         input_symmetries.transpose_input,
         "kernels and images transposed",
@@ -330,5 +345,6 @@ STANDARD = (
     "none,ftal:lr=quarter/full,retrain,fine_prune:ratio=0.5,prune_to_accuracy_drop:points=10,"
     "overwrite:epochs=350,int8,spoil:steps=60,decorrelate:steps=40,null_space:energy=0.95,noise=1,"
     "repair_steps=300,repair_lr=0.003,tune:steps=1500,lr=0.01,relearn:epochs=20,unsketch,"
-    "recurrent_symmetries,permute_vocabulary,permute_channels,transpose_input,mix_input:kind=negate,dummy_channels,split_channels,clique_channels"
+    "recurrent_symmetries,permute_vocabulary,attention_symmetries,rotate_stream,"
+    "permute_channels,transpose_input,mix_input:kind=negate,dummy_channels,split_channels,clique_channels"
 )

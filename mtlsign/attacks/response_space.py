@@ -24,6 +24,7 @@ from mtlsign.attacks.distilled_tuning import Tuning, tune_by_distillation
 from mtlsign.attacks.training import recalibrate_batch_norm, trainable_copy
 from mtlsign.errors import ModelError
 from mtlsign.models.architectures import default_taps
+from mtlsign.models.attention_layers import attention_layers
 from mtlsign.models.taps import last_layer, tapped_layers
 from mtlsign.tasks import Task
 from mtlsign.tasks.splitting import seeded_generator
@@ -50,14 +51,17 @@ class _Layers:
         images = attacker_sample(data, _COVARIANCE_IMAGES)
         end = _tap_of_stage(model, stages) if stages else last_layer(model)
         layers = tapped_layers(self.model, (end,), images[:2])
+        kinds = ["conv", "recurrent"]
+        if attention_layers(self.model, (end,), images[:2]):
+            kinds.append("linear")
         self.names = [
             layer.key
             for layer in layers
-            if supports_responses(layer, modules) and layer.kind in ("conv", "recurrent")
+            if supports_responses(layer, modules) and layer.kind in kinds and layer.key != end
         ]
         if not self.names:
             raise NotApplicableError(
-                "The network has neither a convolution of two dimensions nor a recurrent layer.",
+                "The network has no convolution of two dimensions, recurrent or attention layer.",
                 field="model",
             )
         self._modules = modules

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -14,6 +16,7 @@ from mtlsign.models.batch_norms import batch_norm_values
 from mtlsign.models.channel_groups import batch_norm_of_conv
 from mtlsign.schemes.mtlsign import MTLSignKey
 from mtlsign.tasks import Task
+from mtlsign.watermark.verification.alignment.transformer import HeadProducts, TransformerAligner
 from mtlsign.watermark.verification.sketches import projection_matrix
 
 
@@ -28,17 +31,80 @@ def unsketch(model: nn.Module, task: Task, resources: AttackerResources, seed: i
     data = attacker_view(model, task, resources, seed)
     attacked = trainable_copy(model)
     tensors = dict(attacked.named_parameters())
-    layers = [layer for name, layer in key.detector.aligner.layers.items() if name in tensors]
-    if not layers or any(tuple(tensors[layer.weight].shape) != layer.shape for layer in layers):
+    aligner = key.detector.aligner
+    layers = [
+        layer
+        for name, layer in aligner.layers.items()
+        if name in tensors and not isinstance(layer, HeadProducts)
+    ]
+    fits = all(tuple(tensors[layer.weight].shape) == layer.shape for layer in layers)
+    if not fits or not (layers or isinstance(aligner, TransformerAligner)):
         raise NotApplicableError("The kernels of the model do not fit the reference.", field="model")
+    gains = aligner.products.stream.gains if isinstance(aligner, TransformerAligner) else {}
     signs = _row_signs(attacked, data)
     with torch.no_grad():
         for layer in layers:
             weight = tensors[layer.weight]
             rows = weight.double().cpu().flatten(1)
             sign = signs.get(layer.weight, torch.ones(len(rows))).double().cpu()[:, None]
-            weight.copy_((sign * _unsketched(sign * rows, layer.sketch)).reshape(weight.shape))
+            if layer.weight in gains:
+                sign = sign * tensors[gains[layer.weight]].double().cpu()
+            weight.copy_((_unsketched(sign * rows, layer.sketch) / sign).reshape(weight.shape))
+        if isinstance(aligner, TransformerAligner):
+            _unsketch_heads(aligner, tensors)
     return AttackOutcome(recalibrate_batch_norm(attacked, data))
+
+
+def _unsketch_heads(aligner: TransformerAligner, tensors: Mapping[str, Tensor]) -> None:
+    """Give the products of attention heads W0's sketches, by a change of the values and keys alone.
+
+    The reference shows O·V·S of every head for the public matrix S. Least squares give V·S, and in the same
+    way K·S from the queries in the directions of the basis.
+    """
+    products = aligner.products
+    for layer in products.stream.attentions:
+        size = products.head_sizes[layer.module]
+        shared = layer.heads // layer.kv_heads
+        gain = tensors.get(
+            products.stream.gains.get(layer.query.weight, ""), torch.ones(products.stream.size)
+        )
+        output = tensors[layer.output].detach().double().cpu()
+        left = {
+            layer.value_output: output.unflatten(1, (-1, size)).transpose(0, 1),
+            layer.query_key: (
+                (layer.query.of(tensors).detach().cpu() * gain.cpu()).double().unflatten(0, (-1, size))
+                @ products.bases[layer.query_key].cpu()
+            ).transpose(1, 2),
+        }
+        for name, part in ((layer.value_output, layer.value), (layer.query_key, layer.key)):
+            rows = part.of(tensors)
+            for group in range(layer.kv_heads):
+                own = rows[group * size : (group + 1) * size]
+                heads = slice(group * shared, (group + 1) * shared)
+                sketch = aligner.heads[name].sketch.reshape(
+                    layer.heads, -1, aligner.heads[name].sketch.shape[1]
+                )
+                factor = left[name][heads].flatten(0, 1)
+                own.copy_(
+                    _unsketched_factor(factor, own.double().cpu() * gain.cpu(), sketch[heads]) / gain.cpu()
+                )
+
+
+def _unsketched_factor(left: Tensor, right: Tensor, sketch: npt.NDArray[np.float64]) -> Tensor:
+    """Return the right factor with which the rows of left @ right have W0's sketch, as far as they can.
+
+    Args:
+        left: float64 [rows, k].
+        right: float64 [k, d].
+        sketch: of unit rows, [heads, rows of a head, s].
+    """
+    matrix = torch.from_numpy(np.array(projection_matrix(right.shape[1], sketch.shape[2])))
+    lengths = (left @ right).norm(dim=1, keepdim=True)
+    target = torch.linalg.pinv(left) @ (
+        lengths * torch.from_numpy(sketch.reshape(-1, sketch.shape[2]).copy())
+    )
+    changed: Tensor = right + (target - right @ matrix) @ torch.linalg.pinv(matrix)
+    return changed
 
 
 def _unsketched(rows: Tensor, sketch: npt.NDArray[np.float64]) -> Tensor:

@@ -57,9 +57,13 @@ class JobSession:
         self._process.process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.process.stdin.flush()
         self._count += 1
-        answers = self._process.until(
-            lambda: lines if len(lines := self._process.out.split("\n")) > self._count else None
-        )
+        try:
+            answers = self._process.until(
+                lambda: lines if len(lines := self._process.out.split("\n")) > self._count else None
+            )
+        except AssertionError as error:
+            ended = f"exit code of the process: {self._process.process.poll()}"
+            raise AssertionError(f"{error}\n{ended}\n{stderr.read_text(errors='replace')}") from None
         output = SessionOutput(int(answers[self._count - 1]), stdout, stderr)
         assert code is None or output.code == code, f"exit code {output.code}\n{output.out}\n{output.err}"
         return output
@@ -68,7 +72,8 @@ class JobSession:
         """End the process and its cluster."""
         self._process.process_tree()
         assert self._process.process.stdin is not None
-        self._process.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.process.wait(30)
         self._process.end()

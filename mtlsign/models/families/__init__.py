@@ -8,6 +8,7 @@ from mtlsign.models.families.custom import PREFIX, RENAMED_PREFIX, CustomFamily
 from mtlsign.models.families.recurrent import RecurrentFamily
 from mtlsign.models.families.resnet import ResNetFamily
 from mtlsign.models.families.timm import TimmFamily
+from mtlsign.models.families.transformer import TransformerFamily
 
 __all__ = ["FAMILIES", "ArchitectureFamily", "Translation", "family_of", "translation_of"]
 
@@ -15,6 +16,7 @@ __all__ = ["FAMILIES", "ArchitectureFamily", "Translation", "family_of", "transl
 FAMILIES: tuple[ArchitectureFamily, ...] = (
     ResNetFamily(),
     RecurrentFamily(),
+    TransformerFamily(),
     TimmFamily(),
     CustomFamily(),
 )

@@ -118,7 +118,7 @@ class _Embedding:
         use_batch_statistics(model, True)
         use_batch_statistics(self._teacher, True, momentum=0.0)
         self._tensors = named_tensors(model)
-        self._trained = _freeze_fixed_layers(model)
+        self._trained = _freeze_fixed_layers(model, detector)
         self._base_parameters = [p for name, p in self._teacher.named_parameters() if name in self._trained]
         self._head = detector.trained_parameters
         self._steps, self._peak = require_set(settings.phase2.steps), require_set(settings.phase2.lr)
@@ -299,17 +299,18 @@ class _Embedding:
         return accuracies | {"primary_samples": self._task.size("test")}
 
 
-def _freeze_fixed_layers(model: nn.Module) -> dict[str, nn.Parameter]:
+def _freeze_fixed_layers(model: nn.Module, detector: WatermarkDetector) -> dict[str, nn.Parameter]:
     """Freeze batch norms' weights and biases, and embeddings; return the other parameters by name.
 
-    A reference holds vectors of an embedding, which must not change after it is made.
+    A reference holds vectors of an embedding and of the sources of a transformer's residual stream, which
+    must not change after it is made.
     """
     fixed = {
         f"{name}.{part}"
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm | nn.Embedding)
         for part in ("weight", "bias")
-    }
+    } | set(detector.aligner.further_shapes)
     trained = {}
     for name, parameter in model.named_parameters():
         if name in fixed:

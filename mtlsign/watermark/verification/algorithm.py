@@ -117,7 +117,7 @@ def _status(
     missing = max((result.missing for result in results), key=len)
     if missing:
         return "not_verifiable", (
-            f"{len(missing)} of {len(detector.weight_shapes)} layers are missing or damaged, "
+            f"{len(missing)} of {len(detector.kernel_shapes)} layers are missing or damaged, "
             f"such as {', '.join(missing[:3])}"
         )
     problem = next((result.problem for result in results if result.problem is not None), None)

@@ -114,6 +114,7 @@ class ConvVerifierModel:
         self.weight_shapes: Mapping[str, tuple[int, ...]] = {
             name: tuple(parameters[name].shape) for name in names
         }
+        self.kernel_shapes: Mapping[str, tuple[int, ...]] = self.weight_shapes
         self._bn_weights = {conv.weight: f"{conv.bn}.weight" for conv in self.normalized_convs}
         self.optional_shapes: Mapping[str, tuple[int, ...]] = {
             bn_weight: (self.weight_shapes[weight][0],) for weight, bn_weight in self._bn_weights.items()

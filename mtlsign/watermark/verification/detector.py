@@ -121,6 +121,9 @@ class WatermarkDetector:
         self.weight_shapes: Mapping[str, tuple[int, ...]] = {
             name: shape for readout in self.readouts for name, shape in readout.model.weight_shapes.items()
         }
+        self.kernel_shapes: Mapping[str, tuple[int, ...]] = {
+            name: shape for readout in self.readouts for name, shape in readout.model.kernel_shapes.items()
+        }
         self.optional_shapes: Mapping[str, tuple[int, ...]] = {
             name: shape for readout in self.readouts for name, shape in readout.model.optional_shapes.items()
         }
@@ -261,8 +264,8 @@ class WatermarkDetector:
                 yield SuspectReading((), selected.problem)
                 continue
             alignment = self.align(selected.tensors)
-            own, shapes = None, {name: tuple(tensor.shape) for name, tensor in selected.tensors.items()}
-            if shapes.items() <= {**self.optional_shapes, **self.weight_shapes}.items():
+            own, expected = None, {**self.optional_shapes, **self.weight_shapes}
+            if all(tuple(t.shape) == expected.get(name, t.shape) for name, t in selected.tensors.items()):
                 own = self.select_weights(selected.tensors)
                 yield self._reading(own, alignment.similarity)
             if own is None or not _equal_kernels(own, alignment.kernels):
@@ -278,14 +281,14 @@ class WatermarkDetector:
         return self.aligner.align(self._alignable(tensors))
 
     def _alignable(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors that an alignment reads: the kernels, and an embedding."""
+        """Return the tensors that an alignment reads: the matrices, and vectors of the inputs."""
         names = {*self.weight_shapes, *self.aligner.further_names}
         return {name: tensor for name, tensor in tensors.items() if name in names}
 
     def _reading(self, kernels: Mapping[str, Tensor], similarity: float) -> SuspectReading:
         """Return the reading of kernels with W0's shapes and signs."""
         on_device = {name: kernel.to(self.device) for name, kernel in kernels.items()}
-        missing = tuple(name for name in self.weight_shapes if name not in kernels)
+        missing = tuple(name for name in self.kernel_shapes if name not in kernels)
         return SuspectReading(tuple(self.read(on_device)), None, missing, similarity)
 
     def recognizes(self, tensors: Mapping[str, Tensor]) -> bool:
@@ -301,7 +304,7 @@ class WatermarkDetector:
             name
             for readout in self.readouts
             if not readout.tolerates_missing
-            for name in readout.model.weight_shapes
+            for name in readout.model.kernel_shapes
         }
 
     def _select(self, tensors: Mapping[str, Tensor]) -> Iterator[MappedTensors]:
@@ -315,9 +318,9 @@ class WatermarkDetector:
         return select_tensors_untrusted(
             dict(self.weight_shapes),
             tensors,
-            optional=dict(self.optional_shapes),
+            optional={**self.optional_shapes, **self.aligner.further_shapes},
             tolerated={*self.weight_shapes, *self.optional_shapes} - required,
-            resizable={*self.aligner.layers, *self.aligner.further_names},
+            resizable=self.aligner.resizable_names,
         )
 
 

@@ -57,13 +57,60 @@ def embedding_rows(model: nn.Module, taps: Sequence[str], sample: Tensor) -> dic
         return {}
     vectors = model.get_submodule(name).weight
     assert isinstance(vectors, Tensor)
-    vectors = vectors.detach().cpu()
+    return vocabulary_tensors(name, vectors.detach().cpu())
+
+
+def vocabulary_tensors(name: str, vectors: Tensor) -> dict[str, Tensor]:
+    """Return the reference's tensors of one embedding, [V, d]; see `embedding_rows`."""
     vocabulary = VocabularyAxes.of(vectors)
     return {
         f"{name}/rows": vectors[:MAX_ROWS].half().clone(),
         f"{name}/mean": vocabulary.mean.float(),
         f"{name}/axes": vocabulary.axes.float().contiguous(),
     }
+
+
+@dataclass(frozen=True)
+class KnownWords:
+    """W0's vectors of the first words, which are found again in a vocabulary of another order.
+
+    Attributes:
+        vectors: the vectors less their mean, float64 [r, d].
+        coordinates: of these words, see `VocabularyAxes`, float64 [r, k].
+    """
+
+    vectors: Tensor
+    coordinates: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, mean: Tensor, axes: Tensor) -> KnownWords:
+        """Return the known words of a reference's `E/rows`, `E/mean` and `E/axes`."""
+        words = rows.double()
+        return cls(words - words.mean(0), VocabularyAxes(mean.double(), axes.double()).coordinates(words))
+
+    def find(self, vectors: Tensor) -> Tensor:
+        """Return a suspect's vectors of the known words, float64 [r, d].
+
+        Args:
+            vectors: the suspect's vocabulary, [V, d] with V of at least r.
+        """
+        first = vectors[: len(self.vectors)].double()
+        if self._misfit(first) <= _FITTING:
+            return first
+        rows = find_words(self.coordinates, vectors.detach().cpu())
+        if rows is None:
+            return first
+        candidates = vectors[rows.to(vectors.device)].double()
+        return candidates if self._misfit(candidates) < self._misfit(first) else first
+
+    @torch.no_grad()
+    def _misfit(self, words: Tensor) -> float:
+        """Return the share of W0's vectors that no linear map of the given ones explains."""
+        centred, expected = words - words.mean(0), self.vectors.to(words.device)
+        if centred.shape == expected.shape and torch.allclose(centred, expected, rtol=1e-2, atol=1e-3):
+            return 0.0
+        residual = expected - centred @ (torch.linalg.pinv(centred, rtol=_SMALLEST) @ expected)
+        return float(residual.square().sum() / expected.square().sum().clamp(min=1e-300))
 
 
 @dataclass(frozen=True)
@@ -74,16 +121,14 @@ class EmbeddingFrame:
         weight: name of the embedding's matrix [V, d].
         shape: of this matrix in the network.
         readers: names of the matrices [out, d] that are multiplied with word vectors.
-        words: W0's vectors of the first words less their mean, float64 [r, d].
-        known: coordinates of these words, float64 [r, k].
+        words: W0's vectors of the first words.
         inverse: P, float64 [r, d].
     """
 
     weight: str
     shape: tuple[int, ...]
     readers: tuple[str, ...]
-    words: Tensor
-    known: Tensor
+    words: KnownWords
     inverse: Tensor
 
     def apply(self, kernels: Weights) -> dict[str, Tensor]:
@@ -99,7 +144,7 @@ class EmbeddingFrame:
         vectors = kernels.get(self.weight)
         if vectors is None or vectors.dim() != 2 or len(vectors) < len(self.inverse):
             return others
-        words = self._find_words(vectors)
+        words = self.words.find(vectors)
         change = (words - words.mean(0)).T @ self.inverse.to(words.device)
         framed = {
             name: (kernels[name].double() @ change).to(kernels[name].dtype)
@@ -107,26 +152,6 @@ class EmbeddingFrame:
             if name in kernels and kernels[name].shape[1] == len(change)
         }
         return {name: {**others, **framed}[name] for name in kernels if name in others or name in framed}
-
-    def _find_words(self, vectors: Tensor) -> Tensor:
-        """Return the suspect's vectors of the known words, float64 [r, d]."""
-        first = vectors[: len(self.inverse)].double()
-        if self._misfit(first) <= _FITTING:
-            return first
-        rows = find_words(self.known, vectors.detach().cpu())
-        if rows is None:
-            return first
-        candidates = vectors[rows.to(vectors.device)].double()
-        return candidates if self._misfit(candidates) < self._misfit(first) else first
-
-    @torch.no_grad()
-    def _misfit(self, words: Tensor) -> float:
-        """Return the share of W0's vectors that no linear map of the given ones explains."""
-        centred, expected = words - words.mean(0), self.words.to(words.device)
-        if centred.shape == expected.shape and torch.allclose(centred, expected, rtol=1e-2, atol=1e-3):
-            return 0.0
-        residual = expected - centred @ (torch.linalg.pinv(centred, rtol=_SMALLEST) @ expected)
-        return float(residual.square().sum() / expected.square().sum().clamp(min=1e-300))
 
 
 def embedding_frame(
@@ -157,11 +182,9 @@ def embedding_frame(
     mean, axes = tensors.get(f"{name}/mean"), tensors.get(f"{name}/axes")
     if mean is None or axes is None or mean.shape != (dimensions,) or axes.shape[:1] != (dimensions,):
         return None
-    words = rows.double()
-    known = VocabularyAxes(mean.double(), axes.double()).coordinates(words)
-    words = words - words.mean(0)
-    inverse = torch.linalg.pinv(words, rtol=_SMALLEST).T.contiguous()
-    return EmbeddingFrame(f"{name}.weight", (count, dimensions), readers, words, known, inverse)
+    words = KnownWords.of(rows, mean, axes)
+    inverse = torch.linalg.pinv(words.vectors, rtol=_SMALLEST).T.contiguous()
+    return EmbeddingFrame(f"{name}.weight", (count, dimensions), readers, words, inverse)
 
 
 def _reads_vectors(model: nn.Module, owner: str, weight: str, dimensions: int) -> bool:

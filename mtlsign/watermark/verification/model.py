@@ -48,10 +48,12 @@ class VerifierModel(Protocol):
     Attributes:
         taps: module names.
         weight_shapes: name -> shape of every tensor read from a network.
+        kernel_shapes: name -> shape of every kernel that `select_weights` makes of them.
         optional_shapes: name -> shape of tensors that are read if the network has them.
     """
 
     taps: tuple[str, ...]
+    kernel_shapes: Mapping[str, tuple[int, ...]]
     weight_shapes: Mapping[str, tuple[int, ...]]
     optional_shapes: Mapping[str, tuple[int, ...]]
 

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from mtlsign.errors import ArtifactError, ModelError
 from mtlsign.models.batch_norms import batch_norm_values
+from mtlsign.models.residual_stream import residual_stream
 from mtlsign.models.taps import TappedLayer, tapped_buffers, tapped_layers, tapped_parameters
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
+from mtlsign.watermark.verification.attention_products import AttentionProducts
 from mtlsign.watermark.verification.embedding_frame import embedding_rows
 from mtlsign.watermark.verification.scaling import apply_bn_sign, column_norms
 from mtlsign.watermark.verification.sketches import random_projection
+from mtlsign.watermark.verification.stream_frame import stream_tensors
 
 MAX_REFERENCE_BYTES = 64 * 1024 * 1024
 
@@ -58,9 +61,10 @@ class Reference:
     `C/beta` float32 [O], `C/eps` float64 [1], `C/columns` float64 [groups, I/groups], `C/sketch` float16
     [O, s]. A spread head adds `L/basis`, `L/columns` and `L/sketch` for each layer L that it marks, and
     `E/rows` float16 [r, d] for an embedding E: the vectors of its first r ids; with `E/mean` and `E/axes` of
-    the whole vocabulary. Every other parameter of the tapped part with fewer than two dimensions (biases,
-    layer norms), and every floating-point buffer of it that a state dict has and that belongs to no batch
-    norm, is stored whole as `=NAME`.
+    the whole vocabulary. For a transformer it adds rows for every source of the residual stream. Every other
+    parameter of the tapped part with fewer than two dimensions (biases, layer norms), and every
+    floating-point buffer of it that a state dict has and that belongs to no batch norm, is stored whole as
+    `=NAME`.
 
     Attributes:
         raw_bytes: the exact safetensors bytes; their SHA-256 is in the spec.
@@ -148,21 +152,19 @@ def make_reference(
         ModelError: a tap does not exist, or the network has a value outside the format's ranges.
     """
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
-    tensors: dict[str, Tensor] = {}
+    tensors, kernels = _stream_values(model, taps, sample, bases or {})
     handled: set[str] = set()
     for layer in tapped_layers(model, taps, sample):
         # A module can have further weights, such as the gains of a scaled convolution.
         if bases and layer.key in bases and layer.kind != "other":
             groups = int(getattr(modules[layer.conv], "groups", 1))
-            kernel = parameters[layer.weight].detach().float().cpu()
-            tensors[f"{layer.key}/basis"] = bases[layer.key]
-            tensors[f"{layer.key}/columns"] = column_norms(kernel, groups)
-            tensors[f"{layer.key}/sketch"] = random_projection(kernel)
+            kernel = kernels.get(layer.weight, parameters[layer.weight]).detach().float().cpu()
+            tensors |= _layer_values(layer.key, bases[layer.key], kernel, groups)
         if layer.batch_norm is None:
             continue
         tensors |= _conv_values(layer, parameters[layer.weight], modules)
         handled |= {f"{layer.batch_norm}.weight", f"{layer.batch_norm}.bias", f"{layer.conv}.bias"}
-    if bases:
+    if bases and not kernels:
         tensors |= embedding_rows(model, taps, sample)
     for name in tapped_parameters(model, taps, sample):
         if name not in handled and name in parameters and parameters[name].dim() < 2:
@@ -178,6 +180,40 @@ def make_reference(
             )
     data = serialize_safetensors(tensors)
     return Reference(data, parse_safetensors(data))
+
+
+def _layer_values(key: str, basis: Tensor, kernel: Tensor, groups: int = 1) -> dict[str, Tensor]:
+    """Return the reference's tensors of one layer that a spread head marks."""
+    return {
+        f"{key}/basis": basis,
+        f"{key}/columns": column_norms(kernel, groups),
+        f"{key}/sketch": random_projection(kernel),
+    }
+
+
+def _stream_values(
+    model: nn.Module, taps: Sequence[str], sample: Tensor, bases: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the reference's tensors of a transformer, and its kernels as they are read; none for others."""
+    stream = residual_stream(model, taps, sample) if bases else None
+    if stream is None:
+        return {}, {}
+    parameters = {name: p.detach().float().cpu() for name, p in model.named_parameters()}
+    products = AttentionProducts(
+        stream,
+        {
+            layer.query_key: bases[layer.query_key][0].double()
+            for layer in stream.attentions
+            if layer.query_key in bases
+        },
+        {layer.module: parameters[layer.output].shape[1] // layer.heads for layer in stream.attentions},
+    )
+    kernels = products.apply(parameters)
+    tensors = stream_tensors(model, stream)
+    for name in products.shapes:
+        if name in bases:
+            tensors |= _layer_values(name, bases[name], kernels[name])
+    return tensors, kernels
 
 
 def _conv_values(layer: TappedLayer, weight: Tensor, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from mtlsign.errors import ModelError
 from mtlsign.models.recurrent_layers import step_inputs
+from mtlsign.models.residual_stream import ResidualStream, input_vectors, residual_stream
 from mtlsign.models.taps import TappedLayer, forward_to_taps, tapped_layers
 
 #: Training inputs from which the covariances are computed, and the samples of one pass.
@@ -28,6 +29,8 @@ MOMENT_INPUTS, _PASS = 1024, 32
 _MAX_POSITIONS = 16
 #: Share of the variance that a basis holds, and the largest number of its directions.
 ENERGY, MAX_DIRECTIONS = 0.97, 256
+#: Most directions of the products of attention layers, which have a row for each head and output.
+MAX_ATTENTION_DIRECTIONS = 32
 
 
 class InputMoments(NamedTuple):
@@ -38,12 +41,32 @@ class InputMoments(NamedTuple):
 
 
 def supports_responses(layer: TappedLayer, modules: Mapping[str, nn.Module]) -> bool:
-    """Return whether a weight is that of a two-dimensional convolution, a linear or a recurrent layer.
+    """Return whether a weight is that of a 2-d convolution, a linear, recurrent or attention layer.
 
     A module can have further weights, such as the gains of a scaled convolution.
     """
     module = modules[layer.conv]
-    return layer.kind == "recurrent" or (layer.kind != "other" and isinstance(module, nn.Conv2d | nn.Linear))
+    return layer.kind in ("recurrent", "attention") or (
+        layer.kind != "other" and isinstance(module, nn.Conv2d | nn.Linear)
+    )
+
+
+def readable_layers(
+    model: nn.Module, taps: Sequence[str], sample: Tensor, stream: ResidualStream | None
+) -> list[TappedLayer]:
+    """Return the layers before the last tap whose responses can be read, in execution order.
+
+    Args:
+        model: the network, in any mode.
+        taps: module names.
+        sample: one batch.
+        stream: residual stream of a transformer, whose attention layers are read as products; else None.
+    """
+    modules = dict(model.named_modules())
+    layers = tapped_layers(model, taps, sample)
+    if stream is not None:
+        layers = stream.layers(layers)
+    return [layer for layer in layers if supports_responses(layer, modules)]
 
 
 def response_bases(
@@ -64,9 +87,14 @@ def response_bases(
     Raises:
         ModelError: a tap or a layer does not exist, or no layer is left.
     """
-    names = _marked_layer_names(model, taps, inputs[:2], layers)
-    moments = input_moments(model, taps, inputs, names)
-    return {name: _basis(moments[name].covariance) for name in names}
+    stream = residual_stream(model, taps, inputs[:2])
+    chosen = _marked_layers(model, taps, inputs[:2], layers, stream)
+    moments = input_moments(model, taps, inputs, [layer.key for layer in chosen], stream=stream)
+    return {layer.key: _basis(moments[layer.key].covariance, _most_directions(layer)) for layer in chosen}
+
+
+def _most_directions(layer: TappedLayer) -> int:
+    return MAX_ATTENTION_DIRECTIONS if layer.kind == "attention" else MAX_DIRECTIONS
 
 
 def placeholder_bases(
@@ -84,35 +112,45 @@ def placeholder_bases(
         ModelError: as `response_bases`.
     """
     modules = dict(model.named_modules())
-    bases = {}
-    for name in _marked_layer_names(model, taps, sample, layers):
-        module, leaf = module_of_key(modules, name)
+    stream, bases = residual_stream(model, taps, sample), {}
+    for layer in _marked_layers(model, taps, sample, layers, stream):
+        if layer.kind == "attention" and stream is not None:
+            bases[layer.key] = torch.eye(stream.size)[:, :MAX_ATTENTION_DIRECTIONS].half()[None].clone()
+            continue
+        module, leaf = module_of_key(modules, layer.key)
         groups, fan_in = int(getattr(module, "groups", 1)), getattr(module, leaf)[0].numel()
-        bases[name] = torch.eye(fan_in)[:, :MAX_DIRECTIONS].half().expand(groups, -1, -1).clone()
+        bases[layer.key] = torch.eye(fan_in)[:, :MAX_DIRECTIONS].half().expand(groups, -1, -1).clone()
     return bases
 
 
-def _marked_layer_names(
-    model: nn.Module, taps: Sequence[str], sample: Tensor, layers: Sequence[str] | None
-) -> list[str]:
+def _marked_layers(
+    model: nn.Module,
+    taps: Sequence[str],
+    sample: Tensor,
+    layers: Sequence[str] | None,
+    stream: ResidualStream | None,
+) -> list[TappedLayer]:
     """Return the layers to mark in execution order. Raises `ModelError` for unknown names."""
-    modules = dict(model.named_modules())
-    candidates = [
-        layer.key for layer in tapped_layers(model, taps, sample) if supports_responses(layer, modules)
-    ]
-    unknown = sorted(set(layers or ()) - set(candidates))
+    candidates = readable_layers(model, taps, sample, stream)
+    keys = [layer.key for layer in candidates]
+    unknown = sorted(set(layers or ()) - set(keys))
     if unknown or not candidates or layers == []:
         raise ModelError(
             f"The name {', '.join(unknown)[:200]!r} is no layer before the taps whose responses can be read. "
-            f"Choose among {', '.join(candidates)[:400] or 'the layers of another model'}.",
+            f"Choose among {', '.join(keys)[:400] or 'the layers of another model'}.",
             field="layers",
         )
-    return [name for name in candidates if layers is None or name in layers]
+    return [layer for layer in candidates if layers is None or layer.key in layers]
 
 
 @torch.no_grad()
 def input_moments(
-    model: nn.Module, taps: Sequence[str], inputs: Tensor, names: Sequence[str]
+    model: nn.Module,
+    taps: Sequence[str],
+    inputs: Tensor,
+    names: Sequence[str],
+    *,
+    stream: ResidualStream | None = None,
 ) -> dict[str, InputMoments]:
     """Compute mean and covariance of the inputs of each layer.
 
@@ -121,16 +159,23 @@ def input_moments(
         taps: module names; the layers are before the last of them.
         inputs: natural inputs: float32 [n, C, H, W] or int64 [n, L].
         names: keys of layers (`TappedLayer.key`).
+        stream: residual stream of a transformer. The inputs of its layers are then those of the norm before
+            them without its gain, at the tokens that are no padding.
     """
     modules = dict(model.named_modules())
+    tokens: list[Tensor] = []
     sums: dict[str, Tensor] = {}
     products: dict[str, Tensor] = {}
     offsets: dict[str, Tensor] = {}
     counts = dict.fromkeys(names, 0)
 
     def collect(name: str, leaf: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            patches = _input_vectors(module, leaf, args[0]).double()
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            if stream is None:
+                patches = _input_vectors(module, leaf, inputs, tokens[-1]).double()
+            else:
+                patches = _stream_vectors(module, name, inputs, stream, tokens[-1]).double()
             # Covariances do not depend on an offset, and products lose fewer digits near 0.
             patches = patches - offsets.setdefault(name, patches.mean(1, keepdim=True))
             if name not in sums:
@@ -148,11 +193,12 @@ def input_moments(
     modes = [(module, module.training) for module in model.modules()]
     handles = []
     for name in names:
-        module, leaf = module_of_key(modules, name)
-        handles.append(module.register_forward_pre_hook(collect(name, leaf)))
+        module, leaf = _hooked_module(modules, name, stream)
+        handles.append(module.register_forward_pre_hook(collect(name, leaf), with_kwargs=True))
     model.eval()
     try:
         for batch in inputs.split(_PASS):
+            tokens[:] = [batch]
             forward_to_taps(model, batch, taps)
     finally:
         for handle in handles:
@@ -176,10 +222,40 @@ def module_of_key(modules: Mapping[str, nn.Module], key: str) -> tuple[nn.Module
     return modules[owner], leaf
 
 
-def _input_vectors(module: nn.Module, leaf: str, inputs: Any) -> Tensor:
+def _hooked_module(
+    modules: Mapping[str, nn.Module], key: str, stream: ResidualStream | None
+) -> tuple[nn.Module, str]:
+    """Return the module whose inputs belong to a layer's key, and the name of the weight in it."""
+    if stream is not None and key in stream.norms:
+        return modules[stream.norms[key]], "weight"
+    for attention in () if stream is None else stream.attentions:
+        if key in (attention.query_key, attention.value_output):
+            return modules[attention.query.weight.rpartition(".")[0]], "weight"
+    return module_of_key(modules, key)
+
+
+def _stream_vectors(
+    module: nn.Module, key: str, inputs: Tensor, stream: ResidualStream, tokens: Tensor
+) -> Tensor:
+    """Return the vectors that a layer of a transformer reads: [1, vectors, fan-in]."""
+    if isinstance(module, nn.Conv2d):
+        return input_patches(module, inputs)
+    return _without_padding(input_vectors(module if key in stream.norms else None, inputs), tokens)
+
+
+def _without_padding(vectors: Tensor, tokens: Tensor) -> Tensor:
+    """Return vectors [..., d] of the tokens that are no padding, or of all images: [1, vectors, d]."""
+    if not tokens.is_floating_point() and vectors.shape[:2] == tokens.shape:
+        return vectors[tokens != 0][None]
+    return vectors.reshape(1, -1, vectors.shape[-1])
+
+
+def _input_vectors(module: nn.Module, leaf: str, inputs: Any, tokens: Tensor) -> Tensor:
     """Return the vectors that the rows of one weight are multiplied with: [groups, vectors, fan-in]."""
     if isinstance(module, nn.LSTM | nn.GRU):
         return step_inputs(module, inputs)[leaf][None]
+    if isinstance(module, nn.Linear):
+        return _without_padding(inputs, tokens)
     return input_patches(module, inputs)
 
 
@@ -215,9 +291,9 @@ def input_patches(module: nn.Module, inputs: Tensor) -> Tensor:
     return grouped.permute(1, 0, 3, 2).reshape(module.groups, -1, grouped.shape[2])
 
 
-def _basis(covariance: Tensor) -> Tensor:
+def _basis(covariance: Tensor, most_directions: int) -> Tensor:
     """Return the leading eigenvectors as columns: float16 [groups, fan-in, k]."""
-    most = min(MAX_DIRECTIONS, covariance.shape[1])
+    most = min(most_directions, covariance.shape[1])
     pairs = [_leading_eigenvectors(matrix.cpu().numpy(), most) for matrix in covariance]
     values = torch.from_numpy(np.stack([pair[0] for pair in pairs]))
     vectors = torch.from_numpy(np.stack([pair[1] for pair in pairs]))

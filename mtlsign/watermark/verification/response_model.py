@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from mtlsign.errors import ArtifactError
-from mtlsign.models.taps import TappedLayer, tapped_layers
+from mtlsign.models.residual_stream import ResidualStream, residual_stream
+from mtlsign.models.taps import TappedLayer
+from mtlsign.watermark.verification.attention_products import AttentionProducts
 from mtlsign.watermark.verification.conv_model import apply_bn_signs
 from mtlsign.watermark.verification.embedding_frame import embedding_frame
 from mtlsign.watermark.verification.model import Weights
 from mtlsign.watermark.verification.reference import Reference, reference_tensor
-from mtlsign.watermark.verification.response_bases import MAX_DIRECTIONS, supports_responses
+from mtlsign.watermark.verification.response_bases import MAX_DIRECTIONS, readable_layers
 from mtlsign.watermark.verification.scaling import column_multipliers
 
 #: Largest number of coordinates of all layers together.
@@ -31,7 +33,8 @@ class MarkedLayer:
     """Layer whose responses are read.
 
     Attributes:
-        weight: name of its kernel, [O, I/groups, ...].
+        weight: name of its kernel, [O, I/groups, ...], or of the products of an attention layer.
+        rows: O.
         batch_norm: name of the batch norm after it, or None.
         groups: the convolution's groups.
         columns: W0's column norms, float64 [groups, I/groups].
@@ -39,6 +42,7 @@ class MarkedLayer:
     """
 
     weight: str
+    rows: int
     batch_norm: str | None
     groups: int
     columns: Tensor
@@ -64,7 +68,9 @@ class ResponseModel:
 
     Attributes:
         layers: the marked layers in execution order.
-        weight_shapes: name -> shape of every kernel that is read.
+        kernel_shapes: name -> shape of every kernel that `select_weights` returns.
+        weight_shapes: name -> shape of every tensor of the network that they are made of.
+        products: how the kernels of attention layers are made; None without any.
         optional_shapes: name -> shape of the batch norms' γ, which may be absent, and of an embedding,
             without which the layers that read it contribute zeros.
         coordinates: D, the number of coordinates of all layers together.
@@ -79,10 +85,13 @@ class ResponseModel:
     ) -> None:
         modules = dict(template_model.named_modules())
         shapes = {name: tuple(p.shape) for name, p in template_model.named_parameters()}
+        self.products = attention_products(template_model, taps, sample, reference)
+        stream = None if self.products is None else self.products.stream
+        kernel_shapes = {**shapes, **({} if self.products is None else self.products.shapes)}
         self.layers = tuple(
-            _marked_layer(layer, modules[layer.conv], shapes[layer.weight], reference, sample.device)
-            for layer in tapped_layers(template_model, taps, sample)
-            if f"{layer.key}/basis" in reference.tensors and supports_responses(layer, modules)
+            _marked_layer(layer, modules[layer.conv], kernel_shapes[layer.weight], reference, sample.device)
+            for layer in readable_layers(template_model, taps, sample, stream)
+            if f"{layer.key}/basis" in reference.tensors
         )
         bases = sum(name.endswith("/basis") for name in reference.tensors)
         if not self.layers or bases != len(self.layers):
@@ -90,19 +99,25 @@ class ResponseModel:
                 "The reference does not hold the bases of layers before the taps. Use that of the same kit.",
                 field="reference",
             )
+        self.kernel_shapes: Mapping[str, tuple[int, ...]] = {
+            layer.weight: kernel_shapes[layer.weight] for layer in self.layers
+        }
         self.weight_shapes: Mapping[str, tuple[int, ...]] = {
-            layer.weight: shapes[layer.weight] for layer in self.layers
+            name: shapes[name] for name in _matrix_names(self.kernel_shapes, stream)
         }
         self._bn_weights = {
             layer.weight: f"{layer.batch_norm}.weight" for layer in self.layers if layer.batch_norm
         }
         self._frame = embedding_frame(template_model, taps, sample, reference.tensors)
         self.optional_shapes: Mapping[str, tuple[int, ...]] = {
-            bn_weight: (self.weight_shapes[weight][0],) for weight, bn_weight in self._bn_weights.items()
+            bn_weight: (self.kernel_shapes[weight][0],) for weight, bn_weight in self._bn_weights.items()
         }
         if self._frame is not None:
             self.optional_shapes = {**self.optional_shapes, self._frame.weight: self._frame.shape}
-        self.coordinates = sum(shapes[layer.weight][0] * layer.basis.shape[2] for layer in self.layers)
+        if stream is not None:
+            gains = [stream.gains[name] for name in self.weight_shapes if name in stream.gains]
+            self.optional_shapes = {**self.optional_shapes, **{name: shapes[name] for name in gains}}
+        self.coordinates = sum(layer.rows * layer.basis.shape[2] for layer in self.layers)
         if self.coordinates > MAX_COORDINATES:
             raise ArtifactError(
                 f"The reference has {self.coordinates:,} coordinates, over {MAX_COORDINATES:,}. "
@@ -118,12 +133,15 @@ class ResponseModel:
     def select_weights(self, tensors: Weights) -> dict[str, Tensor]:
         """Return the kernels that are present, with sign(γ) on their rows; γ may be absent.
 
-        Layers that read an embedding are returned in the coordinates of W0's word vectors.
+        Layers that read an embedding are returned in the coordinates of W0's word vectors, and the products
+        of attention layers instead of their matrices.
         """
         names = [name for name in (*self.weight_shapes, *self.optional_shapes) if name in tensors]
         kernels = {name: tensors[name] for name in names}
         if self._frame is not None:
             kernels = self._frame.apply(kernels)
+        if self.products is not None:
+            kernels = self.products.apply(kernels)
         return apply_bn_signs(kernels, self._bn_weights)
 
     def responses(self, kernels: Weights, *, differentiable_rounds: int = 0) -> Tensor:
@@ -139,11 +157,11 @@ class ResponseModel:
         """
         parts, device = [], self.layers[0].basis.device
         for layer in self.layers:
-            rows = self.weight_shapes[layer.weight][0]
             if layer.weight in kernels:
                 parts.append(_layer_responses(kernels[layer.weight], layer, differentiable_rounds))
             else:
-                parts.append(torch.zeros(rows * layer.basis.shape[2], dtype=torch.float64, device=device))
+                size = layer.rows * layer.basis.shape[2]
+                parts.append(torch.zeros(size, dtype=torch.float64, device=device))
         return torch.cat(parts)
 
 
@@ -181,9 +199,54 @@ def _marked_layer(
         or tuple(basis.shape[:2]) != (groups, fan_in)
         or not 1 <= basis.shape[2] <= MAX_DIRECTIONS
     ):
-        raise ArtifactError(
-            f"The reference does not fit the architecture at {layer.key + '/basis'!r}. "
-            "Use that of the same kit.",
-            field="reference",
-        )
-    return MarkedLayer(layer.weight, layer.batch_norm, groups, columns.double().to(device), basis.to(device))
+        raise _misfit(f"{layer.key}/basis")
+    columns = columns.double().to(device)
+    return MarkedLayer(layer.weight, shape[0], layer.batch_norm, groups, columns, basis.to(device))
+
+
+def attention_products(
+    template_model: nn.Module, taps: Sequence[str], sample: Tensor, reference: Reference
+) -> AttentionProducts | None:
+    """Return how the kernels of attention layers are made; None if the reference describes none.
+
+    Args:
+        template_model: the architecture; its own values are never used.
+        taps: module names.
+        sample: one batch.
+        reference: W0's reference.
+
+    Raises:
+        ArtifactError: a basis of the reference has another shape.
+    """
+    stream = residual_stream(template_model, taps, sample)
+    if stream is None:
+        return None
+    names = [name for layer in stream.attentions for name in (layer.query_key, layer.value_output)]
+    if not any(f"{name}/basis" in reference.tensors for name in names):
+        return None
+    bases: dict[str, Tensor] = {}
+    for layer in stream.attentions:
+        basis = reference.tensors.get(f"{layer.query_key}/basis")
+        if basis is None:
+            continue
+        if basis.dim() != 3 or basis.shape[:2] != (1, stream.size) or basis.shape[2] > MAX_DIRECTIONS:
+            raise _misfit(f"{layer.query_key}/basis")
+        bases[layer.query_key] = basis[0].double().to(sample.device)
+    parameters = dict(template_model.named_parameters())
+    sizes = {layer.module: parameters[layer.output].shape[1] // layer.heads for layer in stream.attentions}
+    return AttentionProducts(stream, bases, sizes)
+
+
+def _matrix_names(kernels: Mapping[str, object], stream: ResidualStream | None) -> list[str]:
+    """Return the tensors of a network that kernels are made of, each once."""
+    made_of: dict[str, tuple[str, ...]] = {}
+    for layer in () if stream is None else stream.attentions:
+        made_of |= {layer.query_key: layer.weights, layer.value_output: layer.weights}
+    return list(dict.fromkeys(part for name in kernels for part in made_of.get(name, (name,))))
+
+
+def _misfit(name: str) -> ArtifactError:
+    return ArtifactError(
+        f"The reference does not fit the architecture at {name!r}. Use that of the same kit.",
+        field="reference",
+    )

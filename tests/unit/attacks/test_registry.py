@@ -26,6 +26,8 @@ QUICK = {
     "mix_input": "kind=negate", "turn_input": "kind=transposed",
     "prune_to_accuracy_drop": "points=50", "tune": "steps=3,batch=16", "relearn": "epochs=1,batch=16",
 }  # fmt: skip
+#: Attacks on networks of texts, and on transformers.
+NOT_FOR_IMAGES = {"recurrent_symmetries", "permute_vocabulary", "attention_symmetries", "rotate_stream"}
 TUNING = ("ftll", "ftal", "rtll", "rtal", "retrain", "fine_prune", "fine_prune_channels")
 TRAINING = (
     *(*TUNING, "tune", "relearn", "overwrite", "spoil", "decorrelate", "reinit_early_layers"),
@@ -33,7 +35,7 @@ TRAINING = (
 )
 
 
-@pytest.mark.parametrize("name", sorted(ATTACKS.keys() - {"recurrent_symmetries", "permute_vocabulary"}))
+@pytest.mark.parametrize("name", sorted(ATTACKS.keys() - NOT_FOR_IMAGES))
 def test_attack_runs_twice_alike_and_leaves_marked_model_unchanged(
     name: str, marked_module: nn.Module, tiny_task: Task, key: MTLSignKey
 ) -> None:

@@ -12,13 +12,14 @@ from mtlsign.schemes.mtlsign import MTLSignKey
 from mtlsign.tasks import Task
 from mtlsign.watermark.verification.algorithm import verify
 from tests.unit.attacks.helpers import Maker, flat_network, run
+from tests.unit.attacks.test_registry import NOT_FOR_IMAGES
 
 #: Parameters where the defaults do not apply to images of one channel.
 PARAMETERS = {"mix_input": "mix_input:kind=negate", "turn_input": "turn_input:kind=transposed"}
 FREE = [
     PARAMETERS.get(name, name)
     for name, attack in ATTACKS.items()
-    if attack.kind == "function_preserving" and name not in ("recurrent_symmetries", "permute_vocabulary")
+    if attack.kind == "function_preserving" and name not in NOT_FOR_IMAGES
 ]
 SEQUENCE = (
     "scale_residual_channels+permute_channels+scale_inner_channels+scale_filters+bn_reparameterize+bn_fold"

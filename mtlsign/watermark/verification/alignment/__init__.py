@@ -13,15 +13,19 @@ from mtlsign.models.taps import tapped_layers
 from mtlsign.watermark.verification.alignment.aligner import Aligner
 from mtlsign.watermark.verification.alignment.recurrent import RecurrentAligner
 from mtlsign.watermark.verification.alignment.result import Alignment
+from mtlsign.watermark.verification.alignment.transformer import TransformerAligner
 from mtlsign.watermark.verification.reference import Reference
+from mtlsign.watermark.verification.response_model import attention_products
 
-__all__ = ["Aligner", "Alignment", "RecurrentAligner", "make_aligner"]
+__all__ = ["Aligner", "Alignment", "RecurrentAligner", "TransformerAligner", "make_aligner"]
 
 
 def make_aligner(
     template_model: nn.Module, taps: Sequence[str], reference: Reference, sample: Tensor
-) -> Aligner | RecurrentAligner:
-    """Return the aligner for an architecture: that of recurrent layers if it has one, else of channels.
+) -> Aligner | RecurrentAligner | TransformerAligner:
+    """Return the aligner for an architecture.
+
+    It is that of recurrent layers or of attention layers if the network has some, else that of channels.
 
     Args:
         template_model: the architecture; its own values are never used.
@@ -33,5 +37,8 @@ def make_aligner(
         ModelError: a tap does not exist.
         ArtifactError: the reference does not fit the architecture.
     """
+    products = attention_products(template_model, taps, sample, reference)
+    if products is not None:
+        return TransformerAligner(template_model, taps, reference, sample, products)
     recurrent = any(layer.kind == "recurrent" for layer in tapped_layers(template_model, taps, sample))
     return (RecurrentAligner if recurrent else Aligner)(template_model, taps, reference, sample)

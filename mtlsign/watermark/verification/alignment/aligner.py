@@ -44,6 +44,7 @@ class Aligner:
     Attributes:
         layers: W0's layers by name of the kernel.
         further_names: tensors that are read besides kernels; none.
+        further_shapes: shapes of those that no read-out reads; none.
         sets: channel sets of the architecture.
 
     Raises:
@@ -52,6 +53,7 @@ class Aligner:
     """
 
     further_names: Sequence[str] = ()
+    further_shapes: Mapping[str, tuple[int, ...]] = {}
 
     def __init__(
         self, template_model: nn.Module, taps: Sequence[str], reference: Reference, sample: Tensor
@@ -61,6 +63,11 @@ class Aligner:
         self.layers = reference_layers(template_model, taps, sample, reference, structure)
         self._inputs = sample.shape[1]
         self._staying = staying_similarities(self.layers.values(), self.sets)
+
+    @property
+    def resizable_names(self) -> set[str]:
+        """Tensors that may have other sizes in a suspect."""
+        return set(self.layers)
 
     def align(self, kernels: Mapping[str, Tensor]) -> Alignment:
         """Bring a suspect's kernels into W0's order.

@@ -103,11 +103,14 @@ class RecurrentAligner:
     Attributes:
         layers: W0's matrices by name, in the order of the layers.
         further_names: tensors that are read besides kernels: the embedding.
+        further_shapes: shapes of those that no read-out reads; none.
 
     Raises:
         ModelError: a tap does not exist.
         ArtifactError: the reference does not fit the architecture.
     """
+
+    further_shapes: Mapping[str, tuple[int, ...]] = {}
 
     def __init__(
         self, template_model: nn.Module, taps: Sequence[str], reference: Reference, sample: Tensor
@@ -125,6 +128,11 @@ class RecurrentAligner:
                 self.layers[layer.weight] = RecurrentMatrix(
                     layer.weight, layer.conv, place, gate_count(module), shape[1], sketch.double().numpy()
                 )
+
+    @property
+    def resizable_names(self) -> set[str]:
+        """Tensors that may have other sizes in a suspect."""
+        return {*self.layers, *self.further_names}
 
     def align(self, kernels: Mapping[str, Tensor]) -> Alignment:
         """Bring a suspect's kernels into W0's coordinates, order and signs.

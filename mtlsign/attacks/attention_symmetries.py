@@ -1,0 +1,200 @@
+"""Free changes of transformers: inside heads, their order, gains of norms, and the basis of the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Generator, Tensor, nn
+
+from mtlsign.attacks.attacker_data import attacker_sample, attacker_view
+from mtlsign.attacks.base import AttackerResources, AttackOutcome, NotApplicableError
+from mtlsign.attacks.equal_function import preserved_outcome
+from mtlsign.attacks.recurrent_symmetries import random_invertible_matrix
+from mtlsign.attacks.training import trainable_copy
+from mtlsign.models.attention_layers import AttentionLayer, MatrixRows
+from mtlsign.models.residual_stream import ResidualStream, residual_stream
+from mtlsign.models.taps import last_layer
+from mtlsign.models.transformer import Transformer
+from mtlsign.tasks import Task
+from mtlsign.tasks.splitting import seeded_generator
+
+
+def attention_symmetries(
+    model: nn.Module, task: Task, resources: AttackerResources, seed: int
+) -> AttackOutcome:
+    """Mix the numbers inside every head by random invertible matrices, and put heads into another order.
+
+    Queries and keys with rotary positions are turned and scaled in pairs. Values that the attention adds to
+    every token move from the bias of the values into that of the output.
+
+    Raises:
+        NotApplicableError: the network has no attention layers, or its function changes.
+    """
+    stream = _stream(model, task, resources, seed)
+    attacked = trainable_copy(model)
+    parameters: dict[str, Tensor] = dict(attacked.named_parameters())
+    generator = seeded_generator("mtlsign/attack/attention", seed)
+    with torch.no_grad():
+        for layer in stream.attentions:
+            is_rotary = getattr(attacked.get_submodule(layer.module), "rotary_base", None) is not None
+            _change_heads(layer, parameters, generator, is_rotary=is_rotary)
+    return preserved_outcome(model, attacked, task, resources, seed)
+
+
+def rotate_stream(model: nn.Module, task: Task, resources: AttackerResources, seed: int) -> AttackOutcome:
+    """Move the gains of norms into the matrices after them, and turn the residual stream.
+
+    With norms before the sub-layers the stream is multiplied with a random orthogonal matrix, which keeps the
+    mean of each vector if the norms subtract it (Ashkboos et al. 2024). Otherwise its numbers are permuted.
+
+    Raises:
+        NotApplicableError: the network is no transformer of this package, or its matrices have no biases
+            that could take those of the norms.
+    """
+    if not isinstance(model, Transformer):
+        raise NotApplicableError("The attack needs a transformer of this package.", field="model")
+    attacked = trainable_copy(model)
+    assert isinstance(attacked, Transformer)
+    generator = seeded_generator("mtlsign/attack/stream", seed)
+    with torch.no_grad():
+        if attacked.shape.order == "post":
+            _turn(attacked, torch.eye(attacked.shape.embedding)[_order(attacked, generator)])
+        else:
+            _move_gains(attacked)
+            _turn(attacked, _orthogonal_matrix(attacked.shape.embedding, attacked.shape.norm, generator))
+    return preserved_outcome(model, attacked, task, resources, seed)
+
+
+def _stream(model: nn.Module, task: Task, resources: AttackerResources, seed: int) -> ResidualStream:
+    sample = attacker_sample(attacker_view(model, task, resources, seed), 2)
+    stream = residual_stream(model, (last_layer(model),), sample)
+    if stream is None:
+        raise NotApplicableError("The network has no attention layers.", field="model")
+    return stream
+
+
+def _change_heads(
+    layer: AttentionLayer, parameters: dict[str, Tensor], generator: Generator, *, is_rotary: bool
+) -> None:
+    """Change the heads of one layer: first inside them, then their order."""
+    output = parameters[layer.output]
+    size = output.shape[1] // layer.heads
+    shared = layer.heads // layer.kv_heads
+    for group in range(layer.kv_heads):
+        inner = _scaled_rotation(size, generator) if is_rotary else random_invertible_matrix(size, generator)
+        values = random_invertible_matrix(size, generator)
+        heads = range(group * shared, (group + 1) * shared)
+        for part in _parts(layer.key, parameters):
+            _multiply(part[group * size : (group + 1) * size], torch.linalg.inv(inner).T)
+        for part in _parts(layer.value, parameters):
+            _multiply(part[group * size : (group + 1) * size], values)
+        for head in heads:
+            for part in _parts(layer.query, parameters):
+                _multiply(part[head * size : (head + 1) * size], inner)
+            columns = output[:, head * size : (head + 1) * size]
+            columns.copy_(columns.double() @ torch.linalg.inv(values))
+    _permute_heads(layer, parameters, generator, size)
+
+
+def _permute_heads(
+    layer: AttentionLayer, parameters: dict[str, Tensor], generator: Generator, size: int
+) -> None:
+    shared = layer.heads // layer.kv_heads
+    groups = torch.randperm(layer.kv_heads, generator=generator)
+    heads = torch.cat([g * shared + torch.randperm(shared, generator=generator) for g in groups])
+    for rows, order in ((layer.query, heads), (layer.key, groups), (layer.value, groups)):
+        for part in _parts(rows, parameters):
+            part.copy_(part.unflatten(0, (-1, size))[order].flatten(0, 1))
+    output = parameters[layer.output]
+    output.copy_(output.unflatten(1, (-1, size))[:, heads].flatten(1))
+
+
+def _parts(rows: MatrixRows, parameters: dict[str, Tensor]) -> Iterator[Tensor]:
+    """Yield the rows of a matrix and of its bias, as views."""
+    yield parameters[rows.weight][rows.start : rows.stop]
+    bias = parameters.get(rows.weight.removesuffix("weight") + "bias")
+    if bias is not None:
+        yield bias[rows.start : rows.stop]
+
+
+def _multiply(rows: Tensor, matrix: Tensor) -> None:
+    """Multiply rows from the left, in place."""
+    rows.copy_(matrix @ rows.double())
+
+
+def _scaled_rotation(size: int, generator: Generator) -> Tensor:
+    """Return a matrix that commutes with rotary positions: a scaled rotation of each pair of numbers."""
+    half = size // 2
+    angles = torch.rand(half, generator=generator, dtype=torch.float64) * 2 * torch.pi
+    scales = 2 ** (torch.rand(half, generator=generator, dtype=torch.float64) - 0.5)
+    cos, sin = torch.diag(scales * angles.cos()), torch.diag(scales * angles.sin())
+    return torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])
+
+
+def _order(model: Transformer, generator: Generator) -> Tensor:
+    return torch.randperm(model.shape.embedding, generator=generator)
+
+
+def _orthogonal_matrix(size: int, norm: str, generator: Generator) -> Tensor:
+    """Return a random orthogonal matrix, float64; for layer norms one that keeps the vector of ones."""
+    free = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    if norm == "rms":
+        return torch.as_tensor(torch.linalg.qr(free)[0])
+    basis = torch.linalg.qr(torch.cat([torch.ones(size, 1, dtype=torch.float64), free[:, 1:]], 1))[0]
+    inner = torch.linalg.qr(torch.randn(size - 1, size - 1, generator=generator, dtype=torch.float64))[0]
+    turn = torch.block_diag(torch.ones(1, 1, dtype=torch.float64), inner)
+    return torch.as_tensor(basis @ turn @ basis.T)
+
+
+def _move_gains(model: Transformer) -> None:
+    """Move gains and biases of norms into the matrices after them."""
+    pairs: list[tuple[nn.Module, list[nn.Linear]]] = [(model.final_norm, [model.fc])]
+    for block in model.block_list():
+        attention, mlp = block.attention, block.mlp
+        pairs.append((block.attention_norm, [attention.query, attention.key, attention.value]))
+        pairs.append((block.mlp_norm, [layer for layer in (mlp.gate, mlp.up) if layer is not None]))
+    for norm, layers in pairs:
+        gain, offset = norm.get_parameter("weight"), getattr(norm, "bias", None)
+        for layer in layers:
+            if offset is not None:
+                if layer.bias is None:
+                    raise NotApplicableError("The matrices have no biases.", field="model")
+                layer.bias.add_(layer.weight @ offset)
+            layer.weight.mul_(gain)
+        gain.fill_(1)
+        if offset is not None:
+            offset.zero_()
+
+
+def _turn(model: Transformer, matrix: Tensor) -> None:
+    """Multiply the vectors of the stream with an orthogonal matrix: x becomes matrix @ x."""
+    matrix = matrix.to(model.fc.weight.device, torch.float64)
+
+    def read(weight: Tensor) -> None:
+        weight.copy_(weight.double() @ matrix.T)
+
+    def write(layer: nn.Linear) -> None:
+        layer.weight.copy_(matrix @ layer.weight.double())
+        if layer.bias is not None:
+            layer.bias.copy_(matrix @ layer.bias.double())
+
+    read(model.embedding.weight)
+    if model.positions is not None:
+        read(model.positions.weight)
+    for block in model.block_list():
+        for layer in (block.attention.query, block.attention.key, block.attention.value, block.mlp.up):
+            read(layer.weight)
+        if block.mlp.gate is not None:
+            read(block.mlp.gate.weight)
+        write(block.attention.output)
+        write(block.mlp.down)
+    read(model.fc.weight)
+    if model.shape.order == "post":
+        norms = [
+            model.embedding_norm,
+            *(n for b in model.block_list() for n in (b.attention_norm, b.mlp_norm)),
+        ]
+        for norm in norms:
+            for vector in norm.parameters():
+                vector.copy_(matrix @ vector.double())

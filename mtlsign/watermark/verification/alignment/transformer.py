@@ -1,0 +1,195 @@
+"""Alignment of transformers: the coordinates of the stream, neurons of MLPs, and heads.
+
+These changes leave a transformer's function unchanged: another basis of the residual stream, another order of
+the vocabulary, gains moved into the matrices after them, another order of neurons and heads, and any
+invertible change inside a head. The frame of the stream undoes the first two, the products of attention
+layers the gains and the changes inside heads; neurons and heads are ordered by their sketches.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mtlsign.watermark.verification.alignment.aligner import Aligner
+from mtlsign.watermark.verification.alignment.assignment import Floats, Indices, best_assignment
+from mtlsign.watermark.verification.alignment.layers import ReferenceLayer, unit_rows
+from mtlsign.watermark.verification.alignment.result import (
+    Alignment,
+    random_sketch,
+    recognition_margin,
+)
+from mtlsign.watermark.verification.attention_products import AttentionProducts
+from mtlsign.watermark.verification.reference import Reference, reference_tensor
+from mtlsign.watermark.verification.sketches import MAX_SKETCH_SIZE, projection_matrix
+from mtlsign.watermark.verification.stream_frame import StreamFrame
+
+
+@dataclass(frozen=True)
+class HeadProducts:
+    """Products of W0's heads in one attention layer.
+
+    Attributes:
+        weight: name of the products.
+        heads: number of heads.
+        size: numbers of one vector of the stream.
+        sketch: float64 [heads * rows of a head, s].
+    """
+
+    weight: str
+    heads: int
+    size: int
+    sketch: Floats
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of one head."""
+        return len(self.sketch) // self.heads
+
+    def sketches(self, kernel: Floats) -> Floats:
+        """Return the sketches of a suspect's heads, of unit rows: [heads, rows, s]."""
+        projected = unit_rows(kernel @ projection_matrix(self.size, self.sketch.shape[1]))
+        return projected.reshape(-1, self.rows, self.sketch.shape[1])
+
+    def similarities(self, kernel: Floats) -> Floats:
+        """Compare W0's heads with a suspect's: mean cosines of their rows, [heads, heads']."""
+        own = unit_rows(self.sketch).reshape(self.heads, self.rows, -1)
+        products: Floats = np.einsum("hrs,grs->hg", own, self.sketches(kernel), optimize=True)
+        return products / self.rows
+
+
+class TransformerAligner:
+    """Alignment of suspects with the W0 of one reference, for networks with attention layers.
+
+    Args:
+        template_model: the architecture; its own values are never used.
+        taps: module names; layers up to the last one are aligned.
+        reference: W0's reference.
+        sample: one batch of the network's inputs.
+        products: how the kernels of attention layers are made.
+
+    Attributes:
+        layers: W0's layers by name of the kernel: neurons of MLPs, and heads.
+        products: how the kernels of attention layers are made.
+        heads: heads of attention layers by name of their products.
+        further_names: tensors that are read besides matrices: gains, and sources of the stream.
+        further_shapes: shapes of the sources.
+        resizable_names: tensors that may have other sizes in a suspect.
+
+    Raises:
+        ModelError: a tap does not exist.
+        ArtifactError: the reference does not fit the architecture.
+    """
+
+    def __init__(
+        self,
+        template_model: nn.Module,
+        taps: Sequence[str],
+        reference: Reference,
+        sample: Tensor,
+        products: AttentionProducts,
+    ) -> None:
+        self.products = products
+        self._neurons = Aligner(template_model, taps, reference, sample)
+        self._frame = StreamFrame.of(template_model, products.stream, reference.tensors)
+        self.heads = {
+            name: HeadProducts(name, heads, products.stream.size, sketch)
+            for name, (heads, sketch) in _head_sketches(products, reference).items()
+        }
+        self.further_shapes = dict(self._frame.shapes)
+        self.further_names = (*self._frame.shapes, *products.stream.gains.values())
+        self.resizable_names = {
+            *self._neurons.layers,
+            *products.stream.attention_weights,
+            *self._frame.shapes,
+        }
+
+    @property
+    def layers(self) -> Mapping[str, HeadProducts | ReferenceLayer]:
+        """W0's layers by name of the kernel."""
+        return {**self._neurons.layers, **self.heads}
+
+    def align(self, kernels: Mapping[str, Tensor]) -> Alignment:
+        """Bring a suspect's matrices into W0's coordinates and order.
+
+        Args:
+            kernels: matrices, gains and sources of the stream by name. Matrices of other layers are returned
+                unchanged, those whose neurons do not fit are left out.
+        """
+        matrices = self._frame.apply(self.products.normalized(kernels))
+        inner = self.products.stream.attention_weights
+        neurons = self._neurons.align({n: m for n, m in matrices.items() if n not in inner})
+        attention = {name: matrix for name, matrix in matrices.items() if name in inner}
+        aligned = self._ordered_heads(self.products.multiplied({**neurons.kernels, **attention}))
+        return Alignment(aligned, self._similarity(aligned))
+
+    def recognizes(self, kernels: Mapping[str, Tensor]) -> bool:
+        """Return whether a suspect descends from W0, as far as its matrices show.
+
+        The same alignment with random sketches gives the similarity that search alone reaches.
+        """
+        control = copy.copy(self)
+        control.heads = {
+            name: replace(layer, sketch=random_sketch(name, layer.sketch.shape))
+            for name, layer in self.heads.items()
+        }
+        control._neurons = copy.copy(self._neurons)
+        control._neurons.layers = {
+            name: replace(layer, sketch=random_sketch(name, layer.sketch.shape))
+            for name, layer in self._neurons.layers.items()
+        }
+        margin = recognition_margin([layer.sketch for layer in self.layers.values()])
+        return self.align(kernels).similarity > control.align(kernels).similarity + margin
+
+    def _ordered_heads(self, kernels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Bring the heads of every attention layer into W0's order; missing heads are zeros."""
+        ordered = dict(kernels)
+        for layer in self.products.stream.attentions:
+            names = [n for n in (layer.query_key, layer.value_output) if n in ordered and n in self.heads]
+            found = [self.heads[name].similarities(ordered[name].numpy()) for name in names]
+            if not found or len({similarity.shape for similarity in found}) > 1:
+                continue
+            order = best_assignment(np.sum(found, 0))
+            for name in names:
+                ordered[name] = _selected_heads(ordered[name], order, self.heads[name].rows)
+        return ordered
+
+    def _similarity(self, aligned: Mapping[str, Tensor]) -> float:
+        """Return the mean cosine of the rows' sketches over the layers that are present."""
+        means = []
+        for name, layer in self.layers.items():
+            if name in aligned:
+                kernel = aligned[name].double().flatten(1).numpy()
+                projected = kernel @ projection_matrix(kernel.shape[1], layer.sketch.shape[1])
+                means.append(float((unit_rows(layer.sketch) * unit_rows(projected)).sum(1).mean()))
+        return float(np.mean(means)) if means else 0.0
+
+
+def _head_sketches(products: AttentionProducts, reference: Reference) -> dict[str, tuple[int, Floats]]:
+    """Return number of heads and sketch by name of the products."""
+    heads = {
+        name: layer.heads
+        for layer in products.stream.attentions
+        for name in (layer.query_key, layer.value_output)
+    }
+    found = {}
+    for name, (rows, size) in products.shapes.items():
+        stored = reference.tensors.get(f"{name}/sketch")
+        if stored is not None:
+            shape = (rows, min(stored.shape[-1], size, MAX_SKETCH_SIZE))
+            found[name] = heads[name], reference_tensor(reference, f"{name}/sketch", shape).double().numpy()
+    return found
+
+
+def _selected_heads(kernel: Tensor, order: Indices, rows: int) -> Tensor:
+    """Return the heads of a kernel in another order; −1 gives zeros."""
+    heads = kernel.unflatten(0, (-1, rows))
+    chosen = torch.from_numpy(np.maximum(order, 0)).long()
+    present = torch.from_numpy(np.asarray(order) >= 0).to(kernel.dtype)
+    selected: Tensor = heads[chosen] * present[:, None, None]
+    return selected.flatten(0, 1)

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mtlsign
+from mtlsign.attacks import NotApplicableError
+from mtlsign.attacks.equal_function import TOLERANCE, function_change
+from mtlsign.models.architectures import architecture_for, build
+from mtlsign.schemes.mtlsign import MTLSignKey
+from mtlsign.tasks import Task
+from mtlsign.watermark.keys.identity import Identity
+from mtlsign.watermark.kit import detector_for_kit
+from mtlsign.watermark.verification.algorithm import verify
+from tests.unit.attacks.helpers import run
+from tests.unit.attacks.text_examples import OPTIONS, SPEC, text_task
+
+KINDS: dict[str, dict[str, Any]] = {
+    "pre": {},
+    "post": {"order": "post", "pooling": "first"},
+    "rms": {
+        "norm": "rms", "positions": "rotary", "kv_heads": 1, "gated": 1, "activation": "silu", "bias": 0,
+    },
+}  # fmt: skip
+
+
+def architecture(kind: str) -> dict[str, object]:
+    fields = architecture_for("transformer", **SPEC.architecture_fields | {"embedding": 12}, width=32)
+    return fields | {"length": 10, "inner": 48} | KINDS[kind]
+
+
+@cache
+def marked_transformer(kind: str) -> tuple[nn.Module, MTLSignKey]:
+    torch.manual_seed(0)
+    model = build(architecture(kind))
+    done = mtlsign.embed(
+        model, text_task(), identity=Identity.generate(), architecture=architecture(kind), **OPTIONS
+    )
+    return model.eval(), MTLSignKey(detector_for_kit(done.kit))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["attention_symmetries", "rotate_stream", "permute_vocabulary"])
+def test_free_attack_preserves_function_and_every_bit(kind: str, name: str) -> None:
+    model, key = marked_transformer(kind)
+    before = verify(model.state_dict(), key.detector)
+    assert before.matches == before.n
+    first, second = (run(name, model, text_task(), seed=3) for _ in range(2))
+    state = second.model.state_dict()
+    assert all(torch.equal(t, state[n]) for n, t in first.model.state_dict().items())
+    tokens, _ = text_task().splits["test"].batch(torch.arange(16))
+    assert function_change(model, first.model, tokens, first.input_transforms) < TOLERANCE
+    own = model.state_dict()
+    assert any(not torch.equal(t, own[n]) for n, t in state.items())
+    verdict = verify(state, key.detector)
+    assert verdict.matches == before.matches and verdict.evidence_bits >= before.evidence_bits - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unmarked_network_of_other_seed_is_unrelated(kind: str) -> None:
+    _, key = marked_transformer(kind)
+    torch.manual_seed(9)
+    verdict = verify(build(architecture(kind)).state_dict(), key.detector)
+    assert verdict.status == "unrelated" and verdict.evidence_bits < 20
+
+
+@pytest.mark.parametrize("name", ["null_space:energy=0.9,noise=1", "prune:ratio=0.3", "int8", "tune:steps=3"])
+def test_other_attacks_run_on_transformers(name: str) -> None:
+    model, key = marked_transformer("pre")
+    attacked = run(name, model, text_task(), seed=1, key=key).model
+    own = model.state_dict()
+    assert any(not torch.equal(t, own[n]) for n, t in attacked.state_dict().items())
+    assert verify(attacked.state_dict(), key.detector).evidence_bits > 50
+
+
+def test_unsketch_gives_heads_and_neurons_the_sketches_of_the_reference() -> None:
+    model, key = marked_transformer("pre")
+    before = verify(model.state_dict(), key.detector)
+    attacked = run("unsketch", model, text_task(), seed=1, key=key).model
+    after = verify(attacked.state_dict(), key.detector)
+    assert before.similarity < 0.99 < after.similarity
+    assert after.evidence_bits < before.evidence_bits
+
+
+def test_attacks_on_other_networks_are_not_applicable(marked_module: nn.Module, tiny_task: Task) -> None:
+    for name in ("attention_symmetries", "rotate_stream"):
+        with pytest.raises(NotApplicableError):
+            run(name, marked_module, tiny_task)
+
+
+def test_rotate_stream_without_biases_for_those_of_norms_is_not_applicable() -> None:
+    torch.manual_seed(0)
+    model = build(architecture("pre") | {"bias": 0}).eval()
+    with pytest.raises(NotApplicableError, match="no biases"):
+        run("rotate_stream", model, text_task())
