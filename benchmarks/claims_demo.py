@@ -168,7 +168,7 @@ def run_demo(jobs: Jobs, folder: Path) -> bool:
         print(f"  {standing['sentence']}")
     print(*(f"edge: {edge['kind']}" for edge in result["edges"]))
     check_bundle(jobs, owner_claim)
-    expected = {owner_claim: "in_the_weights", attacker_claim: "inherited"}
+    expected = {owner_claim: "supported", attacker_claim: "inherited"}
     return bool(result["statuses"] == expected)
 
 

@@ -88,7 +88,7 @@ class ServiceFixtures:
             reference = make_reference(model, ["layer1"], torch.zeros(1, 1, side, side))
             fields = {
                 "name": "benchmark", "n": n, "carrier": qr.make_carrier(n, 1, side, side), "taps": ["layer1"],
-                "head": {"kind": "keyed"}, "statistic": "count", "graph": architecture,
+                "head": {"kind": "keyed"}, "statistic": "count", "architecture": architecture,
                 "reference": reference.digest,
             }  # fmt: skip
             right, *others = [sign_spec(owner, make_spec(**fields)) for _ in range(keys + 1)]

@@ -67,8 +67,16 @@ class FormatError(KeyMaterialError):
         self.problem = problem
 
 
+class OldVersionError(FormatError):
+    """A document has version 0 of its format."""
+
+
 class ArtifactError(MTLSignError):
     """A written artifact (model folder, kit, run folder) is incomplete, damaged or over a limit."""
+
+
+class OldArtifactError(ArtifactError):
+    """A written artifact has version 0 of its format."""
 
 
 class TooLargeError(ArtifactError):

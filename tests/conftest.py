@@ -36,7 +36,7 @@ SIDE = 24
 OWNER = Identity(bytes(range(32)), bytes(range(32, 64)))
 #: Settings of every tiny embedding; a test overrides those that it examines.
 TINY: dict[str, Any] = {
-    "task": "own",
+    "task": "custom",
     "model": "resnet18",
     "width": 8,
     "head": "keyed",

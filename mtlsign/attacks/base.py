@@ -35,7 +35,7 @@ LossWeight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 LearningRate = (
     Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | Literal["full", "half", "quarter", "tenth"]
 )
-Kind = Literal["none", "removal", "free", "forgery"]
+Kind = Literal["none", "removal", "function_preserving", "ambiguity"]
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ class Attack:
         name: as `--attacks` accepts it.
         run: the attack.
         summary: description in a few words.
-        kind: "removal" costs data, steps or accuracy; "free" preserves the function exactly; "forgery" is an
-            ambiguity attack, which claims another party's model.
+        kind: "removal" costs data, steps or accuracy; "function_preserving" costs nothing and keeps the
+            function exactly; "ambiguity" claims another party's model.
         variants: parameters that `all` runs, such as "lr=quarter".
         fast: parameters that `fast` runs.
     """

@@ -79,9 +79,9 @@ class AttackPlan:
 
     @property
     def kind(self) -> Kind:
-        """Kind of the sequence; it is free only if all its steps are."""
+        """Kind of the sequence; it is function-preserving only if all its steps are."""
         kinds = {ATTACKS[step.name].kind for step in self.steps}
-        for kind in ("forgery", "removal", "free"):
+        for kind in ("ambiguity", "removal", "function_preserving"):
             if kind in kinds:
                 return kind
         return "none"
@@ -248,4 +248,4 @@ def describe() -> list[dict[str, Any]]:
 
 def row_header(plan: AttackPlan) -> Mapping[str, Any]:
     """Return name, parameters and kind of a plan in the columns of `attacks.csv`."""
-    return {"attack": plan.name, "setting": plan.parameters, "kind": plan.kind}
+    return {"attack": plan.name, "parameters": plan.parameters, "kind": plan.kind}

@@ -2,7 +2,7 @@
 
 A bundle is a ZIP without compression:
 
-    bundle.json            {"format":"mtlsign/bundle/v0","claim":<index>}
+    bundle.json            {"format":"mtlsign/bundle/v1","claim":<index>}
     head                   the checkpoint (signed note) against which all entries are proven
     entries/<index>        an envelope      entries/<index>.path    its inclusion path, 32 bytes a hash
     heads/<size>           an earlier checkpoint   heads/<size>.proof      its consistency proof to `head`

@@ -14,9 +14,10 @@ from mtlsign.claims.ledger.checkpoints import MAX_NOTE
 from mtlsign.claims.statements.envelope import MAX_ENVELOPE
 from mtlsign.errors import ArtifactError, ClaimError, KeyMaterialError, LedgerError
 from mtlsign.storage.strict_json import parse_strict_json, require_fields
+from mtlsign.storage.versions import PUBLISH_AGAIN, refuse_version_0
 from mtlsign.storage.zip_reader import BoundedZip, DamagedZipError
 
-FORMAT = "mtlsign/bundle/v0"
+FORMAT = "mtlsign/bundle/v1"
 MAX_BUNDLE = 6 * 2**30
 MAX_PATH = 32 * merkle.MAX_PROOF
 MAX_HEADER = 256
@@ -55,6 +56,7 @@ class BundleFile(BlobStore):
     def claim_index(self) -> int:
         """Return the index of the claim that the bundle proves."""
         header = parse_strict_json(self.read("bundle.json"), limit=MAX_HEADER, where="bundle")
+        refuse_version_0(header, "format", where="bundle", fix=PUBLISH_AGAIN)
         fields = require_fields(header, "bundle", "format", "claim")
         index = fields["claim"]
         if fields["format"] != FORMAT or type(index) is not int:

@@ -30,7 +30,7 @@ from mtlsign.errors import ClusterError, MTLSignError
 from mtlsign.experiments.paper_studies.run import run_study
 from mtlsign.experiments.sweeps.backend import LogCallback, format_cell
 from mtlsign.experiments.sweeps.cell import SharedCellData, run_cell, train_shared_clean_model
-from mtlsign.experiments.sweeps.rows import CELLS, Row, empty_row, load_finished_row, rows_of
+from mtlsign.experiments.sweeps.rows import TRIALS, Row, empty_row, load_finished_row, rows_of
 from mtlsign.experiments.sweeps.run import run_sweep_job
 from mtlsign.experiments.sweeps.run_folder import SweepRun
 from mtlsign.experiments.sweeps.space import Cell, cells_of, count_of, has_random_values
@@ -236,7 +236,7 @@ def _rows(grid: ResultGrid, shared: SharedCellData) -> list[Row]:
         result = grid[i]
         metrics, config = result.metrics or {}, result.config or {}
         cell = shared.cell(config)
-        row = metrics.get("row") or load_finished_row(shared.folder.child(CELLS).child(cell.name))
+        row = metrics.get("row") or load_finished_row(shared.folder.child(TRIALS).child(cell.name))
         if row is None:
             failed = result.error is not None
             lines = [line for line in str(result.error).splitlines() if line.strip()] if failed else []

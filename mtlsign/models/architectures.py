@@ -37,7 +37,7 @@ def architecture_for(
 
     Args:
         model_name: resnet18, resnet34, resnet50, lstm, bilstm, gru, bigru, `timm/NAME` or
-            `own/package.module:function`.
+            `custom/package.module:function`.
         classes: outputs of the network.
         channels: image channels; None for texts.
         vocabulary: number of token ids; None for images.
@@ -47,7 +47,7 @@ def architecture_for(
         size: image size in pixels, only for timm networks with a fixed one.
 
     Returns:
-        The JSON object that the spec stores under `graph`.
+        The JSON object that the spec stores under `architecture`.
 
     Raises:
         ModelError: unknown name, or a value outside its limits.
@@ -73,7 +73,7 @@ def architecture_for(
 def _check_architecture(architecture: Mapping[str, object]) -> tuple[ArchitectureFamily, str]:
     arch = architecture.get("arch")
     if not isinstance(arch, str):
-        raise ModelError('The architecture has no name. Give "arch".', field="graph")
+        raise ModelError('The architecture has no name. Give "arch".', field="architecture")
     family = family_of(arch)
     check_fields(family, arch, architecture)
     return family, arch
@@ -83,7 +83,7 @@ def build(architecture: Mapping[str, object], *, factories: Mapping[str, Factory
     """Build the network of an architecture in float32, with random weights from torch's global generator.
 
     Args:
-        architecture: fields of the spec's `graph`.
+        architecture: fields of the spec's `architecture`.
         factories: trusted factories of custom architectures by path. A verifier takes them from the
             operator's settings, an owner from `mtlsign.models.factories.load_factory`.
 

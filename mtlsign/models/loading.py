@@ -123,7 +123,7 @@ def load_initial_weights(
 
     Args:
         settings: settings of the job.
-        architecture: fields of the spec's `graph`.
+        architecture: fields of the spec's `architecture`.
         log: called with a sentence on the chosen weights if the file holds several.
 
     Raises:
@@ -176,11 +176,11 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def custom_architecture_name(kind: type[nn.Module]) -> str:
-    """Return `own/package.module:Class` in the characters that a spec allows.
+    """Return `custom/package.module:Class` in the characters that a spec allows.
 
     Classes of `__main__` and classes inside functions get a name, too.
     """
-    module = ".".join(_identifier(part) for part in kind.__module__.split("."))[-60:].lstrip(".0123456789")
+    module = ".".join(_identifier(part) for part in kind.__module__.split("."))[-59:].lstrip(".0123456789")
     return f"{custom.PREFIX}{module or '_'}:{_identifier(kind.__qualname__.replace('<locals>.', ''))}"
 
 

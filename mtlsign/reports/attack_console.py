@@ -52,8 +52,8 @@ def print_catalogue(attacks: Sequence[Mapping[str, Any]], *, as_json: bool = Fal
         console.print_json(attacks)
         return
     for title, kind in (
-        ("removal attacks", "removal"), ("function-preserving changes", "free"),
-        ("ambiguity attacks", "forgery"),
+        ("removal attacks", "removal"), ("function-preserving changes", "function_preserving"),
+        ("ambiguity attacks", "ambiguity"),
     ):  # fmt: skip
         print(f"{title}:")
         rows = []
@@ -67,7 +67,7 @@ def print_catalogue(attacks: Sequence[Mapping[str, Any]], *, as_json: bool = Fal
 def summary(result: Mapping[str, Any]) -> str:
     """Return the table that ends the job; its last lines name the written files."""
     rule = f"under {result['bits_required']:g} bits, at most {result['max_points_lost']:g} points lost"
-    rows = [(f"{row['attack']} {row['setting']}".strip(), _outcome(row)) for row in result["rows"]]
+    rows = [(f"{row['attack']} {row['parameters']}".strip(), _outcome(row)) for row in result["rows"]]
     missing = ", ".join(
         f"{result[n]} {n.replace('_', ' ')}" for n in ("diverged", "not_applicable", "failed") if result[n]
     )
@@ -92,7 +92,7 @@ def _outcome(row: Row) -> str:
 
 def format_result(row: Row) -> str:
     """Format one finished row for the terminal."""
-    name = f"{row['attack']} {row['setting']}".strip()
+    name = f"{row['attack']} {row['parameters']}".strip()
     if row["status"] != "ok":
         return f"{name} · {row['status'].replace('_', ' ')}: {row['reason']} · {row['seconds']:.1f} s"
     if row["verdict"] == "not_verifiable":

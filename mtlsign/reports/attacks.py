@@ -20,7 +20,7 @@ MAX_POINTS_SHOWN = 30.0
 _STYLES = {
     "none": ("not attacked", GREEN, "*"),
     "removal": ("removal attack", BLUE, "o"),
-    "free": ("function-preserving change", ORANGE, "^"),
+    "function_preserving": ("function-preserving change", ORANGE, "^"),
 }
 #: Title of a table, explanation below it, and the kinds of attacks in it.
 _GROUPS = (
@@ -29,12 +29,12 @@ _GROUPS = (
     (
         "Function-preserving changes",
         "These attacks change the weights but not the function of the model, so they cost no accuracy.",
-        ("free",),
+        ("function_preserving",),
     ),
     (
         "Ambiguity attacks",
         "These attacks do not remove the watermark. They make a second claim on the same model.",
-        ("forgery",),
+        ("ambiguity",),
     ),
 )
 
@@ -95,7 +95,7 @@ def _headline(result: Mapping[str, Any], bits: float) -> str:
 def costless_removals(rows: Sequence[Row]) -> list[str]:
     """Return the attacks that remove the watermark and keep the model's accuracy."""
     return [
-        f"{row['attack']} {row['setting']}".strip()
+        f"{row['attack']} {row['parameters']}".strip()
         for row in rows
         if row["removed"] is True and (lost := number(row["points_lost"])) is not None and round(lost, 2) <= 0
     ]
@@ -130,7 +130,7 @@ def _cells(row: Row) -> dict[str, str]:
 
     bits, lost, seconds = (number(row[name]) for name in ("evidence_bits", "points_lost", "seconds"))
     return {
-        "attack": words(row["attack"]), "setting": words(row["setting"], 300),
+        "attack": words(row["attack"]), "parameters": words(row["parameters"], 300),
         "matching": share("wm_accuracy"), "bits": "–" if bits is None else f"{bits:,.1f}",
         "after": share("primary_after"), "lost": "–" if lost is None else f"{lost:+.2f}",
         "cost": f"{row['steps']:,} steps, {row['images']:,} images" if row["steps"] else "–",
@@ -144,7 +144,7 @@ def _cells(row: Row) -> dict[str, str]:
 def _outcome(row: Row) -> str:
     if row["status"] != "ok":
         return words(row["status"]).replace("_", " ")
-    if row["kind"] in ("none", "forgery"):
+    if row["kind"] in ("none", "ambiguity"):
         return words(row["verdict"]).replace("_", " ")
     if row["verdict"] == "not_verifiable":
         return "not verifiable"
@@ -182,7 +182,7 @@ def evidence_by_points_lost(rows: Sequence[Row], bits: float, points: float) -> 
 
 def _label(row: Row) -> str:
     """Return attack and first parameter, such as `spoil 60`; variants of an attack differ in it."""
-    first = "" if "+" in row["attack"] else str(row["setting"]).partition(" ")[0].partition("=")[2]
+    first = "" if "+" in row["attack"] else str(row["parameters"]).partition(" ")[0].partition("=")[2]
     return words(f"{row['attack']} {first}".strip(), 40)
 
 

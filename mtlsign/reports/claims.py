@@ -12,7 +12,7 @@ from typing import Any
 from mtlsign.reports.formatting import utc_time, words
 from mtlsign.reports.pages import render_page
 
-_TONES = {"in_the_weights": "good", "not_supported": "bad", "prior_art": "bad", "inherited": "bad"}
+_TONES = {"supported": "good", "not_supported": "bad", "prior_art": "bad", "inherited": "bad"}
 _DAY_S = 86_400
 
 

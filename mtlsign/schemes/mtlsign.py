@@ -189,7 +189,7 @@ class MTLSignScheme:
     def _embed_settings(self, **options: Any) -> EmbedSettings:
         key_size = {} if self.key_size is None else {"key_size": self.key_size}
         return EmbedSettings.of(
-            {"task": "own", "head": self.head, "hidden": self.hidden, "insecure_test_key": True}
+            {"task": "custom", "head": self.head, "hidden": self.hidden, "insecure_test_key": True}
             | key_size
             | options
         ).with_defaults()

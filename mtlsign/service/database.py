@@ -22,7 +22,7 @@ from mtlsign.service.problems import Problem
 
 FILE_NAME = "service.sqlite"
 APPLICATION_ID = 0x4D544C56  # "MTLV"
-VERSION = 2
+VERSION = 3
 BUSY_MS = 30_000
 
 _SCHEMA = """
@@ -85,7 +85,8 @@ class Database:
                 db.execute(f"PRAGMA application_id={APPLICATION_ID}")
                 db.execute(f"PRAGMA user_version={VERSION}")
             elif version != VERSION:
-                raise Problem("not-ready", f"The database has version {version}. Update mtlsign.")
+                fix = "Update mtlsign." if version > VERSION else "Use a new --state-dir."
+                raise Problem("not-ready", f"The database has version {version}. {fix}")
 
     def close(self) -> None:
         """Close the connection."""

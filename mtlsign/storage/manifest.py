@@ -2,7 +2,7 @@
 
 The manifest is written last and never replaced. It lists the name, size and SHA-256 of every file:
 
-    {"files":[{"name":"config.json","sha256":64 hex,"size":123},…by name…],"format":"mtlsign/folder/v0"}
+    {"files":[{"name":"config.json","sha256":64 hex,"size":123},…by name…],"format":"mtlsign/folder/v1"}
 
 A crash at any point therefore leaves a committed folder or an uncommitted one, which a second run completes.
 """
@@ -15,11 +15,18 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from mtlsign.errors import ArtifactError, KeyMaterialError, TooLargeError
+from mtlsign.errors import (
+    ArtifactError,
+    KeyMaterialError,
+    OldArtifactError,
+    OldVersionError,
+    TooLargeError,
+)
 from mtlsign.storage.base import Storage
 from mtlsign.storage.strict_json import parse_strict_json, raise_invalid, require_fields
+from mtlsign.storage.versions import refuse_version_0
 
-FORMAT = "mtlsign/folder/v0"
+FORMAT = "mtlsign/folder/v1"
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 2**20
 FILES_LIMIT = 1000
@@ -64,10 +71,12 @@ def parse_manifest(data: bytes) -> dict[str, Entry]:
     """Parse an untrusted manifest; return its entries by name.
 
     Raises:
+        OldArtifactError: `data` has version 0 of the format.
         ArtifactError: `data` does not have exactly the format above.
     """
     try:
         value = parse_strict_json(data, limit=MANIFEST_LIMIT, where=MANIFEST, max_brackets=FILES_LIMIT + 2)
+        refuse_version_0(value, "format", where=MANIFEST, fix="Embed the watermark and publish again.")
         fields = require_fields(value, MANIFEST, "files", "format")
         files = fields["files"]
         if fields["format"] != FORMAT or not isinstance(files, list) or not 1 <= len(files) <= FILES_LIMIT:
@@ -78,6 +87,8 @@ def parse_manifest(data: bytes) -> dict[str, Entry]:
             if entry.name in entries:
                 raise_invalid(MANIFEST, "A file is listed twice")
             entries[entry.name] = entry
+    except OldVersionError as error:
+        raise OldArtifactError(error.detail, field=error.field) from None
     except KeyMaterialError:
         raise ArtifactError(
             f"{MANIFEST} does not have the format {FORMAT}. Fetch the folder again."

@@ -27,6 +27,8 @@ from mtlsign.tasks.text import load_text
 from mtlsign.tasks.torchvision_datasets import SOURCES, load_images
 from mtlsign.tasks.user_task import from_loaders, from_tensors, load_user_task
 
+#: Name of a task that a caller makes of tensors or loaders. `load_task` cannot load it.
+CUSTOM, _RENAMED_CUSTOM = "custom", "own"
 NAMES = ("digits", *SOURCES, *TEXT_NAMES, *BYTE_IMAGE_NAMES)
 
 __all__ = [
@@ -95,6 +97,10 @@ def load_task(
         return load_user_task(
             name, seed=seed, options={"data": data, "download": download, **(options or {})}
         )
+    if name == CUSTOM:
+        raise DataError("The task is that of a caller's own data. Use package.module:factory.", field="task")
+    if name == _RENAMED_CUSTOM:
+        raise DataError(f"The task {name!r} was renamed. Use {CUSTOM!r}.", field="task")
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
     hint = f"Did you mean {near[0]!r}?" if near else f"Use {', '.join(NAMES)} or package.module:factory."
     raise DataError(f"Unknown task {name[:80]!r}. {hint}", field="task")

@@ -78,7 +78,7 @@ def from_loaders(
     classes: int | None = None,
     count_outputs: Callable[[Any], int] | None = None,
     vocabulary: int | None = None,
-    name: str = "own",
+    name: str = "custom",
     seed: int = 0,
 ) -> Task:
     """Build a task of DataLoaders, datasets or iterables of batches.
@@ -215,7 +215,7 @@ def from_tensors(
     logits_of: LogitsFunction | None = None,
     classes: int | None = None,
     transform: InputTransform | None = None,
-    name: str = "own",
+    name: str = "custom",
     seed: int = 0,
 ) -> Task:
     """Build a task of images and targets in memory.

@@ -12,13 +12,13 @@ import torch
 from mtlsign.config.attack import AttackSettings
 from mtlsign.config.trace import TraceSettings
 from mtlsign.config.verify import VerifySettings
-from mtlsign.errors import ArtifactError, KeyMaterialError, ModelError
+from mtlsign.errors import ArtifactError, KeyMaterialError, ModelError, OldArtifactError
 from mtlsign.models.factories import trusted_factories
 from mtlsign.models.families import custom
 from mtlsign.storage.base import Storage
 from mtlsign.storage.json_io import JSON_LIMIT, read_json_object, serialize_json_object
 from mtlsign.storage.locations import has_suffix, open_file, open_storage
-from mtlsign.storage.manifest import read_manifest_folder, write_manifest_folder
+from mtlsign.storage.manifest import read_manifest, read_manifest_folder, write_manifest_folder
 from mtlsign.storage.model_folder import KITS, read_model
 from mtlsign.storage.safetensors_io import parse_safetensors
 from mtlsign.watermark.keys.identity import (
@@ -39,8 +39,8 @@ from mtlsign.watermark.verification.reference import Reference
 from mtlsign.watermark.verification.verdict import Verdict
 
 KIT_FILE, OWNER_FILE = "kit.sealed", "owner.json"
-KIT_PURPOSE = "mtlsign/v0/kit"
-_KIT_MAGIC = b"mtlsign/kit/v0\n"
+KIT_PURPOSE = "mtlsign/v1/kit"
+_KIT_MAGIC = b"mtlsign/kit/v1\n"
 _LENGTH_BYTES = 8
 #: Opening, info, reference and base weights, and the head if it is free.
 _PART_COUNTS = (4, 5)
@@ -123,6 +123,8 @@ def read_kit(location: str, secret: EncryptionSecret, *, endpoint: str | None = 
         storage = open_storage(location, endpoint=endpoint)
         try:
             files = read_manifest_folder(storage, file_limit=limit)
+        except OldArtifactError:
+            raise
         except ArtifactError as error:
             raise ArtifactError(f"{error.detail} Or pass its {KIT_FILE} alone.", field="kit") from None
         if KIT_FILE not in files:
@@ -177,17 +179,29 @@ def kit_owner(location: str, *, endpoint: str | None = None) -> str | None:
     It is not authenticated and serves messages only.
 
     Raises:
+        OldArtifactError: the folder has version 0 of the format.
         StorageError: the storage cannot be read.
     """
     if has_suffix(location, ".sealed"):
         storage = open_file(location, endpoint=endpoint)[0]
     else:
         storage = open_storage(location, endpoint=endpoint)
+        _refuse_old_folder(storage)
     try:
         owner = read_json_object(storage.read(OWNER_FILE, _OWNER_LIMIT), OWNER_FILE).get("public_key")
     except ArtifactError:
         return None
     return owner if isinstance(owner, str) and _PUBLIC_KEY.fullmatch(owner) else None
+
+
+def _refuse_old_folder(storage: Storage) -> None:
+    """Raise `OldArtifactError` for a folder of version 0, whose owner's identity is refused as well."""
+    try:
+        read_manifest(storage)
+    except OldArtifactError:
+        raise
+    except ArtifactError:
+        pass  # reported when the kit is read
 
 
 def detector_for_kit(
@@ -206,7 +220,7 @@ def detector_for_kit(
     Raises:
         ModelError: the spec needs a custom architecture, and no factory is given.
     """
-    path = custom.factory_path(str(kit.opening.parse().graph["arch"]))
+    path = custom.factory_path(str(kit.opening.parse().architecture["arch"]))
     if path is not None and not factory:
         raise ModelError(
             f"The kit is for the custom architecture {path!r}. Pass --trusted-factory with a function that "

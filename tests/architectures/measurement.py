@@ -88,7 +88,7 @@ def measure(name: str, folder: Path, verifier: Verifier) -> Row:
     gen = torch.Generator().manual_seed(1)
     x = torch.rand(30, 3, entry.side, entry.side, generator=gen)
     task = from_tensors(x, torch.arange(30) % CLASSES, classes=CLASSES, logits_of=entry.logits_of)
-    architecture = {"arch": f"own/tests.architectures.zoo:{_identifier(name)}", "channels": 3}
+    architecture = {"arch": f"custom/tests.architectures.zoo:{_identifier(name)}", "channels": 3}
     first_stage, last_stage, count = "", "", 0
     most_layers, steps = LARGER_EMBEDDINGS.get(name, (MOST_LAYERS, SETTINGS["phase2.steps"]))
     options = SETTINGS | {"phase2.steps": steps}

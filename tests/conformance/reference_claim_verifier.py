@@ -90,7 +90,7 @@ def open_envelope(data: bytes) -> tuple[dict[str, Any], set[str]] | None:
         if json.dumps(envelope, separators=(",", ":")).encode() != data or len(data) > 65536:
             return None
         statement = json.loads(payload)
-        name = statement["predicateType"].removeprefix("urn:mtlsign:v0:")
+        name = statement["predicateType"].removeprefix("urn:mtlsign:v1:")
         fields = statement["predicate"].keys() - {"signer", "ledger", "time"}
         right = statement["_type"] == "https://in-toto.io/Statement/v1" and fields == KINDS[name]
         known = statement["predicate"]["signer"] in signers
@@ -132,7 +132,7 @@ def confirmed_checkpoints(
     signed: dict[int, dict[str, int]] = {}
     for item in cosignatures:
         size = item["size"]
-        body = f"mtlsign/ledger/v0/{origin}\n{size}\n{base64.b64encode(root(leaves[:size])).decode()}\n"
+        body = f"mtlsign/ledger/v1/{origin}\n{size}\n{base64.b64encode(root(leaves[:size])).decode()}\n"
         _, name, blob = item["line"].split(" ")
         raw, key = base64.b64decode(blob), bytes.fromhex(name.removeprefix("mtlsign/member/"))
         time, right_id = int.from_bytes(raw[4:12], "big"), sha256(name.encode(), b"\n\x04", key)[:4]
@@ -155,12 +155,12 @@ def key_of(claim: dict[str, Any]) -> bytes:
     opening = claim["predicate"]["opening"]
     spec, public = base64.b64decode(opening["spec"]), bytes.fromhex(opening["public_key"])
     signature = bytes.fromhex(opening["signature"])
-    assert verify(public, signature, b"mtlsign/v0/spec" + lp(spec) + lp(public))
-    return sha256(b"mtlsign/v0/key", lp(spec), lp(public), lp(signature))
+    assert verify(public, signature, b"mtlsign/v1/spec" + lp(spec) + lp(public))
+    return sha256(b"mtlsign/v1/key", lp(spec), lp(public), lp(signature))
 
 
 def commit(kind: str, salt: str, *parts: bytes) -> bytes:
-    return sha256(lp(b"mtlsign/v0/hiding/" + kind.encode()), lp(bytes.fromhex(salt)), *map(lp, parts))
+    return sha256(lp(b"mtlsign/v1/hiding/" + kind.encode()), lp(bytes.fromhex(salt)), *map(lp, parts))
 
 
 def is_committed(claim: dict[str, Any], publication: dict[str, Any]) -> bool:
@@ -170,7 +170,7 @@ def is_committed(claim: dict[str, Any], publication: dict[str, Any]) -> bool:
     hidden = leaf(commit("key", c["key"]["salt"], key_of(claim)))
     author = bytes.fromhex(c["signer"])
     heads = [b"keyed" if head is None else bytes.fromhex(head) for head in c["head"]["sha256"]]
-    model = publication["subject"][0]["digest"]["mtlsignHidingV0"]
+    model = publication["subject"][0]["digest"]["mtlsignHidingV1"]
     return (
         from_path(hidden, c["key"]["index"], p["keys"]["count"], path).hex() == p["keys"]["root"]
         and commit("head", c["head"]["salt"], author, *heads).hex() == p["head"]

@@ -1,4 +1,4 @@
-"""Second reader of recurrent layers in format v0, written from docs/format.md alone.
+"""Second reader of recurrent layers in format v1, written from docs/format.md alone.
 
 It has the word vectors, the alignment of units and exchanged directions, and the word carrier.
 """
@@ -28,7 +28,7 @@ from tests.conformance.reference_spread import (
 )
 
 Array = npt.NDArray[np.float64]
-SKETCH_KEY = hashlib.sha256(b"mtlsign/v0/sketch").digest()
+SKETCH_KEY = hashlib.sha256(b"mtlsign/v1/sketch").digest()
 CANDIDATE = 2
 
 
@@ -38,7 +38,7 @@ def key_words(integers: list[int], carrier: dict[str, Any]) -> list[list[int]]:
     sequences = []
     for integer in integers:
         words = [integer // base**place % base for place in reversed(range(digits))]
-        data = stream(bytes(32), f"mtlsign/v0/words/{integer}", 8 * (length - digits))
+        data = stream(bytes(32), f"mtlsign/v1/words/{integer}", 8 * (length - digits))
         words += [number % base for number in struct.unpack(f">{length - digits}Q", data)]
         sequences.append([word + 2 for word in words])
     return sequences
@@ -46,7 +46,7 @@ def key_words(integers: list[int], carrier: dict[str, Any]) -> list[list[int]]:
 
 def sketch_matrix(fan_in: int, size: int) -> Array:
     """Return S, [fan_in, s], with elements of magnitude 1/√s."""
-    bits = stream_bits(SKETCH_KEY, f"mtlsign/v0/sketch/{fan_in}/{size}", fan_in * size)
+    bits = stream_bits(SKETCH_KEY, f"mtlsign/v1/sketch/{fan_in}/{size}", fan_in * size)
     return np.array([1.0 if bit == "1" else -1.0 for bit in bits]).reshape(fan_in, size) / math.sqrt(size)
 
 

@@ -38,8 +38,8 @@ def derive_key(opening: dict[str, str]) -> bytes:
     """Check the signature of an opening and return its key."""
     public_key, signature = bytes.fromhex(opening["public_key"]), bytes.fromhex(opening["signature"])
     signed = length_prefixed(base64.b64decode(opening["spec"])) + length_prefixed(public_key)
-    Ed25519PublicKey.from_public_bytes(public_key).verify(signature, b"mtlsign/v0/spec" + signed)
-    return hashlib.sha256(b"mtlsign/v0/key" + signed + length_prefixed(signature)).digest()
+    Ed25519PublicKey.from_public_bytes(public_key).verify(signature, b"mtlsign/v1/spec" + signed)
+    return hashlib.sha256(b"mtlsign/v1/key" + signed + length_prefixed(signature)).digest()
 
 
 def stream(key: bytes, label: str, size: int) -> bytes:
@@ -56,7 +56,7 @@ def stream_bits(key: bytes, label: str, count: int) -> str:
 
 def permutation(key: bytes, d: int) -> list[int]:
     """Return σ: the positions 0…d − 1 sorted by integers of the keystream."""
-    numbers = struct.unpack(f">{d}Q", stream(key, "mtlsign/v0/spread", 8 * d))
+    numbers = struct.unpack(f">{d}Q", stream(key, "mtlsign/v1/spread", 8 * d))
     return sorted(range(d), key=lambda position: (numbers[position], position))
 
 
@@ -66,11 +66,11 @@ def expand_key(opening: dict[str, str], d: int) -> list[dict[str, str]]:
     expanded = []
     for index, readout in enumerate([spec, *(spec["readouts"] if spec["readouts"] != 1 else [])]):
         assert readout["head"] == {"kind": "spread"} and d >= readout["n"]
-        own_key = stream(key, f"mtlsign/v0/readout/{index}", 32) if index else key
+        own_key = stream(key, f"mtlsign/v1/readout/{index}", 32) if index else key
         expanded.append({
             "key": own_key.hex(),
-            "labels": stream_bits(own_key, "mtlsign/v0/labels", readout["n"]),
-            "signs": stream_bits(own_key, "mtlsign/v0/signs/0", d).replace("1", "+").replace("0", "-"),
+            "labels": stream_bits(own_key, "mtlsign/v1/labels", readout["n"]),
+            "signs": stream_bits(own_key, "mtlsign/v1/signs/0", d).replace("1", "+").replace("0", "-"),
             "order": " ".join(map(str, permutation(own_key, d))),
         })  # fmt: skip
     return expanded

@@ -31,10 +31,10 @@ def derive_key(opening: dict[str, str]) -> bytes:
     spec = base64.b64decode(opening["spec"])
     public_key = bytes.fromhex(opening["public_key"])
     signature = bytes.fromhex(opening["signature"])
-    message = b"mtlsign/v0/spec" + length_prefixed(spec) + length_prefixed(public_key)
+    message = b"mtlsign/v1/spec" + length_prefixed(spec) + length_prefixed(public_key)
     Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
     return hashlib.sha256(
-        b"mtlsign/v0/key" + length_prefixed(spec) + length_prefixed(public_key) + length_prefixed(signature)
+        b"mtlsign/v1/key" + length_prefixed(spec) + length_prefixed(public_key) + length_prefixed(signature)
     ).digest()
 
 
@@ -58,7 +58,7 @@ def integer_width(n: int) -> int:
 def integers(key: bytes, n: int) -> list[int]:
     """Return the first n distinct integers of the key."""
     m = integer_width(n)
-    bits = stream_bits(key, "mtlsign/v0/integers", 2 * n * m)
+    bits = stream_bits(key, "mtlsign/v1/integers", 2 * n * m)
     values: dict[int, None] = {}
     for start in range(0, len(bits), m):
         values.setdefault(int(bits[start : start + m], 2))
@@ -174,8 +174,8 @@ def expand_key(opening: dict[str, str], *, d: int) -> dict[str, Any]:
     spec = json.loads(base64.b64decode(opening["spec"]))
     n, carrier = spec["n"], spec["carrier"]
     pi = integers(key, n)
-    label_bits = stream_bits(key, "mtlsign/v0/labels", n)
-    sign_bits = stream_bits(key, "mtlsign/v0/signs/0", d)
+    label_bits = stream_bits(key, "mtlsign/v1/labels", n)
+    sign_bits = stream_bits(key, "mtlsign/v1/signs/0", d)
     images = []
     for integer in pi[:2]:
         grid = symbol(f"{integer:0{carrier['digits']}d}")
@@ -221,7 +221,7 @@ def decrypt_identity(text: str, passphrase: bytes) -> bytes:
     fields = json.loads(text)
     salt = bytes.fromhex(fields["salt"])
     wrapping = hashlib.scrypt(passphrase, salt=salt, n=32768, r=8, p=1, maxmem=2**26, dklen=32)
-    associated = b"mtlsign/identity/v0" + length_prefixed(bytes.fromhex(fields["public_key"]))
+    associated = b"mtlsign/identity/v1" + length_prefixed(bytes.fromhex(fields["public_key"]))
     sealed = bytes.fromhex(fields["ciphertext"])
     return ChaCha20Poly1305(wrapping).decrypt(bytes.fromhex(fields["nonce"]), sealed, associated)
 
@@ -291,9 +291,9 @@ def canonicalize(kernel: Matrix, columns: Matrix, groups: int, per_group: int) -
 def sketch(kernel: Matrix) -> list[float]:
     """Project unit rows by the public ±1 matrix, rounded to float16."""
     fan_in = len(kernel[0])
-    size = max(1, min(32, fan_in // 4))
-    key = hashlib.sha256(b"mtlsign/v0/sketch").digest()
-    bits = stream_bits(key, f"mtlsign/v0/sketch/{fan_in}/{size}", fan_in * size)
+    size = min(fan_in, 12) if fan_in < 64 else max(16, min(64, fan_in // 16))
+    key = hashlib.sha256(b"mtlsign/v1/sketch").digest()
+    bits = stream_bits(key, f"mtlsign/v1/sketch/{fan_in}/{size}", fan_in * size)
     out = []
     for row in kernel:
         norm = math.sqrt(sum(x * x for x in row)) or 1
@@ -380,17 +380,17 @@ def evaluate_suspect(vector: dict[str, Any]) -> dict[str, Any]:
         )
     taps = [[x for plane in image for row in plane for x in row] for image in features]
     d, n = len(taps[0]), len(taps)
-    signs = [1 if bit == "1" else -1 for bit in stream_bits(key, "mtlsign/v0/signs/0", d)]
+    signs = [1 if bit == "1" else -1 for bit in stream_bits(key, "mtlsign/v1/signs/0", d)]
     scores = [0.0] * n
     for j, sign in enumerate(signs):
         mean = sum(row[j] for row in taps) / n
         deviation = math.sqrt(sum((row[j] - mean) ** 2 for row in taps) / n)
         for i in range(n) if deviation >= 1e-5 else ():
             scores[i] += sign * (taps[i][j] - mean) / deviation / math.sqrt(d)
-    bits = stream_bits(key, "mtlsign/v0/labels", n)
+    bits = stream_bits(key, "mtlsign/v1/labels", n)
     matches = sum(abs(s) >= 1e-4 and (s > 0) == (bit == "1") for s, bit in zip(scores, bits, strict=True))
     controls = [
-        int(stream_bits(key, f"mtlsign/v0/control/{i}", 256), 2).to_bytes(32, "big").hex() for i in range(2)
+        int(stream_bits(key, f"mtlsign/v1/control/{i}", 256), 2).to_bytes(32, "big").hex() for i in range(2)
     ]
     near = sum(abs(s) < 1e-4 for s in scores)
     return {

@@ -1,4 +1,4 @@
-"""Generator of `tests/golden/v0/claims.json`: statements, a ledger, checkpoints and proofs.
+"""Generator of `tests/golden/v1/claims.json`: statements, a ledger, checkpoints and proofs.
 
 Run it only to change the format. All identities are PUBLISHED TEST KEYS.
 """
@@ -19,7 +19,7 @@ from mtlsign.claims.judging.admissibility import find_claim
 from mtlsign.claims.judging.council import tally_votes
 from tests.unit.claims.scenario import ALICE, ClaimScenario, kit_and_model, make_identity
 
-OUT = Path(__file__).parent / "v0" / "claims.json"
+OUT = Path(__file__).parent / "v1" / "claims.json"
 
 
 def vectors() -> dict[str, Any]:

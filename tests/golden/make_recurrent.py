@@ -1,4 +1,4 @@
-"""Writer of the golden vectors of recurrent layers in format v0. Run it only to change the format.
+"""Writer of the golden vectors of recurrent layers in format v1. Run it only to change the format.
 
 The owner is the PUBLISHED TEST KEY of `make_vectors.py`: never mark a model with it.
 """
@@ -30,7 +30,7 @@ from mtlsign.watermark.verification.scores import best_result, matching_bits
 from tests.golden.make_vectors import TEST_KIT_KEY, TEST_SEED, WARNING, sha256
 from tests.unit.watermark.verification.spread_examples import mark
 
-RECURRENT_FILE = Path(__file__).parent / "v0" / "recurrent.json"
+RECURRENT_FILE = Path(__file__).parent / "v1" / "recurrent.json"
 SPEC = TextSpec(vocabulary=64, embedding=7, length=9, classes=3)
 TAPS = ["encoder"]
 NETWORKS = {"bilstm": 2, "gru": 1}
@@ -59,7 +59,7 @@ def make_opening(name: str, reference_digest: str) -> key.KeyOpening:
         spec.make_spec(
             name=f"test {name}", nonce=sha256(name.encode()), n=128, taps=TAPS, head={"kind": "spread"},
             carrier=carriers.make("words", 128, SPEC), statistic="count", reference=reference_digest,
-            graph=architecture | {"layers": NETWORKS[name]},
+            architecture=architecture | {"layers": NETWORKS[name]},
         ),
     )  # fmt: skip
 

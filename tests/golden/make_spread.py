@@ -1,4 +1,4 @@
-"""Writer of the golden vectors of the spread head of format v0. Run it only to change the format.
+"""Writer of the golden vectors of the spread head of format v1. Run it only to change the format.
 
 The owner is the PUBLISHED TEST KEY of `make_vectors.py`: never mark a model with it.
 """
@@ -28,7 +28,7 @@ from mtlsign.watermark.verification.scores import best_result, matching_bits
 from tests.golden.make_vectors import TEST_KIT_KEY, TEST_SEED, WARNING, OwnOrderDetector, sha256
 from tests.unit.watermark.verification.spread_examples import images, mark
 
-SPREAD_FILE = Path(__file__).parent / "v0" / "spread.json"
+SPREAD_FILE = Path(__file__).parent / "v1" / "spread.json"
 ARCHITECTURE, TAPS = "golden:spread", ["hidden", "head"]
 #: Marked layers in execution order: module, groups, batch norm. `stem` is not marked.
 LAYERS = (
@@ -72,11 +72,14 @@ def base_network() -> Network:
 
 
 def openings(reference_digest: str) -> dict[str, key.KeyOpening]:
-    """Return the signed openings: one read-out, and two with weighted statistic."""
+    """Return the signed openings: one read-out, and two with weighted statistic.
+
+    The nonces are chosen so that one score is 0 and no other is near a threshold.
+    """
     owner = identity.Identity(TEST_SEED, TEST_KIT_KEY)
     common: dict[str, Any] = {
         "n": 128, "carrier": qr.make_carrier(128, 1, 21, 21), "taps": TAPS, "head": {"kind": "spread"},
-        "graph": {"arch": f"own/{ARCHITECTURE}"}, "reference": reference_digest,
+        "architecture": {"arch": f"custom/{ARCHITECTURE}"}, "reference": reference_digest,
     }  # fmt: skip
     second = {"head": {"kind": "spread"}, "taps": ["head"], "n": 200}
     choices: dict[str, dict[str, Any]] = {
@@ -85,7 +88,7 @@ def openings(reference_digest: str) -> dict[str, key.KeyOpening]:
     }
     return {
         name: key.sign_spec(
-            owner, spec.make_spec(name=f"test {name}", nonce=sha256(name.encode()), **common, **choice)
+            owner, spec.make_spec(name=f"test {name}", nonce=sha256(f"{name}/2".encode()), **common, **choice)
         )
         for name, choice in choices.items()
     }

@@ -1,4 +1,4 @@
-"""Writer of the golden vectors of format v0. Run it only to change the format.
+"""Writer of the golden vectors of format v1. Run it only to change the format.
 
 The owner below is a PUBLISHED TEST KEY. Any reader can sign as this owner: never mark a model with it.
 """
@@ -30,8 +30,8 @@ from mtlsign.watermark.verification.reference import Reference, make_reference
 TEST_SEED = b"MTLSIGN TEST OWNER, NEVER USE IT"
 TEST_KIT_KEY = b"MTLSIGN TEST KIT KEY, PUBLISHED!"
 TEST_PASSPHRASE = b"a published test passphrase"
-VECTORS_FILE = Path(__file__).parent / "v0" / "vectors.json"
-CANONICAL_FILE = Path(__file__).parent / "v0" / "frame.json"
+VECTORS_FILE = Path(__file__).parent / "v1" / "vectors.json"
+CANONICAL_FILE = Path(__file__).parent / "v1" / "frame.json"
 #: The published warning. Its wording is part of the golden files and does not change.
 WARNING = json.loads(VECTORS_FILE.read_text("utf-8"))["warning"]
 D = 1000
@@ -49,7 +49,13 @@ def specs() -> dict[str, bytes]:
     """Return four specs with every digit-group length, both heads, odd remainders, and both paddings."""
     common: dict[str, Any] = {
         "reference": sha256(b"mtlsign test reference"),
-        "graph": {"arch": "torchvision/resnet18", "channels": 3, "classes": 10, "width": 16, "stem": "cifar"},
+        "architecture": {
+            "arch": "torchvision/resnet18",
+            "channels": 3,
+            "classes": 10,
+            "width": 16,
+            "stem": "cifar",
+        },
         "taps": ["layer1"],
         "head": {"kind": "keyed"},
         "statistic": "count",
@@ -153,6 +159,8 @@ def refused() -> dict[str, str]:
         "byte order mark": b"\xef\xbb\xbf" + good.encode(),
         "not UTF-8": good.replace("test keyed", "test \xe9").encode("latin-1"),
         "nesting": b"[" * 1200 + b"]" * 1200,
+        "version 0": good.replace('"mtlsign/v1"', '"mtlsign/v0"').encode(),
+        "name of version 0": good.replace('"architecture":', '"graph":').encode(),
         "trailing bytes": good.encode() + b"{}",
     }
     return {reason: base64.b64encode(data).decode("ascii") for reason, data in bad.items()}
@@ -230,7 +238,7 @@ def canonical_vector() -> dict[str, Any]:
         spec.make_spec(
             name="test frame", nonce=sha256(b"frame"), n=128, carrier=carrier, taps=[TAP],
             head={"kind": "keyed"},
-            statistic="count", graph={"arch": "own/golden:tiny"}, reference=reference.digest,
+            statistic="count", architecture={"arch": "custom/golden:tiny"}, reference=reference.digest,
         ),
     )  # fmt: skip
     return {
@@ -263,7 +271,7 @@ def evaluate_suspect(
     scores = detector.score_state_dict(tensors).scores
     assert scores is not None
     verdict = verify(tensors, detector)
-    controls = [key.keystream(detector.key, f"mtlsign/v0/control/{i}".encode(), 32).hex() for i in range(2)]
+    controls = [key.keystream(detector.key, f"mtlsign/v1/control/{i}".encode(), 32).hex() for i in range(2)]
     return {
         "framed": {name: kernel.flatten().tolist() for name, kernel in canonical.items()},
         "scores": scores.tolist(),

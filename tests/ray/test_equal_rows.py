@@ -77,10 +77,10 @@ def test_ray_sweep_backend_gives_rows_of_one_process(session: JobSession, tmp_pa
     result: dict[str, Any] = json.loads(job.out)
     assert job.err == "" and result["ok"] == result["cells"] == 2
     session.run("sweep", *always, "--run", "plain", "--workers", "0", "--quiet")
-    rows = [table(tmp_path / "runs" / run / "cells.csv") for run in ("ray", "plain")]
+    rows = [table(tmp_path / "runs" / run / "trials.csv") for run in ("ray", "plain")]
     for ray_row, plain_row in zip(*rows, strict=True):
         for column in set(ray_row) - {"seconds_mark", "seconds_attacks"}:
             assert ray_row[column] == plain_row[column], (ray_row["lambda2"], column)
     names = {p.name for p in (tmp_path / "runs/ray").iterdir()}
-    files = "settings.json space.json result.json cells.csv cells.parquet report.html manifest.json cells"
+    files = "settings.json space.json result.json trials.csv trials.parquet report.html manifest.json trials"
     assert names == set(files.split()), "files of Tune and W0 must be deleted"

@@ -60,7 +60,7 @@ def test_embedding_on_ray_writes_exactly_the_documented_files(baseline_run: Fini
     }
     model_folder = read_model(str(baseline_run.storage / model))
     assert model_folder.digest == baseline_run.result["model_digest"]
-    assert model_folder.config["graph"]["width"] == 8
+    assert model_folder.config["architecture"]["width"] == 8
     history = json.loads((baseline_run.storage / "runs/base/metrics.json").read_text())
     assert [row["epoch"] for row in history["phase1"]] == [1, 2, 3, 4]
     assert [row["step"] for row in history["phase2"]] == [50, 100, 150]

@@ -32,11 +32,11 @@ def start(jobs: JobLauncher, storage: Path, *flags: str) -> Job:
 
 
 def table(storage: Path, run: str) -> list[dict[str, str]]:
-    return list(csv.DictReader((storage / "runs" / run / "cells.csv").open()))
+    return list(csv.DictReader((storage / "runs" / run / "trials.csv").open()))
 
 
 def done(storage: Path, run: str) -> list[Path]:
-    return sorted((storage / "runs" / run / "cells").glob("*/result.json"))
+    return sorted((storage / "runs" / run / "trials").glob("*/result.json"))
 
 
 def test_rows_of_stopped_and_lost_trials_contain_their_settings(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_resumed_random_sweep_draws_the_same_cells_and_keeps_finished_rows(
     kept = dict.fromkeys(COLUMNS, 1.0) | {
         "cell": "abc", "status": "ok", "lambda1": 0.5, "lambda2": 1.0, "seed": 0,
     }  # fmt: skip
-    run.folder.write("cells/abc/result.json", json.dumps(kept).encode())
+    run.folder.write("trials/abc/result.json", json.dumps(kept).encode())
     assert draw_cells(0) == first | {"abc": "ok"}
 
 
@@ -120,7 +120,7 @@ def test_ray_sweep_killed_and_interrupted_loses_no_finished_cell(jobs: JobLaunch
             assert job.process.returncode == 130
             assert job.err.splitlines()[-1].startswith("interrupted") and "Traceback" not in job.err
         job.kill()
-        assert not (tmp_path / "runs/s/cells.csv").exists()
+        assert not (tmp_path / "runs/s/trials.csv").exists()
         kept |= {path: path.read_bytes() for path in done(tmp_path, "s")}
         job = start(jobs, tmp_path, "--resume", "s")
     job.wait()

@@ -118,7 +118,7 @@ def test_claim_lifecycle_on_etcd_is_in_the_weights(fresh: Callable[[], EtcdLedge
     )
     view = scenario.run_council()
     assert tally_votes(view, *find_claim(view, entry.leaf.hex())).counts == {"accepted": 5}
-    assert scenario.dispute(entry.leaf.hex()).standings[0].standing == "in_the_weights"
+    assert scenario.dispute(entry.leaf.hex()).standings[0].standing == "supported"
     assert claim.publish.index == 1 and scenario.ledger.staleness().current
 
 

@@ -71,9 +71,9 @@ def test_sweep_on_s3_is_resumed_from_its_stored_state(
     overrides = [f"--set={pair}" for pair in TINY]
     assert start("--space", "smoke", *overrides, "--attacks", "int8", "--run", "s") == (130, "")
     first, second = steps
-    assert store.exists(f"runs/s/cells/{first}/result.json") and not store.exists("runs/s/cells.csv")
-    assert store.exists(f"runs/s/cells/{second}/state.pt")
-    stored = store.read(f"runs/s/cells/{first}/result.json", 2**20)
+    assert store.exists(f"runs/s/trials/{first}/result.json") and not store.exists("runs/s/trials.csv")
+    assert store.exists(f"runs/s/trials/{second}/state.pt")
+    stored = store.read(f"runs/s/trials/{first}/result.json", 2**20)
     steps.clear()
     monkeypatch.setattr(backend, "run_cell", watch(stop=False))
     monkeypatch.setattr(
@@ -81,17 +81,17 @@ def test_sweep_on_s3_is_resumed_from_its_stored_state(
     )
     code, out = start("--resume", "s")
     assert code == 0 and steps[first] == [] and min(steps[second]) > 10
-    rows = list(csv.DictReader(io.StringIO(store.read("runs/s/cells.csv", 2**20).decode())))
+    rows = list(csv.DictReader(io.StringIO(store.read("runs/s/trials.csv", 2**20).decode())))
     assert [row["cell"] for row in rows] == [first, second] and [row["lambda2"] for row in rows] == [
         "0.0",
         "1.0",
     ]
     assert all(row["status"] == "ok" and float(row["bits int8"]) >= 0 for row in rows)
-    assert store.read(f"runs/s/cells/{first}/result.json", 2**20) == stored
+    assert store.read(f"runs/s/trials/{first}/result.json", 2**20) == stored
     assert json.loads(store.read("runs/s/result.json", 2**20)) == json.loads(out)
     names = {name.removeprefix("runs/s/") for name in store.list("runs/s")}
     assert names == {
-        *("settings.json", "space.json", "cells.csv", "cells.parquet", "result.json", "report.html"),
+        *("settings.json", "space.json", "trials.csv", "trials.parquet", "result.json", "report.html"),
         "manifest.json",
-        *(f"cells/{name}/result.json" for name in (first, second)),
+        *(f"trials/{name}/result.json" for name in (first, second)),
     }, "W0 and checkpoints must be deleted"

@@ -12,14 +12,14 @@ from mtlsign.claims.judging.admissibility import REASON_TEXTS
 from mtlsign.reports.formatting import utc_time
 
 STANDINGS = (
-    "in_the_weights", "needs_commitment", "self_attested", "inherited", "prior_art", "undecided",
+    "supported", "needs_commitment", "self_attested", "inherited", "prior_art", "undecided",
     "not_supported", "not_verifiable",
 )  # fmt: skip
 
 #: reason → (standing, sentence). Fields in braces are filled from the standing's numbers.
 REASONS: dict[str, tuple[str, str]] = {
     "accepted": (
-        "in_the_weights",
+        "supported",
         "The accused model descends from one that the holder of this key changed: a random key matches "
         "as well with a probability of 2^-{evidence_bits}. Key and marked model were committed by "
         "{published}, before the accused model was registered and before the key was opened.",

@@ -2,7 +2,7 @@
 
 A checkpoint is a signed note: origin line, size, root, a blank line, and one line for each co-signer:
 
-    mtlsign/ledger/v0/<origin>
+    mtlsign/ledger/v1/<origin>
     20852163
     CsUYapGGPo4dkMgIAUqom/Xajj7h2fB2MPA3j2jxq2I=
 
@@ -23,14 +23,16 @@ from dataclasses import dataclass
 
 from mtlsign.claims.merkle import MAX_SIZE
 from mtlsign.errors import ClaimError
+from mtlsign.storage.versions import PUBLISH_AGAIN
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.keys.opening import is_valid_signature
 
-ORIGIN = "mtlsign/ledger/v0/"
+ORIGIN = "mtlsign/ledger/v1/"
 MEMBER = "mtlsign/member/"
 COSIGNATURE_V1 = 0x04
 MAX_NOTE = 64 * 1024
 MAX_LINES = 128
+_OLD_ORIGIN = "mtlsign/ledger/v0/"
 
 _SIZE = re.compile(r"0|[1-9][0-9]{0,13}")
 _PUBLIC_KEY = re.compile(r"[0-9a-f]{64}")
@@ -154,6 +156,12 @@ def parse_signed_note(data: bytes) -> tuple[Checkpoint, tuple[Cosignature, ...]]
     if len(body_lines) != 3 or not separator or lines[-1] or not 1 <= len(lines) <= MAX_LINES + 1:
         raise invalid
     origin, size, root = body_lines
+    if origin.startswith(_OLD_ORIGIN):
+        raise ClaimError(
+            "The format is 'mtlsign/ledger/v0', version 0, which this release does not read. "
+            f"{PUBLISH_AGAIN}",
+            field="head",
+        )
     try:
         checkpoint = Checkpoint(
             bytes.fromhex(origin.removeprefix(ORIGIN)), int(size), base64.b64decode(root, validate=True)

@@ -32,7 +32,7 @@ from mtlsign.claims.ledger.etcd_client import (
 from mtlsign.claims.ledger.tls import Tls
 from mtlsign.errors import ClaimError, LedgerError
 
-PREFIX = "/mtlsign/ledger/v0"
+PREFIX = "/mtlsign/ledger/v1"
 ATTEMPTS = 400
 """Most attempts of one append while other writers append first."""
 _PAGE_ENTRIES, _PAGE_SMALL, _OPS = 48, 1000, 100

@@ -21,9 +21,11 @@ from mtlsign.claims import merkle
 from mtlsign.claims.ledger.base import Ledger, ReadConsistency, check_size
 from mtlsign.claims.ledger.checkpoints import Checkpoint, Cosignature, parse_line
 from mtlsign.errors import ClaimError, LedgerError
+from mtlsign.storage.versions import PUBLISH_AGAIN
 
 APPLICATION_ID = 0x4D544C53  # "MTLS"
-USER_VERSION = 1
+USER_VERSION = 2
+_OLD_USER_VERSION = 1
 BUSY_MS = 30_000
 _PAGE = 256
 _NOT_WRITABLE = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
@@ -114,6 +116,11 @@ class SqliteLedger(Ledger):
                     db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                     db.execute(f"PRAGMA user_version = {USER_VERSION}")
         versions = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
+        if versions == [APPLICATION_ID, _OLD_USER_VERSION]:
+            raise LedgerError(
+                f"{self.path} is a ledger of version 0, which this release does not read. {PUBLISH_AGAIN}",
+                field="ledger",
+            )
         if versions != [APPLICATION_ID, USER_VERSION]:
             raise LedgerError(
                 f"{self.path} is not a ledger of this version. Correct the path.", field="ledger"

@@ -206,8 +206,10 @@ class EntryLog:
         if problem is not None:
             statement, signers = None, ()
         if not self.entries and (index != 0 or not isinstance(statement, Membership)):
+            reason = f" ({problem})" if problem else ""
             raise LedgerError(
-                "Entry 0 is not the membership that creates a ledger. Open another ledger.", field="ledger"
+                f"Entry 0 is not the membership that creates a ledger{reason}. Open another ledger.",
+                field="ledger",
             )
         if isinstance(statement, Membership):
             self.councils.append((index, statement))

@@ -23,10 +23,11 @@ from mtlsign.claims import merkle
 from mtlsign.errors import KeyMaterialError, LedgerError
 from mtlsign.storage.local import atomic_write
 from mtlsign.storage.strict_json import parse_strict_json, require_fields, require_hex
+from mtlsign.storage.versions import PUBLISH_AGAIN, refuse_version_0
 from mtlsign.watermark.keys.identity import Identity, default_identity_path
 
-VERSION = "mtlsign/witness/v0"
-PIN_VERSION = "mtlsign/place/v0"
+VERSION = "mtlsign/witness/v1"
+PIN_VERSION = "mtlsign/place/v1"
 FIELD = "witness-state"
 MAX_STATE = 64 * 1024
 MAX_LINES_BYTES = 64 * 2**20
@@ -220,11 +221,11 @@ def _past_path(path: Path) -> Path:
 
 def _state_mac(identity: Identity, state: WitnessState) -> bytes:
     text = f"{state.origin.hex()} {state.tree.size} {state.time} {state.tree.root().hex()}"
-    return hmac.digest(identity.kit_key, b"mtlsign/v0/witness\n" + text.encode(), "sha256")
+    return hmac.digest(identity.kit_key, b"mtlsign/v1/witness\n" + text.encode(), "sha256")
 
 
 def _pin_mac(identity: Identity, store_id: str, origin: bytes) -> bytes:
-    return hmac.digest(identity.kit_key, b"mtlsign/v0/place\n" + origin + store_id.encode(), "sha256")
+    return hmac.digest(identity.kit_key, b"mtlsign/v1/place\n" + origin + store_id.encode(), "sha256")
 
 
 def _hex(value: object) -> bytes:
@@ -241,7 +242,9 @@ def _read(path: Path, *names: str) -> dict[str, object] | None:
             data = file.read(MAX_STATE + 1)
     except FileNotFoundError:
         return None
-    return require_fields(parse_strict_json(data, limit=MAX_STATE, where=FIELD), FIELD, *names)
+    document = parse_strict_json(data, limit=MAX_STATE, where=FIELD)
+    refuse_version_0(document, "version", where=FIELD, fix=f"Move {path} away. {PUBLISH_AGAIN}")
+    return require_fields(document, FIELD, *names)
 
 
 def _write(path: Path, fields: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Hiding commitments: salted hashes that reveal nothing about their content until the salt is opened.
 
-    commit(kind, salt, part…) = SHA-256( lp("mtlsign/v0/hiding/" ‖ kind) ‖ lp(salt) ‖ lp(part) … )
+    commit(kind, salt, part…) = SHA-256( lp("mtlsign/v1/hiding/" ‖ kind) ‖ lp(salt) ‖ lp(part) … )
 
 The author's public key is one of the parts (a watermark key already contains it). A commitment copied by
 another party therefore cannot be opened under that party's name, even after the salt is public.
@@ -36,7 +36,7 @@ def commit(kind: str, salt: bytes, *parts: bytes) -> bytes:
     if len(salt) != SALT_BYTES:
         raise ValueError("a salt has 32 bytes")
     message = (
-        length_prefixed(b"mtlsign/v0/hiding/" + kind.encode())
+        length_prefixed(b"mtlsign/v1/hiding/" + kind.encode())
         + length_prefixed(salt)
         + b"".join(map(length_prefixed, parts))
     )
@@ -52,7 +52,7 @@ def derive_salt(kit_key: bytes, nonce: bytes, kind: str, *context: bytes) -> byt
         kind: domain of the commitment, as in `commit`.
         context: public parts that distinguish commitments of one kind, for example the watermark key.
     """
-    info = length_prefixed(b"mtlsign/v0/salt/" + kind.encode()) + b"".join(map(length_prefixed, context))
+    info = length_prefixed(b"mtlsign/v1/salt/" + kind.encode()) + b"".join(map(length_prefixed, context))
     return HKDF(hashes.SHA256(), SALT_BYTES, nonce, info).derive(kit_key)
 
 

@@ -22,8 +22,9 @@ from mtlsign.claims.statements.types import (
     Statement,
     Vote,
 )
-from mtlsign.errors import ClaimError, FormatError, KeyMaterialError
+from mtlsign.errors import ClaimError, FormatError, KeyMaterialError, OldVersionError
 from mtlsign.storage.strict_json import parse_strict_json, raise_invalid, require_fields, require_hex
+from mtlsign.storage.versions import PUBLISH_AGAIN, refuse_version_0
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.keys.opening import KeyOpening, check_public_key
 from mtlsign.watermark.keys.spec import plain_text
@@ -87,6 +88,8 @@ def parse(payload: bytes) -> Statement:
     """
     try:
         statement = _parse(payload)
+    except OldVersionError as error:
+        raise ClaimError(error.detail, field=error.field) from None
     except FormatError as error:
         raise ClaimError(f"{error.problem}. See docs/claims.md for the format.", field=error.field) from None
     except KeyMaterialError as error:
@@ -95,9 +98,10 @@ def parse(payload: bytes) -> Statement:
 
 
 def _parse(payload: bytes) -> Statement:
+    value = parse_strict_json(payload, limit=MAX_PAYLOAD, where="statement")
+    refuse_version_0(value, "predicateType", where="statement", fix=PUBLISH_AGAIN)
     document = require_fields(
-        parse_strict_json(payload, limit=MAX_PAYLOAD, where="statement"),
-        "statement", "_type", "subject", "predicateType", "predicate",
+        value, "statement", "_type", "subject", "predicateType", "predicate",
     )  # fmt: skip
     kind = str(document["predicateType"]).removeprefix(PREDICATE)
     if (

@@ -18,7 +18,7 @@ from mtlsign.watermark.keys.identity import length_prefixed
 from mtlsign.watermark.keys.opening import OPENING_FORMAT, KeyOpening
 
 STATEMENT = "https://in-toto.io/Statement/v1"
-PREDICATE = "urn:mtlsign:v0:"
+PREDICATE = "urn:mtlsign:v1:"
 VOTES = ("accepted", "rejected", "unrelated", "needs_commitment", "not_verifiable", "inadmissible")
 
 Fields = dict[str, object]
@@ -96,7 +96,7 @@ class Publish(StatementBase):
     recipient: str = ""
 
     def subject(self) -> list[tuple[str, str, bytes]]:  # noqa: D102
-        return [("marked model", "mtlsignHidingV0", self.model)]
+        return [("marked model", "mtlsignHidingV1", self.model)]
 
     def predicate(self) -> Fields:  # noqa: D102
         return {
@@ -245,7 +245,7 @@ class Membership(StatementBase):
     previous: Ref | None = None
 
     def subject(self) -> list[tuple[str, str, bytes]]:  # noqa: D102
-        message = length_prefixed(b"mtlsign/v0/council") + b"".join(map(length_prefixed, self.members))
+        message = length_prefixed(b"mtlsign/v1/council") + b"".join(map(length_prefixed, self.members))
         return [("council", "sha256", hashlib.sha256(message).digest())]
 
     def predicate(self) -> Fields:  # noqa: D102

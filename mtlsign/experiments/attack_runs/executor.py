@@ -181,7 +181,7 @@ def run_all(
     Returns:
         The rows of all plans, in the order of `plans`.
     """
-    rows = {(row["attack"], row["setting"]): row for row in finished_rows}
+    rows = {(row["attack"], row["parameters"]): row for row in finished_rows}
     baseline = next((row for row in rows.values() if row["attack"] == "none"), None)
     remaining = [plan for plan in plans if (plan.name, plan.parameters) not in rows]
     for part in (remaining[:1], remaining[1:]) if baseline is None else (remaining,):

@@ -13,7 +13,7 @@ MAX_POINTS_LOST = 5.0
 
 #: Columns of `attacks.csv`, in order.
 COLUMNS = (
-    "attack", "setting", "seed", "kind", "status", "wm_accuracy", "evidence_bits", "accepted", "verdict",
+    "attack", "parameters", "seed", "kind", "status", "wm_accuracy", "evidence_bits", "accepted", "verdict",
     "primary_before", "primary_after", "points_lost", "removed", "matches", "n", "steps", "images", "seconds",
     "inputs", "model_digest", "model", "reason",
 )  # fmt: skip
@@ -27,14 +27,14 @@ TYPES = {
     ),
     **dict.fromkeys(("accepted", "removed"), "bool"),
 }
-_REMOVAL_KINDS = ("removal", "free")
+_REMOVAL_KINDS = ("removal", "function_preserving")
 
 
 def compare_with_baseline(row: Row, baseline: Row | None, min_evidence_bits: float) -> Row:
     """Complete a row with the points lost and with the answer to "is the watermark removed?".
 
-    `removed` stays None for forgeries, for rows without a model, and if the unattacked model is not marked
-    either. An unreadable watermark does not count as removed; its row has None, too.
+    `removed` stays None for ambiguity attacks, rows without a model, and if the unattacked model is not
+    marked either. An unreadable watermark does not count as removed; its row has None, too.
 
     Args:
         row: the row of an attack.

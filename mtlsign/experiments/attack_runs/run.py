@@ -64,7 +64,8 @@ def run_attack_job(
 
 def _result(settings: AttackSettings, target: AttackTarget, rows: Sequence[Row]) -> dict[str, Any]:
     return {
-        "model": settings.model, "kit": settings.kit, "task": target.task, "graph": dict(target.architecture),
+        "model": settings.model, "kit": settings.kit, "task": target.task,
+        "architecture": dict(target.architecture),
         "seed": settings.seed, "split_seed": target.split_seed, "budget": target.extra_data_fraction,
         "lr": target.learning_rate, "bits_required": target.min_evidence_bits,
         "max_points_lost": MAX_POINTS_LOST,

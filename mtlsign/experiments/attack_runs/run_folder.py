@@ -92,9 +92,9 @@ class AttackRun(RunFolder[AttackSettings]):
         return row
 
     def _save_model(self, row: Row, model: bytes, target: AttackTarget) -> str:
-        attack = f"{row['attack']} {row['setting']}".strip()
+        attack = f"{row['attack']} {row['parameters']}".strip()
         config = {
-            "format": "mtlsign/model/v0", "graph": dict(target.architecture), "task": target.task,
+            "format": "mtlsign/model/v1", "architecture": dict(target.architecture), "task": target.task,
             "name": "attacked", "attack": attack, "inputs": row["inputs"] or "",
         }  # fmt: skip
         card = f"# Attacked model\n\n`{attack}`, seed {row['seed']}: a test of a watermark, not for use.\n"
@@ -141,7 +141,7 @@ class AttackRun(RunFolder[AttackSettings]):
 
 
 def _row_id(row: Row) -> str:
-    attack = json.dumps([row["attack"], row["setting"], row["seed"]])
+    attack = json.dumps([row["attack"], row["parameters"], row["seed"]])
     return hashlib.sha256(attack.encode()).hexdigest()[:16]
 
 

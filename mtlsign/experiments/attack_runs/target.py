@@ -72,7 +72,7 @@ class AttackTarget:
         fields = [self.task, self.split_seed, dict(self.architecture)]
         parts.append(json.dumps(fields, sort_keys=True).encode())
         digests = b"".join(hashlib.sha256(part).digest() for part in parts)
-        return hashlib.sha256(b"mtlsign/v0/attack target" + digests).hexdigest()
+        return hashlib.sha256(b"mtlsign/v1/attack target" + digests).hexdigest()
 
     def model(self, device: torch.device | str = "cpu") -> nn.Module:
         """Build the marked network.
@@ -134,8 +134,8 @@ def load_target(settings: AttackSettings) -> AttackTarget:
             raise SettingsError("This setting is required, except with --attacks list.", field=name)
     kit = open_kit(settings, str(settings.kit))
     model = read_model(str(settings.model), endpoint=settings.endpoint)
-    stored = model.config.get("graph")
-    architecture = stored if isinstance(stored, dict) else kit.opening.parse().graph
+    stored = model.config.get("architecture")
+    architecture = stored if isinstance(stored, dict) else kit.opening.parse().architecture
     task = settings.task or _task_name(model, kit)
     return AttackTarget(
         tensors=serialize_safetensors(model.tensors),
@@ -168,7 +168,7 @@ def _split_seed(settings: AttackSettings, kit: OwnerKit) -> int:
 def _task_name(model: LoadedModel, kit: OwnerKit) -> str:
     """Return the task that the model or the kit names. A task that is code needs the caller's consent."""
     name = model.config.get("task", kit.info.get("task"))
-    if not isinstance(name, str) or not 0 < len(name) <= 200 or name == "own":
+    if not isinstance(name, str) or not 0 < len(name) <= 200 or name == "custom":
         raise DataError("The model does not name its task. Pass --task.", field="task")
     if ":" in name:
         raise DataError(f"The task is code. If you trust it, pass --task {name[:120]}", field="task")

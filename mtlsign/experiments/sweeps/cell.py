@@ -26,8 +26,8 @@ from mtlsign.experiments.attack_runs.executor import run_attack
 from mtlsign.experiments.attack_runs.results import compare_with_baseline
 from mtlsign.experiments.attack_runs.target import AttackTarget
 from mtlsign.experiments.sweeps.rows import (
-    CELLS,
     RESULT_FILE,
+    TRIALS,
     Row,
     column_label,
     empty_row,
@@ -163,7 +163,7 @@ def run_cell(cell: Cell, shared: SharedCellData, on_progress: ProgressCallback |
         shared: data of all cells.
         on_progress: called with rows of progress.
     """
-    folder = shared.folder.child(CELLS).child(cell.name)
+    folder = shared.folder.child(TRIALS).child(cell.name)
     if (row := load_finished_row(folder)) is not None:
         return row
     row = empty_row(cell, "ok")

@@ -1,4 +1,4 @@
-"""Rows of a sweep: one for each cell, stored in the cell's own folder and collected into `cells.csv`."""
+"""Rows of a sweep: one for each cell, stored in the cell's own folder and collected into `trials.csv`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mtlsign.storage.locations import path_of
 
 Row = dict[str, Any]
 
-CELLS, RESULT_FILE = "cells", "result.json"
+TRIALS, RESULT_FILE = "trials", "result.json"
 STATUSES = ("ok", "diverged", "failed", "stopped")
-#: Columns of `cells.csv`, before the columns of the attacks.
+#: Columns of `trials.csv`, before the columns of the attacks.
 COLUMNS = (
     "cell", "lambda1", "lambda2", "seed", "status", "primary_clean", "primary_marked", "validation_clean",
     "validation_marked", "drop_points", "wm_accuracy", "evidence_bits", "evidence_bits_attacked",
@@ -79,7 +79,7 @@ def _is_complete(row: Row) -> bool:
 
 def rows_of(folder: Storage) -> list[Row]:
     """Return the rows of a run's finished cells, read from their own files."""
-    names = [name for name in folder.list(CELLS) if name.endswith(f"/{RESULT_FILE}")]
+    names = [name for name in folder.list(TRIALS) if name.endswith(f"/{RESULT_FILE}")]
     rows = [load_finished_row(folder.child(name.removesuffix(f"/{RESULT_FILE}"))) for name in names]
     return in_order([row for row in rows if row is not None])
 

@@ -1,4 +1,4 @@
-"""Sweep: settings in, `cells.csv` and a report out."""
+"""Sweep: settings in, `trials.csv` and a report out."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Run folder of a sweep: W0, one folder for each cell, and the results.
 
 Until the end it holds `settings.json`, `space.json` (the content of the search space), `clean/` (W0),
-`cells/<id>/` (the checkpoint of a cell, later its `result.json`) and Ray Tune's own `tune-…/`. Then
-`cells.csv`, `cells.parquet`, `result.json` and `report.html` are written. The manifest follows unless a
+`trials/<id>/` (the checkpoint of a cell, later its `result.json`) and Ray Tune's own `tune-…/`. Then
+`trials.csv`, `trials.parquet`, `result.json` and `report.html` are written. The manifest follows unless a
 failed cell can be retried.
 """
 
@@ -17,16 +17,17 @@ from mtlsign.errors import ArtifactError, SettingsError
 from mtlsign.experiments.origin import origin
 from mtlsign.experiments.sweeps import pareto
 from mtlsign.experiments.sweeps.cell import ATTACK_RESULTS_FILE, CHECKPOINT_FILE, CLEAN
-from mtlsign.experiments.sweeps.rows import CELLS, COLUMNS, RESULT_FILE, STATUSES, Row, in_order
+from mtlsign.experiments.sweeps.rows import COLUMNS, RESULT_FILE, STATUSES, TRIALS, Row, in_order
 from mtlsign.experiments.sweeps.space import VARIANT, describe
 from mtlsign.reports.tables import csv_of, parquet_of
 from mtlsign.storage.json_io import JSON_LIMIT, read_json_object
 from mtlsign.storage.run_folder import RunFolder
 
 SPACE_FILE = "space.json"
+_OLD_TRIALS = "cells"
 #: Result files by the field of `result.json` that holds their location.
 RESULT_FILES = {
-    "csv": "cells.csv", "parquet": "cells.parquet", "report": "report.html", "result": "result.json",
+    "csv": "trials.csv", "parquet": "trials.parquet", "report": "report.html", "result": "result.json",
 }  # fmt: skip
 
 
@@ -35,6 +36,15 @@ class SweepRun(RunFolder[SweepSettings]):
 
     settings_class = SweepSettings
     kind = "a sweep"
+
+    def check_resumable(self) -> None:
+        """Raise `ArtifactError` if the run has the layout of version 0."""
+        if self.folder.list(_OLD_TRIALS):
+            raise ArtifactError(
+                f"Run {self.name!r} has the folder {_OLD_TRIALS!r} of version 0, which this release does not "
+                "read. Start a new run.",
+                field="resume",
+            )
 
     def bind_space(self, name: str, space: Mapping[str, Any]) -> None:
         """Store the space of a run that starts; refuse a resumed run whose space has another content.
@@ -48,7 +58,7 @@ class SweepRun(RunFolder[SweepSettings]):
             ArtifactError: the stored space is missing or damaged.
         """
         described = describe(space)
-        if not self.folder.exists(SPACE_FILE) and not self.folder.list(CELLS):
+        if not self.folder.exists(SPACE_FILE) and not self.folder.list(TRIALS):
             self.folder.write(SPACE_FILE, json.dumps(described, indent=1).encode())
             return
         try:
@@ -131,7 +141,7 @@ class SweepRun(RunFolder[SweepSettings]):
 
     def _has_result(self, row: Row) -> bool:
         """Return True if the cell is finished, even if it failed for good."""
-        return self.folder.child(CELLS).child(row["cell"]).exists(RESULT_FILE)
+        return self.folder.child(TRIALS).child(row["cell"]).exists(RESULT_FILE)
 
     def keeps_leftovers(self, settings: SweepSettings) -> bool:
         """Return the setting `keep_checkpoints`."""
@@ -142,7 +152,7 @@ class SweepRun(RunFolder[SweepSettings]):
         folders = {name.split("/", 1)[0] for name in self.folder.list()}
         for name in (CLEAN, *sorted(folder for folder in folders if folder.startswith("tune-"))):
             self.folder.delete(name)
-        for name in self.folder.list(CELLS):
+        for name in self.folder.list(TRIALS):
             if name.endswith((f"/{CHECKPOINT_FILE}", f"/{ATTACK_RESULTS_FILE}")):
                 self.folder.delete(name)
 

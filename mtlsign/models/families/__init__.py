@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mtlsign.errors import ModelError
 from mtlsign.models.families.base import ArchitectureFamily, Translation
-from mtlsign.models.families.custom import CustomFamily
+from mtlsign.models.families.custom import PREFIX, RENAMED_PREFIX, CustomFamily
 from mtlsign.models.families.recurrent import RecurrentFamily
 from mtlsign.models.families.resnet import ResNetFamily
 from mtlsign.models.families.timm import TimmFamily
@@ -27,6 +27,10 @@ def family_of(arch: str) -> ArchitectureFamily:
     for family in FAMILIES:
         if family.includes(arch):
             return family
+    if arch.startswith(RENAMED_PREFIX):
+        raise ModelError(
+            f"The prefix {RENAMED_PREFIX!r} of architectures was renamed. Use {PREFIX!r}.", field="model"
+        )
     names = ", ".join(family.usage for family in FAMILIES)
     raise ModelError(f"Unknown architecture {arch[:80]!r}. Use one of {names}.", field="model")
 

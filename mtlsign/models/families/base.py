@@ -68,8 +68,9 @@ class Translation(NamedTuple):
 class ArchitectureFamily(Protocol):
     """Set of networks that are described by the same fields.
 
-    A network is described by an architecture: the JSON object that the spec stores under `graph`. It holds
-    the name `arch` and the family's fields. A verifier builds the network from it without the owner's code.
+    A network is described by an architecture: the JSON object that the spec stores under `architecture`. It
+    holds the name `arch` and the family's fields. A verifier builds the network from it without the owner's
+    code.
 
     Attributes:
         usage: names of the family's architectures, as error messages show them.
@@ -124,7 +125,7 @@ def check_fields(family: ArchitectureFamily, arch: str, architecture: Mapping[st
     if set(architecture) - {"arch", *family.fields} or required - set(architecture):
         raise ModelError(
             f"{arch!r} has exactly the fields {', '.join(sorted(required))}. Correct the architecture.",
-            field="graph",
+            field="architecture",
         )
     for name, field in family.fields.items():
         if name in architecture:

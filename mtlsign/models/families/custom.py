@@ -14,7 +14,9 @@ from mtlsign.models.families.base import ArchitectureFamily, Field
 from mtlsign.models.preparation import prepare_module, unwrapped
 
 #: Prefix of architecture names in the spec, which is part of the wire format.
-PREFIX = "own/"
+PREFIX = "custom/"
+#: Old prefix, which is rejected with the new one.
+RENAMED_PREFIX = "own/"
 
 
 def factory_path(arch: str) -> str | None:
@@ -23,7 +25,7 @@ def factory_path(arch: str) -> str | None:
 
 
 class CustomFamily(ArchitectureFamily):
-    """`own/package.module:function`, with the fields that the factory accepts."""
+    """`custom/package.module:function`, with the fields that the factory accepts."""
 
     usage = f"{PREFIX}package.module:function"
     fields: Mapping[str, Field] | None = None

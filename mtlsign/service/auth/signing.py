@@ -14,11 +14,12 @@ from typing import Any
 from mtlsign.claims.statements.envelope import open_envelope, sign
 from mtlsign.claims.statements.types import PREDICATE, STATEMENT
 from mtlsign.config.service import ServiceSettings
-from mtlsign.errors import ClaimError, KeyMaterialError, MTLSignError
+from mtlsign.errors import ClaimError, KeyMaterialError, MTLSignError, OldVersionError
+from mtlsign.storage.versions import refuse_version_0
 from mtlsign.watermark.keys.identity import Identity, read_passphrase
 from mtlsign.watermark.keys.sealing import EncryptionSecret, decrypt_envelope, encrypt_envelope
 
-PURPOSE = "mtlsign/v0/service/request"
+PURPOSE = "mtlsign/v1/service/request"
 PREDICATE_TYPE = PREDICATE + "verdict"
 _INTEGERS = ("matches", "n", "near_zero")
 
@@ -121,11 +122,14 @@ def read_verdict(envelope: bytes, *, trusted: Sequence[str] = ()) -> dict[str, A
     opened = open_envelope(envelope)
     try:
         statement = json.loads(opened.payload)
+        refuse_version_0(statement, "predicateType", where="verdict", fix="Verify the model again.")
         predicate, suspect = statement["predicate"], statement["subject"][0]["digest"]["sha256"]
         if statement["predicateType"] != PREDICATE_TYPE or [predicate["signer"]] != [
             key.hex() for key in opened.signers
         ]:
             raise ValueError
+    except OldVersionError as error:
+        raise ClaimError(error.detail, field=error.field) from None
     except (ValueError, KeyError, TypeError, IndexError):
         message = "The envelope is not a verdict of a service. Pass the bytes as they were downloaded."
         raise ClaimError(message, field="verdict") from None

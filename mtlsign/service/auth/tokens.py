@@ -142,4 +142,4 @@ def _token(row: tuple[Any, ...]) -> Token:
 
 
 def _hash(text: str) -> bytes:
-    return hashlib.sha256(b"mtlsign/v0/token" + text.encode()).digest()
+    return hashlib.sha256(b"mtlsign/v1/token" + text.encode()).digest()

@@ -30,6 +30,7 @@ from mtlsign.storage.json_io import parse_bounded_json
 from mtlsign.storage.zip_reader import BoundedZip, DamagedZipError
 from mtlsign.watermark.keys.opening import KeyOpening
 from mtlsign.watermark.keys.sealing import MAGIC as KIT_MAGIC
+from mtlsign.watermark.keys.sealing import OLD_MAGIC as OLD_KIT_MAGIC
 from mtlsign.watermark.keys.spec import Spec
 
 MAX_HEAD = 64 * 2**20
@@ -65,12 +66,12 @@ class OpenedClaim:
 
 def key_id(key: bytes) -> str:
     """Return the id of a key in verdicts, which does not reveal it: SHA-256 of a domain and the key, hex."""
-    return hashlib.sha256(b"mtlsign/v0/key-id" + key).hexdigest()
+    return hashlib.sha256(b"mtlsign/v1/key-id" + key).hexdigest()
 
 
 def read_bundle(data: bytes) -> OpenedClaim:
     """Read an opened claim from untrusted bytes: JSON or a claim file. Raises Problem."""
-    if data.startswith(KIT_MAGIC):
+    if data.startswith((KIT_MAGIC, OLD_KIT_MAGIC)):
         detail = "This is an owner kit. Send the opened claim (jobs/claim.py --bundle)."
         raise Problem("kit-refused", detail)
     if data.startswith(_ZIP_MAGIC):

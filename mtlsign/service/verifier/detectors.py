@@ -54,7 +54,7 @@ def check_compute_budget(
     Raises:
         Problem: `architecture-refused`.
     """
-    check_factory_parameters(spec.graph, settings.factory_parameters)
+    check_factory_parameters(spec.architecture, settings.factory_parameters)
     limits = ComputeLimits(settings.max_gflop, settings.max_activation_elements)
     try:
         return check_claim_budget(spec, factories, limits=limits)

@@ -37,7 +37,7 @@ def check_factory_parameters(architecture: Mapping[str, object], declarations: S
     """Check the parameters of a custom architecture before its factory is called.
 
     Args:
-        architecture: the `graph` of a claim's spec.
+        architecture: the `architecture` of a claim's spec.
         declarations: the setting `factory_parameters`.
 
     Raises:

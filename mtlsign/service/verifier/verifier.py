@@ -265,7 +265,7 @@ class Verifier:
         detector = self._detectors.get(name)
         if detector is None:
             spec = opened.spec
-            kind = (spec.graph_fields, spec.readouts, spec.carrier)
+            kind = (spec.architecture_fields, spec.readouts, spec.carrier)
             if self._budgets.get(kind) is None:
                 self._budgets.put(kind, check_compute_budget(spec, self.settings, self.factories))
                 self._budgets.evict()
@@ -277,7 +277,7 @@ class Verifier:
     def _build_detector(self, spec: Spec, opened: OpenedClaim) -> SharedDetector:
         if spec.has_trained_head:
             return detector_for_claim(opened, self.factories, device=self.device)
-        kind = (spec.graph_fields, spec.readouts, spec.carrier, spec.reference)
+        kind = (spec.architecture_fields, spec.readouts, spec.carrier, spec.reference)
         shared = self._graphs.get(kind)
         if shared is not None:
             return shared.with_key(opened)

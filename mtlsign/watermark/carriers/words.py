@@ -119,6 +119,6 @@ class WordCarrier(Carrier):
 
 
 def _hashed_words(integer: int, base: int, count: int) -> list[int]:
-    """Return `count` numbers of the keystream `mtlsign/v0/words/<integer>` under a key of 32 zero bytes."""
-    stream = keystream(_DIGIT_KEY, b"mtlsign/v0/words/%d" % integer, 8 * count)
+    """Return `count` numbers of the keystream `mtlsign/v1/words/<integer>` under a key of 32 zero bytes."""
+    stream = keystream(_DIGIT_KEY, b"mtlsign/v1/words/%d" % integer, 8 * count)
     return [number % base for number in np.frombuffer(stream, dtype=">u8").tolist()]

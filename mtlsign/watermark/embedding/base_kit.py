@@ -22,7 +22,7 @@ def load_base_weights(
 
     Args:
         settings: complete settings.
-        architecture: fields of the spec's `graph`, which must be those of the kit.
+        architecture: fields of the spec's `architecture`, which must be those of the kit.
         secret: the owner's encryption secret.
 
     Raises:
@@ -31,10 +31,10 @@ def load_base_weights(
         ArtifactError, StorageError: the kit cannot be fetched.
     """
     kit = read_kit(str(settings.base_kit), secret, endpoint=settings.endpoint)
-    graph = kit.opening.parse().graph
-    if graph != dict(architecture):
+    committed = kit.opening.parse().architecture
+    if committed != dict(architecture):
         differing = sorted(
-            name for name in {*graph, *architecture} if graph.get(name) != architecture.get(name)
+            name for name in {*committed, *architecture} if committed.get(name) != architecture.get(name)
         )
         raise KeyMaterialError(
             f"The kit belongs to another architecture: {', '.join(differing)} differ. "

@@ -55,7 +55,7 @@ def require_identity(state: State, identity: str) -> None:
     """Raise `ArtifactError` if a checkpoint names another identity or none."""
     if state.get(_FIELD) != identity:
         raise ArtifactError(
-            "A checkpoint of this run belongs to another key or to other settings. "
+            "A checkpoint of this run belongs to another key or to other settings, or has version 0. "
             "Restore the files of the run, or start a new run.",
             field="resume",
         )
@@ -64,4 +64,4 @@ def require_identity(state: State, identity: str) -> None:
 def _digest(settings: EmbedSettings, names: list[str], context: bytes) -> str:
     values = settings.flat_dump()
     text = json.dumps({name: values[name] for name in sorted(names)}, sort_keys=True)
-    return hashlib.sha256(b"mtlsign/v0/checkpoint " + context + text.encode()).hexdigest()
+    return hashlib.sha256(b"mtlsign/v1/checkpoint " + context + text.encode()).hexdigest()

@@ -45,7 +45,7 @@ def commit_keys(
     Args:
         template_model: a network of the architecture; it receives `base_weights`.
         base_weights: state dict of W0.
-        architecture: fields of the spec's `graph`.
+        architecture: fields of the spec's `architecture`.
         input_spec: inputs of the primary task; key images have this size up to 64 pixels.
         settings: complete settings.
         owner: the identity that signs.
@@ -69,7 +69,7 @@ def commit_keys(
             name=settings.name, nonce=_nonce(settings, index).hex(), n=n, carrier=carrier, taps=list(taps),
             readouts=[{"head": {"kind": kind}, "taps": list(names), "n": n} for kind, names in further] or 1,
             head=_head_fields(settings), statistic=settings.statistic, normalise="key-batch",
-            graph=dict(architecture), reference=reference.digest,
+            architecture=dict(architecture), reference=reference.digest,
         )  # fmt: skip
         openings.append(sign_spec(owner, spec))
     return openings, reference
@@ -85,7 +85,7 @@ def validate_before_training(
 
     Args:
         settings: complete settings; taps, carrier and head are checked.
-        architecture: fields of the spec's `graph`.
+        architecture: fields of the spec's `architecture`.
         input_spec: inputs of the primary task.
         factories: trusted factories of custom architectures.
 

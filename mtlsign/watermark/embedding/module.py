@@ -55,7 +55,7 @@ def embed(
         trained: whether the module is trained already; phase 1 is then skipped.
         identity: the owner; by default that of this machine, created if there is none.
         architecture: one from the allow-list (`architectures.architecture_for`), which any verifier can
-            build, or {"arch": "own/package.module:function"}. By default it has the name of the class.
+            build, or {"arch": "custom/package.module:function"}. By default it has the name of the class.
         loss: mean loss of (outputs, y), with loaders; see `from_loaders` for the defaults.
         metric: one number per sample of (outputs, y), with loaders; accuracy by default.
         logits_of: (outputs of the module) -> logits, with loaders; `default_logits` by default.
@@ -73,7 +73,7 @@ def embed(
     network = unwrapped(module)
     name = custom_architecture_name(type(network))
     model_name = str((architecture or {}).get("arch", name))
-    settings = EmbedSettings.of({"task": "own", "model": model_name, **options}).with_defaults()
+    settings = EmbedSettings.of({"task": "custom", "model": model_name, **options}).with_defaults()
     with torch.inference_mode(False), torch.enable_grad(), prepared(network) as preparation:
         if preparation.materialised:
             warnings.warn(_materialised_message(preparation.materialised), stacklevel=2)

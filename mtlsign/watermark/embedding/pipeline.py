@@ -70,7 +70,7 @@ class EmbeddingBackend(Protocol):
         Args:
             settings: complete settings.
             run: the run folder, which stores checkpoints.
-            architecture: fields of the spec's `graph`.
+            architecture: fields of the spec's `architecture`.
 
         Returns:
             W0 and the rows of metrics.
@@ -231,7 +231,7 @@ def run_phase1(
 
     Args:
         settings: complete settings.
-        architecture: fields of the spec's `graph`.
+        architecture: fields of the spec's `architecture`.
         worker: this process of the phase.
 
     Returns:
@@ -252,7 +252,7 @@ def run_response_bases(
     Args:
         settings: complete settings.
         base_weights: state dict of W0.
-        architecture: fields of the spec's `graph`.
+        architecture: fields of the spec's `architecture`.
     """
     if not needs_response_bases(settings):
         return None
@@ -276,7 +276,7 @@ def run_phase2(
         reference: W0's reference.
         worker: this process of the phase.
     """
-    architecture = openings[0].parse().graph
+    architecture = openings[0].parse().architecture
     factories = custom_factories(architecture)
     model = architectures.build(architecture, factories=factories)
     load_tensors(model, base_weights)

@@ -84,10 +84,10 @@ class EmbeddingResult:
             ArtifactError: the files that are read back differ from those that were verified.
             StorageError: the storage cannot be written.
         """
-        architecture = self.kit.opening.parse().graph
+        architecture = self.kit.opening.parse().architecture
         config = {
-            "format": "mtlsign/model/v0",
-            "graph": architecture,
+            "format": "mtlsign/model/v1",
+            "architecture": architecture,
             "task": self.result["task"],
             "name": self.result["name"],
         }
@@ -141,7 +141,7 @@ def build_result(
     own_detector = WatermarkDetector(openings[0], reference, head=phase2.head, factories=factories)
     require_equal_readings(verdict, phase2.tensors, own_detector)
     further = [verify(written, detector.with_raw_key(opening.key())) for opening in openings[1:]]
-    network = architectures.build(detector.spec.graph, factories=factories)
+    network = architectures.build(detector.spec.architecture, factories=factories)
     ordered = in_network_order(phase2.tensors, network.state_dict())
     result = {
         **_settings_fields(settings),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mtlsign.config.embed import EmbedSettings
-from mtlsign.errors import ArtifactError, KeyMaterialError
+from mtlsign.errors import ArtifactError, KeyMaterialError, OldVersionError
 from mtlsign.storage.json_io import read_json_object
 from mtlsign.storage.manifest import MANIFEST
 from mtlsign.storage.model_folder import model_digest
@@ -32,7 +32,7 @@ RAY, CHECKPOINTS = "ray", "checkpoints"
 _LIMIT = 4 * 1024**3
 _CHECKPOINT_LIMIT = 8 * _LIMIT
 _ROWS_LIMIT = 64 * 1024**2
-_PURPOSE = "mtlsign/v0/commitment"
+_PURPOSE = "mtlsign/v1/commitment"
 
 
 class EmbeddingRun(RunFolder[EmbedSettings]):
@@ -102,6 +102,8 @@ class EmbeddingRun(RunFolder[EmbedSettings]):
             return None
         try:
             data = decrypt_envelope(self.folder.read(COMMITMENT, _LIMIT), secret, purpose=_PURPOSE)
+        except OldVersionError:
+            raise
         except KeyMaterialError:
             raise KeyMaterialError(
                 f"This run was started by a different identity, or its {COMMITMENT} is damaged. "

@@ -20,12 +20,14 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from mtlsign.errors import KeyMaterialError
 from mtlsign.storage.local import atomic_write
 from mtlsign.storage.strict_json import parse_strict_json, require_fields, require_hex
+from mtlsign.storage.versions import EMBED_AGAIN, refuse_version_0
 
-VERSION = "mtlsign/identity/v0"
+VERSION = "mtlsign/identity/v1"
 SCRYPT = {"n": 2**15, "r": 8, "p": 1}
 _SEALED = "scrypt+chacha20poly1305"
 _MAX_BYTES = 64 * 1024
 _MAX_PASSPHRASE_BYTES = 1024
+_NEW_IDENTITY = f"Move the file away and create a new identity. {EMBED_AGAIN}"
 
 
 def length_prefixed(part: bytes) -> bytes:
@@ -116,6 +118,7 @@ class Identity:
         """
         data, mode = _read(Path(path), _MAX_BYTES, "owner")
         fields = parse_strict_json(data, limit=_MAX_BYTES, where="owner")
+        refuse_version_0(fields, "version", where="owner", fix=_NEW_IDENTITY)
         if not isinstance(fields, dict) or fields.get("version") != VERSION:
             raise KeyMaterialError(f"{path} is not a {VERSION} file. Pass the identity file.", field="owner")
         if fields.get("protection") == "none":

@@ -23,10 +23,11 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from mtlsign.errors import KeyMaterialError
 from mtlsign.storage.strict_json import parse_strict_json, raise_invalid, require_fields, require_hex
+from mtlsign.storage.versions import EMBED_AGAIN, refuse_version_0
 from mtlsign.watermark.keys.identity import Identity, length_prefixed
 from mtlsign.watermark.keys.spec import MAX_SPEC_BYTES, Spec, m_bits, parse_spec
 
-OPENING_FORMAT = "mtlsign/key-opening/v0"
+OPENING_FORMAT = "mtlsign/key-opening/v1"
 MAX_OPENING_BYTES = 32 * 1024
 
 _P = 2**255 - 19
@@ -73,7 +74,7 @@ def is_valid_signature(public_key: bytes, signature: bytes, message: bytes) -> b
 
 
 def _signed_message(spec: bytes, public_key: bytes) -> bytes:
-    return b"mtlsign/v0/spec" + length_prefixed(spec) + length_prefixed(public_key)
+    return b"mtlsign/v1/spec" + length_prefixed(spec) + length_prefixed(public_key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ class KeyOpening:
                 field="signature",
             ) from None
         hashed = (
-            b"mtlsign/v0/key"
+            b"mtlsign/v1/key"
             + length_prefixed(self.spec)
             + length_prefixed(self.public_key)
             + length_prefixed(self.signature)
@@ -137,6 +138,7 @@ class KeyOpening:
         where = "opening"
         raw = data.encode("utf-8", "replace") if isinstance(data, str) else bytes(data)
         parsed = parse_strict_json(raw, limit=MAX_OPENING_BYTES, where=where)
+        refuse_version_0(parsed, "format", where=where, fix=EMBED_AGAIN)
         fields = require_fields(parsed, where, "format", "spec", "public_key", "signature")
         if fields["format"] != OPENING_FORMAT:
             raise_invalid("opening.format", f"The format must be {OPENING_FORMAT}")
@@ -194,7 +196,7 @@ def watermark_integers(key: bytes, n: int) -> npt.NDArray[np.int64]:
     powers = np.left_shift(np.int64(1), np.arange(m - 1, -1, -1, dtype=np.int64))
     drawn = n + 16
     while True:
-        values = _keystream_bits(key, b"mtlsign/v0/integers", drawn * m).reshape(drawn, m) @ powers
+        values = _keystream_bits(key, b"mtlsign/v1/integers", drawn * m).reshape(drawn, m) @ powers
         first = np.sort(np.unique(values, return_index=True)[1])
         if len(first) >= n:
             return np.asarray(values[first[:n]], dtype=np.int64)
@@ -205,7 +207,7 @@ def watermark_labels(key: bytes, n: int) -> npt.NDArray[np.uint8]:
     """Derive l: the first n bits of a separate keystream, uint8 [n] of 0 and 1 (paper §3.2)."""
     if not 1 <= n <= 65536:
         raise ValueError(f"n must be from 1 to 65536, got {n}")
-    return _keystream_bits(key, b"mtlsign/v0/labels", n)
+    return _keystream_bits(key, b"mtlsign/v1/labels", n)
 
 
 def head_signs(key: bytes, d: int, readout: int = 0) -> npt.NDArray[np.int8]:
@@ -221,7 +223,7 @@ def head_signs(key: bytes, d: int, readout: int = 0) -> npt.NDArray[np.int8]:
     """
     if not 1 <= d <= 2**28 or readout < 0:
         raise ValueError(f"d must be from 1 to 2^28 and readout not negative, got {d} and {readout}")
-    bits = _keystream_bits(key, b"mtlsign/v0/signs/%d" % readout, d)
+    bits = _keystream_bits(key, b"mtlsign/v1/signs/%d" % readout, d)
     return bits.view(np.int8) * np.int8(2) - np.int8(1)
 
 
@@ -239,5 +241,5 @@ def spread_order(key: bytes, d: int) -> npt.NDArray[np.int64]:
     """
     if not 1 <= d <= 2**26:
         raise ValueError(f"d must be from 1 to 2^26, got {d}")
-    numbers = np.frombuffer(keystream(key, b"mtlsign/v0/spread", 8 * d), dtype=">u8")
+    numbers = np.frombuffer(keystream(key, b"mtlsign/v1/spread", 8 * d), dtype=">u8")
     return np.argsort(numbers.astype(np.uint64), kind="stable").astype(np.int64)

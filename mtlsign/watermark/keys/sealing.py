@@ -2,7 +2,7 @@ r"""Encryption at rest of secret files: one sealed envelope for each file.
 
 Envelope (all of it before the ciphertext is authenticated as associated data):
 
-    magic      8 bytes   b"MTLS\x00v0\n"
+    magic      8 bytes   b"MTLS\x00v1\n"
     length     4 bytes   of the header, big-endian, at most 1,024
     header     JSON      {"cipher":"chacha20poly1305","kdf":…,"nonce":24 hex,"purpose":…,"salt":64 hex},
                          with kdf "scrypt" also "n", "p" and "r"
@@ -28,8 +28,11 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from mtlsign.errors import KeyMaterialError
 from mtlsign.storage.strict_json import parse_strict_json
+from mtlsign.storage.versions import EMBED_AGAIN, raise_old_version
 
-MAGIC = b"MTLS\x00v0\n"
+MAGIC = b"MTLS\x00v1\n"
+OLD_MAGIC = b"MTLS\x00v0\n"
+"""Start of an envelope of version 0."""
 HEADER_LIMIT = 1024
 PLAINTEXT_LIMIT = 2**31 - 64
 """Bytes that one envelope can hold (the cipher's interface ends at 2 GiB)."""
@@ -109,8 +112,10 @@ def decrypt_envelope(sealed: bytes, secret: EncryptionSecret, *, purpose: str) -
         KeyMaterialError: the bytes are no envelope or damaged, or the purpose or secret is wrong.
     """
     view = memoryview(sealed)
+    if bytes(view[: len(OLD_MAGIC)]) == OLD_MAGIC:
+        raise_old_version("MTLS v0", where="kit", fix=EMBED_AGAIN)
     if bytes(view[: len(MAGIC)]) != MAGIC:
-        raise KeyMaterialError("This is not a sealed file of mtlsign v0. Pass the right file.")
+        raise KeyMaterialError("This is not a sealed file of mtlsign v1. Pass the right file.")
     start = len(MAGIC) + 4
     length = int.from_bytes(view[len(MAGIC) : start], "big")
     if length > HEADER_LIMIT or len(view) < start + length + 16:

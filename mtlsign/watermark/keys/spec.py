@@ -18,19 +18,20 @@ from dataclasses import dataclass, field
 
 from mtlsign.errors import KeyMaterialError
 from mtlsign.storage.strict_json import parse_strict_json, raise_invalid, require_fields, require_hex
+from mtlsign.storage.versions import EMBED_AGAIN, refuse_version_0
 
-FORMAT = "mtlsign/v0"
+FORMAT = "mtlsign/v1"
 MAX_SPEC_BYTES = 16 * 1024
 MIN_N, MAX_N = 128, 4096
 MODULES_PER_SIDE = 21
 FIELDS = (
     *("format", "name", "nonce", "n", "readouts", "carrier", "taps"),
-    *("head", "statistic", "normalise", "graph", "reference"),
+    *("head", "statistic", "normalise", "architecture", "reference"),
 )
 
 _TAP = re.compile(r"[A-Za-z0-9_.]{1,200}")
 _ARCH = re.compile(r"[A-Za-z0-9_/.:-]{1,128}")
-_GRAPH_FIELD = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_ARCHITECTURE_FIELD = re.compile(r"[a-z][a-z0-9_]{0,31}")
 # No controls, surrogates, invisible or direction-changing characters. The list is fixed, because Unicode's
 # tables change.
 _TEXT = re.compile(
@@ -103,7 +104,7 @@ class Spec:
     head: HeadSpec
     statistic: str
     normalise: str
-    graph_fields: tuple[tuple[str, int | str], ...]
+    architecture_fields: tuple[tuple[str, int | str], ...]
     reference: str
     raw: bytes = field(repr=False)
 
@@ -123,9 +124,9 @@ class Spec:
         return any(readout.head.kind == "free" for readout in self.readouts)
 
     @property
-    def graph(self) -> dict[str, int | str]:
+    def architecture(self) -> dict[str, int | str]:
         """Committed architecture: `arch` with its integers and words, as a new dict."""
-        return dict(self.graph_fields)
+        return dict(self.architecture_fields)
 
 
 def m_bits(n: int) -> int:
@@ -244,17 +245,17 @@ def _taps(value: object) -> tuple[str, ...]:
     return taps
 
 
-def _graph(value: object) -> tuple[tuple[str, int | str], ...]:
+def _architecture(value: object) -> tuple[tuple[str, int | str], ...]:
     if not isinstance(value, dict) or "arch" not in value or len(value) > 32:
-        raise_invalid("graph", "The value must be an object of at most 32 fields, one of them arch")
-    _text(value["arch"], "graph.arch", _ARCH)
+        raise_invalid("architecture", "The value must be an object of at most 32 fields, one of them arch")
+    _text(value["arch"], "architecture.arch", _ARCH)
     fields: list[tuple[str, int | str]] = []
     for name, item in value.items():
-        _text(name, "graph", _GRAPH_FIELD)
+        _text(name, "architecture", _ARCHITECTURE_FIELD)
         if type(item) is int:
             fields.append((name, item))
         else:
-            fields.append((name, _text(item, f"graph.{name}", _TEXT)))
+            fields.append((name, _text(item, f"architecture.{name}", _TEXT)))
     return tuple(fields)
 
 
@@ -269,9 +270,11 @@ def parse_spec(data: bytes) -> Spec:
     """Read a spec's exact bytes (at most 16 KiB).
 
     Raises:
-        KeyMaterialError: the bytes are not one well-formed v0 spec; nothing else is ever raised.
+        KeyMaterialError: the bytes are not one well-formed spec of version 1; nothing else is ever raised.
     """
-    fields = require_fields(parse_strict_json(data, limit=MAX_SPEC_BYTES, where="spec"), "spec", *FIELDS)
+    document = parse_strict_json(data, limit=MAX_SPEC_BYTES, where="spec")
+    refuse_version_0(document, "format", where="spec", fix=EMBED_AGAIN)
+    fields = require_fields(document, "spec", *FIELDS)
     n = _integer(fields, "n", MIN_N, MAX_N, "spec")
     carrier = parse_carrier(fields["carrier"])
     _check_capacity(carrier, n)
@@ -286,14 +289,14 @@ def parse_spec(data: bytes) -> Spec:
         head=_head(fields["head"]),
         statistic=_choice(fields, "statistic", "spec", "count", "weighted"),
         normalise=_choice(fields, "normalise", "spec", "key-batch"),
-        graph_fields=_graph(fields["graph"]),
+        architecture_fields=_architecture(fields["architecture"]),
         reference=require_hex(fields["reference"], "spec.reference", 32).hex(),
         raw=bytes(data),
     )
 
 
 def make_spec(**fields: object) -> bytes:
-    """Write a spec: `name, n, carrier, taps, head, statistic, graph, reference`.
+    """Write a spec: `name, n, carrier, taps, head, statistic, architecture, reference`.
 
     `format`, `readouts`, `normalise` and a new random `nonce` (64 hex digits) are filled in if absent.
 

@@ -75,8 +75,8 @@ class ConvVerifierModel:
     that step needs γ; training perturbs the kernels after it. `canonical_steps` need the kernels alone.
 
     Args:
-        template_model: the architecture, built from the spec's `graph`; its own values are never used. It is
-            put into evaluation mode except for its batch norms, which use the statistics of the batch.
+        template_model: the network of the spec's `architecture`; its own values are never used. It is put
+            into evaluation mode except for its batch norms, which use the statistics of the batch.
         taps: module names.
         reference: W0's reference.
         sample: float32 [1, C, H, W] of the carrier's geometry.

@@ -87,7 +87,7 @@ class WatermarkDetector:
                 field="reference",
             )
         self.device = torch.device(device)
-        template_model = architectures.build(self.spec.graph, factories=factories)
+        template_model = architectures.build(self.spec.architecture, factories=factories)
         self.readouts: tuple[Readout, ...] = tuple(
             self._make_readout(index, template_model, reference, head)
             for index in range(len(self.spec.readouts))
@@ -168,7 +168,7 @@ class WatermarkDetector:
 
     def with_control_key(self, index: int) -> Self:
         """Return the same detector for an unrelated key: other inputs, labels and key-derived heads."""
-        return self.with_raw_key(keystream(self.key, b"mtlsign/v0/control/%d" % index, 32))
+        return self.with_raw_key(keystream(self.key, b"mtlsign/v1/control/%d" % index, 32))
 
     def with_raw_key(self, key: bytes) -> Self:
         """Return the same detector for another key of 32 bytes.

@@ -131,7 +131,7 @@ class FeatureReadout:
         hidden = head.hidden or 1
         if data is not None:
             return TrainedHead.from_bytes(data, self.d, hidden, pooled=self.pooled, device=device)
-        seed = int.from_bytes(keystream(key, b"mtlsign/v0/head-init", 7))
+        seed = int.from_bytes(keystream(key, b"mtlsign/v1/head-init", 7))
         return TrainedHead(self.d, hidden, pooled=self.pooled, seed=seed, device=device)
 
     def _width(self) -> int:
@@ -189,7 +189,7 @@ class SpreadReadout:
 
 def readout_key(key: bytes, index: int) -> bytes:
     """Return the key of read-out `index`: the key itself for the first, else a keystream under it."""
-    return key if index == 0 else keystream(key, b"mtlsign/v0/readout/%d" % index, 32)
+    return key if index == 0 else keystream(key, b"mtlsign/v1/readout/%d" % index, 32)
 
 
 def watermark_dataset(spec: Spec, key: bytes, n: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mtlsign.watermark.keys.opening import keystream
 
 #: The sketch's matrix is public and the same for all owners: a keystream under this constant.
-SKETCH_KEY = hashlib.sha256(b"mtlsign/v0/sketch").digest()
+SKETCH_KEY = hashlib.sha256(b"mtlsign/v1/sketch").digest()
 
 #: Most projections of a row.
 MAX_SKETCH_SIZE = 64
@@ -28,10 +28,10 @@ def sketch_size(fan_in: int) -> int:
 def projection_matrix(fan_in: int, size: int) -> npt.NDArray[np.float64]:
     """Return the public matrix [fan_in, size] with elements ±1/sqrt(size).
 
-    Its signs are read row by row from the keystream `mtlsign/v0/sketch/<fan_in>/<size>` under
-    SHA-256("mtlsign/v0/sketch"); a bit 1 means +1.
+    Its signs are read row by row from the keystream `mtlsign/v1/sketch/<fan_in>/<size>` under
+    SHA-256("mtlsign/v1/sketch"); a bit 1 means +1.
     """
-    stream = keystream(SKETCH_KEY, f"mtlsign/v0/sketch/{fan_in}/{size}".encode(), -(-fan_in * size // 8))
+    stream = keystream(SKETCH_KEY, f"mtlsign/v1/sketch/{fan_in}/{size}".encode(), -(-fan_in * size // 8))
     bits = np.unpackbits(np.frombuffer(stream, dtype=np.uint8))[: fan_in * size].astype(np.float64)
     matrix: npt.NDArray[np.float64] = (2 * bits - 1).reshape(fan_in, size) / size**0.5
     matrix.flags.writeable = False

@@ -32,7 +32,7 @@ def test_parse_attacks_expands_parameters_alternatives_and_sequences() -> None:
 def test_kind_of_sequence_is_that_of_its_strongest_step() -> None:
     text = "none,bn_fold,bn_fold+ftal,ambiguity_trained_head+bn_fold,int8,none+bn_reparameterize"
     assert [plan.kind for plan in parse_attacks(text)] == [
-        "none", "free", "removal", "forgery", "removal", "free",
+        "none", "function_preserving", "removal", "ambiguity", "removal", "function_preserving",
     ]  # fmt: skip
 
 
@@ -123,4 +123,4 @@ def test_describe_lists_every_attack() -> None:
     assert entries["ftal"]["settings"] == {
         "lr": "quarter", "epochs": 5, "schedule": "constant", "batch": 128,
     }  # fmt: skip
-    assert row_header(parse_attacks("int8")[0]) == {"attack": "int8", "setting": "", "kind": "removal"}
+    assert row_header(parse_attacks("int8")[0]) == {"attack": "int8", "parameters": "", "kind": "removal"}

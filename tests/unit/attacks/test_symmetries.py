@@ -19,7 +19,7 @@ PARAMETERS = {"mix_input": "mix_input:kind=negate", "turn_input": "turn_input:ki
 FREE = [
     PARAMETERS.get(name, name)
     for name, attack in ATTACKS.items()
-    if attack.kind == "free" and name not in NOT_FOR_IMAGES
+    if attack.kind == "function_preserving" and name not in NOT_FOR_IMAGES
 ]
 SEQUENCE = (
     "scale_residual_channels+permute_channels+scale_inner_channels+scale_filters+bn_reparameterize+bn_fold"

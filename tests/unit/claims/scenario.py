@@ -51,7 +51,13 @@ def keyed_opening(owner: Identity, nonce: str = "", **changes: Any) -> KeyOpenin
         "taps": ["layer1"],
         "head": {"kind": "keyed"},
         "statistic": "count",
-        "graph": {"arch": "torchvision/resnet18", "channels": 1, "classes": 4, "width": 8, "stem": "stock"},
+        "architecture": {
+            "arch": "torchvision/resnet18",
+            "channels": 1,
+            "classes": 4,
+            "width": 8,
+            "stem": "stock",
+        },
         "reference": hashlib.sha256(b"reference").hexdigest(),
     }
     return sign_spec(owner, make_spec(**(fields | changes)))

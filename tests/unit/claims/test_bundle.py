@@ -43,7 +43,7 @@ def bundle_fixture(tmp_path_factory: pytest.TempPathFactory) -> BundleFixture:
 def test_check_bundle_of_valid_bundle_proves_the_claim(bundle_fixture: BundleFixture) -> None:
     path, note, scenario, result = bundle_fixture
     assert (
-        result["standing"] == "in_the_weights"
+        result["standing"] == "supported"
         and result["head"]["pinned"]
         and result["numbers"]["votes"] == {"accepted": 3}
     )
@@ -53,7 +53,7 @@ def test_check_bundle_of_valid_bundle_proves_the_claim(bundle_fixture: BundleFix
         assert checked.view.time(index) == view.time(index)
     assert not to_json(check_bundle(path, SubstringJudge()))["head"]["pinned"]
     card = insert_block("# Model\n", claim_block(result))
-    assert "in_the_weights" in card and insert_block(card, claim_block(result)) == card
+    assert "supported" in card and insert_block(card, claim_block(result)) == card
     head = {"origin": "o", "size": 4, "root": "r", "cosigned": ["m"]}
     block = provenance_block({"model_digest": "d", "index": 1, "id": "i", "head": head})
     both = insert_block(card, block)  # a card can contain both blocks
@@ -131,7 +131,7 @@ def strip_lines(files: list[tuple[str, bytes]]) -> bytes:
 
 
 HOSTILE: dict[str, Callable[[list[tuple[str, bytes]]], bytes]] = {
-    "duplicate member": lambda f: pack([*f, ("bundle.json", b'{"format":"mtlsign/bundle/v0","claim":0}')]),
+    "duplicate member": lambda f: pack([*f, ("bundle.json", b'{"format":"mtlsign/bundle/v1","claim":0}')]),
     "duplicate blob": lambda f: pack([*f, next(x for x in f if x[0].startswith("blobs/"))]),
     "foreign member": lambda f: pack([*f, ("../evil", b"x")]),
     "absolute member": lambda f: pack([*f, ("/etc/passwd", b"x")]),
@@ -153,9 +153,9 @@ HOSTILE: dict[str, Callable[[list[tuple[str, bytes]]], bytes]] = {
     "no proof": without("heads/4.proof"),
     "no path": without("entries/0.path"),
     "no lines": strip_lines,
-    "a float": swapped("bundle.json", b'{"format":"mtlsign/bundle/v0","claim":3.0}'),
-    "twice a field": swapped("bundle.json", b'{"format":"mtlsign/bundle/v0","claim":1,"claim":3}'),
-    "not a claim": swapped("bundle.json", b'{"format":"mtlsign/bundle/v0","claim":1}'),
+    "a float": swapped("bundle.json", b'{"format":"mtlsign/bundle/v1","claim":3.0}'),
+    "twice a field": swapped("bundle.json", b'{"format":"mtlsign/bundle/v1","claim":1,"claim":3}'),
+    "not a claim": swapped("bundle.json", b'{"format":"mtlsign/bundle/v1","claim":1}'),
     "empty": lambda _: pack([]),
     "text": lambda _: b"hello",
     "nothing": lambda _: b"",

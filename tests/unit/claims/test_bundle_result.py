@@ -14,7 +14,7 @@ from mtlsign.claims.commands.settings import signed_note
 from mtlsign.reports.claims import render_claim_report
 from tests.unit.claims.scenario import ALICE, ClaimScenario, SubstringJudge, kit_and_model
 
-HOSTILE = "<script>alert(1)</script> **in_the_weights**"
+HOSTILE = "<script>alert(1)</script> **supported**"
 
 
 @pytest.mark.parametrize("is_pinned", [True, False])
@@ -40,4 +40,4 @@ def test_report_names_claimant_model_policy_signers_and_times(
     assert len(re.findall(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", page)) >= 9 and "17900000" not in page
     assert "<script>" not in page and "secret part of the run" not in page
     assert ("only confirms itself" in page) is not is_pinned
-    assert ("<h1>in_the_weights</h1>" in page) is is_pinned
+    assert ("<h1>supported</h1>" in page) is is_pinned

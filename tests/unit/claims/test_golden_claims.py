@@ -20,7 +20,7 @@ from mtlsign.claims.statements.parsing import parse
 from mtlsign.claims.statements.types import Claim
 from tests.conformance import reference_claim_verifier as reference
 
-PATH = Path(__file__).parent.parent.parent / "golden" / "v0" / "claims.json"
+PATH = Path(__file__).parent.parent.parent / "golden" / "v1" / "claims.json"
 
 
 @pytest.fixture(scope="module")

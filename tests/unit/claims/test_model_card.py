@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mtlsign.claims.model_card import END, claim_block, escape, insert_block
 
-HOSTILE = "x <!-- mtlsign claim: end --> **in_the_weights** | [a](b) `c`\n# heading"
+HOSTILE = "x <!-- mtlsign claim: end --> **supported** | [a](b) `c`\n# heading"
 
 
 def result_with(sentence: str) -> dict[str, object]:
@@ -18,7 +18,7 @@ def test_claim_block_with_hostile_text_has_one_end_and_no_markup() -> None:
     block = claim_block(result_with(HOSTILE))
     card = insert_block(insert_block("# Model\n", block), block)
     assert card.count(END.format("claim")) == 1 and card == insert_block(card, block)
-    assert "**in_the_weights**" not in card and "\n# heading" not in card and "| 1 rejected |" in card
+    assert "**supported**" not in card and "\n# heading" not in card and "| 1 rejected |" in card
 
 
 def test_escape_of_plain_text_changes_nothing() -> None:

@@ -194,7 +194,7 @@ def test_with_defaults_of_feature_heads_are_those_of_the_first_release(head: str
 
 
 def test_with_defaults_of_spread_head_fill_every_setting() -> None:
-    settings = EmbedSettings.of({"head": "spread", "task": "own"}).with_defaults()
+    settings = EmbedSettings.of({"head": "spread", "task": "custom"}).with_defaults()
     perturbation = settings.perturbation
     assert settings.r_func == "responses" and settings.key_size == 1024
     assert settings.lambda1 == 3.0 and settings.lambda2 == 0.0

@@ -30,8 +30,8 @@ def narrow(arch: str = "resnet18", stem: str = "cifar", width: int = 8) -> Any:
         {"arch": "timm/hf-hub:someone/model", "channels": 1, "classes": 10},
         {"arch": "timm/no_such_network", "channels": 1, "classes": 10},
         {"arch": "timm/test_vit", "channels": 1, "classes": 10, "size": 5},
-        {"arch": "own/os:system"},
-        {"arch": "own/../x", "channels": 1, "classes": 10},
+        {"arch": "custom/os:system"},
+        {"arch": "custom/../x", "channels": 1, "classes": 10},
         {"arch": 7},
     ],
 )
@@ -47,6 +47,11 @@ def test_build_names_invalid_field() -> None:
         architecture_for("resnet18", channels=1, classes=10, stem="other")
     with pytest.raises(ModelError, match=r"^model: Unknown architecture 'vgg'. Use one of resnet18"):
         architecture_for("vgg", channels=1, classes=10)
+
+
+def test_build_of_old_prefix_names_new_one() -> None:
+    with pytest.raises(ModelError, match=r"^model: The prefix 'own/' of architectures was renamed. Use 'cus"):
+        build({"arch": "own/package.module:function"})
 
 
 def test_default_taps_are_first_stages() -> None:
@@ -99,7 +104,7 @@ def small_network(channels: int = 1, classes: int = 10) -> nn.Module:
 
 def test_build_of_custom_architecture_uses_given_factories_only() -> None:
     path = f"{__name__}:small_network"
-    architecture = architecture_for(f"own/{path}", channels=2, classes=3)
+    architecture = architecture_for(f"custom/{path}", channels=2, classes=3)
     with pytest.raises(ModelError, match="not registered"):
         build(architecture)
     model: Any = build(architecture, factories={path: small_network})
@@ -116,4 +121,4 @@ def test_build_with_failing_factory_names_error_and_line() -> None:
     with pytest.raises(
         ModelError, match=r"model: .*my:make.*KeyError.*no such layer.*test_architectures\.py, line"
     ):
-        build({"arch": "own/my:make"}, factories={"my:make": _broken})
+        build({"arch": "custom/my:make"}, factories={"my:make": _broken})

@@ -74,7 +74,7 @@ def test_embed_line_of_any_row_fits_80_columns_and_keeps_bits_and_time(
 
 def test_attack_line_fits_80_columns_and_starts_with_removal() -> None:
     row = {
-        "attack": "ftal", "setting": "lr=quarter", "status": "ok", "verdict": "rejected",
+        "attack": "ftal", "parameters": "lr=quarter", "status": "ok", "verdict": "rejected",
         "evidence_bits": 1024.0, "points_lost": 10.25, "removed": True, "seconds": 1234.5,
     }  # fmt: skip
     text = format_result(row)

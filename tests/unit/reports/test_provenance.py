@@ -16,8 +16,9 @@ ORIGIN: dict[str, Any] = {
     "public_key": "ab" * 32,
 }  # fmt: skip
 ROW: dict[str, Any] = {
-    "attack": "int8", "setting": "", "kind": "free", "status": "ok", "verdict": "rejected", "removed": True,
-    "accepted": False, "points_lost": 0.0, "evidence_bits": 3.0, "wm_accuracy": 0.5, "primary_after": 0.9,
+    "attack": "int8", "parameters": "", "kind": "function_preserving", "status": "ok",
+    "verdict": "rejected", "removed": True, "accepted": False,
+    "points_lost": 0.0, "evidence_bits": 3.0, "wm_accuracy": 0.5, "primary_after": 0.9,
     "steps": None, "images": None, "seconds": 1.0, "reason": None,
 }  # fmt: skip
 
@@ -60,7 +61,7 @@ def test_provenance_of_incomplete_result_leaves_rows_out() -> None:
 
 
 def test_attack_report_names_removals_without_cost() -> None:
-    costly = ROW | {"attack": "prune", "setting": "ratio=0.9", "kind": "removal", "points_lost": 2.5}
+    costly = ROW | {"attack": "prune", "parameters": "ratio=0.9", "kind": "removal", "points_lost": 2.5}
     kept = ROW | {"attack": "noise", "removed": False}
     assert costless_removals([ROW, costly, kept, ROW | {"points_lost": -0.1, "attack": "x"}]) == ["int8", "x"]
     text = render_attack_report(attack_result(ROW, costly, kept))

@@ -70,11 +70,11 @@ def test_embed_marks_model_and_reports_cost(tiny_task: Task, tiny_model: Maker) 
     model, scheme = tiny_model(), MTLSignScheme(head="keyed", key_size=128)
     key = scheme.generate_key(model, tiny_task, 0)
     before = scheme.verify(model, key).accuracy
-    settings = SchemeSettings(steps=20, batch=16, training_lr=0.02, seed=0, options={"lambda2": 0.0})
+    settings = SchemeSettings(steps=30, batch=16, training_lr=0.02, seed=0, options={"lambda2": 0.0})
     with torch.random.fork_rng(devices=[]):
         result = scheme.embed(model, tiny_task, key, settings, SingleProcessContext())
     assert scheme.verify(model, key).accuracy > before + 0.2
-    assert (result.steps, result.images) == (20, 20 * (128 + 16))
+    assert (result.steps, result.images) == (30, 30 * (128 + 16))
     assert set(result.measured) >= {"primary_clean", "primary_marked"}
 
 

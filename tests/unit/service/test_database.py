@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
-from mtlsign.service.database import Database, Job, QueueLimits
+import pytest
+
+from mtlsign.service.database import VERSION, Database, Job, QueueLimits
+from mtlsign.service.problems import Problem
 
 LIMITS = QueueLimits(10**6, 2**30, 10**6, 2**30)
 
@@ -28,3 +32,16 @@ def test_delete_expired_keeps_newest_requests_of_each_token(tmp_path: Path) -> N
     assert names == {"open", "a3", "a4", "b0"}
     assert {job for (job,) in database.fetch_all("SELECT job FROM results")} == {"a3", "a4", "b0"}
     database.close()
+
+
+@pytest.mark.parametrize(
+    ("version", "fix"), [(VERSION - 1, "Use a new --state-dir."), (VERSION + 1, "Update mtlsign.")]
+)
+def test_database_of_other_version_is_refused_with_fix(version: int, fix: str, tmp_path: Path) -> None:
+    path = tmp_path / "service.sqlite"
+    Database(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute(f"PRAGMA user_version = {version}")
+    with pytest.raises(Problem) as caught:
+        Database(path)
+    assert caught.value.detail == f"The database has version {version}. {fix}"

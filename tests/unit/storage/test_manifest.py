@@ -171,7 +171,7 @@ def _manifest(**changes: object) -> bytes:
     entry: dict[str, object] = {"name": "a", "size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
     extra = {k: v for k, v in changes.items() if k in ("format", "files", "more")}
     entry |= {k: v for k, v in changes.items() if k not in extra}
-    return json.dumps({"format": "mtlsign/folder/v0", "files": [entry], **extra}).encode()
+    return json.dumps({"format": "mtlsign/folder/v1", "files": [entry], **extra}).encode()
 
 
 def test_manifest_bytes_have_fixed_format() -> None:
@@ -179,7 +179,7 @@ def test_manifest_bytes_have_fixed_format() -> None:
         b'{"files":['
         b'{"name":"a","sha256":"2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881","size":1},'
         b'{"name":"b","sha256":"e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855","size":0}],'
-        b'"format":"mtlsign/folder/v0"}\n'
+        b'"format":"mtlsign/folder/v1"}\n'
     )
     assert parse_manifest(_manifest())["a"].size == 1
     for files in ({}, {"manifest.json": b""}, {"../a": b""}, {"a/b": b""}, {"": b""}):
@@ -205,7 +205,7 @@ def test_manifest_bytes_have_fixed_format() -> None:
         _manifest(sha256=None),
         _manifest(extra=1),
         _manifest(more=1),
-        _manifest(format="mtlsign/folder/v1"),
+        _manifest(format="mtlsign/folder/v2"),
         _manifest(files=[]),
         _manifest(files={}),
         _manifest(files=[1]),

@@ -118,12 +118,19 @@ def test_load_task_calls_factories_by_path(monkeypatch: pytest.MonkeyPatch) -> N
     module.wrong = lambda: 7
     module.misspelt = lambda: {"loader": {}}
     monkeypatch.setitem(sys.modules, "my_task", module)
-    assert load_task("my_task:ready", seed=1).name == "own"
+    assert load_task("my_task:ready", seed=1).name == "custom"
     made = load_task("my_task:seeded", seed=11)
     assert made.size("test") == 11 and made.classes == 4 and made.name == "my_task.seeded"
     for name in ("wrong", "misspelt"):
         with pytest.raises(DataError, match="return"):
             load_task(f"my_task:{name}")
+
+
+def test_load_task_with_old_name_names_new_one() -> None:
+    with pytest.raises(DataError, match=r"^task: The task 'own' was renamed\. Use 'custom'\.$"):
+        load_task("own")
+    with pytest.raises(DataError, match=r"^task: .* Use package\.module:factory\.$"):
+        load_task("custom")
 
 
 def test_load_task_with_unknown_name_raises_error_with_hint() -> None:

@@ -74,11 +74,11 @@ def _lp(*parts: bytes) -> bytes:
 OPENING = _kit().opening.to_json().encode()
 CONTENT = (
     st.binary(max_size=60)
-    | st.lists(st.binary(max_size=9), max_size=7).map(lambda parts: b"mtlsign/kit/v0\n" + _lp(*parts))
+    | st.lists(st.binary(max_size=9), max_size=7).map(lambda parts: b"mtlsign/kit/v1\n" + _lp(*parts))
     | st.lists(st.sampled_from([OPENING, b"{}", b"[]", b"\xff", b"{", b""]), max_size=7).map(
-        lambda parts: b"mtlsign/kit/v0\n" + _lp(*parts)
+        lambda parts: b"mtlsign/kit/v1\n" + _lp(*parts)
     )
-    | st.binary(max_size=20).map(lambda tail: b"mtlsign/kit/v0\n" + _lp(OPENING, b"{}", b"r", b"w") + tail)
+    | st.binary(max_size=20).map(lambda tail: b"mtlsign/kit/v1\n" + _lp(OPENING, b"{}", b"r", b"w") + tail)
 )
 
 

@@ -98,7 +98,7 @@ def test_opened_key_for_model_registered_later_is_inadmissible(scenario: ClaimSc
     second = scenario.claim(ALICE, [kit], early)  # registered in time
     scenario.cosign_all()
     assert scenario.standing(str(index)).reason == "opened_before_registered"
-    assert scenario.standing(first).standing == scenario.standing(second).standing == "in_the_weights"
+    assert scenario.standing(first).standing == scenario.standing(second).standing == "supported"
 
 
 def test_opened_key_leaked_by_another_party_is_spent(scenario: ClaimScenario) -> None:
@@ -130,7 +130,7 @@ def test_several_keys_are_opened_in_order_one_per_suspect(scenario: ClaimScenari
         entry, made = owner.claim(alice, kits, scenario.archive, model + b" %d" % i, own_model=model)
         used.append(made.key_index)
         scenario.cosign_all()
-        assert scenario.standing(str(entry.index)).standing == "in_the_weights"
+        assert scenario.standing(str(entry.index)).standing == "supported"
     assert used == [0, 1, 2]
     with pytest.raises(ClaimError, match="All 3 keys"):
         owner.claim(alice, kits, scenario.archive, model + b" 4", own_model=model)

@@ -30,7 +30,7 @@ def test_run_member_round_once_by_five_members_confirms_claim(scenario: ClaimSce
     assert tally.outcome == "accepted" and tally.counts == {"accepted": 3}
     problems = [vote.problem for vote in tally.votes if not vote.counts]
     assert problems == ["The vote is not under a confirmed checkpoint yet."] * 2
-    assert scenario.standing(name).standing == "in_the_weights"
+    assert scenario.standing(name).standing == "supported"
 
 
 def test_run_member_round_with_unreachable_archive_postpones_only_that_claim(
@@ -73,7 +73,7 @@ def test_council_of_64_members_with_threshold_64_acts_and_changes(tmp_path: Path
     entry, _ = find_claim(view, name)
     write_bundle(tmp_path / "claim.zip", scenario.ledger, view, entry, scenario.archive)
     checked = check_bundle(tmp_path / "claim.zip", SubstringJudge(), pinned=note)
-    assert checked.dispute.standings[0].standing == "in_the_weights"
+    assert checked.dispute.standings[0].standing == "supported"
     assert scenario.tally(name).threshold == 64
     change = Membership(
         signer=scenario.members[0].public_key, ledger=view.origin, time=0, threshold=63,

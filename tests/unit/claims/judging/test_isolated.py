@@ -17,7 +17,7 @@ from tests.unit.claims.scenario import ALICE, claim_statement, keyed_opening
 
 
 def sound_claim(data: bytes) -> Claim:
-    opening = keyed_opening(ALICE, graph=GRAPH, reference=hashlib.sha256(data).hexdigest())
+    opening = keyed_opening(ALICE, architecture=GRAPH, reference=hashlib.sha256(data).hexdigest())
     return claim_statement(signer=ALICE.public_key, ledger=bytes(32), time=0, opening=opening)
 
 

@@ -35,7 +35,7 @@ def reference() -> bytes:
 
 def judge_claim(reference: bytes, model: bytes | None = None, **spec: Any) -> Finding:
     """Return the finding of a claim with changed fields on an unrelated model."""
-    fields = {"graph": GRAPH, "reference": hashlib.sha256(reference).hexdigest()} | spec
+    fields = {"architecture": GRAPH, "reference": hashlib.sha256(reference).hexdigest()} | spec
     claim = claim_statement(
         signer=ALICE.public_key, ledger=bytes(32), time=0, opening=keyed_opening(ALICE, **fields)
     )
@@ -58,8 +58,8 @@ def test_judge_of_sound_claim_on_independent_model_finds_it_unrelated(reference:
 @pytest.mark.parametrize(
     "spec",
     [
-        {"graph": GRAPH | {"arch": "resnet19"}},
-        {"graph": GRAPH | {"arch": "own/package.module:function"}},
+        {"architecture": GRAPH | {"arch": "resnet19"}},
+        {"architecture": GRAPH | {"arch": "custom/package.module:function"}},
         {"taps": ["layer9"]},
         {"carrier": qr.make_carrier(128, 3, 24, 24)},
     ],
@@ -83,9 +83,13 @@ def test_judge_of_heavy_claim_is_inadmissible_before_anything_is_built(
         "mtlsign.watermark.verification.detector.WatermarkDetector.__init__",
         lambda *_, **__: pytest.fail("built"),
     )
-    graph = GRAPH | {"arch": "resnet50", "width": 128}
+    architecture = GRAPH | {"arch": "resnet50", "width": 128}
     finding = judge_claim(
-        reference, graph=graph, taps=["layer4"], n=4096, carrier=qr.make_carrier(4096, 1, 84, 84)
+        reference,
+        architecture=architecture,
+        taps=["layer4"],
+        n=4096,
+        carrier=qr.make_carrier(4096, 1, 84, 84),
     )
     assert finding.status == "inadmissible" and "docs/claims.md" in finding.reason
 

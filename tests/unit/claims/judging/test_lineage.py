@@ -30,7 +30,7 @@ def test_edge_of_remarked_model_descends_from_the_first_mark(scenario: ClaimScen
     scenario.run_council()
     result = scenario.dispute(a, b)
     assert [(e.kind, e.ancestor, e.descendant) for e in result.edges] == [("descends", a, b)]
-    assert {s.claim: s.standing for s in result.standings} == {a: "in_the_weights", b: "inherited"}
+    assert {s.claim: s.standing for s in result.standings} == {a: "supported", b: "inherited"}
     assert set(result.matrix[a]) == set(result.matrix[b]) and len(result.matrix[a]) == 2
     assert scenario.standing(b, a).reason == "built_on_a_marked_model"
 
@@ -53,7 +53,7 @@ def test_edge_with_both_keys_in_both_models_depends_on_the_order(
     if same_checkpoint:
         assert {s.standing for s in result.standings} == {"undecided"} and result.edges[0].kind == "undecided"
     else:
-        assert [s.standing for s in result.standings] == ["in_the_weights", "prior_art"]
+        assert [s.standing for s in result.standings] == ["supported", "prior_art"]
         assert result.edges[0].kind == "earlier" and result.edges[0].ancestor == a
 
 
@@ -66,7 +66,7 @@ def test_edge_of_claims_without_shared_keys_is_unrelated(scenario: ClaimScenario
     scenario.cosign_all()
     result = scenario.dispute(a, b)
     assert result.edges[0].kind == "unrelated"
-    assert [s.standing for s in result.standings] == ["in_the_weights"] * 2
+    assert [s.standing for s in result.standings] == ["supported"] * 2
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_edge_of_claims_without_shared_keys_is_unrelated(scenario: ClaimScenario
     [
         ("before publication", "prior_art"),
         ("before registration", "inherited"),
-        ("too late", "in_the_weights"),
+        ("too late", "supported"),
     ],
 )
 def test_exhibit_changes_standing_by_time_of_its_timestamp(
@@ -114,7 +114,7 @@ def test_exhibit_without_key_or_timestamp_has_no_effect(scenario: ClaimScenario)
     )  # fmt: skip
     scenario.ledger.append(sign_statement(forged, accused.identity))
     scenario.cosign_all()
-    assert scenario.standing(name).standing == "in_the_weights"
+    assert scenario.standing(name).standing == "supported"
 
 
 def test_exhibit_with_copied_commitment_has_no_effect(scenario: ClaimScenario) -> None:
@@ -135,9 +135,7 @@ def test_exhibit_with_copied_commitment_has_no_effect(scenario: ClaimScenario) -
     )  # fmt: skip
     scenario.ledger.append(sign_statement(exhibit, copier))
     scenario.cosign_all()
-    assert (
-        not _is_timestamped(scenario.view(), exhibit) and scenario.standing(name).standing == "in_the_weights"
-    )
+    assert not _is_timestamped(scenario.view(), exhibit) and scenario.standing(name).standing == "supported"
 
 
 def test_exhibit_timestamped_by_the_claimant_has_no_effect(scenario: ClaimScenario) -> None:
@@ -153,7 +151,7 @@ def test_exhibit_timestamped_by_the_claimant_has_no_effect(scenario: ClaimScenar
     for exhibited in (first, model):
         owner.exhibit(attacker, scenario.archive, name, exhibited)
     scenario.cosign_all()
-    assert scenario.standing(name).standing == "in_the_weights"
+    assert scenario.standing(name).standing == "supported"
 
 
 @pytest.mark.parametrize("case", ["withheld", "broken", "unmarked"])
@@ -175,5 +173,5 @@ def test_rival_without_verifiable_committed_model_does_not_change_standing(
     scenario.run_council()
     result = scenario.dispute(own_claim, rival_claim)
     assert result.edges[0].kind == "unrelated"
-    assert result.standings[0].standing == "in_the_weights"
+    assert result.standings[0].standing == "supported"
     assert result.standings[1].standing == ("not_supported" if case == "unmarked" else "not_verifiable")

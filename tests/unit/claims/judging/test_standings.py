@@ -101,7 +101,7 @@ def test_standing_with_trained_head_needs_commitment_and_makes_no_edge(scenario:
     assert scenario.tally(forged_claim).outcome == "needs_commitment"
     assert scenario.standing(forged_claim).reason == "free_head"
     result = scenario.dispute(own_claim, forged_claim)
-    assert result.standings[0].standing == "in_the_weights" and result.edges[0].kind == "unrelated"
+    assert result.standings[0].standing == "supported" and result.edges[0].kind == "unrelated"
 
 
 @pytest.mark.parametrize("by", [ALICE, BOB])
@@ -148,7 +148,7 @@ def test_standing_without_pinned_ledger_is_at_most_self_attested(scenario: Claim
     view, judge = scenario.view(), SubstringJudge()
     pinned = resolve_dispute(view, [name], scenario.archive, judge).standings[0]
     unpinned = resolve_dispute(view, [name], scenario.archive, judge, pinned=False).standings[0]
-    assert pinned.standing == "in_the_weights" and "2026-09-21T" in pinned.sentence
+    assert pinned.standing == "supported" and "2026-09-21T" in pinned.sentence
     assert (unpinned.standing, unpinned.reason) == ("self_attested", "checkpoint_not_pinned")
 
 

@@ -70,12 +70,12 @@ def test_parse_signed_note_of_encoded_note_returns_checkpoint_and_lines() -> Non
 @pytest.mark.parametrize(
     "note",
     [
-        b"", b"\n\n", b"mtlsign/ledger/v0/00\n1\nAAAA\n\n", b"\xff\n\n", b"a\nb\nc\n\n" * 20_000,
-        b"mtlsign/ledger/v0/" + b"0" * 64 + b"\n01\n" + base64.b64encode(bytes(32)) + b"\n\n",
-        b"mtlsign/ledger/v0/" + b"A" * 64 + b"\n1\n" + base64.b64encode(bytes(32)) + b"\n\n",
-        b"mtlsign/ledger/v0/" + b"0" * 64 + b"\n1\n" + base64.b64encode(bytes(32)) + b"\next\n\n",
-        b"mtlsign/ledger/v0/" + b"0" * 64 + b"\n1\n" + base64.b64encode(bytes(32)) + b"\n\n\xe2\x80\x94\n",
-        b"mtlsign/ledger/v0/" + b"0" * 64 + b"\n\xd9\xa1\n" + base64.b64encode(bytes(32)) + b"\n\n",
+        b"", b"\n\n", b"mtlsign/ledger/v1/00\n1\nAAAA\n\n", b"\xff\n\n", b"a\nb\nc\n\n" * 20_000,
+        b"mtlsign/ledger/v1/" + b"0" * 64 + b"\n01\n" + base64.b64encode(bytes(32)) + b"\n\n",
+        b"mtlsign/ledger/v1/" + b"A" * 64 + b"\n1\n" + base64.b64encode(bytes(32)) + b"\n\n",
+        b"mtlsign/ledger/v1/" + b"0" * 64 + b"\n1\n" + base64.b64encode(bytes(32)) + b"\next\n\n",
+        b"mtlsign/ledger/v1/" + b"0" * 64 + b"\n1\n" + base64.b64encode(bytes(32)) + b"\n\n\xe2\x80\x94\n",
+        b"mtlsign/ledger/v1/" + b"0" * 64 + b"\n\xd9\xa1\n" + base64.b64encode(bytes(32)) + b"\n\n",
     ],
 )  # fmt: skip
 def test_parse_signed_note_of_invalid_note_is_refused(note: bytes) -> None:

@@ -130,7 +130,7 @@ def test_claim_jobs_from_publication_to_offline_check_after_restore(
         jobs(*member_round)
     dispute = ("dispute", *at_ledger, "--claims", claimed["claim"])
     result = jobs(*dispute, "--min-evidence-bits", 100)
-    assert result["statuses"] == {claimed["claim"]: "in_the_weights"}
+    assert result["statuses"] == {claimed["claim"]: "supported"}
     # The verifier's policy applies in addition to the council's.
     strict = jobs(*dispute, "--min-evidence-bits", 129)["standings"][0]
     assert (strict["reason"], strict["numbers"]["bits_required"]) == ("not_in_the_weights", 129)
@@ -169,14 +169,12 @@ def test_claim_jobs_from_publication_to_offline_check_after_restore(
         "verify", "--bundle", bundle, "--min-evidence-bits", 100, "--card", card_alone, "--report", report
     )
     for output in (alone, card_alone.read_text("utf-8"), report.read_text("utf-8")):
-        assert (
-            "self_attested" in output and "in_the_weights" not in output and "only confirms itself" in output
-        )
-    assert offline["standing"] == "in_the_weights" and offline["accepted"] and offline["status"] == "accepted"
+        assert "self_attested" in output and "supported" not in output and "only confirms itself" in output
+    assert offline["standing"] == "supported" and offline["accepted"] and offline["status"] == "accepted"
     assert offline["matches"] >= 120 and offline["n"] == 128 and offline["head"]["pinned"]
     verdict_fields = {"gamma", "p_value", "evidence_bits", "chernoff_bound", "model_digest", "accuracy"}
     assert verdict_fields <= offline.keys()
-    assert "in_the_weights" in (tmp_path / "CARD.md").read_text()
+    assert "supported" in (tmp_path / "CARD.md").read_text()
 
 
 def test_publish_without_ledger_creates_it_and_public_model_is_refused(
@@ -230,9 +228,9 @@ def test_commands_of_the_documentation_succeed(
         elif words[2] == "jobs/claim.py":
             names["CLAIM"] = output.split()[1]
         if "dispute" in words[2] or "--bundle" in words:
-            assert "in_the_weights" in output, output
+            assert "supported" in output, output
     card = Path("CARD.md").read_text()
-    assert "## Provenance" in card and f"SHA-256 `{model.name}`" in card and "in_the_weights" in card
+    assert "## Provenance" in card and f"SHA-256 `{model.name}`" in card and "supported" in card
 
 
 def test_claim_jobs_with_invalid_input_fail_with_one_line(

@@ -28,14 +28,14 @@ def test_claim_lifecycle_with_five_votes_is_in_the_weights(scenario: ClaimScenar
     name = scenario.claim(ALICE, [kit], stolen, own_model=model)
     assert scenario.claim(ALICE, [kit], stolen, own_model=model) == name
     assert (
-        scenario.standing(name).standing == "in_the_weights"
+        scenario.standing(name).standing == "supported"
     )  # published under a confirmed checkpoint, no votes yet
     assert scenario.tally(name).outcome == "open"
     view = scenario.run_council()
     tally = scenario.tally(name)
     assert tally.outcome == "accepted" and tally.counts == {"accepted": 5} and tally.threshold == 3
     result = scenario.standing(name)
-    assert (result.standing, result.reason) == ("in_the_weights", "accepted")
+    assert (result.standing, result.reason) == ("supported", "accepted")
     times = [view.time(i) for i in view.entries]
     assert None not in times and times == sorted(times) and not view.warnings  # type: ignore[type-var]
     assert [type(e.statement) for e in view.entries.values()] == [
@@ -66,5 +66,5 @@ def test_claim_with_early_commitment_and_later_model_is_not_supported(scenario: 
     own_claim = scenario.claim(ALICE, [alice_kit], planted, own_model=model)
     scenario.run_council()
     assert scenario.standing(str(index)).reason == "model_not_committed"
-    assert scenario.standing(own_claim, rival_claim).standing == "in_the_weights"
+    assert scenario.standing(own_claim, rival_claim).standing == "supported"
     assert entry.index < index

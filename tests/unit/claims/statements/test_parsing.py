@@ -50,9 +50,9 @@ def edited(statement: Statement, **changes: Any) -> bytes:
 
 
 INVALID: dict[str, bytes] = {
-    "kind swapped": edited(VOTE, predicateType="urn:mtlsign:v0:exhibit"),
-    "kind unknown": edited(VOTE, predicateType="urn:mtlsign:v1:vote"),
-    "kind with the prefix twice": edited(VOTE, predicateType="urn:mtlsign:v0:urn:mtlsign:v0:vote"),
+    "kind swapped": edited(VOTE, predicateType="urn:mtlsign:v1:exhibit"),
+    "kind unknown": edited(VOTE, predicateType="urn:mtlsign:v2:vote"),
+    "kind with the prefix twice": edited(VOTE, predicateType="urn:mtlsign:v1:urn:mtlsign:v1:vote"),
     "not in-toto": edited(VOTE, _type="https://in-toto.io/Statement/v0.1"),
     "no ledger": edited(VOTE, predicate__ledger=None),
     "field missing": edited(VOTE, predicate__bits=...),

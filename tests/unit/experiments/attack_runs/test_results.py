@@ -18,9 +18,9 @@ def test_compare_with_baseline_applies_removal_rule() -> None:
     assert removed("removal", "rejected", 119.9, 0.85) is True
     assert removed("removal", "rejected", 119.9, 0.849) is False  # over 5 points lost
     assert removed("removal", "accepted", 120.0, 0.9) is False
-    assert removed("free", "needs_commitment", 40, 0.9) is True
-    assert removed("free", "not_verifiable", 0, 0.9) is None
-    assert removed("forgery", "rejected", 0, 0.9) is None
+    assert removed("function_preserving", "needs_commitment", 40, 0.9) is True
+    assert removed("function_preserving", "not_verifiable", 0, 0.9) is None
+    assert removed("ambiguity", "rejected", 0, 0.9) is None
     baseline["evidence_bits"] = 119.0  # the model was not marked
     assert removed("removal", "rejected", 100.0, 0.9) is None
 

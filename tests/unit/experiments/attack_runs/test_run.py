@@ -28,7 +28,7 @@ from mtlsign.watermark.kit import verify_with_kit
 
 ROOT = Path(__file__).resolve().parents[4]
 NEEDED = {
-    "attack", "setting", "seed", "wm_accuracy", "evidence_bits", "accepted", "primary_before",
+    "attack", "parameters", "seed", "wm_accuracy", "evidence_bits", "accepted", "primary_before",
     "primary_after", "seconds",
 }  # fmt: skip
 FACTORY = """
@@ -100,7 +100,7 @@ def test_run_attack_job_writes_all_results(job: JobRunner) -> None:
         "none", "ftal", "prune", "prune", "bn_fold", "transpose_input", "permute_channels", "average_models",
         "ambiguity_trained_head", "prune+int8",
     ]  # fmt: skip
-    by = {f"{r['attack']} {r['setting']}".strip(): r for r in rows}
+    by = {f"{r['attack']} {r['parameters']}".strip(): r for r in rows}
     baseline, result = by["none"], json.loads((job.storage / "runs/one/result.json").read_text())
     assert float(baseline["wm_accuracy"]) == job.saved.verdict.accuracy and baseline["accepted"] == "true"
     assert float(baseline["primary_after"]) == pytest.approx(job.saved.result["primary_marked"])
@@ -138,7 +138,7 @@ def test_stored_attacked_models_are_read_by_verifier(job: JobRunner) -> None:
     for row, verdict in zip(rows.values(), verify_with_kit(settings), strict=True):
         assert (str(verdict.matches), verdict.model_digest) == (row["matches"], row["model_digest"])
         model = read_model(row["model"])
-        assert model.digest == row["model_digest"] and model.config["graph"]["width"] == 8
+        assert model.digest == row["model_digest"] and model.config["architecture"]["width"] == 8
         assert model.config["attack"].split()[0] == row["attack"]
     folded = read_model(rows["bn_fold"]["model"]).tensors
     assert "conv1.bias" in folded and "bn1.weight" not in folded

@@ -24,8 +24,8 @@ TARGET = AttackTarget(
     learning_rate=0.1, other_marked_models=(), min_evidence_bits=120.0,
 )  # fmt: skip
 ROW: dict[str, Any] = {
-    **dict.fromkeys(COLUMNS), "attack": "int8", "setting": "", "seed": 0, "kind": "removal", "status": "ok",
-    "wm_accuracy": 1.0, "evidence_bits": 128.0, "accepted": True, "primary_after": 0.5,
+    **dict.fromkeys(COLUMNS), "attack": "int8", "parameters": "", "seed": 0, "kind": "removal",
+    "status": "ok", "wm_accuracy": 1.0, "evidence_bits": 128.0, "accepted": True, "primary_after": 0.5,
 }  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def test_run_study_writes_table(tmp_path: Path) -> None:
         (a, b) for a in ("free", "keyed") for b in ("free", "keyed")
     }
     assert result["text"] in (tmp_path / "runs/o/study.md").read_text()
-    assert (tmp_path / "runs/o/cells.csv").exists()
+    assert (tmp_path / "runs/o/trials.csv").exists()
 
 
 @pytest.mark.usefixtures("_tiny_task")

@@ -53,7 +53,7 @@ def let_first_attack_fail(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         attack_names.append(args[1].name)
         if len(attack_names) == 1:
             row = dict.fromkeys(result.row) | {"status": "failed", "reason": "out of memory"}
-            return AttackResult(row | {"kind": "free"}, None)
+            return AttackResult(row | {"kind": "function_preserving"}, None)
         return result
 
     monkeypatch.setattr(cell_module, "run_attack", run_attack)

@@ -51,7 +51,7 @@ def test_run_cell_resumed_after_interruption_gives_same_row(
     shared = shared_data(tmp_path, cell)
     with pytest.raises(SimulatedKill):
         run_cell(cell, shared, kill)
-    assert load_finished_row(shared.folder.child(f"cells/{cell.name}")) is None
+    assert load_finished_row(shared.folder.child(f"trials/{cell.name}")) is None
     steps.clear()
     resumed = run_cell(
         cell, shared, lambda row: steps.append(row["step"]) if row["phase"] == "mark" else None
@@ -60,7 +60,7 @@ def test_run_cell_resumed_after_interruption_gives_same_row(
     compared = {name for name in uninterrupted if not name.startswith("seconds")}
     assert {name: resumed[name] for name in compared} == {name: uninterrupted[name] for name in compared}
     assert rows_of(shared.folder) == [resumed]
-    assert not shared.folder.exists(f"cells/{cell.name}/state.pt")
+    assert not shared.folder.exists(f"trials/{cell.name}/state.pt")
 
 
 def test_run_cell_resumed_does_not_repeat_finished_attacks(
@@ -77,13 +77,13 @@ def test_run_cell_resumed_does_not_repeat_finished_attacks(
         return original(*args)
 
     monkeypatch.setattr(cell_module, "run_attack", run_attack)
-    shared.folder.child(f"cells/{cell.name}").write("attacks.json", b"{ damaged")
+    shared.folder.child(f"trials/{cell.name}").write("attacks.json", b"{ damaged")
     with pytest.raises(SimulatedKill):
         run_cell(cell, shared)
     row = run_cell(cell, shared)
     assert attack_names == ["bn_reparameterize", "prune", "prune"]
     assert row["bits bn_reparameterize"] is not None and row["bits prune ratio=0.3 bn=kept"] is not None
-    assert not shared.folder.exists(f"cells/{cell.name}/attacks.json")
+    assert not shared.folder.exists(f"trials/{cell.name}/attacks.json")
 
 
 def test_run_cell_with_failed_attack_is_not_finished_and_repeats_only_it(
@@ -91,7 +91,7 @@ def test_run_cell_with_failed_attack_is_not_finished_and_repeats_only_it(
 ) -> None:
     cell = first_cell(tiny_sweep(set=SHORT))
     shared, attack_names = shared_data(tmp_path, cell), let_first_attack_fail(monkeypatch)
-    folder = shared.folder.child(f"cells/{cell.name}")
+    folder = shared.folder.child(f"trials/{cell.name}")
     row = run_cell(cell, shared)
     assert (row["status"], row["evidence_bits_attacked"]) == ("failed", None)
     assert row["reason"] == "bn_reparameterize: failed (out of memory)"
@@ -135,7 +135,7 @@ def test_run_cell_row_holds_measurements_and_no_secret(finished_folder: Path) ->
     assert row["evidence_bits_attacked"] == min(row["evidence_bits"], *bits) and len(bits) == 2
     others = {name: value for name, value in row.items() if name != "head"}  # the setting of this sweep
     assert not {"key", "nonce", "spec", "head"} & set(json.dumps(others).replace('"', " ").split())
-    stored = (finished_folder / "cells" / cell.name / "result.json").read_text()
+    stored = (finished_folder / "trials" / cell.name / "result.json").read_text()
     assert json.loads(stored) == row
 
 
@@ -149,7 +149,7 @@ def test_run_cell_that_diverges_has_finished_row(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("mtlsign.watermark.embedding.pipeline.run_phase2", diverge)
     row = run_cell(cell, shared)
     assert row["status"] == "diverged" and "phase2.lr" in row["reason"] and row["evidence_bits"] is None
-    stored = load_finished_row(shared.folder.child(f"cells/{cell.name}"))
+    stored = load_finished_row(shared.folder.child(f"trials/{cell.name}"))
     assert stored == row, "the cell would be repeated without end"
 
 

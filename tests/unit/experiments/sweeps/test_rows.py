@@ -16,7 +16,7 @@ from mtlsign.storage.locations import open_storage
 @pytest.mark.parametrize("data", [b'{"status": 3}', b"{}", b"[]", b"{"])
 def test_rows_of_damaged_row_raises_artifact_error(tmp_path: Path, data: bytes) -> None:
     folder = open_storage(str(tmp_path))
-    folder.write("cells/abc/result.json", data)
+    folder.write("trials/abc/result.json", data)
     with pytest.raises(ArtifactError, match="damaged"):
         rows_of(folder)
 

@@ -46,24 +46,24 @@ def test_run_sweep_job_writes_tables_and_deletes_base_weights(tmp_path: Path) ->
     assert {row["phase"] for row in progress} == {"clean", "mark", "attacks"}
     folder = tmp_path / "runs/s"
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    cells = {f"cells/{row['cell']}/result.json" for row in result["rows"]}
+    cells = {f"trials/{row['cell']}/result.json" for row in result["rows"]}
     assert names == cells | {
         *(
             "settings.json",
             "space.json",
             "manifest.json",
             "result.json",
-            "cells.csv",
-            "cells.parquet",
+            "trials.csv",
+            "trials.parquet",
             "report.html",
         )
     }
-    table = list(csv.DictReader(io.StringIO((folder / "cells.csv").read_text())))
+    table = list(csv.DictReader(io.StringIO((folder / "trials.csv").read_text())))
     assert set(table[0]) >= COLUMNS and len(table) == 4
     assert [(row["lambda1"], row["lambda2"]) for row in table] == [
         ("0.02", "0.0"), ("0.02", "1.0"), ("0.2", "0.0"), ("0.2", "1.0"),
     ]  # fmt: skip
-    assert pq.read_table(folder / "cells.parquet").column("lambda1").to_pylist() == [0.02, 0.02, 0.2, 0.2]
+    assert pq.read_table(folder / "trials.parquet").column("lambda1").to_pylist() == [0.02, 0.02, 0.2, 0.2]
     assert len([line for line in lines if "of the bits" in line]) == 4
     page = (folder / "report.html").read_text()
     assert "Recommended" in page and "<script" not in page and page.count("<svg") == 5
@@ -153,9 +153,9 @@ def test_resuming_finished_sweep_deletes_leftover_checkpoints(tmp_path: Path) ->
     run, settings = SweepRun.open(tiny_sweep(storage=str(tmp_path), run="s"))
     run.reserve_name(settings)
     run.commit({"result.json": b"{}"}, settings)
-    leftovers = ("clean/w0.safetensors", "tune-1a2b/x", "cells/a/state.pt", "cells/a/attacks.json")
-    for name in (*leftovers, "cells/a/result.json"):
+    leftovers = ("clean/w0.safetensors", "tune-1a2b/x", "trials/a/state.pt", "trials/a/attacks.json")
+    for name in (*leftovers, "trials/a/result.json"):
         run.folder.write(name, b"{}")
     with pytest.raises(SettingsError, match="finished"):
         SweepRun.open(resumed_sweep(tmp_path))
-    assert run.folder.list() == ["cells/a/result.json", "manifest.json", "result.json", "settings.json"]
+    assert run.folder.list() == ["manifest.json", "result.json", "settings.json", "trials/a/result.json"]

@@ -33,7 +33,7 @@ def run(tmp_path: Path) -> SweepRun:
     opened, settings = SweepRun.open(tiny_sweep(storage=str(tmp_path), run="s"))
     opened.reserve_name(settings)
     opened.bind_space("my.space:make", SPACE)
-    opened.folder.write("cells/a/state.pt", b"begun")
+    opened.folder.write("trials/a/state.pt", b"begun")
     return opened
 
 
@@ -67,6 +67,13 @@ def test_bind_space_compares_random_values_by_their_limits() -> None:
     json.dumps(describe(Uniform(0, 1)))
 
 
+def test_resume_of_sweep_of_version_0_is_refused(run: SweepRun, tmp_path: Path) -> None:
+    run.folder.write("cells/a/state.pt", b"begun")
+    message = r"^resume: Run 's' has the folder 'cells' of version 0, .* Start a new run\.$"
+    with pytest.raises(ArtifactError, match=message):
+        SweepRun.open(tiny_sweep(storage=str(tmp_path), resume="s"))
+
+
 @pytest.mark.parametrize("data", [None, b"", b"{", b"[]"])
 def test_bind_space_of_missing_or_damaged_file_raises_once_cells_have_begun(
     data: bytes | None, run: SweepRun
@@ -97,7 +104,7 @@ def test_rows_of_incomplete_or_foreign_row_raises(
         ("drop_points", "wm_accuracy", "evidence_bits", "evidence_bits_attacked", "deviation_l2"), 1.0
     )
     row, folder = empty_row(cell, "ok") | measures, open_storage(str(tmp_path))
-    name = f"cells/{cell.name}/result.json"
+    name = f"trials/{cell.name}/result.json"
     folder.write(name, json.dumps(row).encode())
     assert rows_of(folder) == [row]
     folder.write(name, json.dumps(damage(row)).encode())

@@ -25,7 +25,7 @@ def test_build_gives_network_of_the_recorded_sizes() -> None:
     [
         ({"kv_heads": 3}, "kv_heads"), ({"positions": "rotary", "head_size": 5}, "head_size"),
         ({"norm": "batch"}, "norm"), ({"causal": 2}, "causal"), ({"heads": 0}, "heads"),
-        ({"layers": 129}, "layers"), ({"activation": "sin"}, "activation"), ({"code": "x"}, "graph"),
+        ({"layers": 129}, "layers"), ({"activation": "sin"}, "activation"), ({"code": "x"}, "architecture"),
     ],
 )  # fmt: skip
 def test_build_of_other_values_raises_model_error(changes: dict[str, Any], field: str) -> None:

@@ -231,7 +231,7 @@ def test_bundle_with_factory_or_kit_is_refused(
     service: ServiceHarness, claim_fixtures: ClaimFixtures, owner: Identity
 ) -> None:
     fields = json.loads(KeyOpening.from_json(json.dumps(claim_fixtures.right_bundle["opening"])).spec)
-    fields["graph"] = {"arch": "own/os:system", "command": "x"}
+    fields["architecture"] = {"arch": "custom/os:system", "command": "x"}
     spec = sign_spec(owner, make_spec(**fields))
     bundle = to_json(spec, base64.b64decode(claim_fixtures.right_bundle["reference"]))
     with limit_memory_and_time(seconds=10):

@@ -56,20 +56,20 @@ def test_service_accepts_marked_text_network_after_free_changes(
 
 
 @pytest.mark.parametrize(
-    "graph",
+    "architecture",
     [
         {"vocabulary": 1_000_000, "embedding": 4096},
         {"hidden": 10_000}, {"layers": 5}, {"vocabulary": 81}, {"arch": "bigru"}, {"arch": "lstm"},
     ],
 )  # fmt: skip
 def test_service_refuses_text_claims_of_other_architectures(
-    service: ServiceHarness, claim_fixtures: ClaimFixtures, graph: dict[str, Any]
+    service: ServiceHarness, claim_fixtures: ClaimFixtures, architecture: dict[str, Any]
 ) -> None:
     _, result, _ = marked_text_network()
     spec = json.loads(result.kit.opening.spec)
     location = claim_fixtures.write("text.safetensors", model_bytes(result.tensors))
     with limit_memory_and_time():
-        changed = bundle(graph=spec["graph"] | graph)
+        changed = bundle(architecture=spec["architecture"] | architecture)
         item = service.verify({"model": location, "bundle": changed}).json()["results"][0]
     assert "verdict" not in item or item["verdict"]["status"] != "accepted", item
 

@@ -16,7 +16,7 @@ from tests.unit.service.fixtures import ClaimFixtures, problem_kind
 
 
 def test_read_bundle_with_owner_kit_is_refused(claim_fixtures: ClaimFixtures) -> None:
-    kit = encrypt_envelope(b"kit", EncryptionSecret.from_passphrase(b"x" * 8), purpose="mtlsign/v0/kit")
+    kit = encrypt_envelope(b"kit", EncryptionSecret.from_passphrase(b"x" * 8), purpose="mtlsign/v1/kit")
     assert problem_kind(lambda: read_bundle(kit)) == "kit-refused"
     for name in ("kit", "w0", "seed", "kit_key", "info"):
         assert problem_kind(partial(parse_bundle, {**claim_fixtures.right_bundle, name: 1})) == "kit-refused"

@@ -40,11 +40,11 @@ def test_check_compute_budget_with_factories_or_huge_cost_is_refused(
     deep = {"arch": "resnet50", "channels": 1, "classes": 2, "width": 128, "stem": "cifar"}
     wide = {"arch": "resnet18", "channels": 1, "classes": 2, "width": 10**9, "stem": "stock"}
     bundles = [
-        changed(graph={"arch": "own/os:system", "command": "x"}),
-        changed(graph={"arch": "resnet1001", "channels": 1, "classes": 2}),
-        changed(graph=wide),
+        changed(architecture={"arch": "custom/os:system", "command": "x"}),
+        changed(architecture={"arch": "resnet1001", "channels": 1, "classes": 2}),
+        changed(architecture=wide),
         changed(n=4096, carrier=huge),
-        changed(n=4096, carrier=qr.make_carrier(4096, 1, 128, 128), graph=deep, taps=["layer4"]),
+        changed(n=4096, carrier=qr.make_carrier(4096, 1, 128, 128), architecture=deep, taps=["layer4"]),
         changed(taps=["no.such.module"]),
         changed(carrier=qr.make_carrier(128, 3, 24, 24)),
     ]

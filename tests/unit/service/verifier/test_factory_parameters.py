@@ -8,7 +8,7 @@ from mtlsign.errors import SettingsError
 from mtlsign.service.problems import Problem
 from mtlsign.service.verifier.factory_parameters import check_factory_parameters, declared_parameters
 
-ARCH = "own/package.module:function"
+ARCH = "custom/package.module:function"
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def mark(module: nn.Module, owner: mtlsign.Identity, data: Any = None, **options
 def matches_of_fresh_build(done: EmbeddingResult, build: Callable[[], nn.Module]) -> int:
     torch.manual_seed(7)
     kit = done.kit
-    path = str(kit.opening.parse().graph["arch"]).removeprefix("own/")
+    path = str(kit.opening.parse().architecture["arch"]).removeprefix("custom/")
     reference = mtlsign.Reference.from_bytes(kit.reference)
     detector = mtlsign.WatermarkDetector(kit.opening, reference, factories={path: build})
     return mtlsign.verify(done.tensors, detector, bits=40).matches
@@ -109,7 +109,7 @@ def test_embed_into_compiled_parametrized_module_gives_plain_names(owner: mtlsig
     with pytest.warns(UserWarning, match="2 parametrized weights, such as conv1.weight, conv2.weight"):
         done = mark(nn.DataParallel(torch.compile(net, backend="eager")), owner)
     assert sorted(done.tensors) == sorted(Net().state_dict())
-    assert str(done.kit.opening.parse().graph["arch"]).endswith(":Net")
+    assert str(done.kit.opening.parse().architecture["arch"]).endswith(":Net")
     assert matches_of_fresh_build(done, lambda: Net(wrap=weight_norm)) == done.verdict.matches
 
 
@@ -118,7 +118,7 @@ def test_embed_into_module_that_returns_mappings_trains_both_phases(owner: mtlsi
     loader = DataLoader(data, batch_size=8)  # type: ignore[arg-type]
     module = Net(returned=lambda logits: {"logits": logits, "features": logits + 1})
     done = mark(module, owner, {"train": loader, "test": loader}, trained=False)
-    assert done.kit.opening.parse().graph["classes"] == CLASSES
+    assert done.kit.opening.parse().architecture["classes"] == CLASSES
     assert done.history["phase2"][-1]["distillation_loss"] > 0
 
 

@@ -179,8 +179,8 @@ def test_embed_accepts_local_class_and_loaders(owner: Identity) -> None:
     )
     assert done.result["wm_accuracy"] >= 0.95 and done.result["primary_clean"] > 0.6
     assert set(shown) == {"clean", "mark"} and len(done.history["phase1"]) == 3
-    arch = str(done.kit.opening.parse().graph["arch"])
-    assert ARCH.fullmatch(arch) and arch.startswith("own/") and arch.endswith("Inner")
+    arch = str(done.kit.opening.parse().architecture["arch"])
+    assert ARCH.fullmatch(arch) and arch.startswith("custom/") and arch.endswith("Inner")
     with pytest.raises(ModelError, match="--trusted-factory"):
         detector_for_kit(
             done.kit
@@ -201,7 +201,7 @@ def test_custom_architecture_name_fits_spec_and_builds(module: str, qualname: st
     kind = type("Net", (Small,), {"__module__": module, "__qualname__": qualname})
     arch = loading.custom_architecture_name(kind)
     assert ARCH.fullmatch(arch)
-    assert isinstance(build({"arch": arch}, factories={arch[4:]: Small}), Small)
+    assert isinstance(build({"arch": arch}, factories={arch.removeprefix("custom/"): Small}), Small)
 
 
 def test_embed_of_other_architecture_or_unknown_option_raises(

@@ -48,7 +48,7 @@ def test_embed_marks_own_recurrent_network_with_loaders_of_dicts() -> None:
     result = mtlsign.embed(model, loaders(), identity=Identity.generate(), **OPTIONS)
     assert result.verdict.accepted and result.verdict.matches >= 127
     spec = result.kit.opening.parse()
-    assert spec.carrier.kind == "words" and spec.graph["vocabulary"] == 80
+    assert spec.carrier.kind == "words" and spec.architecture["vocabulary"] == 80
     factory = "tests.unit.watermark.embedding.test_text_module:Sentences"
     detector = detector_for_kit(result.kit, factory)
     assert verify(model.state_dict(), detector).matches == result.verdict.matches

@@ -12,7 +12,7 @@ from mtlsign.watermark.keys import opening as opening_module
 from mtlsign.watermark.keys.spec import make_spec
 
 FIELDS: dict[str, Any] = {
-    "format": "mtlsign/v0",
+    "format": "mtlsign/v1",
     "name": "王's model",
     "nonce": "ab" * 32,
     "n": 600,
@@ -22,7 +22,13 @@ FIELDS: dict[str, Any] = {
     "head": {"kind": "keyed"},
     "statistic": "count",
     "normalise": "key-batch",
-    "graph": {"arch": "torchvision/resnet18", "channels": 1, "classes": 10, "width": 16, "stem": "cifar"},
+    "architecture": {
+        "arch": "torchvision/resnet18",
+        "channels": 1,
+        "classes": 10,
+        "width": 16,
+        "stem": "cifar",
+    },
     "reference": "cd" * 32,
 }
 

@@ -20,7 +20,7 @@ from mtlsign.watermark.keys.spec import m_bits, parse_spec
 from tests.unit.watermark.keys.examples import OPENING, OWNER, SPEC, changed
 
 #: SHA-256 of `spread_order(bytes(range(32)), 10_000)` as little-endian int64.
-GOLDEN = "da620ff4c7923577bbf71ce7dc0c6333bc32d4f09a080a91309511301bbd0514"
+GOLDEN = "81ccdaedd5464f596e2958b18a3c7a279585f2c16018fd441e0bcda7daa6790d"
 
 P = 2**255 - 19
 
@@ -161,14 +161,14 @@ def test_keystreams_are_separate_and_prefix_consistent() -> None:
     )
     assert not np.array_equal(opening_module.head_signs(key, 4097, 1), p)
     assert not np.array_equal((p[:600] + 1) // 2, bits)
-    assert opening_module.keystream(key, b"mtlsign/v0/labels", 75) == np.packbits(bits).tobytes()
+    assert opening_module.keystream(key, b"mtlsign/v1/labels", 75) == np.packbits(bits).tobytes()
 
 
 def test_watermark_integers_skip_repeated_values() -> None:
     key = bytes(32)
     for n in (2, 3, 5, 8):  # 3 to 9 bits, so that repeats are common
         m = m_bits(n)
-        stream = opening_module.keystream(key, b"mtlsign/v0/integers", 300)
+        stream = opening_module.keystream(key, b"mtlsign/v1/integers", 300)
         text = "".join(f"{byte:08b}" for byte in stream)
         expected = list(dict.fromkeys(int(text[i : i + m], 2) for i in range(0, len(text) - m, m)))[:n]
         assert opening_module.watermark_integers(key, n).tolist() == expected
@@ -201,7 +201,7 @@ def test_spread_order_is_permutation_with_golden_digest() -> None:
 @pytest.mark.parametrize("d", [1, 2, 777])
 def test_spread_order_sorts_big_endian_integers_of_keystream(d: int) -> None:
     key = bytes(range(32))
-    stream = opening_module.keystream(key, b"mtlsign/v0/spread", 8 * d)
+    stream = opening_module.keystream(key, b"mtlsign/v1/spread", 8 * d)
     numbers = [int.from_bytes(stream[8 * i : 8 * i + 8], "big") for i in range(d)]
     expected = sorted(range(d), key=lambda i: (numbers[i], i))
     assert opening_module.spread_order(key, d).tolist() == expected

@@ -26,7 +26,7 @@ KEY = EncryptionSecret.from_kit_key(bytes(range(32)))
 PASSPHRASE = EncryptionSecret.from_passphrase(b"correct horse")
 
 
-PURPOSE = "mtlsign/v0/test"
+PURPOSE = "mtlsign/v1/test"
 
 
 SEALED = encrypt_envelope(b"hello", KEY, purpose=PURPOSE)
@@ -55,7 +55,7 @@ def test_decrypt_envelope_returns_encrypted_plaintext(secret: EncryptionSecret, 
 def test_encrypt_envelope_follows_documented_format() -> None:
     header = _header(SEALED)
     front = SEALED[: 12 + int.from_bytes(SEALED[8:12], "big")]
-    assert SEALED[:8] == b"MTLS\x00v0\n" and header["kdf"] == "hkdf-sha256" and header["purpose"] == PURPOSE
+    assert SEALED[:8] == b"MTLS\x00v1\n" and header["kdf"] == "hkdf-sha256" and header["purpose"] == PURPOSE
     salt, nonce = bytes.fromhex(str(header["salt"])), bytes.fromhex(str(header["nonce"]))
     key = HKDF(hashes.SHA256(), 32, salt, PURPOSE.encode()).derive(KEY.value)
     assert ChaCha20Poly1305(key).decrypt(nonce, SEALED[len(front) :], front) == b"hello"

@@ -17,7 +17,9 @@ from tests.unit.watermark.keys.examples import FIELDS, SPEC, changed
 def test_parse_spec_returns_fields_and_exact_bytes() -> None:
     spec = parse_spec(SPEC)
     assert (spec.raw, spec.n, spec.name, spec.taps) == (SPEC, 600, "王's model", ("layer1",))
-    assert spec.graph == FIELDS["graph"] and spec.carrier.digits == 10 and spec.head.hidden is None
+    assert (
+        spec.architecture == FIELDS["architecture"] and spec.carrier.digits == 10 and spec.head.hidden is None
+    )
     assert pickle.loads(pickle.dumps(spec)) == spec
     assert FIELDS["nonce"] not in repr(spec) and "raw" not in repr(spec)
     spaced = b" \n" + json.dumps(FIELDS, indent=3).encode() + b"\n"
@@ -47,7 +49,7 @@ def test_integer_width_and_digits_follow_key_size(n: int, m: int, digits: int) -
 
 
 @pytest.mark.parametrize(("path", "value"), [
-    ("format", "mtlsign/v1"), ("format", 1), ("name", ""), ("name", "x" * 129), ("name", "a\nb"),
+    ("format", "mtlsign/v2"), ("format", 1), ("name", ""), ("name", "x" * 129), ("name", "a\nb"),
     ("name", "\ud800"),
     ("name", "a\u202eb"), ("name", "a\u200bb"), ("nonce", "AB" * 32), ("nonce", "ab" * 31),
     ("nonce", "zz" * 32),
@@ -62,11 +64,11 @@ def test_integer_width_and_digits_follow_key_size(n: int, m: int, digits: int) -
     ("taps", [str(i) for i in range(17)]), ("head", "keyed"), ("head.kind", "other"), ("head.hidden", 3),
     ("head", {"kind": "free", "hidden": 0, "features": "flat"}), ("head", {"kind": "free", "hidden": 8}),
     ("head", {"kind": ["free"]}), ("statistic", "sum"), ("statistic", ["count"]), ("normalise", "none"),
-    ("graph", {}), ("graph", {"arch": ""}), ("graph.arch", "a b"), ("graph.width", True),
-    ("graph.width", 1.0),
-    ("graph.width", None), ("graph.width", [1]), ("graph.stem", "x" * 129), ("graph.Bad", 1),
-    ("reference", "cd"),
-    ("graph", {"arch": "a"} | {f"f{i}": i for i in range(32)}), ("graph.width", 2**63), ("unknown", 1),
+    ("architecture", {}), ("architecture", {"arch": ""}), ("architecture.arch", "a b"),
+    ("architecture.width", True), ("architecture.width", 1.0), ("architecture.width", None),
+    ("architecture.width", [1]), ("architecture.stem", "x" * 129), ("architecture.Bad", 1),
+    ("reference", "cd"), ("architecture", {"arch": "a"} | {f"f{i}": i for i in range(32)}),
+    ("architecture.width", 2**63), ("unknown", 1),
 ])  # fmt: skip
 def test_parse_spec_refuses_values_outside_limits(path: str, value: object) -> None:
     with pytest.raises(KeyMaterialError):

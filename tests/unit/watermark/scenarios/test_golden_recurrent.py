@@ -1,4 +1,4 @@
-"""Scenarios of recurrent layers in format v0: a second reader and the package reproduce the golden file."""
+"""Scenarios of recurrent layers in format v1: a second reader and the package reproduce the golden file."""
 
 from __future__ import annotations
 

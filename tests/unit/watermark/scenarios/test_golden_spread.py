@@ -1,4 +1,4 @@
-"""Scenarios of the spread head of format v0: a second reader and the package reproduce the golden file."""
+"""Scenarios of the spread head of format v1: a second reader and the package reproduce the golden file."""
 
 from __future__ import annotations
 

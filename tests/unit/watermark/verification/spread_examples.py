@@ -76,7 +76,7 @@ def opening(**changes: object) -> KeyOpening:
     fields: dict[str, object] = {
         "name": "spread", "nonce": "ab" * 32, "n": N, "carrier": make_carrier(N, 1, SIDE, SIDE),
         "taps": list(TAPS), "head": {"kind": "spread"}, "statistic": "count",
-        "graph": {"arch": f"own/{FACTORY}"}, "reference": example_reference().digest,
+        "architecture": {"arch": f"custom/{FACTORY}"}, "reference": example_reference().digest,
     }  # fmt: skip
     return sign_spec(OWNER, make_spec(**(fields | changes)))
 

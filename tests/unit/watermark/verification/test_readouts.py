@@ -38,7 +38,7 @@ def feature_readout() -> tuple[WatermarkDetector, FeatureReadout]:
 
 def test_readout_key_is_key_itself_for_first_readout_and_keystream_after() -> None:
     assert readout_key(KEY, 0) == KEY
-    assert readout_key(KEY, 1) == keystream(KEY, b"mtlsign/v0/readout/1", 32)
+    assert readout_key(KEY, 1) == keystream(KEY, b"mtlsign/v1/readout/1", 32)
     assert len({readout_key(KEY, index) for index in range(4)}) == 4
 
 

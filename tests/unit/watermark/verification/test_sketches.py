@@ -31,7 +31,7 @@ def test_random_projection_is_linear_in_unit_rows() -> None:
 
 
 def test_projection_matrix_is_the_public_keystream() -> None:
-    assert hashlib.sha256(b"mtlsign/v0/sketch").digest() == SKETCH_KEY
+    assert hashlib.sha256(b"mtlsign/v1/sketch").digest() == SKETCH_KEY
     matrix = torch.from_numpy(projection_matrix(8, 8).copy())
     assert torch.equal(random_projection(torch.eye(8)), matrix.half())
     torch.testing.assert_close(matrix.abs(), torch.full((8, 8), 8**-0.5, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Scenarios of format v0: reference verifier and package reproduce the golden vectors."""
+"""Scenarios of format v1: reference verifier and package reproduce the golden vectors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import runpy
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,12 +16,12 @@ from mtlsign.errors import KeyMaterialError
 from mtlsign.watermark.keys import opening as key
 from mtlsign.watermark.keys import spec
 from mtlsign.watermark.keys.identity import Identity
-from mtlsign.watermark.verification import evidence, sketches
+from mtlsign.watermark.verification import evidence
 
 TESTS = Path(__file__).parents[3]
 
 
-GOLDEN: dict[str, Any] = json.loads((TESTS / "golden" / "v0" / "vectors.json").read_text("utf-8"))
+GOLDEN: dict[str, Any] = json.loads((TESTS / "golden" / "v1" / "vectors.json").read_text("utf-8"))
 
 
 READER_FILE = TESTS / "conformance" / "reference_verifier.py"
@@ -103,15 +102,14 @@ def test_parse_spec_refuses_golden_invalid_specs(reason: str) -> None:
         spec.parse_spec(data)
 
 
-CANONICAL: dict[str, Any] = json.loads((TESTS / "golden" / "v0" / "frame.json").read_text("utf-8"))
+CANONICAL: dict[str, Any] = json.loads((TESTS / "golden" / "v1" / "frame.json").read_text("utf-8"))
 
 
 def test_references_of_both_implementations_equal_golden_reference() -> None:
     """W0's kernels give the golden reference: its layout, column norms, sketch, |γ|, β, ε."""
     golden = READER["parse_safetensors"](base64.b64decode(CANONICAL["reference"]))
     second = READER["make_reference"](CANONICAL)
-    with mock.patch.object(sketches, "sketch_size", lambda fan_in: max(1, min(32, fan_in // 4))):
-        package = MAKER["canonical_vector"]()  # the golden reference has the sizes of an earlier owner
+    package = MAKER["canonical_vector"]()
     assert package["w0"] == CANONICAL["w0"] and package["suspect"] == CANONICAL["suspect"]
     package_values = READER["parse_safetensors"](base64.b64decode(package["reference"]))
     for found in (second, package_values):
