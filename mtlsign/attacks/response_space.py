@@ -28,11 +28,8 @@ from mtlsign.models.attention_layers import attention_layers
 from mtlsign.models.taps import last_layer, tapped_layers
 from mtlsign.tasks import Task
 from mtlsign.tasks.splitting import seeded_generator
-from mtlsign.watermark.verification.response_bases import (
-    input_moments,
-    module_of_key,
-    supports_responses,
-)
+from mtlsign.watermark.verification.input_moments import input_moments, module_of_key
+from mtlsign.watermark.verification.response_bases import supports_responses
 
 #: Noise or change in units of a row's standard deviation or response.
 Size = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]

@@ -88,8 +88,8 @@ def attention_layers(model: nn.Module, taps: Sequence[str], sample: Tensor) -> l
     """
     modules = dict(model.named_modules())
     used = [layer.weight for layer in tapped_layers(model, taps, sample)]
-    found = [layer for name, module in modules.items() if (layer := _attention_layer(name, module))]
-    complete = [layer for layer in found if set(layer.weights) <= set(used)]
+    layers = [layer for name, module in modules.items() if (layer := _attention_layer(name, module))]
+    complete = [layer for layer in layers if set(layer.weights) <= set(used)]
     return sorted(complete, key=lambda layer: used.index(layer.query.weight))
 
 

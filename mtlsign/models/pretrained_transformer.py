@@ -72,7 +72,7 @@ def pretrained_architecture(
     source = Path(source).expanduser()
     fields = _fields(_gguf_config(source) if source.suffix.lower() == ".gguf" else _read_config(source))
     if classes is None and not fields.get("causal"):
-        raise ModelError("An encoder has no outputs of its own. Give the number of classes.", field="classes")
+        raise ModelError("An encoder has no outputs. Give the number of classes.", field="classes")
     if classes is None:
         fields |= {"classes": fields["vocabulary"], "pooling": "tokens", "tied": 1}
     else:

@@ -74,14 +74,14 @@ def residual_stream(model: nn.Module, taps: Sequence[str], sample: Tensor) -> Re
     Raises:
         ModelError: a tap does not exist, or is not reached.
     """
-    found = attention_layers(model, taps, sample)
-    if not found:
+    candidates = attention_layers(model, taps, sample)
+    if not candidates:
         return None
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-    size = parameters[found[0].query.weight].shape[1]
+    size = parameters[candidates[0].query.weight].shape[1]
     attentions = tuple(
         layer
-        for layer in found
+        for layer in candidates
         if parameters[layer.query.weight].shape[1] == size == parameters[layer.output].shape[0]
     )
     tapped = tapped_layers(model, taps, sample)

@@ -9,37 +9,26 @@ inputs excite. A row's coordinates along them cannot be changed without changing
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mtlsign.errors import ModelError
-from mtlsign.models.recurrent_layers import step_inputs
-from mtlsign.models.residual_stream import ResidualStream, input_vectors, residual_stream
-from mtlsign.models.taps import TappedLayer, forward_to_taps, tapped_layers
+from mtlsign.models.residual_stream import ResidualStream, residual_stream
+from mtlsign.models.taps import TappedLayer, tapped_layers
+from mtlsign.watermark.verification.input_moments import input_moments, module_of_key
 
-#: Training inputs from which the covariances are computed, and the samples of one pass.
-MOMENT_INPUTS, _PASS = 1024, 32
-#: Positions of a feature map that are used, on a regular grid; the others add time and little else.
-_MAX_POSITIONS = 16
+#: Training inputs from which the covariances are computed.
+MOMENT_INPUTS = 1024
 #: Share of the variance that a basis holds, and the largest number of its directions.
 ENERGY, MAX_DIRECTIONS = 0.97, 256
 #: Most coordinates of all layers together.
 COORDINATES = 2**23
 #: Most directions of the products of attention layers, which have a row for each head and output.
 MAX_ATTENTION_DIRECTIONS = 32
-
-
-class InputMoments(NamedTuple):
-    """Mean float64 [groups, fan-in] and covariance float64 [groups, fan-in, fan-in] of a layer's inputs."""
-
-    mean: Tensor
-    covariance: Tensor
 
 
 def supports_responses(layer: TappedLayer, modules: Mapping[str, nn.Module]) -> bool:
@@ -169,154 +158,6 @@ def _marked_layers(
             field="layers",
         )
     return [layer for layer in candidates if layers is None or layer.key in layers]
-
-
-@torch.no_grad()
-def input_moments(
-    model: nn.Module,
-    taps: Sequence[str],
-    inputs: Tensor,
-    names: Sequence[str],
-    *,
-    stream: ResidualStream | None = None,
-) -> dict[str, InputMoments]:
-    """Compute mean and covariance of the inputs of each layer.
-
-    Args:
-        model: in any mode; it is evaluated with its running statistics.
-        taps: module names; the layers are before the last of them.
-        inputs: natural inputs: float32 [n, C, H, W] or int64 [n, L].
-        names: keys of layers (`TappedLayer.key`).
-        stream: residual stream of a transformer. The inputs of its layers are then those of the norm before
-            them without its gain, at the tokens that are no padding.
-    """
-    modules = dict(model.named_modules())
-    tokens: list[Tensor] = []
-    sums: dict[str, Tensor] = {}
-    products: dict[str, Tensor] = {}
-    offsets: dict[str, Tensor] = {}
-    counts = dict.fromkeys(names, 0)
-
-    def collect(name: str, leaf: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = args[0] if args else next(iter(kwargs.values()))
-            if stream is None:
-                patches = _input_vectors(module, leaf, inputs, tokens[-1]).double()
-            else:
-                patches = _stream_vectors(module, name, inputs, stream, tokens[-1]).double()
-            # Covariances do not depend on an offset, and products lose fewer digits near 0.
-            patches = patches - offsets.setdefault(name, patches.mean(1, keepdim=True))
-            if name not in sums:
-                groups, _, fan_in = patches.shape
-                sums[name] = torch.zeros(groups, fan_in, dtype=torch.float64, device=patches.device)
-                products[name] = torch.zeros(
-                    groups, fan_in, fan_in, dtype=torch.float64, device=patches.device
-                )
-            sums[name] += patches.sum(1)
-            products[name] += patches.transpose(1, 2) @ patches
-            counts[name] += patches.shape[1]
-
-        return hook
-
-    modes = [(module, module.training) for module in model.modules()]
-    handles = []
-    for name in names:
-        module, leaf = _hooked_module(modules, name, stream)
-        handles.append(module.register_forward_pre_hook(collect(name, leaf), with_kwargs=True))
-    model.eval()
-    try:
-        for batch in inputs.split(_PASS):
-            tokens[:] = [batch]
-            forward_to_taps(model, batch, taps)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes:
-            module.training = mode
-    moments = {}
-    for name in names:
-        means = sums[name] / counts[name]
-        covariance = products[name] / counts[name] - means.unsqueeze(2) * means.unsqueeze(1)
-        # The last bits depend on the process. Without them, two runs give one reference on equal hardware.
-        moments[name] = InputMoments(means + offsets[name].squeeze(1), covariance.float().double())
-    return moments
-
-
-def module_of_key(modules: Mapping[str, nn.Module], key: str) -> tuple[nn.Module, str]:
-    """Return the module of a layer's key, and the name of the weight in it."""
-    if key in modules:
-        return modules[key], "weight"
-    owner, _, leaf = key.rpartition(".")
-    return modules[owner], leaf
-
-
-def _hooked_module(
-    modules: Mapping[str, nn.Module], key: str, stream: ResidualStream | None
-) -> tuple[nn.Module, str]:
-    """Return the module whose inputs belong to a layer's key, and the name of the weight in it."""
-    if stream is not None and key in stream.norms:
-        return modules[stream.norms[key]], "weight"
-    for attention in () if stream is None else stream.attentions:
-        if key in (attention.query_key, attention.value_output):
-            return modules[attention.query.weight.rpartition(".")[0]], "weight"
-    return module_of_key(modules, key)
-
-
-def _stream_vectors(
-    module: nn.Module, key: str, inputs: Tensor, stream: ResidualStream, tokens: Tensor
-) -> Tensor:
-    """Return the vectors that a layer of a transformer reads: [1, vectors, fan-in]."""
-    if isinstance(module, nn.Conv2d):
-        return input_patches(module, inputs)
-    return _without_padding(input_vectors(module if key in stream.norms else None, inputs), tokens)
-
-
-def _without_padding(vectors: Tensor, tokens: Tensor) -> Tensor:
-    """Return vectors [..., d] of the tokens that are no padding, or of all images: [1, vectors, d]."""
-    if not tokens.is_floating_point() and vectors.shape[:2] == tokens.shape:
-        return vectors[tokens != 0][None]
-    return vectors.reshape(1, -1, vectors.shape[-1])
-
-
-def _input_vectors(module: nn.Module, leaf: str, inputs: Any, tokens: Tensor) -> Tensor:
-    """Return the vectors that the rows of one weight are multiplied with: [groups, vectors, fan-in]."""
-    if isinstance(module, nn.LSTM | nn.GRU):
-        return step_inputs(module, inputs)[leaf][None]
-    if isinstance(module, nn.Linear):
-        return _without_padding(inputs, tokens)
-    return input_patches(module, inputs)
-
-
-def input_patches(module: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the input vectors that the rows of a layer's kernel are multiplied with.
-
-    Args:
-        module: a two-dimensional convolution or a linear layer.
-        inputs: input of the layer, [n, C, H, W] or [..., C].
-
-    Returns:
-        [groups, vectors, fan-in of a group]; at most 16 positions of an image, on a regular grid.
-    """
-    if isinstance(module, nn.Linear):
-        return inputs.reshape(1, -1, inputs.shape[-1])
-    assert isinstance(module, nn.Conv2d)
-    if module.padding_mode != "zeros":
-        inputs = F.pad(inputs, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-        padding: Any = 0
-    elif module.padding == "same":
-        inputs = F.pad(inputs, module._reversed_padding_repeated_twice)
-        padding = 0
-    else:
-        padding = 0 if module.padding == "valid" else module.padding
-    patches = F.unfold(
-        inputs, module.kernel_size, dilation=module.dilation, padding=padding, stride=module.stride
-    )
-    positions = patches.shape[2]
-    if positions > _MAX_POSITIONS:
-        chosen = torch.linspace(0, positions - 1, _MAX_POSITIONS, device=patches.device).round().long()
-        patches = patches[:, :, chosen]
-    grouped = patches.reshape(len(patches), module.groups, -1, patches.shape[2])
-    return grouped.permute(1, 0, 3, 2).reshape(module.groups, -1, grouped.shape[2])
 
 
 def _basis(covariance: Tensor, most_directions: int) -> Tensor:

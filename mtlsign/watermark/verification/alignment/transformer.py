@@ -151,10 +151,10 @@ class TransformerAligner:
         ordered = dict(kernels)
         for layer in self.products.stream.attentions:
             names = [n for n in (layer.query_key, layer.value_output) if n in ordered and n in self.heads]
-            found = [self.heads[name].similarities(ordered[name].numpy()) for name in names]
-            if not found or len({similarity.shape for similarity in found}) > 1:
+            similarities = [self.heads[name].similarities(ordered[name].numpy()) for name in names]
+            if not similarities or len({similarity.shape for similarity in similarities}) > 1:
                 continue
-            order = best_assignment(np.sum(found, 0))
+            order = best_assignment(np.sum(similarities, 0))
             for name in names:
                 ordered[name] = _selected_heads(ordered[name], order, self.heads[name].rows)
         return ordered
@@ -177,13 +177,16 @@ def _head_sketches(products: AttentionProducts, reference: Reference) -> dict[st
         for layer in products.stream.attentions
         for name in (layer.query_key, layer.value_output)
     }
-    found = {}
+    sketches = {}
     for name, (rows, size) in products.shapes.items():
         stored = reference.tensors.get(f"{name}/sketch")
         if stored is not None:
             shape = (rows, min(stored.shape[-1], size, MAX_SKETCH_SIZE))
-            found[name] = heads[name], reference_tensor(reference, f"{name}/sketch", shape).double().numpy()
-    return found
+            sketches[name] = (
+                heads[name],
+                reference_tensor(reference, f"{name}/sketch", shape).double().numpy(),
+            )
+    return sketches
 
 
 def _selected_heads(kernel: Tensor, order: Indices, rows: int) -> Tensor:

@@ -19,13 +19,9 @@ NETWORK = architecture_for("transformer", classes=2, vocabulary=1000, embedding=
 def cost(**changes: Any) -> float:
     spec = make_spec(
         name="budget", nonce="ab" * 32, n=128, taps=["blocks.0"], head={"kind": "spread"}, statistic="count",
-        carrier=carriers.make("words", 128, TEXTS), reference="cd" * 32, **{GRAPH: NETWORK | changes},
+        carrier=carriers.make("words", 128, TEXTS), reference="cd" * 32, architecture=NETWORK | changes,
     )  # fmt: skip
     return check_claim_budget(parse_spec(spec))
-
-
-#: Name of the architecture in a spec.
-GRAPH = "graph"
 
 
 def test_cost_of_transformer_grows_with_heads_and_width() -> None:

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtlsign.errors import ModelError
-from mtlsign.watermark.verification import response_bases as module
+from mtlsign.watermark.verification import input_moments as module
+from mtlsign.watermark.verification.input_moments import input_moments, input_patches
 from mtlsign.watermark.verification.response_bases import (
     ENERGY,
     MAX_DIRECTIONS,
-    input_moments,
-    input_patches,
     placeholder_bases,
     response_bases,
 )
