@@ -1,52 +1,31 @@
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
 
-import mtlsign
 from mtlsign.attacks import NotApplicableError
 from mtlsign.attacks.equal_function import TOLERANCE, function_change
-from mtlsign.models.architectures import architecture_for, build
+from mtlsign.models.architectures import build
 from mtlsign.schemes.mtlsign import MTLSignKey
 from mtlsign.tasks import Task
-from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.kit import detector_for_kit
 from mtlsign.watermark.verification.algorithm import verify
 from tests.unit.attacks.helpers import run
-from tests.unit.attacks.text_examples import OPTIONS, SPEC, text_task
-
-KINDS: dict[str, dict[str, Any]] = {
-    "pre": {},
-    "post": {"order": "post", "pooling": "first"},
-    "rms": {
-        "norm": "rms", "positions": "rotary", "kv_heads": 1, "gated": 1, "activation": "silu", "bias": 0,
-    },
-}  # fmt: skip
+from tests.unit.attacks.text_examples import text_task
+from tests.unit.attacks.transformer_examples import KINDS, architecture, marked_transformer
 
 
-def architecture(kind: str) -> dict[str, object]:
-    fields = architecture_for("transformer", **SPEC.architecture_fields | {"embedding": 12}, width=32)
-    return fields | {"length": 10, "inner": 48} | KINDS[kind]
-
-
-@cache
-def marked_transformer(kind: str) -> tuple[nn.Module, MTLSignKey]:
-    torch.manual_seed(0)
-    model = build(architecture(kind))
-    done = mtlsign.embed(
-        model, text_task(), identity=Identity.generate(), architecture=architecture(kind), **OPTIONS
-    )
-    return model.eval(), MTLSignKey(detector_for_kit(done.kit))
+def marked_key(kind: str) -> tuple[nn.Module, MTLSignKey]:
+    """Return a marked network and its key."""
+    model, result, _ = marked_transformer(kind)
+    return model, MTLSignKey(detector_for_kit(result.kit))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["attention_symmetries", "rotate_stream", "permute_vocabulary"])
 def test_free_attack_preserves_function_and_every_bit(kind: str, name: str) -> None:
-    model, key = marked_transformer(kind)
+    model, key = marked_key(kind)
     before = verify(model.state_dict(), key.detector)
     assert before.matches == before.n
     first, second = (run(name, model, text_task(), seed=3) for _ in range(2))
@@ -62,7 +41,7 @@ def test_free_attack_preserves_function_and_every_bit(kind: str, name: str) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unmarked_network_of_other_seed_is_unrelated(kind: str) -> None:
-    _, key = marked_transformer(kind)
+    _, key = marked_key(kind)
     torch.manual_seed(9)
     verdict = verify(build(architecture(kind)).state_dict(), key.detector)
     assert verdict.status == "unrelated" and verdict.evidence_bits < 20
@@ -70,7 +49,7 @@ def test_unmarked_network_of_other_seed_is_unrelated(kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["null_space:energy=0.9,noise=1", "prune:ratio=0.3", "int8", "tune:steps=3"])
 def test_other_attacks_run_on_transformers(name: str) -> None:
-    model, key = marked_transformer("pre")
+    model, key = marked_key("pre")
     attacked = run(name, model, text_task(), seed=1, key=key).model
     own = model.state_dict()
     assert any(not torch.equal(t, own[n]) for n, t in attacked.state_dict().items())
@@ -78,7 +57,7 @@ def test_other_attacks_run_on_transformers(name: str) -> None:
 
 
 def test_unsketch_gives_heads_and_neurons_the_sketches_of_the_reference() -> None:
-    model, key = marked_transformer("pre")
+    model, key = marked_key("pre")
     before = verify(model.state_dict(), key.detector)
     attacked = run("unsketch", model, text_task(), seed=1, key=key).model
     after = verify(attacked.state_dict(), key.detector)
