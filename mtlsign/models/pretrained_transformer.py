@@ -200,8 +200,19 @@ def _fields(config: Mapping[str, Any]) -> dict[str, object]:
         return fields | {"norm": "layer", "order": "post", "positions": "learned", "bias": 1}
     return fields | {
         "norm": "rms", "order": "pre", "positions": "rotary", "gated": 1, "bias": 0, "causal": 1,
-        "rotary_base": int(config.get("rope_theta") or 10_000),
+        "rotary_base": _rotary_base(config),
     }  # fmt: skip
+
+
+def _rotary_base(config: Mapping[str, Any]) -> int:
+    """Return the base of rotary positions without scaling, in the two forms of configurations."""
+    rotary = config.get("rope_parameters")
+    rotary = rotary if isinstance(rotary, dict) else {}
+    base = rotary.get("rope_theta", config.get("rope_theta")) or 10_000
+    plain = rotary.get("rope_type", "default") == "default" and rotary.get("partial_rotary_factor", 1) == 1
+    if not plain or not isinstance(base, int | float) or base != round(base):
+        raise ModelError("The rotary positions of the configuration are not supported.", field="model")
+    return round(base)
 
 
 def _nearest_eps(config: Mapping[str, Any]) -> str:

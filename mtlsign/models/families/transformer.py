@@ -101,7 +101,7 @@ class TransformerFamily(ArchitectureFamily):
         "head_size": IntegerField(2, 512),
         "inner": IntegerField(1, 65_536),
         "layers": IntegerField(1, 128),
-        "length": IntegerField(1, 32_768),
+        "length": IntegerField(1, 2**20),
         "classes": CLASSES,
         "norm": ChoiceField(("layer", "rms"), required=False),
         "order": ChoiceField(("pre", "post"), required=False),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -76,3 +78,23 @@ def test_rotate_stream_without_biases_for_those_of_norms_is_not_applicable() -> 
     model = build(architecture("pre") | {"bias": 0}).eval()
     with pytest.raises(NotApplicableError, match="no biases"):
         run("rotate_stream", model, text_task())
+
+
+def test_scaled_neurons_and_stream_keep_every_bit() -> None:
+    model, key = marked_key("rms")
+    changed = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        state = changed.state_dict()
+        for name, tensor in state.items():
+            if name.endswith("mlp.up.weight"):
+                scales = torch.exp(torch.randn(len(tensor), generator=generator))
+                tensor.mul_(scales[:, None])
+                state[name.replace("up", "down")].div_(scales)
+        for name, tensor in state.items():  # norms undo a scale of the stream
+            if name.endswith(("embedding.weight", "output.weight", "down.weight")):
+                tensor.mul_(3)
+    tokens, _ = text_task().splits["test"].batch(torch.arange(16))
+    assert function_change(model, changed, tokens) < 1e-3  # the norms' eps is not scaled
+    verdict = verify(changed.state_dict(), key.detector)
+    assert verdict.matches == 128

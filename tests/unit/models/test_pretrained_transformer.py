@@ -124,6 +124,14 @@ def test_in_original_names_returns_changed_matrices(kind: str, tmp_path: Path) -
         assert torch.equal(tensor, loaded.original[name]) == is_source, name
 
 
+def test_base_of_rotary_positions_is_read_in_both_forms(tmp_path: Path) -> None:
+    loaded = load_pretrained_transformer(folder(tmp_path, "llama"))
+    assert loaded.architecture["rotary_base"] == 5000
+    parameters = {"rope_type": "default", "rope_theta": 700.0}
+    loaded = load_pretrained_transformer(folder(tmp_path, "llama", rope_parameters=parameters))
+    assert loaded.architecture["rotary_base"] == 700
+
+
 def test_decoder_with_classes_pools_the_last_token(tmp_path: Path) -> None:
     loaded = load_pretrained_transformer(folder(tmp_path, "llama"), classes=5)
     assert loaded.architecture["pooling"] == "last" and loaded.network(TOKENS).shape == (3, 5)
@@ -176,6 +184,7 @@ def test_gguf_gives_network_of_equal_outputs(tmp_path: Path) -> None:
         ("bert", {"intermediate_size": 21}, "should be"),
         ("llama", {"rope_scaling": {"type": "linear"}}, "'rope_scaling'"),
         ("llama", {"num_key_value_heads": 3}, "heads"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5000.0}}, "rotary positions"),
     ],
 )
 def test_folder_of_unsupported_kind_raises_model_error(
