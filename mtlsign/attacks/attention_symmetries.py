@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from mtlsign.attacks.attacker_data import attacker_sample, attacker_view
@@ -203,3 +206,43 @@ def _turn(model: Transformer, matrix: Tensor) -> None:
         for norm in norms:
             for vector in norm.parameters():
                 vector.copy_(matrix @ vector.double())
+
+
+def dummy_block(
+    model: nn.Module,
+    task: Task,
+    resources: AttackerResources,
+    seed: int,
+    *,
+    place: Annotated[int, Field(ge=0, le=128)] = 0,
+) -> AttackOutcome:
+    """Insert a block of random weights whose output matrices are zero. Later blocks get other numbers.
+
+    Args:
+        model: the marked model.
+        task: the primary task.
+        resources: resources of the attacker.
+        seed: seed of the weights.
+        place: number of the new block; at most the number of blocks.
+
+    Raises:
+        NotApplicableError: the network is no transformer of this package with norms before its sub-layers.
+    """
+    if not isinstance(model, Transformer) or model.shape.order != "pre" or place > len(model.blocks):
+        raise NotApplicableError(
+            "The attack needs a transformer of this package with norms before its sub-layers.", field="model"
+        )
+    attacked = trainable_copy(model)
+    assert isinstance(attacked, Transformer)
+    generator = seeded_generator("mtlsign/attack/block", seed)
+    block = copy.deepcopy(attacked.block_list()[min(place, len(attacked.blocks) - 1)])
+    with torch.no_grad():
+        for parameter in block.parameters():
+            if parameter.dim() > 1:
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+                parameter.copy_(parameter.std() * noise)
+        for layer in (block.attention.output, block.mlp.down):
+            for parameter in layer.parameters():
+                parameter.zero_()
+    attacked.blocks.insert(place, block)
+    return preserved_outcome(model, attacked, task, resources, seed)

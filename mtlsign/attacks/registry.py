@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from mtlsign.attacks import (
-    attention_symmetries,
     channel_symmetries,
     decorrelation,
     distilled_tuning,
@@ -19,7 +18,6 @@ from mtlsign.attacks import (
     overwriting,
     pruning,
     quantisation,
-    recurrent_symmetries,
     response_space,
     spoiling,
     symmetries,
@@ -27,6 +25,7 @@ from mtlsign.attacks import (
     weight_noise,
 )
 from mtlsign.attacks.base import Attack, AttackerResources, AttackOutcome
+from mtlsign.attacks.text_attacks import TEXT_ATTACKS
 from mtlsign.tasks import Task
 
 _RATIOS = "ratio=0.1/0.2/0.3/0.4/0.5/0.6/0.7/0.8/0.9"
@@ -216,34 +215,7 @@ _ALL = (
         variants=("which=inner/residual/both",),
         fast=("which=inner/both",),
     ),
-    Attack(
-        "recurrent_symmetries",
-        recurrent_symmetries.recurrent_symmetries,
-        "word vectors in other coordinates, units permuted and negated",
-        "function_preserving",
-        fast=("",),
-    ),
-    Attack(
-        "permute_vocabulary",
-        recurrent_symmetries.permute_vocabulary,
-        "words and tokens renumbered",
-        "function_preserving",
-        fast=("",),
-    ),
-    Attack(
-        "attention_symmetries",
-        attention_symmetries.attention_symmetries,
-        "numbers inside attention heads mixed, heads permuted",
-        "function_preserving",
-        fast=("",),
-    ),
-    Attack(
-        "rotate_stream",
-        attention_symmetries.rotate_stream,
-        "gains of norms moved, residual stream of a transformer turned",
-        "function_preserving",
-        fast=("",),
-    ),
+    *TEXT_ATTACKS,
     Attack(
         "transpose_input",
         input_symmetries.transpose_input,

@@ -97,6 +97,9 @@ def _attention_cost(network: nn.Module, taps: Sequence[str], inputs: torch.Tenso
         # Both products, their rows in the basis, their sketches, and the comparison of all pairs of heads.
         per_element = 4 * head_size + 2 * MAX_DIRECTIONS + 4 * MAX_SKETCH_SIZE
         operations += elements * per_element + 4.0 * layer.heads * elements / stream.size * MAX_SKETCH_SIZE
+        # Up to four times as many blocks are compared with each of W0's, head by head.
+        pairs = len(stream.attentions) * 4.0 * layer.heads**2
+        operations += 2 * pairs * stream.size * MAX_SKETCH_SIZE
         largest = max(largest, elements)
     turns = 60.0 * stream.size**3 + 4.0 * stream.size * sum(p.numel() for p in parameters.values())
     return operations + turns, largest

@@ -259,7 +259,7 @@ class WatermarkDetector:
         Each place is read in the suspect's own order and, if this differs, aligned with W0. A spread read-out
         tolerates missing kernels.
         """
-        for selected in self._select(tensors):
+        for selected in self._select_all(tensors):
             if selected.problem is not None:
                 yield SuspectReading((), selected.problem)
                 continue
@@ -295,7 +295,7 @@ class WatermarkDetector:
         """Return whether the kernels descend from W0 in one of the places where the file has them."""
         return any(
             selected.problem is None and self.aligner.recognizes(self._alignable(selected.tensors))
-            for selected in self._select(tensors)
+            for selected in self._select_all(tensors)
         )
 
     def _required_names(self) -> set[str]:
@@ -306,6 +306,12 @@ class WatermarkDetector:
             if not readout.tolerates_missing
             for name in readout.model.kernel_shapes
         }
+
+    def _select_all(self, tensors: Mapping[str, Tensor]) -> Iterator[MappedTensors]:
+        """Select the kernels in each place, and then those of blocks that have other numbers than W0's."""
+        yield from self._select(tensors)
+        for view in self.aligner.renumbered(tensors, self._select):
+            yield from self._select(view)
 
     def _select(self, tensors: Mapping[str, Tensor]) -> Iterator[MappedTensors]:
         """Select the kernels of untrusted tensors for each place where the file has them."""

@@ -98,3 +98,34 @@ def test_scaled_neurons_and_stream_keep_every_bit() -> None:
     assert function_change(model, changed, tokens) < 1e-3  # the norms' eps is not scaled
     verdict = verify(changed.state_dict(), key.detector)
     assert verdict.matches == 128
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("further", ["", "+rotate_stream+attention_symmetries"])
+def test_dummy_block_keeps_every_bit(place: int, further: str) -> None:
+    model, key = marked_key("rms" if further == "" else "pre")
+    attacked = run(f"dummy_block:place={place}{further}", model, text_task(), seed=4).model
+    state = attacked.state_dict()
+    assert any(name.startswith("blocks.2.") for name in state)
+    before, after = (verify(tensors, key.detector) for tensors in (model.state_dict(), state))
+    assert after.matches == before.matches == 128
+    assert after.evidence_bits >= before.evidence_bits - 2
+    names = {name: f"model.{name.replace('blocks', 'layers')}" for name in state}
+    assert verify({names[name]: tensor for name, tensor in state.items()}, key.detector).status in (
+        "not_verifiable", "unrelated",
+    )  # fmt: skip
+
+
+def test_removed_block_leaves_the_others() -> None:
+    model, key = marked_key("rms")
+    state = {n: t for n, t in model.state_dict().items() if not n.startswith("blocks.0.")}
+    state = {name.replace("blocks.1.", "blocks.0."): tensor for name, tensor in state.items()}
+    verdict = verify(state, key.detector)
+    assert verdict.matches > 120 and len(verdict.missing_layers) == 5
+
+
+def test_dummy_block_of_networks_with_norms_after_the_sub_layers_is_not_applicable() -> None:
+    model, _ = marked_key("post")
+    for text in ("dummy_block", "dummy_block:place=9"):
+        with pytest.raises(NotApplicableError):
+            run(text, model, text_task())

@@ -27,7 +27,13 @@ QUICK = {
     "prune_to_accuracy_drop": "points=50", "tune": "steps=3,batch=16", "relearn": "epochs=1,batch=16",
 }  # fmt: skip
 #: Attacks on networks of texts, and on transformers.
-NOT_FOR_IMAGES = {"recurrent_symmetries", "permute_vocabulary", "attention_symmetries", "rotate_stream"}
+NOT_FOR_IMAGES = {
+    "recurrent_symmetries",
+    "permute_vocabulary",
+    "attention_symmetries",
+    "rotate_stream",
+    "dummy_block",
+}
 TUNING = ("ftll", "ftal", "rtll", "rtal", "retrain", "fine_prune", "fine_prune_channels")
 TRAINING = (
     *(*TUNING, "tune", "relearn", "overwrite", "spoil", "decorrelate", "reinit_early_layers"),

@@ -69,6 +69,10 @@ class Aligner:
         """Tensors that may have other sizes in a suspect."""
         return set(self.layers)
 
+    def renumbered(self, tensors: Mapping[str, Tensor], select: object) -> Sequence[Mapping[str, Tensor]]:
+        """Return no views: only blocks of transformers get other numbers."""
+        return ()
+
     def align(self, kernels: Mapping[str, Tensor]) -> Alignment:
         """Bring a suspect's kernels into W0's order.
 

@@ -134,6 +134,10 @@ class RecurrentAligner:
         """Tensors that may have other sizes in a suspect."""
         return {*self.layers, *self.further_names}
 
+    def renumbered(self, tensors: Mapping[str, Tensor], select: object) -> Sequence[Mapping[str, Tensor]]:
+        """Return no views: only blocks of transformers get other numbers."""
+        return ()
+
     def align(self, kernels: Mapping[str, Tensor]) -> Alignment:
         """Bring a suspect's kernels into W0's coordinates, order and signs.
 

@@ -9,15 +9,24 @@ layers the gains and the changes inside heads; neurons and heads are ordered by 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mtlsign.models.untrusted import MappedTensors
 from mtlsign.watermark.verification.alignment.aligner import Aligner
 from mtlsign.watermark.verification.alignment.assignment import Floats, Indices, best_assignment
+from mtlsign.watermark.verification.alignment.blocks import (
+    BlockNames,
+    RenumberedTensors,
+    empty_similarities,
+    new_numbers,
+    numbered_groups,
+    windows,
+)
 from mtlsign.watermark.verification.alignment.layers import ReferenceLayer, unit_rows
 from mtlsign.watermark.verification.alignment.result import (
     Alignment,
@@ -145,6 +154,42 @@ class TransformerAligner:
         }
         margin = recognition_margin([layer.sketch for layer in self.layers.values()])
         return self.align(kernels).similarity > control.align(kernels).similarity + margin
+
+    def renumbered(
+        self, tensors: Mapping[str, Tensor], select: Callable[[Mapping[str, Tensor]], Iterable[MappedTensors]]
+    ) -> Iterator[Mapping[str, Tensor]]:
+        """Yield views of a file with W0's numbers of blocks, if it has others.
+
+        Args:
+            tensors: of the file.
+            select: selects the tensors of the architecture in each place of a view.
+        """
+        blocks = BlockNames.of(self.products.stream)
+        groups = {} if blocks is None else numbered_groups(tensors, blocks)
+        for prefix, numbers in groups.items():
+            assert blocks is not None
+            similarities = empty_similarities(blocks.count, numbers)
+            for window in windows(numbers, blocks.count):
+                for selected in select(RenumberedTensors(tensors, prefix, window)):
+                    columns = [numbers.index(number) for number in window]
+                    own = self._block_similarities(selected.tensors)[:, : len(columns)]
+                    similarities[:, columns] = np.maximum(similarities[:, columns], own)
+            yield RenumberedTensors(tensors, prefix, new_numbers(similarities, numbers))
+
+    def _block_similarities(self, kernels: Mapping[str, Tensor]) -> Floats:
+        """Compare the heads of W0's blocks with those of a suspect's: [blocks, blocks]; 0 for missing ones.
+
+        The bases of queries differ between blocks, so that only values and outputs are compared.
+        """
+        turned = self._frame.apply(self.products.normalized(kernels))
+        products = self.products.multiplied(turned)
+        names = [layer.value_output for layer in self.products.stream.attentions]
+        similarities = np.zeros((len(names), len(names)))
+        for row, column in np.ndindex(*similarities.shape):
+            layer, kernel = self.heads.get(names[row]), products.get(names[column])
+            if layer is not None and kernel is not None and len(kernel) % layer.rows == 0:
+                similarities[row, column] = layer.similarities(kernel.numpy()).max(1).mean()
+        return similarities
 
     def _ordered_heads(self, kernels: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Bring the heads of every attention layer into W0's order; missing heads are zeros."""

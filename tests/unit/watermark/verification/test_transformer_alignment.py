@@ -16,6 +16,7 @@ from mtlsign.errors import ArtifactError
 from mtlsign.models.architectures import architecture_for, build
 from mtlsign.models.attention_layers import AttentionLayer, MatrixRows
 from mtlsign.models.residual_stream import ResidualStream
+from mtlsign.tasks import from_tensors
 from mtlsign.watermark.verification.alignment import TransformerAligner, make_aligner
 from mtlsign.watermark.verification.attention_products import AttentionProducts
 from mtlsign.watermark.verification.reference import Reference, make_reference
@@ -209,3 +210,31 @@ def test_placeholder_bases_have_the_layers_of_measured_ones() -> None:
     for name, basis in measured.items():
         assert basis.shape[:2] == placeholder[name].shape[:2]
         assert basis.shape[2] <= placeholder[name].shape[2]
+
+
+def test_align_undoes_changes_of_a_vision_transformer_of_timm() -> None:
+    pytest.importorskip("timm", reason="the extra timm is not installed")
+    torch.manual_seed(0)
+    architecture = architecture_for("timm/vit_tiny_patch16_224", channels=1, classes=4, size=32)
+    model, images = build(architecture).eval(), torch.rand(64, 1, 32, 32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".norm" in name:
+                parameter.add_(0.3 * torch.rand(parameter.shape))
+    reference = make_reference(model, TAPS, images[:2], bases=response_bases(model, TAPS, images))
+    aligner = make_aligner(build(architecture), TAPS, reference, images[:2])
+    assert isinstance(aligner, TransformerAligner) and len(aligner.heads) == 4
+    task = from_tensors(images, torch.arange(64) % 4, test=(images, torch.arange(64) % 4))
+    other = model
+    for attack in (attention_symmetries, permute_channels):
+        other = attack(other, task, AttackerResources(), 3).model
+    with torch.no_grad():  # move the gain of the first norm into the matrix after it
+        norm, qkv = other.blocks[0].norm1, other.blocks[0].attn.qkv  # type: ignore[union-attr, index]
+        qkv.bias.add_(qkv.weight @ norm.bias)  # type: ignore[union-attr, operator]
+        qkv.weight.mul_(norm.weight)  # type: ignore[union-attr, operator]
+        norm.weight.fill_(1)  # type: ignore[union-attr, operator]
+        norm.bias.zero_()  # type: ignore[union-attr, operator]
+        torch.testing.assert_close(other(images[:4]), model(images[:4]), atol=1e-4, rtol=1e-3)
+    expected, aligned = read(aligner, model), read(aligner, other)
+    for name, kernel in expected.items():
+        torch.testing.assert_close(aligned[name].double(), kernel.double(), atol=1e-4, rtol=1e-3, msg=name)

@@ -1,0 +1,131 @@
+"""Numbers of a transformer's blocks: those of a suspect with inserted, removed or exchanged blocks.
+
+A block whose output matrices are zero changes nothing, and moves the numbers of all later blocks. Blocks are
+found again by their attention heads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from mtlsign.models.families import translation_of
+from mtlsign.models.residual_stream import ResidualStream
+from mtlsign.watermark.verification.alignment.assignment import Floats, Indices, best_assignment
+
+#: A name with a number between dots: text before it, the number, text after it.
+_NUMBERED = re.compile(r"((?:[^.]+\.)*?[^.]+)\.([0-9]{1,4})\.(.+)")
+#: Largest ratio of a suspect's blocks to those of W0.
+_MAX_GROWTH = 4
+
+
+@dataclass(frozen=True)
+class BlockNames:
+    """Names of an architecture's blocks, such as `blocks.0` to `blocks.5`.
+
+    Attributes:
+        prefix: text before the number.
+        count: number of blocks.
+    """
+
+    prefix: str
+    count: int
+
+    @classmethod
+    def of(cls, stream: ResidualStream) -> BlockNames | None:
+        """Return the names of blocks with one attention layer each; None if they are not numbered from 0."""
+        matches = [_NUMBERED.fullmatch(f"{layer.module}.query") for layer in stream.attentions]
+        places = [(match[1], int(match[2])) for match in matches if match is not None]
+        prefixes = {prefix for prefix, _ in places}
+        if len(places) != len(matches) or len(prefixes) != 1:
+            return None
+        if [number for _, number in places] != list(range(len(places))):
+            return None
+        return cls(prefixes.pop(), len(places))
+
+
+class RenumberedTensors(Mapping[str, Tensor]):
+    """Tensors of a file with other numbers of blocks; tensors of blocks without a new number are left out.
+
+    Args:
+        tensors: of the file.
+        prefix: text before the numbers that change.
+        numbers: number in the file -> new number.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str, numbers: Mapping[int, int]) -> None:
+        self._tensors = tensors
+        self._sources: dict[str, str] = {}
+        for name in tensors:
+            match = _NUMBERED.fullmatch(name) if isinstance(name, str) else None
+            if match is None or match[1] != prefix:
+                self._sources[name] = name
+            elif int(match[2]) in numbers:
+                self._sources[f"{prefix}.{numbers[int(match[2])]}.{match[3]}"] = name
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor of the file by its new name."""
+        return self._tensors[self._sources[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the new names."""
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        """Number of tensors."""
+        return len(self._sources)
+
+
+def numbered_groups(tensors: Mapping[str, Tensor], blocks: BlockNames) -> dict[str, list[int]]:
+    """Return the numbers of blocks in a file by the text before them.
+
+    Args:
+        tensors: of the file.
+        blocks: names of the architecture's blocks.
+
+    Returns:
+        Groups of blocks under these names or other libraries' names of them, whose numbers are not just those
+        from 0 to count - 1, with at least half and at most four times as many.
+    """
+    numbers: dict[str, set[int]] = defaultdict(set)
+    for name in tensors:
+        match = _NUMBERED.fullmatch(name) if isinstance(name, str) else None
+        if match is None:
+            continue
+        translation = translation_of(name)
+        own = name if translation is None else translation.target
+        if f".{own}".rpartition(f".{blocks.prefix}.{match[2]}.")[1]:
+            numbers[match[1]].add(int(match[2]))
+    count = blocks.count
+    return {
+        prefix: sorted(group)
+        for prefix, group in sorted(numbers.items())
+        if group != set(range(count)) and count <= 2 * len(group) and len(group) <= _MAX_GROWTH * count
+    }
+
+
+def windows(numbers: Sequence[int], count: int) -> Iterator[dict[int, int]]:
+    """Yield numbers in the file -> numbers from 0 to count - 1, so that each number is in one window."""
+    for start in range(0, len(numbers), count):
+        yield {number: place for place, number in enumerate(numbers[start : start + count])}
+
+
+def new_numbers(similarities: Floats, numbers: Sequence[int]) -> dict[int, int]:
+    """Return number in the file -> number of W0's block, for the most similar blocks.
+
+    Args:
+        similarities: [W0's blocks, blocks of the file].
+        numbers: the numbers in the file.
+    """
+    order: Indices = best_assignment(similarities)
+    return {numbers[column]: block for block, column in enumerate(order.tolist()) if column >= 0}
+
+
+def empty_similarities(count: int, numbers: Sequence[int]) -> Floats:
+    """Return similarities of 0, [W0's blocks, blocks of the file]."""
+    return np.zeros((count, len(numbers)))
