@@ -54,12 +54,14 @@ class TextSpec:
         embedding: numbers of one token's vector; None if only the user's network knows them.
         length: tokens of the longest sequence.
         classes: outputs of the network.
+        outputs: whether a text has these outputs, or each of its tokens.
     """
 
     vocabulary: int
     embedding: int | None
     length: int
     classes: int
+    outputs: Literal["text", "tokens"] = "text"
     kind: ClassVar[Literal["text"]] = "text"
 
     @property

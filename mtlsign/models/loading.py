@@ -56,7 +56,8 @@ def _pretrained_architecture(source: str, input_spec: InputSpec) -> dict[str, ob
             "A pretrained transformer reads texts, and the task has images. Use another --model.",
             field="model",
         )
-    architecture = pretrained_transformer.pretrained_architecture(source, classes=input_spec.classes)
+    classes = None if input_spec.outputs == "tokens" else input_spec.classes
+    architecture = pretrained_transformer.pretrained_architecture(source, classes=classes)
     if input_spec.length > int(str(architecture["length"])):
         raise ModelError(
             f"The texts of the task have up to {input_spec.length} tokens, and the model has "
@@ -86,8 +87,11 @@ def initialize_pretrained(model: nn.Module, settings: EmbedSettings) -> None:
     if not name.startswith(PRETRAINED):
         return
     source = name.removeprefix(PRETRAINED)
-    loaded = pretrained_transformer.load_pretrained_transformer(source, classes=2)
-    own = {n: t for n, t in loaded.network.state_dict().items() if not n.startswith("fc.")}
+    has_own_outputs = getattr(getattr(model, "shape", None), "pooling", "") == "tokens"
+    loaded = pretrained_transformer.load_pretrained_transformer(
+        source, classes=None if has_own_outputs else 2
+    )
+    own = {n: t for n, t in loaded.network.state_dict().items() if has_own_outputs or not n.startswith("fc.")}
     model.load_state_dict({**model.state_dict(), **own})
 
 

@@ -70,11 +70,13 @@ def pretrained_architecture(
 ) -> dict[str, object]:
     """Return the architecture of a pretrained transformer; see `load_pretrained_transformer`."""
     source = Path(source).expanduser()
-    fields = _fields(_gguf_config(source) if source.suffix.lower() == ".gguf" else _read_config(source))
+    config = _gguf_config(source) if source.suffix.lower() == ".gguf" else _read_config(source)
+    fields = _fields(config)
     if classes is None and not fields.get("causal"):
         raise ModelError("An encoder has no outputs. Give the number of classes.", field="classes")
     if classes is None:
-        fields |= {"classes": fields["vocabulary"], "pooling": "tokens", "tied": 1}
+        tied = int(bool(config.get("tie_word_embeddings", False)))
+        fields |= {"classes": fields["vocabulary"], "pooling": "tokens", "tied": tied}
     else:
         fields |= {"classes": classes, "pooling": pooling or ("last" if fields.get("causal") else "mean")}
     return {"arch": "transformer", **fields}
@@ -97,8 +99,6 @@ def load_pretrained_transformer(
     architecture = pretrained_architecture(source, classes=classes, pooling=pooling)
     checkpoint = read_weights(source)
     tensors = {name: tensor.float() for name, tensor in checkpoint.tensors.items()}
-    if classes is None and _heads(tensors):
-        architecture["tied"] = 0
     is_gguf = source.suffix.lower() == ".gguf"
     network = architectures.build(architecture)
     assert isinstance(network, Transformer)
@@ -251,6 +251,7 @@ def _gguf_config(path: Path) -> dict[str, Any]:
         reader = GGUFReader(str(path))
         kind = str(reader.fields["general.architecture"].contents())
         vocabulary = next(int(t.shape[-1]) for t in reader.tensors if t.name == "token_embd.weight")
+        is_tied = not any(tensor.name == "output.weight" for tensor in reader.tensors)
     except Exception as error:  # the library raises almost anything on damaged bytes
         raise ModelError(f"{path} cannot be read ({type(error).__name__}).", field="model") from None
 
@@ -262,6 +263,7 @@ def _gguf_config(path: Path) -> dict[str, Any]:
         "model_type": kind,
         "hidden_act": "silu",
         "vocab_size": vocabulary,
+        "tie_word_embeddings": is_tied,
         "hidden_size": value("embedding_length"),
         "num_attention_heads": value("attention.head_count"),
         "num_key_value_heads": value("attention.head_count_kv"),

@@ -1,7 +1,7 @@
 """Primary tasks: data, loss and metric behind one class, with splits fixed by a seed.
 
 Names are "digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imdb", "sst2", "sst5", "virusshare",
-"files" and `package.module:factory`.
+"files", "lm" and `package.module:factory`.
 `"fashion-mnist@0.2"` is a fifth of both official parts, for studies on small machines.
 """
 
@@ -24,12 +24,14 @@ from mtlsign.tasks.splitting import SPLITS
 from mtlsign.tasks.tensor_split import InputTransform
 from mtlsign.tasks.text import NAMES as TEXT_NAMES
 from mtlsign.tasks.text import load_text
+from mtlsign.tasks.text.language_model import NAME as LANGUAGE_MODEL
+from mtlsign.tasks.text.language_model import load_language_model
 from mtlsign.tasks.torchvision_datasets import SOURCES, load_images
 from mtlsign.tasks.user_task import from_loaders, from_tensors, load_user_task
 
 #: Name of a task that a caller makes of tensors or loaders. `load_task` cannot load it.
 CUSTOM, _RENAMED_CUSTOM = "custom", "own"
-NAMES = ("digits", *SOURCES, *TEXT_NAMES, *BYTE_IMAGE_NAMES)
+NAMES = ("digits", *SOURCES, *TEXT_NAMES, *BYTE_IMAGE_NAMES, LANGUAGE_MODEL)
 
 __all__ = [
     "NAMES",
@@ -78,7 +80,7 @@ def load_task(
         DataError: unknown name, or missing or damaged data.
         ModelError: the factory cannot be imported.
     """
-    if tokenizer is not None and name.partition("@")[0] not in TEXT_NAMES:
+    if tokenizer is not None and name.partition("@")[0] not in (*TEXT_NAMES, LANGUAGE_MODEL):
         raise DataError(
             f"The task {name[:80]!r} has no texts for a tokenizer. Use one of {', '.join(TEXT_NAMES)}.",
             field="tokenizer",
@@ -88,6 +90,8 @@ def load_task(
     base, at, text = name.partition("@")
     if base in NAMES and base != "digits":
         root, share = data_root(data), _share(name, text) if at else 1.0
+        if base == LANGUAGE_MODEL:
+            return load_language_model(root, seed=seed, share=share, tokenizer=tokenizer)
         if base in TEXT_NAMES:
             return load_text(base, root, seed=seed, share=share, tokenizer=tokenizer)
         if base in BYTE_IMAGE_NAMES:

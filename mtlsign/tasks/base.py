@@ -53,6 +53,7 @@ class Task:
         metric: builds an empty metric on a device; accuracy by default.
         logits_of: (outputs of the network) -> logits [n, classes, ...], which distillation compares.
         targets: kind of the targets; distillation compares probabilities or values accordingly.
+        evaluation_batch: samples that are evaluated at once.
         initial_tensors: values of a new network's parameters by name, such as word vectors.
     """
 
@@ -63,6 +64,7 @@ class Task:
     metric: MetricFactory = MeanMetric
     logits_of: LogitsFunction = default_logits
     targets: TargetKind = "labels"
+    evaluation_batch: int = 500
     initial_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     _orders: dict[tuple[object, ...], Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False

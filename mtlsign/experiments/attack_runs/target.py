@@ -109,7 +109,8 @@ class AttackTarget:
         for name, value in task.input_spec.architecture_fields.items():
             expected = self.architecture.get(name, value)
             # A pretrained model can have vectors of more ids than its tokenizer.
-            is_smaller = name == "vocabulary" and isinstance(expected, int) and value < expected
+            of_tokens = name == "vocabulary" or getattr(task.input_spec, "outputs", "") == "tokens"
+            is_smaller = of_tokens and isinstance(expected, int) and value < expected
             if expected != value and not is_smaller:
                 raise DataError(
                     f"The task has {value} {name}, the model {expected}. Pass the task of the model.",

@@ -111,6 +111,13 @@ class PretrainedTokenizer:
         self._tokenizer.enable_truncation(layout.length)
         self._tokenizer.enable_padding(length=layout.length, pad_id=PADDING, pad_token=padding)
 
+    def token_ids(self, text: str) -> list[int]:
+        """Return the token ids of a text of any length, without special tokens."""
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Return token ids int64 [n, length]; 0 is padding after the last token."""
         ids = np.array([encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))])

@@ -19,7 +19,6 @@ from mtlsign.tasks import Batch, Task
 from mtlsign.watermark.embedding.worker import WorkerContext
 
 Value = TypeVar("Value")
-_EVALUATION_BATCH = 500
 
 
 @torch.no_grad()
@@ -42,7 +41,13 @@ def evaluate(
     model.to(worker.device).to(memory_format=memory_format_for(model)).eval()
     metric = task.metric(worker.device)
     batches = task.batches(
-        split, _EVALUATION_BATCH, epoch=0, seed=0, rank=worker.rank, world=worker.world_size, shuffle=False
+        split,
+        task.evaluation_batch,
+        epoch=0,
+        seed=0,
+        rank=worker.rank,
+        world=worker.world_size,
+        shuffle=False,
     )
     for x, y in to_device(worker.device, batches):
         with mixed_precision(settings, worker.device):

@@ -25,6 +25,7 @@ LLAMA = {
     "hidden_act": "silu", "num_key_value_heads": 2, "intermediate_size": 20, "num_hidden_layers": 2,
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 12, "rope_theta": 5000.0, "attention_bias": False,
+    "tie_word_embeddings": True,
 }  # fmt: skip
 PARTS = {
     "bert": {

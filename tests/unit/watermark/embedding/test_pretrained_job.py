@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from mtlsign.config.attack import AttackSettings
 from mtlsign.config.embed import EmbedSettings, public_model_name
 from mtlsign.errors import DataError, ModelError
 from mtlsign.experiments.attack_runs.target import load_target
+from mtlsign.models.pretrained_transformer import load_pretrained_transformer
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.tasks import load_task
 from mtlsign.watermark.embedding.pipeline import LocalEmbeddingBackend, run_embedding_job
@@ -115,3 +118,55 @@ def test_tokenizer_gives_its_own_vocabulary_and_padding_at_the_end(tmp_path: Pat
 def test_public_model_name_has_no_folders() -> None:
     assert public_model_name("hf:/models/secret/bert/") == "hf:bert"
     assert public_model_name("resnet18") == "resnet18"
+
+
+def write_texts(root: Path) -> None:
+    generator = random.Random(0)
+    (root / "lm").mkdir()
+    for name, count in (("train", 900), ("test", 240)):
+        lines = (" ".join(generator.choices(WORDS, k=12)) + "\n" for _ in range(count))
+        (root / "lm" / f"{name}.txt").write_text("".join(lines), "utf-8")
+
+
+def test_job_marks_language_model_and_its_own_file_is_verified(tmp_path: Path, owner: Identity) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    owner.save(tmp_path / "identity.json", None)
+    write_texts(tmp_path)
+    folder(model, "llama", max_position_embeddings=64)
+    settings = EmbedSettings.of({
+        "task": "lm", "data": tmp_path, "model": f"hf:{model}", "tokenizer": write_tokenizer(model),
+        "storage": str(tmp_path / "store"), "owner": str(tmp_path / "identity.json"), "workers": 0,
+        "key_size": 128, "phase1.lr": 0.003, "phase1.batch": 8, "phase2.steps": 150, "phase2.lr": 0.005,
+        "phase2.batch": 4, "insecure_test_key": True,
+    })  # fmt: skip
+    run = run_embedding_job(settings, LocalEmbeddingBackend())
+    assert run.verdict.matches == 128 and 0 < run.result["primary_marked"] < 1
+    loaded = load_pretrained_transformer(model)
+    assert loaded.network.shape.tied == 1 and "fc.weight" not in run.tensors
+    assert verify(loaded.in_original_names(run.tensors), detector_for_kit(run.kit)).matches == 128
+
+
+def test_language_model_has_next_tokens_as_targets(tmp_path: Path) -> None:
+    write_texts(tmp_path)
+    task = load_task("lm", data=tmp_path, tokenizer=write_tokenizer(tmp_path))
+    inputs, targets = task.batch_at("train", 4, 0)
+    assert inputs.shape == targets.shape == (4, 64) and torch.equal(inputs[:, 1:], targets[:, :-1])
+    outputs = torch.nn.functional.one_hot(targets, 13).float()
+    metric = task.metric("cpu")
+    metric.update(outputs, targets)
+    assert metric.value() == 1 and float(task.loss(100 * outputs, targets)) < 1e-6
+    rows = [set(task.splits[name].rows.tolist()) for name in ("train", "attacker", "inner", "validation")]  # type: ignore[attr-defined]
+    assert not any(one & two for one, two in itertools.combinations(rows, 2))
+    assert len(load_task("lm@0.5", data=tmp_path, tokenizer=tmp_path / "tokenizer.json").splits["test"]) == 22
+
+
+def test_language_model_without_texts_or_tokenizer_raises_data_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"lm/train\.txt"):
+        load_task("lm", data=tmp_path, tokenizer=tmp_path)
+    write_texts(tmp_path)
+    with pytest.raises(DataError, match="tokenizer of the model"):
+        load_task("lm", data=tmp_path)
+    (tmp_path / "lm" / "test.txt").write_text("good\n", "utf-8")
+    with pytest.raises(DataError, match="Add texts"):
+        load_task("lm", data=tmp_path, tokenizer=write_tokenizer(tmp_path))
