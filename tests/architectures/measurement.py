@@ -20,11 +20,12 @@ from torch import Tensor, nn
 import mtlsign
 from mtlsign.errors import MTLSignError
 from mtlsign.models.architectures import default_taps
-from mtlsign.models.taps import tapped_layers
+from mtlsign.models.residual_stream import residual_stream
+from mtlsign.models.taps import TappedLayer
 from mtlsign.storage.safetensors_io import serialize_safetensors
 from mtlsign.tasks import from_tensors
 from mtlsign.watermark.keys.opening import KeyOpening
-from mtlsign.watermark.verification.response_bases import supports_responses
+from mtlsign.watermark.verification.response_bases import readable_layers
 from tests.architectures.zoo import CLASSES, ZOO, Entry
 
 OWNER = mtlsign.Identity(bytes(range(32)), bytes(range(32, 64)))
@@ -116,15 +117,21 @@ def measure(name: str, folder: Path, verifier: Verifier) -> Row:
 def _marked_layers(model: nn.Module, sample: Tensor, most: int) -> tuple[list[str], str, str, int]:
     """Return the layers with most rows and few inputs, the two default taps, and the number of all layers."""
     (first_stage,), (last_stage,) = (default_taps(model, kind, sample) for kind in ("keyed", "spread"))
-    modules = dict(model.named_modules())
-    layers = [
-        layer.conv
-        for layer in tapped_layers(model, (last_stage,), sample)
-        if supports_responses(layer, modules)
-    ]
-    small = [name for name in layers if modules[name].weight[0].numel() <= MOST_INPUTS]  # type: ignore
-    widest = sorted(small, key=lambda name: -len(modules[name].weight))[:most]  # type: ignore
-    return [name for name in small if name in widest], first_stage, last_stage, len(layers)
+    stream, modules = residual_stream(model, (last_stage,), sample), dict(model.named_modules())
+    layers = readable_layers(model, (last_stage,), sample, stream)
+
+    def size(layer: TappedLayer) -> tuple[int, int]:
+        """Return rows and inputs of a layer."""
+        if layer.kind == "attention":
+            assert stream is not None
+            return stream.size, stream.size
+        weight = modules[layer.conv].weight
+        assert isinstance(weight, Tensor)
+        return len(weight), weight[0].numel()
+
+    small = [layer for layer in layers if size(layer)[1] <= MOST_INPUTS]
+    widest = sorted(small, key=lambda layer: -size(layer)[0])[:most]
+    return [layer.key for layer in small if layer in widest], first_stage, last_stage, len(layers)
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
