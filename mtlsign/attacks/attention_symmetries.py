@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -50,18 +51,19 @@ def rotate_stream(model: nn.Module, task: Task, resources: AttackerResources, se
 
     With norms before the sub-layers the stream is multiplied with a random orthogonal matrix, which keeps the
     mean of each vector if the norms subtract it (Ashkboos et al. 2024). Otherwise its numbers are permuted.
+    A matrix of outputs that was tied to the token vectors becomes one by itself.
 
     Raises:
         NotApplicableError: the network is no transformer of this package, or its matrices have no biases
             that could take those of the norms.
     """
-    if not isinstance(model, Transformer) or model.fc is None:
-        raise NotApplicableError(
-            "The attack needs a transformer of this package with a matrix of outputs.", field="model"
-        )
+    if not isinstance(model, Transformer):
+        raise NotApplicableError("The attack needs a transformer of this package.", field="model")
     attacked = trainable_copy(model)
     assert isinstance(attacked, Transformer)
     generator = seeded_generator("mtlsign/attack/stream", seed)
+    if attacked.fc is None:
+        _untie(attacked)
     with torch.no_grad():
         if attacked.shape.order == "post":
             _turn(attacked, torch.eye(attacked.shape.embedding)[_order(attacked, generator)])
@@ -69,6 +71,14 @@ def rotate_stream(model: nn.Module, task: Task, resources: AttackerResources, se
             _move_gains(attacked)
             _turn(attacked, _orthogonal_matrix(attacked.shape.embedding, attacked.shape.norm, generator))
     return preserved_outcome(model, attacked, task, resources, seed)
+
+
+def _untie(model: Transformer) -> None:
+    """Give the network a matrix of outputs with the values of the token vectors."""
+    vectors = model.embedding.weight
+    model.fc = nn.Linear(vectors.shape[1], vectors.shape[0], bias=False)
+    model.fc.to(vectors.device).load_state_dict({"weight": vectors.detach().clone()})
+    model.shape = replace(model.shape, tied=0)
 
 
 def _stream(model: nn.Module, task: Task, resources: AttackerResources, seed: int) -> ResidualStream:

@@ -36,6 +36,7 @@ from mtlsign.watermark.embedding.commitment import (
     validate_before_training,
 )
 from mtlsign.watermark.embedding.loop import evaluate
+from mtlsign.watermark.embedding.memory import check_memory
 from mtlsign.watermark.embedding.phase1 import train_clean_model
 from mtlsign.watermark.embedding.phase2 import embed_watermark
 from mtlsign.watermark.embedding.result import EmbeddingResult, Phase2Result, Rows, Tensors, build_result
@@ -237,10 +238,12 @@ def run_phase1(
     Returns:
         W0 and the rows of metrics.
     """
+    task = _load_task(settings)
+    check_memory(settings, architecture, task.input_spec, worker, phase=1)
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"init/{settings.seed}".encode()).digest()[:7]))
     model = architectures.build(architecture, factories=custom_factories(architecture))
     initialize_pretrained(model, settings)
-    rows = train_clean_model(model, _load_task(settings), settings, worker)
+    rows = train_clean_model(model, task, settings, worker)
     return cpu_state(model), rows
 
 
@@ -277,11 +280,12 @@ def run_phase2(
         worker: this process of the phase.
     """
     architecture = openings[0].parse().architecture
-    factories = custom_factories(architecture)
+    factories, task = custom_factories(architecture), _load_task(settings)
+    check_memory(settings, architecture, task.input_spec, worker, phase=2)
     model = architectures.build(architecture, factories=factories)
     load_tensors(model, base_weights)
     detector = WatermarkDetector.joined(openings, reference, device=worker.device, factories=factories)
-    return phase2_result(model, _load_task(settings), detector, settings, worker)
+    return phase2_result(model, task, detector, settings, worker)
 
 
 def phase2_result(

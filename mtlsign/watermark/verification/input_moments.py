@@ -48,7 +48,8 @@ class _Sums:
     def moments(self) -> InputMoments:
         """Return mean and covariance of all vectors."""
         means = self._sum / self._count
-        covariance = self._products / self._count - means.unsqueeze(2) * means.unsqueeze(1)
+        covariance = self._products.div_(self._count)
+        covariance -= means.unsqueeze(2) * means.unsqueeze(1)
         # The last bits depend on the process. Without them, two runs give one reference on equal hardware.
         return InputMoments(means + self._offset.squeeze(1), covariance.float().double())
 
@@ -99,7 +100,7 @@ def input_moments(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: own.moments() for name, own in sums.items()}
+    return {name: sums.pop(name).moments() for name in names}  # a large layer has gigabytes of sums
 
 
 def module_of_key(modules: Mapping[str, nn.Module], key: str) -> tuple[nn.Module, str]:

@@ -82,7 +82,9 @@ def response_bases(
     stream = residual_stream(model, taps, inputs[:2])
     chosen = _marked_layers(model, taps, inputs[:2], layers, stream)
     moments = input_moments(model, taps, inputs, [layer.key for layer in chosen], stream=stream)
-    bases = {layer.key: _basis(moments[layer.key].covariance, _most_directions(layer)) for layer in chosen}
+    bases = {
+        layer.key: _basis(moments.pop(layer.key).covariance, _most_directions(layer)) for layer in chosen
+    }
     return _bounded(bases, _row_counts(model, chosen, stream, bases))
 
 

@@ -129,3 +129,13 @@ def test_dummy_block_of_networks_with_norms_after_the_sub_layers_is_not_applicab
     for text in ("dummy_block", "dummy_block:place=9"):
         with pytest.raises(NotApplicableError):
             run(text, model, text_task())
+
+
+def test_rotate_stream_of_tied_outputs_gives_them_a_matrix() -> None:
+    torch.manual_seed(0)
+    fields = {"tied": 1, "classes": 80, "pooling": "tokens"}
+    model = build(architecture("rms") | fields).eval()
+    attacked = run("rotate_stream", model, text_task()).model
+    tokens = torch.randint(1, 80, (4, 6))
+    torch.testing.assert_close(attacked(tokens), model(tokens), atol=1e-4, rtol=1e-3)
+    assert "fc.weight" in attacked.state_dict()

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtlsign.config.embed import EmbedSettings
+from mtlsign.errors import SettingsError
+from mtlsign.models.architectures import architecture_for
+from mtlsign.models.input_spec import ImageSpec, InputSpec, TextSpec
+from mtlsign.watermark.embedding import memory
+from mtlsign.watermark.embedding.pipeline import LocalEmbeddingBackend, run_embedding_job
+from mtlsign.watermark.keys.identity import Identity
+
+IMAGES = ImageSpec(3, 32, 32, 10)
+TEXTS = TextSpec(vocabulary=2000, embedding=50, length=56, classes=2)
+MIB = 2**20
+
+
+def estimate(name: str, spec: InputSpec, width: int, **options: Any) -> memory.MemoryEstimate:
+    settings = EmbedSettings.of({"task": "custom", "model": name, "width": width, **options}).with_defaults()
+    architecture = architecture_for(name, **spec.architecture_fields, width=width)
+    result = memory.estimate_memory(settings, architecture, spec)
+    assert result is not None
+    return result
+
+
+def test_estimate_grows_with_batch_width_and_workers() -> None:
+    small, wide = estimate("resnet18", IMAGES, 16), estimate("resnet18", IMAGES, 64)
+    assert small.phase1 < wide.phase1 and small.bases < wide.bases and small.phase2 < wide.phase2
+    large = estimate("resnet18", IMAGES, 16, **{"phase1.batch": 1024, "phase2.batch": 64})
+    assert large.phase1 > 2 * small.phase1 - 90 * MIB and large.phase2 < small.phase2
+    assert wide.peak == max(wide.phase1, wide.bases, wide.phase2)
+
+
+def test_estimate_of_wide_networks_has_their_covariances() -> None:
+    keyed, spread = (estimate("resnet18", IMAGES, 64, head=head) for head in ("keyed", "spread"))
+    largest = 8 * 4608**2  # 512 channels of 3x3
+    assert spread.bases - keyed.bases > 5 * largest
+
+
+@pytest.mark.parametrize("name", ["bilstm", "transformer", "gru"])
+def test_estimate_of_networks_of_texts_has_their_activations(name: str) -> None:
+    one, many = (estimate(name, TEXTS, 64, **{"phase2.batch": batch}) for batch in (64, 640))
+    assert many.phase2 - one.phase2 > 576 * 56 * 64 * 4
+
+
+def test_estimate_of_network_that_needs_values_is_none() -> None:
+    architecture = architecture_for("resnet18", channels=1, classes=4, width=8)
+    settings = EmbedSettings.of({"task": "custom", "model": "resnet18"}).with_defaults()
+    assert memory.estimate_memory(settings, architecture, ImageSpec(7, 8, 8, 4)) is None
+
+
+def test_available_memory_is_that_of_this_machine() -> None:
+    available = memory.available_memory(torch.device("cpu"))
+    assert available is None or 2**26 < available < 2**50
+
+
+def test_job_without_enough_memory_is_refused_before_training(
+    tmp_path: Path, owner: Identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner.save(tmp_path / "identity.json", None)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 100 * MIB)
+    settings = EmbedSettings.of({
+        "storage": str(tmp_path / "store"), "owner": str(tmp_path / "identity.json"), "workers": 0,
+        "width": 64, "insecure_test_key": True,
+    })  # fmt: skip
+    with pytest.raises(SettingsError, match=r"1\.[0-9] GiB .* 0\.1 GiB are free") as raised:
+        run_embedding_job(settings, LocalEmbeddingBackend())
+    assert raised.value.field == "phase2.batch"
