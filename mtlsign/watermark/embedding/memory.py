@@ -162,7 +162,7 @@ def check_memory(
     Raises:
         SettingsError: it has not.
     """
-    factories = custom_factories(architecture)
+    world, factories = worker.world_size, custom_factories(architecture)
     estimate = estimate_memory(settings, architecture, input_spec, world=world, factories=factories)
     if estimate is not None:
         require_memory(estimate.peak if phase == 1 else estimate.phase2, available_memory(worker.device))
