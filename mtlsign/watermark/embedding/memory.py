@@ -83,7 +83,7 @@ def estimate_memory(
     first, second = (-(-batch // world) for batch in (settings.phase1.batch or 1, settings.phase2.batch))
     moments = 2 if settings.phase1.optimizer == "adam" else 1
     phase1 = parameters + trained * (1 + moments) + values * first
-    # W0's activations are not kept. Its largest ones and those of the loss are small beside W's.
+    # W0's activations are not kept. Its largest ones and those of the loss are much smaller than W's.
     phase2 = 2 * parameters + 3 * trained + values * second + _KERNEL_COPIES * trained
     bases = _FLOAT * 2 * parameters + (_covariance_bytes(network) if needs_response_bases(settings) else 0)
     return MemoryEstimate(_FLOAT * phase1 + _OVERHEAD, bases + _OVERHEAD, _FLOAT * phase2 + _OVERHEAD)
