@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from mtlsign.attacks.attacker_data import TURNS
+from mtlsign.attacks.attacker_data import TURNS, require_images
 from mtlsign.attacks.base import (
     AttackerResources,
     AttackOutcome,
@@ -35,6 +35,7 @@ def turn_input(
     model: nn.Module, task: Task, resources: AttackerResources, seed: int, *, kind: Turn = "rotated"
 ) -> AttackOutcome:
     """Turn or mirror every kernel; a user of the model does so with each image."""
+    require_images(task)
     changed = trainable_copy(model)
     for m in changed.modules():
         if isinstance(m, nn.Conv2d):
@@ -49,6 +50,7 @@ def transpose_input(model: nn.Module, task: Task, resources: AttackerResources, 
 
 def negate_input(model: nn.Module, task: Task, resources: AttackerResources, seed: int) -> AttackOutcome:
     """Negate the kernels of the first convolution; a user of the model negates each normalised image."""
+    require_images(task)
     changed = trainable_copy(model)
     first = next((m for m in changed.modules() if isinstance(m, _ConvNd)), None)
     if first is None:
