@@ -81,7 +81,7 @@ def test_free_head_is_attacked_without_being_trained(
 
     model = tiny_model()
     options = TINY | {"head": "free", "hidden": 8, "features": "pooled"}
-    options |= {"phase2.steps": 15, "phase2.lr": 0.02}
+    options |= {"phase2.steps": 60, "phase2.lr": 0.02}
     done = mtlsign.embed(
         model, tiny_task, trained=True, identity=owner, architecture=tiny_graph,
         **{name: value for name, value in options.items() if name not in ("task", "model", "width")},
@@ -89,7 +89,7 @@ def test_free_head_is_attacked_without_being_trained(
     key = MTLSignKey(detector_for_kit(done.kit))
     head = key.detector.head_bytes()
     before = verify(model.state_dict(), key.detector).accuracy
-    spoiled = run("spoil:steps=15,batch=16,lr=0.003", model, tiny_task, key=key)
+    spoiled = run("spoil:steps=30,batch=16,lr=0.005", model, tiny_task, key=key)
     assert verify(spoiled.model.state_dict(), key.detector).accuracy < before - 0.1
     assert key.detector.head_bytes() == head, "the attacker trained the owner's head"
     run("decorrelate:steps=2,codes=32,batch=16,stages=3", model, tiny_task)
