@@ -184,6 +184,10 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
             )
         if self.keys > 1 and self.head == "free":
             raise SettingsError("A free head has one key. Choose --head spread or keyed.", field="keys")
+        base = self.task.partition("@")[0]
+        has_texts = base == "lm" or RECIPES.get(base, {}).get("model") == "bilstm"
+        if (self.model or "").startswith(PRETRAINED) and has_texts and self.tokenizer is None:
+            raise SettingsError("A pretrained transformer needs its tokenizer.json.", field="tokenizer")
         if self.base_kit is not None and self.weights is not None:
             raise SettingsError("Give either a checkpoint or a kit with W0, not both.", field="base-kit")
 

@@ -14,7 +14,7 @@ import torch
 from mtlsign.commands.convert import convert
 from mtlsign.config.attack import AttackSettings
 from mtlsign.config.embed import EmbedSettings, public_model_name
-from mtlsign.errors import DataError, ModelError
+from mtlsign.errors import DataError, ModelError, SettingsError
 from mtlsign.experiments.attack_runs.target import load_target
 from mtlsign.models.pretrained_transformer import load_pretrained_transformer
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
@@ -89,7 +89,7 @@ def test_job_marks_pretrained_network_and_returns_its_names(settings: dict[str, 
 
 def test_job_without_tokenizer_of_the_model_raises_model_error(settings: dict[str, Any]) -> None:
     settings["tokenizer"] = None
-    with pytest.raises(DataError, match="glove"):
+    with pytest.raises(SettingsError, match=r"tokenizer\.json"):
         run_embedding_job(EmbedSettings.of(settings), LocalEmbeddingBackend())
     settings |= {"task": "digits"}
     with pytest.raises(ModelError, match="reads texts"):
