@@ -15,7 +15,9 @@ _MAX_LIST_BYTES = 64 * 1024 * 1024
 
 
 def installed_files(dpkg_folder: Path = DPKG_FOLDER) -> dict[str, str]:
-    """Return the package of each listed path; files need not exist. Without dpkg, Python packages alone.
+    """Return the package of each listed path. Without dpkg, Python packages alone.
+
+    Files that dpkg lists need not exist; of Python packages, Python 3.12 and later list existing files alone.
 
     The package is the source package of dpkg or the name of the Python distribution, in lower case. Binary
     packages of one source, such as a library and its debug symbols, hold similar files and are one package.

@@ -39,6 +39,9 @@ def test_installed_files_ignores_hostile_lines(tmp_path: Path) -> None:
 
 def test_installed_files_lists_python_distributions_and_compiled_files(tmp_path: Path) -> None:
     write_distribution(tmp_path / "site", "My_Package", ["my/module.py", "../bin/tool"])
+    for name in ("site/my/module.py", "bin/tool"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
     files = installed_files(tmp_path / "missing")
     module = str(tmp_path / "site" / "my" / "module.py")
     assert files[module] == files[cache_from_source(module)] == "my-package"
