@@ -29,8 +29,7 @@ def attention_symmetries(
 ) -> AttackOutcome:
     """Mix the numbers inside every head by random invertible matrices, and put heads into another order.
 
-    Queries and keys with rotary positions are turned and scaled in pairs. Values that the attention adds to
-    every token move from the bias of the values into that of the output.
+    Queries and keys with rotary positions are turned and scaled in pairs.
 
     Raises:
         NotApplicableError: the network has no attention layers, or its function changes.
@@ -66,7 +65,8 @@ def rotate_stream(model: nn.Module, task: Task, resources: AttackerResources, se
         _untie(attacked)
     with torch.no_grad():
         if attacked.shape.order == "post":
-            _turn(attacked, torch.eye(attacked.shape.embedding)[_order(attacked, generator)])
+            order = torch.randperm(attacked.shape.embedding, generator=generator)
+            _turn(attacked, torch.eye(attacked.shape.embedding)[order])
         else:
             _move_gains(attacked)
             _turn(attacked, _orthogonal_matrix(attacked.shape.embedding, attacked.shape.norm, generator))
@@ -145,10 +145,6 @@ def _scaled_rotation(size: int, generator: Generator) -> Tensor:
     scales = 2 ** (torch.rand(half, generator=generator, dtype=torch.float64) - 0.5)
     cos, sin = torch.diag(scales * angles.cos()), torch.diag(scales * angles.sin())
     return torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])
-
-
-def _order(model: Transformer, generator: Generator) -> Tensor:
-    return torch.randperm(model.shape.embedding, generator=generator)
 
 
 def _orthogonal_matrix(size: int, norm: str, generator: Generator) -> Tensor:

@@ -317,6 +317,6 @@ STANDARD = (
     "none,ftal:lr=quarter/full,retrain,fine_prune:ratio=0.5,prune_to_accuracy_drop:points=10,"
     "overwrite:epochs=350,int8,spoil:steps=60,decorrelate:steps=40,null_space:energy=0.95,noise=1,"
     "repair_steps=300,repair_lr=0.003,tune:steps=1500,lr=0.01,relearn:epochs=20,unsketch,"
-    "recurrent_symmetries,permute_vocabulary,attention_symmetries,rotate_stream,"
+    "recurrent_symmetries,permute_vocabulary,attention_symmetries,rotate_stream,dummy_block,"
     "permute_channels,transpose_input,mix_input:kind=negate,dummy_channels,split_channels,clique_channels"
 )

@@ -48,7 +48,7 @@ def unsketch(model: nn.Module, task: Task, resources: AttackerResources, seed: i
             rows = weight.double().cpu().flatten(1)
             sign = signs.get(layer.weight, torch.ones(len(rows))).double().cpu()[:, None]
             if layer.weight in gains:
-                sign = sign * tensors[gains[layer.weight]].double().cpu()
+                sign = sign * _nonzero(tensors[gains[layer.weight]])
             weight.copy_((_unsketched(sign * rows, layer.sketch) / sign).reshape(weight.shape))
         if isinstance(aligner, TransformerAligner):
             _unsketch_heads(aligner, tensors)
@@ -59,50 +59,47 @@ def _unsketch_heads(aligner: TransformerAligner, tensors: Mapping[str, Tensor]) 
     """Give the products of attention heads W0's sketches, by a change of the values and keys alone.
 
     The reference shows O·V·S of every head for the public matrix S. Least squares give V·S, and in the same
-    way K·S from the queries in the directions of the basis.
+    way K·S from the queries in the directions of the basis. Layers without a sketch stay.
     """
     products = aligner.products
     for layer in products.stream.attentions:
         size = products.head_sizes[layer.module]
-        shared = layer.heads // layer.kv_heads
-        gain = tensors.get(
-            products.stream.gains.get(layer.query.weight, ""), torch.ones(products.stream.size)
-        )
-        output = tensors[layer.output].detach().double().cpu()
-        left = {
-            layer.value_output: output.unflatten(1, (-1, size)).transpose(0, 1),
-            layer.query_key: (
-                (layer.query.of(tensors).detach().cpu() * gain.cpu()).double().unflatten(0, (-1, size))
-                @ products.bases[layer.query_key].cpu()
-            ).transpose(1, 2),
-        }
-        for name, part in ((layer.value_output, layer.value), (layer.query_key, layer.key)):
-            rows = part.of(tensors)
-            for group in range(layer.kv_heads):
-                own = rows[group * size : (group + 1) * size]
-                heads = slice(group * shared, (group + 1) * shared)
-                sketch = aligner.heads[name].sketch.reshape(
-                    layer.heads, -1, aligner.heads[name].sketch.shape[1]
-                )
-                factor = left[name][heads].flatten(0, 1)
-                own.copy_(
-                    _unsketched_factor(factor, own.double().cpu() * gain.cpu(), sketch[heads]) / gain.cpu()
-                )
+        gain = _nonzero(tensors.get(products.stream.gains.get(layer.query.weight, ""), torch.ones(())))
+        pairs = []
+        if layer.value_output in aligner.heads:
+            output = tensors[layer.output].double().cpu().unflatten(1, (-1, size)).transpose(0, 1)
+            pairs.append((layer.value_output, layer.value, output))
+        if layer.query_key in aligner.heads:
+            query = (layer.query.of(tensors).double().cpu() * gain).unflatten(0, (-1, size))
+            turned = (query @ products.bases[layer.query_key].cpu()).transpose(1, 2)
+            pairs.append((layer.query_key, layer.key, turned))
+        for name, part, left in pairs:
+            sketch = torch.from_numpy(aligner.heads[name].sketch.copy()).unflatten(0, (layer.heads, -1))
+            groups = part.of(tensors).unflatten(0, (layer.kv_heads, size))
+            for own, factors, target in zip(
+                groups, left.chunk(layer.kv_heads), sketch.chunk(layer.kv_heads), strict=True
+            ):
+                factor = factors.flatten(0, 1)
+                own.copy_(_unsketched_factor(factor, own.double().cpu() * gain, target.flatten(0, 1)) / gain)
 
 
-def _unsketched_factor(left: Tensor, right: Tensor, sketch: npt.NDArray[np.float64]) -> Tensor:
+def _nonzero(gain: Tensor) -> Tensor:
+    """Return a gain in float64, with ones for zeros, which no matrix after the norm can undo."""
+    gain = gain.detach().double().cpu()
+    return torch.where(gain == 0, torch.ones_like(gain), gain)
+
+
+def _unsketched_factor(left: Tensor, right: Tensor, sketch: Tensor) -> Tensor:
     """Return the right factor with which the rows of left @ right have W0's sketch, as far as they can.
 
     Args:
         left: float64 [rows, k].
         right: float64 [k, d].
-        sketch: of unit rows, [heads, rows of a head, s].
+        sketch: of unit rows, float64 [rows, s].
     """
-    matrix = torch.from_numpy(np.array(projection_matrix(right.shape[1], sketch.shape[2])))
+    matrix = torch.from_numpy(np.array(projection_matrix(right.shape[1], sketch.shape[1])))
     lengths = (left @ right).norm(dim=1, keepdim=True)
-    target = torch.linalg.pinv(left) @ (
-        lengths * torch.from_numpy(sketch.reshape(-1, sketch.shape[2]).copy())
-    )
+    target = torch.linalg.pinv(left) @ (lengths * sketch)
     changed: Tensor = right + (target - right @ matrix) @ torch.linalg.pinv(matrix)
     return changed
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from mtlsign.config.cli import Output, job
 from mtlsign.config.convert import ConvertSettings
 
@@ -16,10 +18,9 @@ def convert(settings: ConvertSettings) -> Output:
 
     rename = None
     if settings.original is not None:
-        from mtlsign.models.pretrained_transformer import load_pretrained_transformer
+        from mtlsign.models.pretrained_transformer import in_original_names
 
-        # The number of classes has no influence, because the file has no such matrix.
-        rename = load_pretrained_transformer(settings.original, classes=2).in_original_names
+        rename = partial(in_original_names, settings.original)
     conversion = convert_weights(settings.source, settings.output, key=settings.weights_key, rename=rename)
     document = {
         "source": str(settings.source),

@@ -162,6 +162,7 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
         preset = {name: value for name, value in PRESETS[self.preset].items() if name not in explicit}
         complete = self.updated(preset)._with_task_defaults()
         complete._check_heads()
+        complete._check_tokenizer()
         return complete
 
     def _check_heads(self) -> None:
@@ -184,12 +185,14 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
             )
         if self.keys > 1 and self.head == "free":
             raise SettingsError("A free head has one key. Choose --head spread or keyed.", field="keys")
-        base = self.task.partition("@")[0]
-        has_texts = base == "lm" or RECIPES.get(base, {}).get("model") == "bilstm"
-        if (self.model or "").startswith(PRETRAINED) and has_texts and self.tokenizer is None:
-            raise SettingsError("A pretrained transformer needs its tokenizer.json.", field="tokenizer")
         if self.base_kit is not None and self.weights is not None:
             raise SettingsError("Give either a checkpoint or a kit with W0, not both.", field="base-kit")
+
+    def _check_tokenizer(self) -> None:
+        """Raise `SettingsError` for a pretrained transformer without the tokenizer of its words."""
+        is_pretrained = (self.model or "").startswith(PRETRAINED)
+        if is_pretrained and self.tokenizer is None and self.task.partition("@")[0] in TEXT_TASKS:
+            raise SettingsError("A pretrained transformer needs its tokenizer.json.", field="tokenizer")
 
     def _with_task_defaults(self) -> Self:
         """Fill in the settings that depend on the task or head."""
@@ -242,6 +245,8 @@ def public_model_name(model: str) -> str:
     return PRETRAINED + model.removeprefix(PRETRAINED).rstrip("/").rpartition("/")[2]
 
 
+#: Built-in tasks of texts.
+TEXT_TASKS = ("imdb", "sst2", "sst5", "lm")
 #: Prefix of `--model` for a pretrained transformer, before its folder or .gguf file.
 PRETRAINED = "hf:"
 #: Defaults for pretrained transformers, which phase 1 fine-tunes.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mtlsign.errors import ArtifactError, ModelError
@@ -22,6 +23,8 @@ from mtlsign.models.transformer import NORM_EPS, Transformer
 from mtlsign.storage.json_io import read_json_object
 
 _MAX_CONFIG = 1 << 20
+#: Matrices whose rows rotary positions turn in pairs.
+_ROTARY = ("attention.query.weight", "attention.key.weight")
 _TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
 #: Names of activations in configurations -> those of this package.
 _ACTIVATIONS = {
@@ -42,27 +45,36 @@ class PretrainedTransformer:
         architecture: JSON object of the spec, for `mtlsign.embed`.
         original: tensors of the file, under its names.
         names: name in the network -> name in the file.
+        token_type: vector [embedding] of token type 0, which the network adds to its positions; None without.
+        is_gguf: whether the file stores the pairs of rotary positions as neighbours.
     """
 
     network: Transformer
     architecture: Mapping[str, object]
     original: Mapping[str, Tensor]
     names: Mapping[str, str]
+    token_type: Tensor | None
+    is_gguf: bool
 
     def in_original_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the file's tensors with the trained values of a network, under the file's names and types.
 
-        Token vectors and positions are those of the file, because marking does not change them.
-
         Args:
             tensors: state dict of a network of the same architecture.
         """
-        changed = {
-            source: tensors[name].to(self.original[source].dtype).reshape(self.original[source].shape)
-            for name, source in self.names.items()
-            if name in tensors and name not in ("embedding.weight", "positions.weight")
-        }
-        return {**self.original, **{name: tensor.contiguous() for name, tensor in changed.items()}}
+        written = dict(self.original)
+        for name, source in self.names.items():
+            if name not in tensors:
+                continue
+            value, original = tensors[name].detach().cpu(), self.original[source]
+            if self.is_gguf and name.endswith(_ROTARY):
+                value = _neighbour_rotary_rows(value, self.network.shape.head_size)
+            if name == "positions.weight" and self.token_type is not None:
+                if torch.equal(value, original.float() + self.token_type):
+                    continue  # the difference would be rounded
+                value = value - self.token_type
+            written[source] = value.to(original.dtype).contiguous()
+        return written
 
 
 def pretrained_architecture(
@@ -102,26 +114,62 @@ def load_pretrained_transformer(
     is_gguf = source.suffix.lower() == ".gguf"
     network = architectures.build(architecture)
     assert isinstance(network, Transformer)
-    names = _load(network, tensors, is_gguf=is_gguf, new_head=classes is not None)
-    return PretrainedTransformer(network.eval(), architecture, checkpoint.tensors, names)
+    token_type = next((t[0] for name, t in tensors.items() if name.endswith(_TOKEN_TYPES)), None)
+    names = _load(network, tensors, token_type, is_gguf=is_gguf, new_head=classes is not None)
+    return PretrainedTransformer(network.eval(), architecture, checkpoint.tensors, names, token_type, is_gguf)
 
 
-def _heads(tensors: Mapping[str, Tensor]) -> list[str]:
-    return [name for name in tensors if name in ("lm_head.weight", "output.weight")]
+def in_original_names(source: str | Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a marked network under the names of the pretrained one.
+
+    Args:
+        source: folder or file of the pretrained network.
+        tensors: state dict of a network that was made from it, with its own outputs or new ones.
+
+    Raises:
+        ModelError: as `load_pretrained_transformer`, or the tensors are those of another network.
+    """
+    # Only new outputs, after pooling, have a bias.
+    loaded = load_pretrained_transformer(source, classes=2 if "fc.bias" in tensors else None)
+    state = loaded.network.state_dict()
+    for name in loaded.names:
+        if name not in tensors or tensors[name].shape != state[name].shape:
+            raise ModelError(
+                f"The weights do not come from this pretrained network, such as at {name!r}. "
+                "Give the folder that was marked.",
+                field="original",
+            )
+    return loaded.in_original_names(tensors)
+
+
+def _output_matrix(tensors: Mapping[str, Tensor]) -> str:
+    for name in ("lm_head.weight", "output.weight"):
+        if name in tensors:
+            return name
+    raise ModelError(
+        "The file has no matrix of outputs. If they are tied to the token vectors, set tie_word_embeddings "
+        "in config.json.",
+        field="weights",
+    )
 
 
 def _load(
-    network: Transformer, tensors: dict[str, Tensor], *, is_gguf: bool, new_head: bool
+    network: Transformer,
+    tensors: dict[str, Tensor],
+    token_type: Tensor | None,
+    *,
+    is_gguf: bool,
+    new_head: bool,
 ) -> dict[str, str]:
     """Copy the tensors of a file into a network; return their names."""
     head = [] if network.fc is None else [f"fc.{name}" for name, _ in network.fc.named_parameters()]
     names = map_names(network.state_dict(), tensors, optional=head)
     if head and not new_head:
-        names["fc.weight"] = _heads(tensors)[0]
+        names["fc.weight"] = _output_matrix(tensors)
     state = network.state_dict()
     for name, source in names.items():
         value = tensors[source]
-        if is_gguf and name.endswith(("attention.query.weight", "attention.key.weight")):
+        if is_gguf and name.endswith(_ROTARY):
             value = _half_rotary_rows(value, network.shape.head_size)
         if value.shape != state[name].shape:
             raise ModelError(
@@ -130,11 +178,16 @@ def _load(
                 field="weights",
             )
         state[name] = value
-    types = next((tensor for name, tensor in tensors.items() if name.endswith(_TOKEN_TYPES)), None)
-    if types is not None:  # every token of a single text has type 0
-        state["positions.weight"] = state["positions.weight"] + types[0]
+    if token_type is not None:  # every token of a single text has type 0
+        state["positions.weight"] = state["positions.weight"] + token_type
     network.load_state_dict(state)
     return names
+
+
+def _neighbour_rotary_rows(rows: Tensor, size: int) -> Tensor:
+    """Return the rows of `_half_rotary_rows` in the order of GGUF."""
+    pairs: Tensor = rows.reshape(-1, 2, size // 2, rows.shape[1]).transpose(1, 2)
+    return pairs.reshape(rows.shape)
 
 
 def _half_rotary_rows(rows: Tensor, size: int) -> Tensor:

@@ -145,13 +145,12 @@ def _starts_stream(
     )
 
 
-def source_vectors(name: str, tensor: Tensor, size: int) -> Tensor | None:
+def source_vectors(tensor: Tensor, size: int) -> Tensor | None:
     """Return the vectors of a source, [r, size]; None if it has another size.
 
     The vectors of a convolution on patches are those that one pixel adds.
 
     Args:
-        name: of the tensor.
         tensor: [..., size], or a kernel [size, C, h, w].
         size: numbers of one vector.
     """

@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from mtlsign.config.embed import TEXT_TASKS
 from mtlsign.errors import DataError
 from mtlsign.tasks.base import Split, Task
 from mtlsign.tasks.batch import Batch
@@ -80,9 +81,9 @@ def load_task(
         DataError: unknown name, or missing or damaged data.
         ModelError: the factory cannot be imported.
     """
-    if tokenizer is not None and name.partition("@")[0] not in (*TEXT_NAMES, LANGUAGE_MODEL):
+    if tokenizer is not None and name.partition("@")[0] not in TEXT_TASKS:
         raise DataError(
-            f"The task {name[:80]!r} has no texts for a tokenizer. Use one of {', '.join(TEXT_NAMES)}.",
+            f"The task {name[:80]!r} has no texts for a tokenizer. Use one of {', '.join(TEXT_TASKS)}.",
             field="tokenizer",
         )
     if name == "digits":

@@ -12,7 +12,7 @@ from mtlsign.models.pretrained_transformer import load_pretrained_transformer
 from mtlsign.storage.safetensors_io import serialize_safetensors
 
 pytestmark = pytest.mark.slow
-transformers = pytest.importorskip("transformers", reason="the extra architectures is not installed")
+COMMAND = "uv run --dev --extra architectures pytest -m slow tests/architectures -n 0"
 
 SIZES = {
     "vocab_size": 90,
@@ -24,11 +24,16 @@ SIZES = {
 TOKENS = torch.randint(3, 90, (3, 11), generator=torch.Generator().manual_seed(0))
 
 
+def library() -> Any:
+    """Return the library transformers, which the ordinary tests do not install."""
+    return pytest.importorskip("transformers", reason=f"transformers is missing: {COMMAND}")
+
+
 def saved(kind: str, folder: Path, **options: Any) -> Any:
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**SIZES, **options)
+    config = getattr(library(), f"{kind}Config")(**SIZES, **options)
     name = f"{kind}Model" if kind == "Bert" else f"{kind}ForCausalLM"
-    model = getattr(transformers, name)(config).eval()
+    model = getattr(library(), name)(config).eval()
     model.save_pretrained(folder)
     return model
 
@@ -69,6 +74,6 @@ def test_marked_weights_return_to_the_library(tmp_path: Path) -> None:
             block.attention.query.weight.add_(0.01)
     tensors = loaded.in_original_names(loaded.network.state_dict())
     (tmp_path / "model.safetensors").write_bytes(serialize_safetensors(tensors))
-    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    model = library().LlamaForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded.network(TOKENS), model(TOKENS).logits, atol=2e-5, rtol=1e-4)

@@ -230,6 +230,39 @@ def similarity(kernels: dict[str, Array], reference: Tensors) -> float:
     return float(np.mean(means))
 
 
+def evaluate_readings(
+    opening: dict[str, str], reference: Tensors, readings: list[dict[str, Array]], keys: dict[str, str]
+) -> dict[str, Any]:
+    """Return scores, matching bits and evidence of the best reading.
+
+    Args:
+        opening: the key opening.
+        reference: tensors of W0's reference.
+        readings: kernels [rows, inputs] by name, for each reading.
+        keys: name of a kernel -> key of its layer, in the order of the network.
+    """
+    spec, results = json.loads(base64.b64decode(opening["spec"])), []
+    for reading in readings:
+        z = np.concatenate([
+            responses(
+                reading[name][None, :, :, None], reference[f"{key}/columns"], reference[f"{key}/basis"]
+            )
+            for name, key in keys.items()
+        ])  # fmt: skip
+        readouts = expand_key(opening, len(z))
+        scores = np.concatenate([group_scores(z, readout) for readout in readouts])
+        labels = np.array([bit == "1" for readout in readouts for bit in readout["labels"]])
+        correct = (np.abs(scores) >= 1e-4) & ((scores > 0) == labels)
+        results.append((tail_bits(correct, scores, spec["statistic"]), scores, correct))
+    evidence, scores, correct = max(results, key=lambda result: result[0])
+    return {
+        "scores": scores.tolist(),
+        "matching_bits": "".join(str(int(bit)) for bit in correct),
+        "evidence_bits": max(0.0, evidence - math.log2(len(results))),
+        "readings": len(results),
+    }
+
+
 def evaluate_suspect(
     opening: dict[str, str], reference_bytes: bytes, suspect: bytes, names: list[str], gates: int
 ) -> dict[str, Any]:
@@ -242,8 +275,7 @@ def evaluate_suspect(
         names: the matrices in the order in which the network reads them.
         gates: gates of a unit.
     """
-    spec, reference = json.loads(base64.b64decode(opening["spec"])), parse_safetensors(reference_bytes)
-    tensors = parse_safetensors(suspect)
+    reference, tensors = parse_safetensors(reference_bytes), parse_safetensors(suspect)
     (embedding,) = [name.removesuffix("/rows") for name in reference if name.endswith("/rows")]
     readers = [name for name in names if "weight_ih_l0" in name]
     kernels = {name: tensors[name].astype(np.float64) for name in names}
@@ -257,24 +289,5 @@ def evaluate_suspect(
     if all(kernels[name].shape == best[name].shape for name in names):
         same = all(np.array_equal(kernels[name], best[name]) for name in names)
         readings = [kernels] if same else [kernels, best]
-    results = []
-    for reading in readings:
-        z = np.concatenate([
-            responses(
-                reading[name][None, :, :, None], reference[f"{name}/columns"], reference[f"{name}/basis"]
-            )
-            for name in names
-        ])  # fmt: skip
-        readouts = expand_key(opening, len(z))
-        scores = np.concatenate([group_scores(z, readout) for readout in readouts])
-        labels = np.array([bit == "1" for readout in readouts for bit in readout["labels"]])
-        correct = (np.abs(scores) >= 1e-4) & ((scores > 0) == labels)
-        results.append((tail_bits(correct, scores, spec["statistic"]), scores, correct))
-    evidence, scores, correct = max(results, key=lambda result: result[0])
-    return {
-        "scores": scores.tolist(),
-        "matching_bits": "".join(str(int(bit)) for bit in correct),
-        "evidence_bits": max(0.0, evidence - math.log2(len(results))),
-        "readings": len(results),
-        "similarity": similarity(best, reference),
-    }
+    result = evaluate_readings(opening, reference, readings, {name: name for name in names})
+    return result | {"similarity": similarity(best, reference)}

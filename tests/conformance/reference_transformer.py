@@ -6,23 +6,20 @@ of heads. Neurons stay in the file's order.
 
 from __future__ import annotations
 
-import base64
-import json
-import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tests.conformance.reference_recurrent import assignment, find_words, misfit, sketch_matrix, unit
-from tests.conformance.reference_spread import (
-    Tensors,
-    expand_key,
-    group_scores,
-    parse_safetensors,
-    responses,
-    tail_bits,
+from tests.conformance.reference_recurrent import (
+    assignment,
+    evaluate_readings,
+    find_words,
+    misfit,
+    sketch_matrix,
+    unit,
 )
+from tests.conformance.reference_spread import Tensors, parse_safetensors
 
 Array = npt.NDArray[np.float64]
 Structure = dict[str, Any]
@@ -34,13 +31,13 @@ def normalised(tensors: Tensors, structure: Structure) -> dict[str, Array]:
     for name in (*structure["readers"], *structure["writers"]):
         if name not in tensors:
             continue
-        matrix = tensors[name].astype(np.float32)
+        matrix = tensors[name].astype(np.float64)
         gain = tensors.get(structure["gains"].get(name, ""))
         if gain is not None:
-            matrix = matrix * gain.astype(np.float32)
+            matrix = matrix * gain.astype(np.float64)
         if structure["subtracts_mean"] and name in structure["writers"]:
-            matrix = matrix - matrix.mean(0, keepdims=True, dtype=np.float32)
-        matrices[name] = matrix.astype(np.float64)
+            matrix = matrix - matrix.mean(0, keepdims=True)
+        matrices[name] = matrix.astype(np.float32).astype(np.float64)
     return matrices
 
 
@@ -144,33 +141,12 @@ def evaluate_suspect(
         suspect: a safetensors file.
         structure: parts of the residual stream, and the marked layers in the order of the network.
     """
-    spec, reference = json.loads(base64.b64decode(opening["spec"])), parse_safetensors(reference_bytes)
-    tensors = parse_safetensors(suspect)
+    reference, tensors = parse_safetensors(reference_bytes), parse_safetensors(suspect)
     matrices = normalised(tensors, structure)
     own = products(matrices, reference, structure)
     best = products(turned(matrices, tensors, reference, structure), reference, structure)
     best = ordered(best, reference, structure)
     same = all(np.array_equal(own[name], best[name]) for name in own)
-    results = []
-    for reading in [own] if same else [own, best]:
-        z = np.concatenate([
-            responses(
-                reading[name][None, :, :, None],
-                reference[f"{name.removesuffix('.weight')}/columns"],
-                reference[f"{name.removesuffix('.weight')}/basis"],
-            )
-            for name in structure["layers"]
-        ])  # fmt: skip
-        readouts = expand_key(opening, len(z))
-        scores = np.concatenate([group_scores(z, readout) for readout in readouts])
-        labels = np.array([bit == "1" for readout in readouts for bit in readout["labels"]])
-        correct = (np.abs(scores) >= 1e-4) & ((scores > 0) == labels)
-        results.append((tail_bits(correct, scores, spec["statistic"]), scores, correct))
-    evidence, scores, correct = max(results, key=lambda result: result[0])
-    return {
-        "scores": scores.tolist(),
-        "matching_bits": "".join(str(int(bit)) for bit in correct),
-        "evidence_bits": max(0.0, evidence - math.log2(len(results))),
-        "readings": len(results),
-        "similarity": similarity_of(best, reference),
-    }
+    keys = {name: name.removesuffix(".weight") for name in structure["layers"]}
+    result = evaluate_readings(opening, reference, [own] if same else [own, best], keys)
+    return result | {"similarity": similarity_of(best, reference)}

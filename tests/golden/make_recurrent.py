@@ -111,6 +111,17 @@ def evaluate_suspect(detector: WatermarkDetector, suspect: bytes) -> dict[str, A
     }
 
 
+def expected_results(detector: WatermarkDetector, files: dict[str, bytes]) -> dict[str, Any]:
+    """Return the files of suspects, each with its expected result."""
+    return {
+        suspect: {
+            "file": base64.b64encode(data).decode("ascii"),
+            "expected": evaluate_suspect(detector, data),
+        }
+        for suspect, data in files.items()
+    }
+
+
 def build_network(name: str) -> dict[str, Any]:
     """Return the part of one network."""
     model, inputs = base_network(name), tokens()
@@ -124,13 +135,7 @@ def build_network(name: str) -> dict[str, Any]:
         "matrices": kernel_names(detector),
         "opening": json.loads(opening.to_json()),
         "reference": base64.b64encode(reference.raw_bytes).decode("ascii"),
-        "suspects": {
-            suspect: {
-                "file": base64.b64encode(data).decode("ascii"),
-                "expected": evaluate_suspect(detector, data),
-            }
-            for suspect, data in files.items()
-        },
+        "suspects": expected_results(detector, files),
     }
 
 

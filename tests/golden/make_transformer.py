@@ -25,9 +25,9 @@ from mtlsign.watermark.keys import identity, spec
 from mtlsign.watermark.keys import opening as key
 from mtlsign.watermark.verification.alignment import TransformerAligner
 from mtlsign.watermark.verification.detector import WatermarkDetector
-from mtlsign.watermark.verification.reference import Reference, make_reference
+from mtlsign.watermark.verification.reference import make_reference
 from mtlsign.watermark.verification.response_bases import response_bases
-from tests.golden.make_recurrent import evaluate_suspect
+from tests.golden.make_recurrent import expected_results
 from tests.golden.make_vectors import TEST_KIT_KEY, TEST_SEED, WARNING, sha256
 from tests.unit.attacks.text_examples import text_task
 from tests.unit.watermark.verification.spread_examples import mark
@@ -125,25 +125,13 @@ def build_network(name: str) -> dict[str, Any]:
         "structure": structure(detector),
         "opening": json.loads(opening.to_json()),
         "reference": base64.b64encode(reference.raw_bytes).decode("ascii"),
-        "suspects": {
-            suspect: {
-                "file": base64.b64encode(data).decode("ascii"),
-                "expected": evaluate_suspect(detector, data),
-            }
-            for suspect, data in suspects(model, detector).items()
-        },
+        "suspects": expected_results(detector, suspects(model, detector)),
     }
 
 
 def build_golden() -> dict[str, Any]:
     """Return the content of `transformer.json`."""
     return {"warning": WARNING, "networks": {name: build_network(name) for name in NETWORKS}}
-
-
-def detector_of(part: dict[str, Any]) -> WatermarkDetector:
-    """Return the package's detector of one network of the golden file."""
-    opening = key.KeyOpening.from_json(json.dumps(part["opening"]))
-    return WatermarkDetector(opening, Reference.from_bytes(base64.b64decode(part["reference"])))
 
 
 if __name__ == "__main__":

@@ -24,19 +24,9 @@ from mtlsign.watermark.embedding.checkpoint_identity import PHASE1_SETTINGS
 #: Settings that a space may not set, because the settings of the sweep determine them.
 SWEEP_OWNED_SETTINGS = frozenset(
     (
-        *(
-            "owner",
-            "passphrase_file",
-            "endpoint",
-            "json",
-            "quiet",
-            "data",
-            "download",
-            "tokenizer",
-            "workers",
-        ),
-        *("cpus_per_worker", "gpus_per_worker", "resource_timeout_s", "max_failures", "storage", "run"),
-        *("resume", "keep_checkpoints", "insecure_test_key", "name"),
+        *("owner", "passphrase_file", "endpoint", "json", "quiet", "data", "download", "tokenizer"),
+        *("workers", "cpus_per_worker", "gpus_per_worker", "resource_timeout_s", "max_failures"),
+        *("storage", "run", "resume", "keep_checkpoints", "insecure_test_key", "name"),
     )
 )
 VARIANT = "variant"

@@ -14,7 +14,7 @@ from mtlsign.models.input_spec import TextSpec
 from mtlsign.tasks.base import Task
 from mtlsign.tasks.batch import Batch
 from mtlsign.tasks.splitting import seeded_generator
-from mtlsign.tasks.text.text_files import read_text, require_present
+from mtlsign.tasks.text.text_files import read_text
 from mtlsign.tasks.text.tokenisation import PADDING, PretrainedTokenizer, TokenLayout
 
 NAME = "lm"
@@ -69,7 +69,13 @@ def load_language_model(root: Path, *, seed: int, share: float, tokenizer: Path 
     Raises:
         DataError: a file is missing, damaged or too short, or no tokenizer is given.
     """
-    require_present(NAME, root, ["lm/train.txt", "lm/test.txt"], "your texts", "lm")
+    missing = [f"lm/{part}.txt" for part in ("train", "test") if not (root / "lm" / f"{part}.txt").exists()]
+    if missing:
+        raise DataError(
+            f"{', '.join(missing)} missing in {root}. Put your texts there, or give another folder with "
+            "--data.",
+            field="data",
+        )
     if tokenizer is None:
         raise DataError("The task lm has no words. Give the tokenizer of the model.", field="tokenizer")
     encoder = PretrainedTokenizer(tokenizer, TokenLayout("spaces", LENGTH, keep="first"))

@@ -70,16 +70,16 @@ def estimate_memory(
         factories: trusted factories by name.
 
     Returns:
-        The estimate; None for networks that cannot run without values.
+        The estimate; None for networks that cannot be built or run without values.
     """
-    with torch.device("meta"):
-        network = architectures.build(architecture, factories=factories)
+    try:
+        with torch.device("meta"):
+            network = architectures.build(architecture, factories=factories)
+        values = _activation_values(network.train(), input_spec)
+    except Exception:  # a custom network can do anything, and errors of others are raised when they are built
+        return None
     parameters = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    try:
-        values = _activation_values(network.train(), input_spec)
-    except Exception:  # a custom network can do anything with its inputs
-        return None
     first, second = (-(-batch // world) for batch in (settings.phase1.batch or 1, settings.phase2.batch))
     moments = 2 if settings.phase1.optimizer == "adam" else 1
     phase1 = parameters + trained * (1 + moments) + values * first

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mtlsign.models.attention_layers import AttentionLayer, MatrixRows
 from mtlsign.models.residual_stream import ResidualStream
-from mtlsign.watermark.verification.model import Weights
+from mtlsign.watermark.verification.model import Weights, rounded
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,23 @@ class AttentionProducts:
     stream: ResidualStream
     bases: Mapping[str, Tensor]
     head_sizes: Mapping[str, int]
+
+    @classmethod
+    def of(
+        cls, stream: ResidualStream, bases: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+    ) -> AttentionProducts:
+        """Return the products of an architecture.
+
+        Args:
+            stream: its residual stream.
+            bases: response bases [1, d, k] by key of the layer, also of other layers.
+            parameters: of the network, by name.
+        """
+        keys = [layer.query_key for layer in stream.attentions]
+        sizes = {
+            layer.module: parameters[layer.output].shape[1] // layer.heads for layer in stream.attentions
+        }
+        return cls(stream, {key: bases[key][0].double() for key in keys if key in bases}, sizes)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -74,18 +91,18 @@ class AttentionProducts:
         for name, kernel in kernels.items():
             if name in gains:
                 continue
-            gain = kernels.get(self.stream.gains.get(name, ""))
+            gain, matrix = kernels.get(self.stream.gains.get(name, "")), _computed(kernel)
             if gain is not None and gain.shape == kernel.shape[1:]:
-                kernel = kernel * gain
+                matrix = matrix * gain
             if self.stream.subtracts_mean and name in self.stream.writers:
-                kernel = kernel - kernel.mean(0, keepdim=True)
-            matrices[name] = kernel
+                matrix = matrix - matrix.mean(0, keepdim=True)
+            matrices[name] = rounded(matrix, kernel.dtype)
         return matrices
 
     def _products(self, layer: AttentionLayer, matrices: Weights) -> dict[str, Tensor]:
         """Return the two products of one layer, as far as its matrices are present and fit."""
         basis, size = self.bases.get(layer.query_key), self.head_sizes[layer.module]
-        if layer.output not in matrices:
+        if layer.output not in matrices or len(matrices[layer.output]) != self.stream.size:
             return {}
         output = _computed(matrices[layer.output])
         heads, rest = divmod(output.shape[1], size)
@@ -93,6 +110,7 @@ class AttentionProducts:
             name: part
             for name, rows in (("query", layer.query), ("key", layer.key), ("value", layer.value))
             if (part := _heads(rows, layer, matrices, heads, size)) is not None
+            and part.shape[2] == self.stream.size
         }
         products = {}
         if basis is not None and "query" in parts and "key" in parts:

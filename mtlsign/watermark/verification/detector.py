@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mtlsign.errors import ArtifactError, SettingsError
+from mtlsign.errors import ArtifactError, ModelError, SettingsError
 from mtlsign.models import architectures
 from mtlsign.models.factories import Factory
 from mtlsign.models.untrusted import MappedTensors, select_tensors_untrusted
@@ -310,8 +310,11 @@ class WatermarkDetector:
     def _select_all(self, tensors: Mapping[str, Tensor]) -> Iterator[MappedTensors]:
         """Select the kernels in each place, and then those of blocks that have other numbers than W0's."""
         yield from self._select(tensors)
-        for view in self.aligner.renumbered(tensors, self._select):
-            yield from self._select(view)
+        try:
+            for view in self.aligner.renumbered(tensors, self._select):
+                yield from self._select(view)
+        except ModelError as error:
+            yield MappedTensors({}, str(error))
 
     def _select(self, tensors: Mapping[str, Tensor]) -> Iterator[MappedTensors]:
         """Select the kernels of untrusted tensors for each place where the file has them."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mtlsign.models.recurrent_layers import is_recurrent, weight_place
 from mtlsign.models.taps import tapped_layers
-from mtlsign.watermark.verification.model import Weights
+from mtlsign.watermark.verification.model import Weights, rounded
 from mtlsign.watermark.verification.vocabulary import VocabularyAxes, find_words
 
 #: Ids whose vectors are in the reference: padding, the unknown word and the most frequent words.
@@ -147,7 +147,7 @@ class EmbeddingFrame:
         words = self.words.find(vectors)
         change = (words - words.mean(0)).T @ self.inverse.to(words.device)
         framed = {
-            name: (kernels[name].double() @ change).to(kernels[name].dtype)
+            name: rounded(kernels[name].double() @ change, kernels[name].dtype)
             for name in self.readers
             if name in kernels and kernels[name].shape[1] == len(change)
         }

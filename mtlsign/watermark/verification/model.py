@@ -88,6 +88,15 @@ class VerifierModel(Protocol):
         """
 
 
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return float64 values in another type; those that are too large for it become its largest.
+
+    A suspect's numbers have any size, and infinite ones cannot be compared.
+    """
+    largest = torch.finfo(dtype).max
+    return values.clamp(-largest, largest).to(dtype)
+
+
 class _PrecisionGuard:
     """Holds all operators at exact fp32 while at least one thread computes.
 

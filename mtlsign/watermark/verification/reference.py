@@ -199,15 +199,7 @@ def _stream_values(
     if stream is None:
         return {}, {}
     parameters = {name: p.detach().float().cpu() for name, p in model.named_parameters()}
-    products = AttentionProducts(
-        stream,
-        {
-            layer.query_key: bases[layer.query_key][0].double()
-            for layer in stream.attentions
-            if layer.query_key in bases
-        },
-        {layer.module: parameters[layer.output].shape[1] // layer.heads for layer in stream.attentions},
-    )
+    products = AttentionProducts.of(stream, bases, parameters)
     kernels = products.apply(parameters)
     tensors = stream_tensors(model, stream)
     for name in products.shapes:

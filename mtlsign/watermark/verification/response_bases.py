@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mtlsign.errors import ModelError
 from mtlsign.models.residual_stream import ResidualStream, residual_stream
 from mtlsign.models.taps import TappedLayer, tapped_layers
+from mtlsign.watermark.verification.attention_products import AttentionProducts
 from mtlsign.watermark.verification.input_moments import input_moments, module_of_key
 
 #: Training inputs from which the covariances are computed.
@@ -95,12 +96,12 @@ def _row_counts(
     bases: Mapping[str, Tensor],
 ) -> dict[str, int]:
     """Return the number of rows of each layer by its key."""
-    parameters, rows = dict(model.named_parameters()), {}
-    for attention in () if stream is None else stream.attentions:
-        if attention.query_key in bases:
-            rows[attention.query_key] = attention.heads * bases[attention.query_key].shape[2]
-        rows[attention.value_output] = attention.heads * (stream.size if stream is not None else 0)
-    return rows | {layer.key: len(parameters[layer.weight]) for layer in layers if layer.kind != "attention"}
+    parameters = dict(model.named_parameters())
+    rows = {layer.key: len(parameters[layer.weight]) for layer in layers if layer.kind != "attention"}
+    if stream is not None:
+        shapes = AttentionProducts.of(stream, bases, parameters).shapes
+        rows |= {name: shape[0] for name, shape in shapes.items()}
+    return rows
 
 
 def _bounded(bases: dict[str, Tensor], rows: Mapping[str, int]) -> dict[str, Tensor]:

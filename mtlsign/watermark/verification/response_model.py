@@ -218,11 +218,10 @@ def attention_products(
     Raises:
         ArtifactError: a basis of the reference has another shape.
     """
+    if not any(name.endswith((".query_key/basis", ".value_output/basis")) for name in reference.tensors):
+        return None
     stream = residual_stream(template_model, taps, sample)
     if stream is None:
-        return None
-    names = [name for layer in stream.attentions for name in (layer.query_key, layer.value_output)]
-    if not any(f"{name}/basis" in reference.tensors for name in names):
         return None
     bases: dict[str, Tensor] = {}
     for layer in stream.attentions:
@@ -231,10 +230,8 @@ def attention_products(
             continue
         if basis.dim() != 3 or basis.shape[:2] != (1, stream.size) or basis.shape[2] > MAX_DIRECTIONS:
             raise _misfit(f"{layer.query_key}/basis")
-        bases[layer.query_key] = basis[0].double().to(sample.device)
-    parameters = dict(template_model.named_parameters())
-    sizes = {layer.module: parameters[layer.output].shape[1] // layer.heads for layer in stream.attentions}
-    return AttentionProducts(stream, bases, sizes)
+        bases[layer.query_key] = basis.to(sample.device)
+    return AttentionProducts.of(stream, bases, dict(template_model.named_parameters()))
 
 
 def _matrix_names(kernels: Mapping[str, object], stream: ResidualStream | None) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mtlsign.models.residual_stream import ResidualStream, source_vectors
 from mtlsign.watermark.verification.embedding_frame import MAX_ROWS, KnownWords, vocabulary_tensors
-from mtlsign.watermark.verification.model import Weights
+from mtlsign.watermark.verification.model import Weights, rounded
 
 #: Share of the mean singular value that is added to keep directions without known vectors as they are.
 _RIDGE = 1e-3
@@ -35,7 +35,7 @@ def stream_tensors(model: nn.Module, stream: ResidualStream) -> dict[str, Tensor
     tensors: dict[str, Tensor] = {}
     parameters = dict(model.named_parameters())
     for name in stream.sources:
-        vectors = source_vectors(name, parameters[name].detach().cpu(), stream.size)
+        vectors = source_vectors(parameters[name].detach().cpu(), stream.size)
         if vectors is not None:
             tensors[f"{name}/rows"] = vectors[:MAX_ROWS].half().clone()
     words = _words_name(model, stream)
@@ -101,9 +101,9 @@ class StreamFrame:
             return result
         for name, matrix in result.items():
             if name in self.stream.readers and matrix.shape[1] == len(turn):
-                result[name] = (matrix.double() @ turn).to(matrix.dtype)
+                result[name] = rounded(matrix.double() @ turn, matrix.dtype)
             elif name in self.stream.writers and matrix.shape[0] == len(turn):
-                result[name] = (turn.T @ matrix.double()).to(matrix.dtype)
+                result[name] = rounded(turn.T @ matrix.double(), matrix.dtype)
         return result
 
     @torch.no_grad()
@@ -112,7 +112,7 @@ class StreamFrame:
         pairs = []
         for name, known in self.rows.items():
             tensor = matrices.get(name)
-            vectors = None if tensor is None else source_vectors(name, tensor, self.stream.size)
+            vectors = None if tensor is None else source_vectors(tensor, self.stream.size)
             if vectors is None or len(vectors) < len(known):
                 continue
             own = vectors[: len(known)].cpu().double()

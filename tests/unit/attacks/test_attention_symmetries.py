@@ -6,15 +6,17 @@ import pytest
 import torch
 from torch import nn
 
+import mtlsign
 from mtlsign.attacks import NotApplicableError
 from mtlsign.attacks.equal_function import TOLERANCE, function_change
 from mtlsign.models.architectures import build
 from mtlsign.schemes.mtlsign import MTLSignKey
 from mtlsign.tasks import Task
+from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.kit import detector_for_kit
 from mtlsign.watermark.verification.algorithm import verify
 from tests.unit.attacks.helpers import run
-from tests.unit.attacks.text_examples import text_task
+from tests.unit.attacks.text_examples import OPTIONS, text_task
 from tests.unit.attacks.transformer_examples import KINDS, architecture, marked_transformer
 
 
@@ -139,3 +141,18 @@ def test_rotate_stream_of_tied_outputs_gives_them_a_matrix() -> None:
     tokens = torch.randint(1, 80, (4, 6))
     torch.testing.assert_close(attacked(tokens), model(tokens), atol=1e-4, rtol=1e-3)
     assert "fc.weight" in attacked.state_dict()
+
+
+def test_unsketch_of_chosen_layers_changes_these_alone() -> None:
+    torch.manual_seed(0)
+    model = build(architecture("pre"))
+    layers = "blocks.0.attention.value_output,blocks.1.mlp.up"
+    done = mtlsign.embed(
+        model, text_task(), identity=Identity.generate(), architecture=architecture("pre"), layers=layers,
+        **OPTIONS,
+    )  # fmt: skip
+    key = MTLSignKey(detector_for_kit(done.kit))
+    state = model.state_dict()
+    attacked = run("unsketch", model, text_task(), seed=1, key=key).model.state_dict()
+    changed = {name for name, tensor in attacked.items() if not torch.equal(tensor, state[name])}
+    assert changed == {"blocks.0.attention.value.weight", "blocks.1.mlp.up.weight"}

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mtlsign.errors import ModelError
 from mtlsign.models.architectures import build
-from mtlsign.models.pretrained_transformer import load_pretrained_transformer
+from mtlsign.models.pretrained_transformer import in_original_names, load_pretrained_transformer
 from mtlsign.models.transformer import Transformer
 from mtlsign.storage.safetensors_io import serialize_safetensors
 
@@ -115,14 +116,53 @@ def test_folder_gives_network_of_equal_outputs_and_its_own_tensors(kind: str, tm
     assert all(torch.equal(tensor, loaded.original[name]) for name, tensor in back.items())
 
 
+def changed_state(model: Transformer) -> dict[str, Tensor]:
+    """Return the tensors of a network with noise on each, as after training."""
+    generator = torch.Generator().manual_seed(3)
+    state = model.state_dict()
+    return {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in state.items()}
+
+
+def assert_equal_encodings(model: Transformer, state: dict[str, Tensor], other: Transformer) -> None:
+    model.load_state_dict(state)
+    torch.testing.assert_close(other.encode(TOKENS), model.encode(TOKENS), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_in_original_names_returns_changed_matrices(kind: str, tmp_path: Path) -> None:
+def test_trained_network_is_written_and_loaded_again(kind: str, tmp_path: Path) -> None:
     loaded = load_pretrained_transformer(folder(tmp_path, kind), classes=2)
-    state = {name: tensor + 1 for name, tensor in loaded.network.state_dict().items()}
-    back = loaded.in_original_names(state)
-    for name, tensor in back.items():
-        is_source = "embed" in name and "LayerNorm" not in name
-        assert torch.equal(tensor, loaded.original[name]) == is_source, name
+    state = changed_state(loaded.network)
+    tensors = in_original_names(tmp_path, state)
+    assert tensors.keys() == loaded.original.keys()
+    (tmp_path / "model.safetensors").write_bytes(serialize_safetensors(tensors))
+    again = load_pretrained_transformer(tmp_path, classes=2).network
+    assert_equal_encodings(loaded.network, state, again)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_trained_language_model_is_written_with_its_outputs(tied: bool, tmp_path: Path) -> None:
+    folder(tmp_path, "llama", tie_word_embeddings=tied)
+    if not tied:
+        file = tmp_path / "model.safetensors"
+        with pytest.raises(ModelError, match="no matrix of outputs"):
+            load_pretrained_transformer(tmp_path)
+        head = torch.randn(30, 16, generator=torch.Generator().manual_seed(5))
+        tensors = library_tensors("llama", network("llama")) | {"lm_head.weight": head}
+        file.write_bytes(serialize_safetensors(tensors))
+    loaded = load_pretrained_transformer(tmp_path)
+    assert loaded.network.shape.tied == int(tied)
+    state = changed_state(loaded.network)
+    written = in_original_names(tmp_path, state)
+    (tmp_path / "model.safetensors").write_bytes(serialize_safetensors(written))
+    again = load_pretrained_transformer(tmp_path).network
+    loaded.network.load_state_dict(state)
+    torch.testing.assert_close(again(TOKENS), loaded.network(TOKENS), atol=1e-5, rtol=1e-5)
+
+
+def test_in_original_names_of_another_network_raises_model_error(tmp_path: Path) -> None:
+    folder(tmp_path, "llama")
+    with pytest.raises(ModelError, match="do not come from this"):
+        in_original_names(tmp_path, network("bert").state_dict())
 
 
 def test_base_of_rotary_positions_is_read_in_both_forms(tmp_path: Path) -> None:
@@ -138,10 +178,31 @@ def test_decoder_with_classes_pools_the_last_token(tmp_path: Path) -> None:
     assert loaded.architecture["pooling"] == "last" and loaded.network(TOKENS).shape == (3, 5)
 
 
-def test_gguf_gives_network_of_equal_outputs(tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf", reason="the extra convert is not installed")
-    model = network("llama")
-    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "llama")
+GGUF_PARTS = {
+    "attention.query": "attn_q", "attention.key": "attn_k", "attention.value": "attn_v",
+    "attention.output": "attn_output", "attention_norm": "attn_norm", "mlp.gate": "ffn_gate",
+    "mlp.up": "ffn_up", "mlp.down": "ffn_down", "mlp_norm": "ffn_norm",
+}  # fmt: skip
+
+
+def gguf_tensors(model: Transformer) -> dict[str, Tensor]:
+    """Return the tensors as a GGUF file stores them, with pairs of rotary positions as neighbours."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        owner = name.removesuffix(".weight")
+        if owner.startswith("blocks."):
+            _, number, part = owner.split(".", 2)
+            target = f"blk.{number}.{GGUF_PARTS[part]}.weight"
+            if part in ("attention.query", "attention.key"):
+                tensor = tensor.reshape(-1, 2, 2, 16).transpose(1, 2).reshape(tensor.shape)
+        else:
+            target = {"embedding": "token_embd.weight", "final_norm": "output_norm.weight"}[owner]
+        tensors[target] = tensor
+    return tensors
+
+
+def write_gguf(path: Path, tensors: dict[str, Tensor]) -> Path:
+    writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(12)
     writer.add_embedding_length(16)
     writer.add_block_count(2)
@@ -150,27 +211,24 @@ def test_gguf_gives_network_of_equal_outputs(tmp_path: Path) -> None:
     writer.add_head_count_kv(2)
     writer.add_rope_freq_base(5000.0)
     writer.add_layer_norm_rms_eps(1e-5)
-    parts = {
-        "attention.query": "attn_q", "attention.key": "attn_k", "attention.value": "attn_v",
-        "attention.output": "attn_output", "attention_norm": "attn_norm", "mlp.gate": "ffn_gate",
-        "mlp.up": "ffn_up", "mlp.down": "ffn_down", "mlp_norm": "ffn_norm",
-    }  # fmt: skip
-    for name, tensor in model.state_dict().items():
-        owner = name.removesuffix(".weight")
-        if owner.startswith("blocks."):
-            _, number, part = owner.split(".", 2)
-            target = f"blk.{number}.{parts[part]}.weight"
-            if part in ("attention.query", "attention.key"):  # pairs of rotary positions as neighbours
-                tensor = tensor.reshape(-1, 2, 2, 16).transpose(1, 2).reshape(tensor.shape)
-        else:
-            target = {"embedding": "token_embd.weight", "final_norm": "output_norm.weight"}[owner]
-        writer.add_tensor(target, np.ascontiguousarray(tensor.numpy()))
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, np.ascontiguousarray(tensor.numpy()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    loaded = load_pretrained_transformer(tmp_path / "model.gguf")
+    return path
+
+
+def test_gguf_gives_network_of_equal_outputs_and_its_own_tensors(tmp_path: Path) -> None:
+    model = network("llama")
+    loaded = load_pretrained_transformer(write_gguf(tmp_path / "model.gguf", gguf_tensors(model)))
     torch.testing.assert_close(loaded.network(TOKENS), model(TOKENS), atol=1e-5, rtol=1e-5)
+    back = loaded.in_original_names(loaded.network.state_dict())
+    assert all(torch.equal(tensor, loaded.original[name]) for name, tensor in back.items())
+    state = changed_state(loaded.network)
+    written = write_gguf(tmp_path / "changed.gguf", loaded.in_original_names(state))
+    assert_equal_encodings(loaded.network, state, load_pretrained_transformer(written).network)
 
 
 @pytest.mark.parametrize(

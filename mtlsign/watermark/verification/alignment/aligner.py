@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,7 +17,11 @@ from mtlsign.watermark.verification.alignment.layers import (
     reference_layers,
 )
 from mtlsign.watermark.verification.alignment.orders import Orders, staying_similarities
-from mtlsign.watermark.verification.alignment.result import RECOGNITION_MARGIN, Alignment, random_sketch
+from mtlsign.watermark.verification.alignment.result import (
+    RECOGNITION_MARGIN,
+    Alignment,
+    with_random_sketches,
+)
 from mtlsign.watermark.verification.alignment.search import Search
 from mtlsign.watermark.verification.alignment.suspect import SuspectLayer, suspect_layers
 from mtlsign.watermark.verification.reference import Reference
@@ -103,10 +106,7 @@ class Aligner:
         The same alignment with random kernels of W0's shapes gives the similarity that search alone reaches.
         """
         control = copy.copy(self)
-        control.layers = {
-            name: replace(layer, sketch=random_sketch(name, layer.sketch.shape))
-            for name, layer in self.layers.items()
-        }
+        control.layers = with_random_sketches(self.layers)
         chance = control.align(kernels).similarity
         return self.align(kernels).similarity > chance + RECOGNITION_MARGIN
 

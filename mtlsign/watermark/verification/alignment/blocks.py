@@ -11,15 +11,16 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor
 
+from mtlsign.errors import ModelError
 from mtlsign.models.families import translation_of
 from mtlsign.models.residual_stream import ResidualStream
+from mtlsign.models.tensor_names import MAX_MAPPINGS
 from mtlsign.watermark.verification.alignment.assignment import Floats, Indices, best_assignment
 
 #: A name with a number between dots: text before it, the number, text after it.
-_NUMBERED = re.compile(r"((?:[^.]+\.)*?[^.]+)\.([0-9]{1,4})\.(.+)")
+_NUMBERED = re.compile(r"((?:[^.]+\.)*?[^.]+)\.(0|[1-9][0-9]{0,3})\.(.+)")
 #: Largest ratio of a suspect's blocks to those of W0.
 _MAX_GROWTH = 4
 
@@ -31,38 +32,59 @@ class BlockNames:
     Attributes:
         prefix: text before the number.
         count: number of blocks.
+        outputs: texts after the number in the names of the attention layers' output matrices.
     """
 
     prefix: str
     count: int
+    outputs: frozenset[str]
 
     @classmethod
     def of(cls, stream: ResidualStream) -> BlockNames | None:
         """Return the names of blocks with one attention layer each; None if they are not numbered from 0."""
-        matches = [_NUMBERED.fullmatch(f"{layer.module}.query") for layer in stream.attentions]
+        matches = [_NUMBERED.fullmatch(layer.output) for layer in stream.attentions]
         places = [(match[1], int(match[2])) for match in matches if match is not None]
         prefixes = {prefix for prefix, _ in places}
         if len(places) != len(matches) or len(prefixes) != 1:
             return None
         if [number for _, number in places] != list(range(len(places))):
             return None
-        return cls(prefixes.pop(), len(places))
+        outputs = frozenset(match[3] for match in matches if match is not None)
+        return cls(prefixes.pop(), len(places), outputs)
+
+
+@dataclass(frozen=True)
+class BlockGroup:
+    """Blocks in one place of a file.
+
+    Attributes:
+        prefix: text before their numbers.
+        place: text before all names of the network, such as `model.`.
+        numbers: in ascending order.
+    """
+
+    prefix: str
+    place: str
+    numbers: tuple[int, ...]
 
 
 class RenumberedTensors(Mapping[str, Tensor]):
-    """Tensors of a file with other numbers of blocks; tensors of blocks without a new number are left out.
+    """Tensors of one place of a file with other numbers of blocks; blocks without a new one are left out.
 
     Args:
         tensors: of the file.
-        prefix: text before the numbers that change.
+        group: blocks whose numbers change.
         numbers: number in the file -> new number.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], prefix: str, numbers: Mapping[int, int]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], group: BlockGroup, numbers: Mapping[int, int]) -> None:
         self._tensors = tensors
         self._sources: dict[str, str] = {}
+        prefix = group.prefix
         for name in tensors:
-            match = _NUMBERED.fullmatch(name) if isinstance(name, str) else None
+            if not isinstance(name, str) or not name.startswith(group.place):
+                continue
+            match = _NUMBERED.fullmatch(name)
             if match is None or match[1] != prefix:
                 self._sources[name] = name
             elif int(match[2]) in numbers:
@@ -81,32 +103,44 @@ class RenumberedTensors(Mapping[str, Tensor]):
         return len(self._sources)
 
 
-def numbered_groups(tensors: Mapping[str, Tensor], blocks: BlockNames) -> dict[str, list[int]]:
-    """Return the numbers of blocks in a file by the text before them.
+def block_groups(tensors: Mapping[str, Tensor], blocks: BlockNames) -> list[BlockGroup]:
+    """Return the blocks of a file that have other numbers than W0's.
 
     Args:
         tensors: of the file.
         blocks: names of the architecture's blocks.
 
     Returns:
-        Groups of blocks under these names or other libraries' names of them, whose numbers are not just those
-        from 0 to count - 1, with at least half and at most four times as many.
+        Numbers of the blocks that have an output matrix, under these names or other libraries' names of
+        them. Groups are absent if their numbers are just those from 0 to count - 1, less than half or over
+        four times as many.
+
+    Raises:
+        ModelError: there are more than `MAX_MAPPINGS` groups.
     """
-    numbers: dict[str, set[int]] = defaultdict(set)
+    numbers: dict[tuple[str, str], set[int]] = defaultdict(set)
     for name in tensors:
         match = _NUMBERED.fullmatch(name) if isinstance(name, str) else None
         if match is None:
             continue
         translation = translation_of(name)
         own = name if translation is None else translation.target
-        if f".{own}".rpartition(f".{blocks.prefix}.{match[2]}.")[1]:
-            numbers[match[1]].add(int(match[2]))
+        for output in blocks.outputs:
+            tail = f"{blocks.prefix}.{match[2]}.{output}"
+            if own == tail or own.endswith(f".{tail}"):
+                numbers[match[1], own.removesuffix(tail)].add(int(match[2]))
     count = blocks.count
-    return {
-        prefix: sorted(group)
-        for prefix, group in sorted(numbers.items())
+    groups = [
+        BlockGroup(prefix, place, tuple(sorted(group)))
+        for (prefix, place), group in sorted(numbers.items())
         if group != set(range(count)) and count <= 2 * len(group) and len(group) <= _MAX_GROWTH * count
-    }
+    ]
+    if len(groups) > MAX_MAPPINGS:
+        raise ModelError(
+            f"The blocks exist in over {MAX_MAPPINGS} places of the file. Keep one of them.",
+            field="checkpoint",
+        )
+    return groups
 
 
 def windows(numbers: Sequence[int], count: int) -> Iterator[dict[int, int]]:
@@ -124,8 +158,3 @@ def new_numbers(similarities: Floats, numbers: Sequence[int]) -> dict[int, int]:
     """
     order: Indices = best_assignment(similarities)
     return {numbers[column]: block for block, column in enumerate(order.tolist()) if column >= 0}
-
-
-def empty_similarities(count: int, numbers: Sequence[int]) -> Floats:
-    """Return similarities of 0, [W0's blocks, blocks of the file]."""
-    return np.zeros((count, len(numbers)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -28,8 +28,8 @@ from mtlsign.watermark.verification.alignment.assignment import Floats, Indices,
 from mtlsign.watermark.verification.alignment.layers import unit_rows
 from mtlsign.watermark.verification.alignment.result import (
     Alignment,
-    random_sketch,
     recognition_margin,
+    with_random_sketches,
 )
 from mtlsign.watermark.verification.embedding_frame import embedding_frame
 from mtlsign.watermark.verification.reference import Reference, reference_tensor
@@ -168,10 +168,7 @@ class RecurrentAligner:
         The same alignment with random sketches gives the similarity that search alone reaches.
         """
         control = copy.copy(self)
-        control.layers = {
-            name: replace(layer, sketch=random_sketch(name, layer.sketch.shape))
-            for name, layer in self.layers.items()
-        }
+        control.layers = with_random_sketches(self.layers)
         margin = recognition_margin([layer.sketch for layer in self.layers.values()])
         return self.align(kernels).similarity > control.align(kernels).similarity + margin
 

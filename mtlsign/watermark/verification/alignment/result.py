@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -33,6 +34,25 @@ class Alignment:
 
     kernels: Mapping[str, Tensor]
     similarity: float
+
+
+class Sketched(Protocol):
+    """Layer of W0 with a sketch, a frozen dataclass."""
+
+    @property
+    def sketch(self) -> Floats:
+        """Sketch of its rows, [rows, s]."""
+
+
+_Layer = TypeVar("_Layer", bound=Sketched)
+
+
+def with_random_sketches(layers: Mapping[str, _Layer]) -> dict[str, _Layer]:
+    """Return layers with public random sketches, to which the same alignment gives a similarity by chance."""
+    return {
+        name: replace(layer, sketch=random_sketch(name, layer.sketch.shape))  # type: ignore[type-var]
+        for name, layer in layers.items()
+    }
 
 
 def recognition_margin(sketches: Sequence[Floats]) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,16 +22,15 @@ from mtlsign.watermark.verification.alignment.assignment import Floats, Indices,
 from mtlsign.watermark.verification.alignment.blocks import (
     BlockNames,
     RenumberedTensors,
-    empty_similarities,
+    block_groups,
     new_numbers,
-    numbered_groups,
     windows,
 )
 from mtlsign.watermark.verification.alignment.layers import ReferenceLayer, unit_rows
 from mtlsign.watermark.verification.alignment.result import (
     Alignment,
-    random_sketch,
     recognition_margin,
+    with_random_sketches,
 )
 from mtlsign.watermark.verification.attention_products import AttentionProducts
 from mtlsign.watermark.verification.reference import Reference, reference_tensor
@@ -44,13 +43,11 @@ class HeadProducts:
     """Products of W0's heads in one attention layer.
 
     Attributes:
-        weight: name of the products.
         heads: number of heads.
         size: numbers of one vector of the stream.
         sketch: float64 [heads * rows of a head, s].
     """
 
-    weight: str
     heads: int
     size: int
     sketch: Floats
@@ -107,7 +104,7 @@ class TransformerAligner:
         self._neurons = Aligner(template_model, taps, reference, sample)
         self._frame = StreamFrame.of(template_model, products.stream, reference.tensors)
         self.heads = {
-            name: HeadProducts(name, heads, products.stream.size, sketch)
+            name: HeadProducts(heads, products.stream.size, sketch)
             for name, (heads, sketch) in _head_sketches(products, reference).items()
         }
         self.further_shapes = dict(self._frame.shapes)
@@ -134,7 +131,9 @@ class TransformerAligner:
         inner = self.products.stream.attention_weights
         neurons = self._neurons.align({n: m for n, m in matrices.items() if n not in inner})
         attention = {name: matrix for name, matrix in matrices.items() if name in inner}
-        aligned = self._ordered_heads(self.products.multiplied({**neurons.kernels, **attention}))
+        ordered = self._ordered_heads(self.products.multiplied({**neurons.kernels, **attention}))
+        shapes = self.products.shapes  # without a sketch, further heads stay
+        aligned = {name: k for name, k in ordered.items() if tuple(k.shape) == shapes.get(name, k.shape)}
         return Alignment(aligned, self._similarity(aligned))
 
     def recognizes(self, kernels: Mapping[str, Tensor]) -> bool:
@@ -143,15 +142,9 @@ class TransformerAligner:
         The same alignment with random sketches gives the similarity that search alone reaches.
         """
         control = copy.copy(self)
-        control.heads = {
-            name: replace(layer, sketch=random_sketch(name, layer.sketch.shape))
-            for name, layer in self.heads.items()
-        }
+        control.heads = with_random_sketches(self.heads)
         control._neurons = copy.copy(self._neurons)
-        control._neurons.layers = {
-            name: replace(layer, sketch=random_sketch(name, layer.sketch.shape))
-            for name, layer in self._neurons.layers.items()
-        }
+        control._neurons.layers = with_random_sketches(self._neurons.layers)
         margin = recognition_margin([layer.sketch for layer in self.layers.values()])
         return self.align(kernels).similarity > control.align(kernels).similarity + margin
 
@@ -163,18 +156,23 @@ class TransformerAligner:
         Args:
             tensors: of the file.
             select: selects the tensors of the architecture in each place of a view.
+
+        Raises:
+            ModelError: the file has blocks with other numbers in more than `MAX_MAPPINGS` places.
         """
         blocks = BlockNames.of(self.products.stream)
-        groups = {} if blocks is None else numbered_groups(tensors, blocks)
-        for prefix, numbers in groups.items():
-            assert blocks is not None
-            similarities = empty_similarities(blocks.count, numbers)
+        if blocks is None:
+            return
+        for group in block_groups(tensors, blocks):
+            numbers = group.numbers
+            similarities = np.zeros((blocks.count, len(numbers)))
             for window in windows(numbers, blocks.count):
-                for selected in select(RenumberedTensors(tensors, prefix, window)):
+                for selected in select(RenumberedTensors(tensors, group, window)):
                     columns = [numbers.index(number) for number in window]
                     own = self._block_similarities(selected.tensors)[:, : len(columns)]
                     similarities[:, columns] = np.maximum(similarities[:, columns], own)
-            yield RenumberedTensors(tensors, prefix, new_numbers(similarities, numbers))
+            if similarities.any():  # otherwise no block can be read
+                yield RenumberedTensors(tensors, group, new_numbers(similarities, numbers))
 
     def _block_similarities(self, kernels: Mapping[str, Tensor]) -> Floats:
         """Compare the heads of W0's blocks with those of a suspect's: [blocks, blocks]; 0 for missing ones.

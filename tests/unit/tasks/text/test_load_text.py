@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mtlsign.config.embed import TEXT_TASKS
 from mtlsign.errors import DataError
 from mtlsign.models.input_spec import TextSpec
-from mtlsign.tasks import NAMES, SPLITS, load_task
+from mtlsign.tasks import NAMES, SPLITS, load_task, text
 from tests.unit.tasks.text.layouts import write_glove, write_imdb, write_sst
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the official")
@@ -22,7 +23,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_load_task_lists_text_tasks() -> None:
-    assert {"imdb", "sst2", "sst5"} <= set(NAMES)
+    assert set(TEXT_TASKS) == {*text.NAMES, "lm"} <= set(NAMES)
 
 
 def test_load_task_sst5_uses_official_parts(root: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 
 from mtlsign.commands.convert import convert
@@ -16,6 +17,7 @@ from mtlsign.config.attack import AttackSettings
 from mtlsign.config.embed import EmbedSettings, public_model_name
 from mtlsign.errors import DataError, ModelError, SettingsError
 from mtlsign.experiments.attack_runs.target import load_target
+from mtlsign.models.architectures import build
 from mtlsign.models.pretrained_transformer import load_pretrained_transformer
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.tasks import load_task
@@ -30,7 +32,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*of the official")
 
 
 def write_tokenizer(path: Path, first: str = "[PAD]") -> Path:
-    tokenizers = pytest.importorskip("tokenizers")
     vocabulary = {word: i for i, word in enumerate((first, "[UNK]", *WORDS))}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -80,6 +81,15 @@ def test_job_marks_pretrained_network_and_returns_its_names(settings: dict[str, 
     assert verify(renamed, detector).matches == 128
     words = tensors["embeddings.word_embeddings.weight"]
     assert torch.equal(renamed["bert.embeddings.word_embeddings.weight"], words)
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "config.json").write_text(json.dumps(config))
+    (again / "model.safetensors").write_bytes(output.read_bytes())
+    network = build(dict(json.loads(run.kit.opening.spec)["architecture"]))
+    network.load_state_dict(run.tensors)
+    tokens = torch.randint(1, 13, (4, 20))
+    loaded = load_pretrained_transformer(again, classes=2).network
+    torch.testing.assert_close(loaded.encode(tokens), network.eval().encode(tokens), atol=1e-5, rtol=1e-4)  # type: ignore[operator]
     target = load_target(AttackSettings.of({
         "model": run.result["model_path"], "kit": run.result["kit"], "data": tmp_path,
         "tokenizer": settings["tokenizer"], "owner": settings["owner"],

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conformance import reference_transformer as reader
 from tests.golden import make_transformer as maker
-from tests.golden.make_recurrent import evaluate_suspect
+from tests.golden.make_recurrent import detector_of, evaluate_suspect
 from tests.unit.watermark.scenarios.test_golden_recurrent import assert_equal_results
 
 GOLDEN: dict[str, Any] = json.loads(maker.TRANSFORMER_FILE.read_text("utf-8"))
@@ -45,7 +45,7 @@ def test_second_reader_reproduces_golden_scores(name: str, suspect: str) -> None
 def test_package_reproduces_golden_scores(name: str, suspect: str) -> None:
     part = NETWORKS[name]
     case = part["suspects"][suspect]
-    detector = maker.detector_of(part)
+    detector = detector_of(part)
     assert maker.structure(detector) == part["structure"]
     assert_equal_results(evaluate_suspect(detector, base64.b64decode(case["file"])), case["expected"])
 

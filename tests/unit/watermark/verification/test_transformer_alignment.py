@@ -196,9 +196,9 @@ def test_products_of_joint_matrix_equal_those_of_separate_ones() -> None:
 def test_reference_of_other_shapes_raises_artifact_error(name: str, change: Any) -> None:
     _, _, reference = aligned_network("pre")
     damaged = Reference(reference.raw_bytes, {**reference.tensors, name: change(reference.tensors[name])})
+    build_reader = make_aligner if name.endswith("sketch") else ResponseModel  # only alignment reads sketches
     with pytest.raises(ArtifactError):
-        ResponseModel(network("pre"), TAPS, damaged, SPEC.sample())
-        make_aligner(network("pre"), TAPS, damaged, SPEC.sample())
+        build_reader(network("pre"), TAPS, damaged, SPEC.sample())
 
 
 def test_placeholder_bases_have_the_layers_of_measured_ones() -> None:
@@ -213,7 +213,6 @@ def test_placeholder_bases_have_the_layers_of_measured_ones() -> None:
 
 
 def test_align_undoes_changes_of_a_vision_transformer_of_timm() -> None:
-    pytest.importorskip("timm", reason="the extra timm is not installed")
     torch.manual_seed(0)
     architecture = architecture_for("timm/vit_tiny_patch16_224", channels=1, classes=4, size=32)
     model, images = build(architecture).eval(), torch.rand(64, 1, 32, 32)
