@@ -23,14 +23,15 @@ from mtlsign.watermark.embedding.worker import SingleProcessContext
 from mtlsign.watermark.verification.detector import WatermarkDetector
 
 #: malloc returns large blocks at once, so that the peak shows memory in use and not memory in its cache.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 #: Sizes that `BareForward` holds apart from activations: tapped copy, student, teacher, student's gradients.
 _BARE_COPIES = 4
 #: Peaks hardly vary, so more repetitions are not needed.
 _MAX_ROUNDS = 3
 
 
-def _status(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """Return a field of /proc/self/status in bytes, such as VmRSS."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -45,7 +46,7 @@ def child(part: str, options: Options) -> dict[str, float]:
     parameters = sum(p.numel() * p.element_size() for p in setup.model.parameters())
     BareForward(setup).run_step(1)  # libraries allocate their scratch space on first use
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status_bytes("VmRSS")
     if part == "clean":
         train_clean_model(copy.deepcopy(setup.model), small, settings, SingleProcessContext())
     elif part == "mark":
@@ -55,7 +56,7 @@ def child(part: str, options: Options) -> dict[str, float]:
         del base_weights
     else:
         _run_bare_passes(setup)
-    return {"bytes": _status("VmHWM") - before, "parameters": parameters}
+    return {"bytes": status_bytes("VmHWM") - before, "parameters": parameters}
 
 
 def _run_bare_passes(setup: BenchmarkSetup) -> None:
@@ -72,7 +73,7 @@ def _measure(part: str, options: Options) -> dict[str, float]:
     )
     process = subprocess.run(
         [sys.executable, "-c", code, part, json.dumps(options)],
-        env={**os.environ, **_MALLOC, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+        env={**os.environ, **MALLOC, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
         capture_output=True,
         text=True,
         check=False,

@@ -77,6 +77,7 @@ class ClaimSettings(KitSettings):
         "suspect_name",
         "bundle",
         "confirmation_timeout",
+        "trace",
         "owner",
         "dry_run",
         "force",
@@ -91,6 +92,7 @@ class ClaimSettings(KitSettings):
     trusted_factory: str | None = Field(None, max_length=200, description=TRUSTED_FACTORY)
     confirmation_timeout: float = Field(300, ge=0, le=86_400, description="seconds to wait until the council has co-signed the registration; without that no key is opened, and a later run opens it")
     open_unconfirmed: bool = Field(False, description="open the key although the registration is not confirmed; a party that can rewrite the ledger's store could then remove the registration")
+    trace: bool = Field(False, description="the kits are of several recipients' copies, each published on its own; claim with the copy that the accused model was made from")
     dry_run: bool = Field(False, description="verify the accused model and show which key would be opened; write nothing")
     # fmt: on
 

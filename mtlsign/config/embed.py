@@ -105,7 +105,9 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
         "storage",
         "resume",
     )
-    resumable: ClassVar[frozenset[str]] = Settings.resumable | RESUMABLE | {"keep_checkpoints"}
+    resumable: ClassVar[frozenset[str]] = (
+        Settings.resumable | RESUMABLE | {"keep_checkpoints", "activation_checkpointing"}
+    )
 
     # fmt: off
     # network and task
@@ -141,6 +143,7 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
     workers: int = Field(1, ge=0, le=4096, description="Ray Train workers; 0: this process alone, without Ray")
     resource_timeout_s: int = Field(0, ge=0, le=86_400, description=RESOURCE_TIMEOUT_S)
     amp: bool = Field(True, description="bf16 for the primary path on GPUs; scores of the verifier remain fp32")
+    activation_checkpointing: Literal["auto", "always", "never"] = Field("auto", description="compute activations of blocks again in the backward pass, with equal results; auto: where memory is short")
     max_failures: int = Field(3, ge=-1, le=1000, description="restarts of a phase after a lost worker or node; -1: unlimited")
     # outputs
     keep_checkpoints: bool = Field(False, description="keep the (secret) checkpoints of the run after success")

@@ -9,11 +9,14 @@ subtracted.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from mtlsign.config.trace import TraceSettings
 from mtlsign.storage.model_folder import read_model
-from mtlsign.watermark.kit import detector_for_kit, open_kit
+from mtlsign.watermark.kit import OwnerKit, detector_for_kit, open_kit
 from mtlsign.watermark.verification.algorithm import verify
 from mtlsign.watermark.verification.verdict import Verdict
 
@@ -63,3 +66,29 @@ def trace(settings: TraceSettings) -> list[TracedRecipient]:
             )
         )
     return sorted(results, key=lambda result: -result.evidence_bits)
+
+
+def traced_copy(
+    kits: Sequence[OwnerKit], suspect: Mapping[str, Tensor], *, bits: float, factory: str | None = None
+) -> list[OwnerKit]:
+    """Return the kits of the copy that a suspect was made from, the one with the most evidence of several.
+
+    Args:
+        kits: kits of several copies of one W0; a copy has one kit for each of its keys.
+        suspect: tensors of the suspect.
+        bits: evidence that one key of the copy must reach after the correction for the number of keys.
+        factory: trusted factory of a custom architecture.
+
+    Returns:
+        The kits of this copy in their order; none if no copy reaches the evidence.
+    """
+    correction = math.log2(len(kits))
+    copies: dict[object, list[OwnerKit]] = {}
+    strongest: dict[object, float] = {}
+    for kit in kits:
+        copy = kit.info.get("model_digest")
+        evidence = verify(suspect, detector_for_kit(kit, factory), bits=bits + correction).evidence_bits
+        copies.setdefault(copy, []).append(kit)
+        strongest[copy] = max(strongest.get(copy, 0.0), evidence - correction)
+    best = max(strongest, key=lambda copy: strongest[copy])
+    return copies[best] if strongest[best] >= bits else []

@@ -133,6 +133,8 @@ def claim(settings: ClaimSettings) -> dict[str, Any]:
         claimant = owner_from(settings, ledger)
         kits = load_kits(settings, claimant.identity)
         view = claimant.view()
+        if settings.trace:
+            kits = _kits_of_traced_copy(kits, suspect, settings.trusted_factory, view.councils[-1][1].bits)
         plan = plan_claim(view, KitCommitments(claimant.identity, kits), hashlib.sha256(suspect).digest())
         if not settings.force:
             _require_key_present(kits, suspect, settings.trusted_factory, view.councils[-1][1].bits)
@@ -205,6 +207,29 @@ def _require_key_present(kits: Sequence[OwnerKit], suspect: bytes, factory: str 
             "Pass --force to claim nevertheless.",
             field="model",
         )
+
+
+def _kits_of_traced_copy(
+    kits: Sequence[OwnerKit], suspect: bytes, factory: str | None, bits: int
+) -> list[OwnerKit]:
+    """Return the kits of the copy that the accused model was made from.
+
+    Raises:
+        ClaimError: it was made from none of the copies.
+        ModelError: the model cannot be read.
+    """
+    from mtlsign.storage.safetensors_io import parse_safetensors
+    from mtlsign.watermark.tracing import traced_copy
+
+    tensors = parse_safetensors(suspect, max_bytes=MAX_MODEL)
+    traced = traced_copy(kits, tensors, bits=float(bits), factory=factory)
+    if not traced:
+        raise ClaimError(
+            f"None of the {len(kits)} keys reaches {bits} bits of evidence in the model, so it is traced to "
+            "no copy; no key was opened. jobs/trace.py shows the evidence of each.",
+            field="model",
+        )
+    return traced
 
 
 def _own_model_bytes(settings: ClaimSettings, kits: Sequence[OwnerKit], archive: BlobStore) -> bytes | None:

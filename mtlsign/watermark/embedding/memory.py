@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +16,13 @@ from torch import Tensor, nn
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import SettingsError
 from mtlsign.models import architectures
+from mtlsign.models.activation_checkpointing import checkpointed, repeated_blocks
 from mtlsign.models.factories import Factory
 from mtlsign.models.input_spec import InputSpec, TextSpec
 from mtlsign.models.loading import custom_factories
 from mtlsign.models.recurrent_layers import is_recurrent
+from mtlsign.models.taps import forward_to_taps
+from mtlsign.watermark import carriers
 from mtlsign.watermark.embedding.commitment import needs_response_bases
 from mtlsign.watermark.embedding.worker import WorkerContext
 
@@ -26,6 +32,8 @@ _OVERHEAD = 90 * 2**20
 _GIB = 2**30
 #: Values of one step of a recurrent unit that autograd keeps: gates, cell and output.
 _RECURRENT_VALUES = 6
+#: Feature maps of the largest size that exist at the same time while a batch norm of float64 is computed.
+_MAP_COPIES = 5
 #: Copies of a layer's kernel while its responses and their gradients are computed.
 _KERNEL_COPIES = 3
 #: Copies of the largest covariance while its eigenvectors are computed.
@@ -39,17 +47,33 @@ class MemoryEstimate:
     Attributes:
         phase1: network, gradients, moments of the optimiser, activations of a batch.
         bases: covariances of the inputs of all layers, and the eigenvectors of the largest one.
-        phase2: the same with W0, the activations of a batch of phase 2, and the kernels of the watermark.
+        phase2: the same with W0, the activations of a batch of phase 2 or of all key images, and the kernels
+            of the watermark.
+        verification: float64 feature maps of all key images, where a head reads them.
     """
 
     phase1: int
     bases: int
     phase2: int
+    verification: int
 
     @property
     def peak(self) -> int:
-        """The largest of the three."""
-        return max(self.phase1, self.bases, self.phase2)
+        """The largest of the four."""
+        return max(self.phase1, self.bases, self.phase2, self.verification)
+
+
+@dataclass(frozen=True)
+class ActivationValues:
+    """Numbers of the activations of one sample.
+
+    Attributes:
+        kept: numbers that autograd keeps for the backward pass.
+        largest: numbers of the largest output of a module.
+    """
+
+    kept: int
+    largest: int
 
 
 def estimate_memory(
@@ -59,6 +83,7 @@ def estimate_memory(
     *,
     world: int = 1,
     factories: Mapping[str, Factory] | None = None,
+    checkpointing: bool = False,
 ) -> MemoryEstimate | None:
     """Estimate the memory of both phases by running the architecture on the meta device.
 
@@ -68,14 +93,16 @@ def estimate_memory(
         input_spec: inputs of the task.
         world: workers that divide a batch.
         factories: trusted factories by name.
+        checkpointing: whether activations of blocks are computed again in the backward pass.
 
     Returns:
         The estimate; None for networks that cannot be built or run without values.
     """
     try:
         with torch.device("meta"):
-            network = architectures.build(architecture, factories=factories)
-        values = _activation_values(network.train(), input_spec)
+            network = architectures.build(architecture, factories=factories).to("meta")
+        values = activation_values(network.train(), input_spec, checkpointing=checkpointing).kept
+        key_values, largest_map = _key_values(network, input_spec, settings)
     except Exception:  # a custom network can do anything, and errors of others are raised when they are built
         return None
     parameters = sum(p.numel() for p in network.parameters())
@@ -83,10 +110,33 @@ def estimate_memory(
     first, second = (-(-batch // world) for batch in (settings.phase1.batch or 1, settings.phase2.batch))
     moments = 2 if settings.phase1.optimizer == "adam" else 1
     phase1 = parameters + trained * (1 + moments) + values * first
-    # W0's activations are not kept. Its largest ones and those of the loss are much smaller than W's.
-    phase2 = 2 * parameters + 3 * trained + values * second + _KERNEL_COPIES * trained
+    # W0's activations are not kept. Its largest ones and those of the loss are much smaller than W's. The
+    # gradients of the primary batch and of the key images are computed one after the other.
+    phase2 = 2 * parameters + 3 * trained + max(values * second, key_values) + _KERNEL_COPIES * trained
     bases = _FLOAT * 2 * parameters + (_covariance_bytes(network) if needs_response_bases(settings) else 0)
-    return MemoryEstimate(_FLOAT * phase1 + _OVERHEAD, bases + _OVERHEAD, _FLOAT * phase2 + _OVERHEAD)
+    verification = _FLOAT * 2 * parameters + 2 * _FLOAT * _MAP_COPIES * largest_map
+    return MemoryEstimate(
+        phase1=_FLOAT * phase1 + _OVERHEAD,
+        bases=bases + _OVERHEAD,
+        phase2=_FLOAT * phase2 + _OVERHEAD,
+        verification=verification + _OVERHEAD,
+    )
+
+
+def _key_values(network: nn.Module, input_spec: InputSpec, settings: EmbedSettings) -> tuple[int, int]:
+    """Return how many numbers autograd keeps for all key images, and those of their largest feature map."""
+    heads = [head for head in (settings.head, *settings.readouts) if head != "spread"]
+    key_inputs = carriers.key_input_spec(input_spec, settings.carrier_size)
+    sample = input_spec.sample(2, device="meta")
+    kept, largest = 0, 0
+    for head in heads:
+        taps = architectures.default_taps(network, head, sample)
+        if settings.taps is not None and head == settings.head:
+            taps = tuple(tap.strip() for tap in settings.taps.split(","))
+        sizes = activation_values(network, key_inputs, taps=taps)
+        kept, largest = kept + sizes.kept, max(largest, sizes.largest)
+    n = settings.key_size or 1024
+    return kept * n, largest * n
 
 
 def _covariance_bytes(network: nn.Module) -> int:
@@ -100,29 +150,63 @@ def _covariance_bytes(network: nn.Module) -> int:
     return 8 * (sum(sizes) + _COVARIANCE_COPIES * max(sizes, default=0))
 
 
-def _activation_values(network: nn.Module, input_spec: InputSpec) -> int:
-    """Return how many numbers autograd keeps for one sample: the outputs of all modules without children."""
-    counts: list[int] = []
+def activation_values(
+    network: nn.Module, input_spec: InputSpec, *, taps: Sequence[str] = (), checkpointing: bool = False
+) -> ActivationValues:
+    """Return how many numbers autograd keeps for one sample: the outputs of all modules without children.
 
-    def record(module: nn.Module, args: Any, output: Any) -> None:
+    Modules that change their input in place keep nothing of their own.
+
+    Args:
+        network: on the meta device.
+        input_spec: inputs of the network.
+        taps: modules after which the network stops; by default it runs to its end.
+        checkpointing: whether activations of blocks are computed again: the outputs of all blocks are kept,
+            and the activations of the largest one.
+    """
+    blocks = repeated_blocks(network) if checkpointing else {}
+    counts: dict[str, int] = defaultdict(int)
+    largest = 0
+
+    def record(owner: str, module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal largest
         first = output[0] if isinstance(output, tuple) else output
         if isinstance(first, Tensor):
+            largest = max(largest, first.numel())
+        if isinstance(first, Tensor) and not getattr(module, "inplace", False):
             factor = _RECURRENT_VALUES if is_recurrent(module) else 1
-            counts.append(factor * first.numel())
+            counts[owner] += factor * first.numel()
 
-    leaves = [module for module in network.modules() if not list(module.children())]
-    handles = [module.register_forward_hook(record) for module in leaves]
+    handles = [block.register_forward_hook(partial(record, "")) for block in blocks.values()]
+    for name, module in network.named_modules():
+        if not list(module.children()):
+            owner = next((block for block in blocks if name.startswith(f"{block}.")), "")
+            handles.append(module.register_forward_hook(partial(record, owner)))
+    sample = input_spec.sample(2, device="meta")
     try:
         with torch.no_grad():
-            network(input_spec.sample(2, device="meta"))
+            if taps:
+                forward_to_taps(network, sample, taps)
+            else:
+                network(sample)
     finally:
         for handle in handles:
             handle.remove()
-    attention = 0
-    if isinstance(input_spec, TextSpec):
-        heads = sum(int(getattr(m, "heads", 0)) for m in network.modules() if hasattr(m, "kv_heads"))
-        attention = heads * input_spec.length**2
-    return sum(counts) // 2 + attention
+    kept = counts.pop("", 0) + max(counts.values(), default=0)
+    return ActivationValues(kept // 2 + _attention_values(network, input_spec, blocks), largest // 2)
+
+
+def _attention_values(network: nn.Module, input_spec: InputSpec, blocks: Mapping[str, nn.Module]) -> int:
+    """Return the numbers of attention maps of one text, of all layers or of those of the largest block."""
+    if not isinstance(input_spec, TextSpec):
+        return 0
+    heads: dict[str, int] = defaultdict(int)
+    for name, module in network.named_modules():
+        if hasattr(module, "kv_heads"):
+            owner = next((block for block in blocks if name.startswith(f"{block}.")), "")
+            heads[owner] += int(getattr(module, "heads", 0))
+    kept = heads.pop("", 0)
+    return (kept + max(heads.values(), default=0)) * input_spec.length**2
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -142,30 +226,67 @@ def available_memory(device: torch.device) -> int | None:
     return min(limits) if limits else None
 
 
-def check_memory(
+@contextmanager
+def within_memory(
+    network: nn.Module,
     settings: EmbedSettings,
     architecture: Mapping[str, object],
     input_spec: InputSpec,
     worker: WorkerContext,
     *,
     phase: Literal[1, 2],
-) -> None:
-    """Check that this worker has the memory of its phase and of the later ones.
+    factories: Mapping[str, Factory] | None = None,
+) -> Iterator[None]:
+    """Train inside this context. Activations are checkpointed if they would exceed this worker's memory.
 
     Args:
+        network: the network to train.
         settings: complete settings.
         architecture: of the network.
         input_spec: inputs of the task.
         worker: this process of the phase.
         phase: phase that begins.
+        factories: trusted factories by name; by default those that the architecture names.
 
     Raises:
-        SettingsError: it has not.
+        SettingsError: the worker has too little memory for this phase or the later ones.
     """
-    world, factories = worker.world_size, custom_factories(architecture)
-    estimate = estimate_memory(settings, architecture, input_spec, world=world, factories=factories)
+    if factories is None:
+        factories = custom_factories(architecture)
+    mode, available = settings.activation_checkpointing, available_memory(worker.device)
+
+    def needed(checkpointing: bool) -> int | None:
+        estimate = estimate_memory(
+            settings, architecture, input_spec, world=worker.world_size, factories=factories,
+            checkpointing=checkpointing,
+        )  # fmt: skip
+        if estimate is None:
+            return None
+        return estimate.peak if phase == 1 else max(estimate.phase2, estimate.verification)
+
+    estimate = needed(mode == "always")
+    use = mode == "always"
+    if mode == "auto" and estimate is not None and available is not None and estimate > available:
+        reduced = needed(True)
+        assert reduced is not None
+        if reduced <= available < estimate:
+            use = True
+            row = {"phase": "clean" if phase == 1 else "mark", "step": 0, "of": 1}
+            worker.show_progress(row | {"warning": _checkpointing_warning(estimate, reduced, available)})
+        estimate = reduced
     if estimate is not None:
-        require_memory(estimate.peak if phase == 1 else estimate.phase2, available_memory(worker.device))
+        require_memory(estimate, available)
+    with checkpointed(network) if use else nullcontext():
+        yield
+
+
+def _checkpointing_warning(estimate: int, reduced: int, available: int) -> str:
+    """Return the warning that activations are checkpointed; the arguments are bytes."""
+    return (
+        f"{estimate / _GIB:.1f} GiB of memory are needed and {available / _GIB:.1f} GiB are free. "
+        "Activations are computed again in the backward pass, which needs "
+        f"{reduced / _GIB:.1f} GiB and takes about a third longer."
+    )
 
 
 def require_memory(estimate: int, available: int | None) -> None:
@@ -174,6 +295,6 @@ def require_memory(estimate: int, available: int | None) -> None:
         raise SettingsError(
             f"Embedding needs about {estimate / _GIB:.1f} GiB of memory in each worker, and "
             f"{max(available, 0) / _GIB:.1f} GiB are free. Lower --phase1.batch or --phase2.batch, or use "
-            "more workers or a larger machine.",
+            "--activation-checkpointing always, more workers or a larger machine.",
             field="phase2.batch",
         )

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from mtlsign.models.taps import eval_mode
 from mtlsign.tasks import Task, from_loaders
 from mtlsign.tasks.outputs import LogitsFunction, default_logits
 from mtlsign.watermark.embedding.commitment import commit_keys, measure_response_bases
+from mtlsign.watermark.embedding.memory import within_memory
 from mtlsign.watermark.embedding.phase1 import train_clean_model
 from mtlsign.watermark.embedding.pipeline import ProgressCallback, phase2_result
 from mtlsign.watermark.embedding.result import EmbeddingResult, build_result
@@ -102,16 +104,19 @@ def _embed(
 ) -> EmbeddingResult:
     """Run both phases on a prepared network; see `embed` for the arguments."""
     template_model = _copied(network).cpu()
-    rows = [] if trained else train_clean_model(network, task, settings, worker)
+    path = custom.factory_path(str(fields["arch"]))
+    factories = {} if path is None else {path: lambda: copy.deepcopy(template_model)}
+    limited = partial(within_memory, network, settings, fields, task.input_spec, worker, factories=factories)
+    with limited(phase=2 if trained else 1):
+        rows = [] if trained else train_clean_model(network, task, settings, worker)
     base_weights = cpu_state(network)
     bases = measure_response_bases(template_model, base_weights, task, settings)
     openings, reference = commit_keys(
         template_model, base_weights, fields, task.input_spec, settings, owner, bases=bases
     )
-    path = custom.factory_path(str(fields["arch"]))
-    factories = {} if path is None else {path: lambda: copy.deepcopy(template_model)}
     detector = WatermarkDetector.joined(openings, reference, device=worker.device, factories=factories)
-    phase2 = phase2_result(network, task, detector, settings, worker)
+    with limited(phase=2):
+        phase2 = phase2_result(network, task, detector, settings, worker)
     phase2 = replace(phase2, tensors=preparation.in_original_types(phase2.tensors))
     return build_result(base_weights, rows, openings, reference, phase2, settings, factories=factories)
 

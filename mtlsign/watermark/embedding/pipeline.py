@@ -36,7 +36,7 @@ from mtlsign.watermark.embedding.commitment import (
     validate_before_training,
 )
 from mtlsign.watermark.embedding.loop import evaluate
-from mtlsign.watermark.embedding.memory import check_memory
+from mtlsign.watermark.embedding.memory import within_memory
 from mtlsign.watermark.embedding.phase1 import train_clean_model
 from mtlsign.watermark.embedding.phase2 import embed_watermark
 from mtlsign.watermark.embedding.result import EmbeddingResult, Phase2Result, Rows, Tensors, build_result
@@ -239,11 +239,11 @@ def run_phase1(
         W0 and the rows of metrics.
     """
     task = _load_task(settings)
-    check_memory(settings, architecture, task.input_spec, worker, phase=1)
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"init/{settings.seed}".encode()).digest()[:7]))
     model = architectures.build(architecture, factories=custom_factories(architecture))
     initialize_pretrained(model, settings)
-    rows = train_clean_model(model, task, settings, worker)
+    with within_memory(model, settings, architecture, task.input_spec, worker, phase=1):
+        rows = train_clean_model(model, task, settings, worker)
     return cpu_state(model), rows
 
 
@@ -281,11 +281,11 @@ def run_phase2(
     """
     architecture = openings[0].parse().architecture
     factories, task = custom_factories(architecture), _load_task(settings)
-    check_memory(settings, architecture, task.input_spec, worker, phase=2)
     model = architectures.build(architecture, factories=factories)
     load_tensors(model, base_weights)
     detector = WatermarkDetector.joined(openings, reference, device=worker.device, factories=factories)
-    return phase2_result(model, task, detector, settings, worker)
+    with within_memory(model, settings, architecture, task.input_spec, worker, phase=2):
+        return phase2_result(model, task, detector, settings, worker)
 
 
 def phase2_result(

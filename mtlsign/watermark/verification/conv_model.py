@@ -19,6 +19,7 @@ from mtlsign.models.taps import (
     tapped_layers,
     tapped_parameters,
 )
+from mtlsign.watermark.verification.bounded_convolutions import bound_convolutions
 from mtlsign.watermark.verification.features import Features
 from mtlsign.watermark.verification.model import CanonicalStep, Weights
 from mtlsign.watermark.verification.reference import Reference, reference_tensor
@@ -91,6 +92,7 @@ class ConvVerifierModel:
     ) -> None:
         self.taps = tuple(taps)
         replace_frozen_batch_norms(template_model)
+        bound_convolutions(template_model)
         self._net = template_model.to(sample.device).eval()
         for module in template_model.modules():
             if isinstance(module, _BatchNorm):

@@ -9,19 +9,24 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import mtlsign
 from mtlsign.config import cli
 from mtlsign.storage.locations import open_storage
 from mtlsign.storage.safetensors_io import serialize_safetensors
+from mtlsign.tasks import Task
 from mtlsign.watermark.keys.identity import Identity, default_identity_path
 from mtlsign.watermark.keys.sealing import EncryptionSecret
 from mtlsign.watermark.kit import write_kit
+from tests.conftest import TINY
 from tests.unit.claims.scenario import make_identity
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -191,6 +196,39 @@ def test_publish_without_ledger_creates_it_and_public_model_is_refused(
     claimed = jobs("claim", *common, "--model", model)
     result = jobs("dispute", "--ledger", ledger, "--claims", claimed["index"])
     assert list(result["statuses"].values()) == ["self_attested"]
+
+
+def test_claim_with_trace_opens_the_key_of_the_copy_in_the_suspect(
+    jobs: JobRunner,
+    marked_model: tuple[Any, Any],
+    tiny_task: Task,
+    tiny_model: Callable[..., nn.Module],
+    tiny_graph: dict[str, object],
+    owner: Identity,
+    tmp_path: Path,
+) -> None:
+    options = {k: v for k, v in TINY.items() if k not in ("task", "model", "width")}
+    options |= {"seed": 1, "recipient": "Bob", "identity": owner, "architecture": tiny_graph}
+    second = mtlsign.embed(tiny_model(), tiny_task, trained=True, **options)
+    owner_file = jobs.identity(owner, "owner")
+    common = ("--ledger", f"sqlite:///{tmp_path}/ledger.db", "--owner", owner_file)
+    kits, entries = [], {}
+    for name, embedding in (("Alice", marked_model[1]), ("Bob", second)):
+        model, kit = save_result(embedding, tmp_path / "store", owner)
+        kits += ["--kit", kit]
+        release = ("publish", "--kit", kit, "--model", model, "--recipient", name, "--allow-public")
+        entries[name] = jobs(*release, *common)["index"]
+    suspect = tmp_path / "suspect.safetensors"
+    for name, embedding in (("Bob", second), ("Alice", marked_model[1])):
+        write_noisy_copy(embedding, suspect)
+        claim = ("claim", *kits, "--model", suspect, *common)
+        assert "different models" in jobs.error_line(*claim)
+        assert jobs(*claim, "--trace", "--dry-run")["publication"] == entries[name]
+    bundle = tmp_path / "claim.zip"
+    assert jobs(*claim, "--trace", "--bundle", bundle)["publication"] == entries["Alice"]
+    assert jobs("verify", "--bundle", bundle)["recipient"] == "Alice"
+    suspect.write_bytes(serialize_safetensors(marked_model[0]))
+    assert "traced to no copy" in jobs.error_line(*claim, "--trace")
 
 
 def test_commands_of_the_documentation_succeed(
