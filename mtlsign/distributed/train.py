@@ -8,6 +8,7 @@ the last checkpoint, also with another number of workers. Keys travel to the wor
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -162,10 +163,11 @@ class RayEmbeddingBackend:
             )
             if worker.rank != 0:
                 return None
-            return serialize_safetensors(result.tensors), result.head, result.rows, result.measured
+            return serialize_safetensors(result.tensors), dataclasses.replace(result, tensors={})
 
-        data, head, rows, measured = self._fit("mark", phase, settings, run)
-        return Phase2Result(parse_safetensors(data), head, rows, measured)
+        data, result = self._fit("mark", phase, settings, run)
+        assert isinstance(result, Phase2Result)
+        return dataclasses.replace(result, tensors=parse_safetensors(data))
 
     def _fit(
         self, name: str, phase: Callable[[RayWorkerContext], Any], settings: EmbedSettings, run: EmbeddingRun

@@ -1,6 +1,7 @@
 """Public model folders, and the names of the top-level folders of a storage.
 
     models/<digest>/   model.safetensors  config.json  README.md  manifest.json   public
+                       and files of the task, such as tokenizer.json
     kits/<id>/         kit.sealed  owner.json  manifest.json                       SECRET, encrypted at rest
     runs/<id>/         checkpoints, metrics, report                                SECRET, written by the jobs
 
@@ -62,7 +63,14 @@ def model_digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def write_model(storage: Storage, tensors: Mapping[str, Tensor], config: Mapping[str, Any], card: str) -> str:
+def write_model(
+    storage: Storage,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    card: str,
+    *,
+    further_files: Mapping[str, bytes] | None = None,
+) -> str:
     """Write `models/<digest>/` below `storage`.
 
     If the same model and config already exist, nothing is written and the existing README is kept.
@@ -72,6 +80,7 @@ def write_model(storage: Storage, tensors: Mapping[str, Tensor], config: Mapping
         tensors: the weights by name.
         config: the content of `config.json`.
         card: the text of `README.md`.
+        further_files: content by name of files that users of the model need, such as a tokenizer.
 
     Returns:
         The digest of the model.
@@ -83,7 +92,12 @@ def write_model(storage: Storage, tensors: Mapping[str, Tensor], config: Mapping
     """
     data = model_bytes(tensors)
     digest = model_digest(data)
-    files = {MODEL_FILE: data, CONFIG_FILE: serialize_json_object(config, indent=2), CARD_FILE: card.encode()}
+    files = dict(further_files or {})
+    files |= {
+        MODEL_FILE: data,
+        CONFIG_FILE: serialize_json_object(config, indent=2),
+        CARD_FILE: card.encode(),
+    }
     folder = storage.child(f"{MODELS}/{digest}")
     if folder.exists(MANIFEST):
         entries = read_manifest(folder)

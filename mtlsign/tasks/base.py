@@ -55,6 +55,8 @@ class Task:
         targets: kind of the targets; distillation compares probabilities or values accordingly.
         evaluation_batch: samples that are evaluated at once.
         initial_tensors: values of a new network's parameters by name, such as word vectors.
+        model_files: files by name that users of a trained network need, such as a tokenizer; public.
+        data_digest: SHA-256 (hex) of the list of samples, for data without an official list.
     """
 
     name: str
@@ -66,6 +68,8 @@ class Task:
     targets: TargetKind = "labels"
     evaluation_batch: int = 500
     initial_tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    model_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    data_digest: str | None = None
     _orders: dict[tuple[object, ...], Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,8 @@ def load_files(root: Path, *, seed: int, share: float = 1.0) -> Task:
     if images is None or not np.array_equal(images.labels, _labels(manifest)):
         images = _read_images(manifest, path)
         write_image_set(images_path, images)
-    return image_task(NAME, images, len(manifest.classes), seed=seed, share=share)
+    task = image_task(NAME, images, len(manifest.classes), seed=seed, share=share)
+    return replace(task, data_digest=hashlib.sha256(content).hexdigest())
 
 
 def _manifest_bytes(path: Path) -> bytes:

@@ -20,7 +20,13 @@ from mtlsign.tasks.text import glove, imdb, sst
 from mtlsign.tasks.text.labelled_texts import LabelledTexts
 from mtlsign.tasks.text.text_files import require_present
 from mtlsign.tasks.text.text_split import TextSplit
-from mtlsign.tasks.text.tokenisation import PretrainedTokenizer, TokenLayout, encode_texts
+from mtlsign.tasks.text.tokenisation import (
+    TOKENIZER_FILE,
+    PretrainedTokenizer,
+    TokenLayout,
+    encode_texts,
+    tokenizer_file,
+)
 from mtlsign.tasks.text.vocabulary import build_vocabulary
 
 __all__ = ["NAMES", "load_text"]
@@ -96,15 +102,17 @@ def load_text(name: str, root: Path, *, seed: int, share: float = 1.0, tokenizer
         input_spec=TextSpec(encoded.vocabulary, encoded.dimensions, source.layout.length, source.classes),
         splits=train_splits | official_splits,
         initial_tensors=encoded.initial_tensors,
+        model_files={TOKENIZER_FILE: encoded.tokenizer},
     )
 
 
 @dataclass(frozen=True)
 class _EncodedTexts:
-    """Token ids int64 [n, L] by part, number of token ids, and word vectors if the task has its own."""
+    """Token ids int64 [n, L] by part, number of token ids, tokenizer.json, and word vectors of the task."""
 
     tokens: dict[str, Tensor]
     vocabulary: int
+    tokenizer: bytes = field(repr=False)
     dimensions: int | None = None
     initial_tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -113,7 +121,8 @@ def _encode_with_glove(texts: Mapping[str, tuple[str, ...]], source: _Source, fi
     vocabulary = build_vocabulary(texts["train"], source.layout, file, source.max_words)
     tokens = {part: encode_texts(own, vocabulary.words, source.layout) for part, own in texts.items()}
     vectors = {"embedding.weight": vocabulary.vectors}
-    return _EncodedTexts(tokens, len(vocabulary), glove.DIMENSIONS, vectors)
+    tokenizer = tokenizer_file(vocabulary.words, source.layout)
+    return _EncodedTexts(tokens, len(vocabulary), tokenizer, glove.DIMENSIONS, vectors)
 
 
 def _encode_with_tokenizer(
@@ -121,4 +130,4 @@ def _encode_with_tokenizer(
 ) -> _EncodedTexts:
     tokenizer = PretrainedTokenizer(file, source.layout)
     tokens = {part: tokenizer.encode(own) for part, own in texts.items()}
-    return _EncodedTexts(tokens, tokenizer.vocabulary)
+    return _EncodedTexts(tokens, tokenizer.vocabulary, tokenizer.content)

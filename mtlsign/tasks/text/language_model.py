@@ -15,7 +15,7 @@ from mtlsign.tasks.base import Task
 from mtlsign.tasks.batch import Batch
 from mtlsign.tasks.splitting import seeded_generator
 from mtlsign.tasks.text.text_files import read_text
-from mtlsign.tasks.text.tokenisation import PADDING, PretrainedTokenizer, TokenLayout
+from mtlsign.tasks.text.tokenisation import PADDING, TOKENIZER_FILE, PretrainedTokenizer, TokenLayout
 
 NAME = "lm"
 #: Tokens of a block, and blocks that are evaluated at once.
@@ -94,8 +94,10 @@ def load_language_model(root: Path, *, seed: int, share: float, tokenizer: Path 
         splits[part] = BlockSplit(blocks[part], torch.arange(len(blocks[part])))
     spec = TextSpec(encoder.vocabulary, None, LENGTH, encoder.vocabulary, outputs="tokens")
     name = NAME if share == 1 else f"{NAME}@{share:g}"
-    return Task(name, spec, splits, logits_of=token_logits, loss=token_loss, metric=TokenAccuracy,
-                evaluation_batch=_EVALUATION_BATCH)  # fmt: skip
+    return Task(
+        name, spec, splits, logits_of=token_logits, loss=token_loss, metric=TokenAccuracy,
+        evaluation_batch=_EVALUATION_BATCH, model_files={TOKENIZER_FILE: encoder.content},
+    )  # fmt: skip
 
 
 def token_logits(outputs: Tensor) -> Tensor:

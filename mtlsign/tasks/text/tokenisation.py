@@ -16,6 +16,8 @@ from mtlsign.tasks.text.text_files import damaged_file, read_text
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+#: Name of the tokenizer in a model folder.
+TOKENIZER_FILE = "tokenizer.json"
 #: Ids of the two tokens that are no words; the words follow.
 PADDING, UNKNOWN = 0, 1
 #: Their names. Words are in lower case, so that no word equals them.
@@ -71,15 +73,18 @@ def encode_texts(texts: Sequence[str], words: Sequence[str], layout: TokenLayout
     Returns:
         int64 [n, layout.length]. A text without words is one unknown word.
     """
-    tokenizer = _build_tokenizer({word: i for i, word in enumerate((*_SPECIAL_TOKENS, *words))}, layout)
-    tokenizer.enable_truncation(layout.length, direction="right" if layout.keep == "first" else "left")
-    tokenizer.enable_padding(length=layout.length, pad_id=PADDING, pad_token=_SPECIAL_TOKENS[PADDING])
+    tokenizer = _word_tokenizer(words, layout)
     ids = np.empty((len(texts), layout.length), dtype=np.int64)
     for start in range(0, len(texts), _CHUNK):
         encodings = tokenizer.encode_batch_fast(list(texts[start : start + _CHUNK]))
         ids[start : start + _CHUNK] = [encoding.ids for encoding in encodings]
     ids[ids[:, 0] == PADDING, 0] = UNKNOWN
     return torch.from_numpy(ids)
+
+
+def tokenizer_file(words: Sequence[str], layout: TokenLayout) -> bytes:
+    """Return a tokenizer.json that encodes as `encode_texts` does; a text without words is padding."""
+    return _word_tokenizer(words, layout).to_str().encode()
 
 
 class PretrainedTokenizer:
@@ -90,6 +95,7 @@ class PretrainedTokenizer:
         layout: length of the sequences; the beginning of a longer text is kept.
 
     Attributes:
+        content: the file.
         vocabulary: number of token ids.
 
     Raises:
@@ -100,6 +106,7 @@ class PretrainedTokenizer:
         from tokenizers import Tokenizer
 
         content = read_text(file, _MAX_TOKENIZER_BYTES)
+        self.content = content.encode()
         try:
             self._tokenizer = Tokenizer.from_str(content)
         except Exception as error:  # the library raises plain exceptions
@@ -122,6 +129,14 @@ class PretrainedTokenizer:
         """Return token ids int64 [n, length]; 0 is padding after the last token."""
         ids = np.array([encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))])
         return torch.from_numpy(ids.astype(np.int64))
+
+
+def _word_tokenizer(words: Sequence[str], layout: TokenLayout) -> Tokenizer:
+    """Return a tokenizer of words with the ids from 2, which truncates and pads."""
+    tokenizer = _build_tokenizer({word: i for i, word in enumerate((*_SPECIAL_TOKENS, *words))}, layout)
+    tokenizer.enable_truncation(layout.length, direction="right" if layout.keep == "first" else "left")
+    tokenizer.enable_padding(length=layout.length, pad_id=PADDING, pad_token=_SPECIAL_TOKENS[PADDING])
+    return tokenizer
 
 
 def _build_tokenizer(vocabulary: dict[str, int], layout: TokenLayout) -> Tokenizer:

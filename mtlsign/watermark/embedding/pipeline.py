@@ -306,7 +306,9 @@ def phase2_result(
             row = {"phase": "mark", "step": 0, "of": settings.phase2.steps, "warning": warning}
             worker.show_progress(row)
     rows, measured = embed_watermark(model, task, detector, settings, worker)
-    return Phase2Result(cpu_state(model), detector.head_bytes(), rows, measured)
+    return Phase2Result(
+        cpu_state(model), detector.head_bytes(), rows, measured, task.model_files, task.data_digest
+    )
 
 
 def inspect_task(settings: EmbedSettings) -> InputSpec:

@@ -43,12 +43,16 @@ class Phase2Result:
         head: bytes of a free head, None for a keyed head.
         rows: rows of metrics.
         measured: accuracies of W0 and W.
+        model_files: files of the task for the public model folder.
+        data_digest: SHA-256 (hex) of the task's list of samples, if it has one.
     """
 
     tensors: Tensors = field(repr=False)
     head: bytes | None = field(repr=False)
     rows: Rows
     measured: dict[str, float]
+    model_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    data_digest: str | None = None
 
 
 @dataclass
@@ -63,6 +67,7 @@ class EmbeddingResult:
         result: content of `result.json`.
         history: rows of metrics of both phases.
         scores: signed scores of the marked model, W0 and an unrelated key.
+        model_files: further files of the public model folder, such as a tokenizer.
     """
 
     tensors: Tensors = field(repr=False)
@@ -72,6 +77,7 @@ class EmbeddingResult:
     history: dict[str, Rows] = field(repr=False)
     scores: dict[str, list[float]] = field(repr=False)
     further_kits: tuple[OwnerKit, ...] = field(default=(), repr=False)
+    model_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     def save(self, storage: Storage, secret: EncryptionSecret) -> None:
         """Write `models/<digest>/` and `kits/<id>/` below `storage`, and add their locations to `result`.
@@ -91,7 +97,8 @@ class EmbeddingResult:
             "task": self.result["task"],
             "name": self.result["name"],
         }
-        digest = write_model(storage, self.tensors, config, _model_card(self.result, architecture))
+        card = _model_card(self.result, architecture)
+        digest = write_model(storage, self.tensors, config, card, further_files=self.model_files)
         ids = {write_kit(storage, kit, secret): kit for kit in (self.kit, *self.further_kits)}
         require_stored(storage, digest, ids, secret)
         first, *further = (storage.child(KITS).child(kit_id).uri for kit_id in ids)
@@ -151,6 +158,7 @@ def build_result(
         **_deviation_fields(parameter_deviation(base_weights, ordered)),
         **_durations(rows, phase2.rows),
         "model_digest": digest,
+        "data_digest": phase2.data_digest,
         "kit": None,
         "warnings": _warnings(phase2, detector.spec.total_bits),
         "problem": rejection([verdict, *further], settings, _trained_share(phase2)),
@@ -160,13 +168,14 @@ def build_result(
         result["further_keys"] = [_verdict_fields(verdict) for verdict in further]
     base_bytes = serialize_safetensors(kept_weights)
     kits = [
-        OwnerKit(key, reference.raw_bytes, base_bytes, phase2.head, _kit_info(settings, digest, own))
+        OwnerKit(key, reference.raw_bytes, base_bytes, phase2.head, _kit_info(settings, phase2, digest, own))
         for key, own in zip(openings, (verdict, *further), strict=True)
     ]
     return EmbeddingResult(
         tensors=phase2.tensors, kit=kits[0], verdict=verdict, result=result,
         history={"phase1": rows, "phase2": phase2.rows},
         scores=_scores(detector, phase2.tensors, kept_weights), further_kits=tuple(kits[1:]),
+        model_files=phase2.model_files,
     )  # fmt: skip
 
 
@@ -250,11 +259,14 @@ def _verdict_fields(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _kit_info(settings: EmbedSettings, model_digest: str, verdict: Verdict) -> dict[str, Any]:
+def _kit_info(
+    settings: EmbedSettings, phase2: Phase2Result, model_digest: str, verdict: Verdict
+) -> dict[str, Any]:
     return {
         "model_digest": model_digest,
         "task": settings.task,
         "name": settings.name,
+        **({} if phase2.data_digest is None else {"data_digest": phase2.data_digest}),
         "seed": settings.seed,
         "lr": settings.phase1.lr,
         "optimizer": settings.phase1.optimizer,

@@ -32,6 +32,7 @@ def test_load_task_files_writes_private_manifest(tmp_path: Path, packages: dict[
     assert task.input_spec == ImageSpec(1, 64, 64, 2) and task.size("test") == 12
     assert task.size("train") + task.size("validation") + task.size("attacker") == 48
     folder = tmp_path / "byte-images"
+    assert task.data_digest == hashlib.sha256((folder / "files.json").read_bytes()).hexdigest()
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
     path = next(path for path in packages if path.endswith(".gz"))
     image = torch.from_numpy(byte_image(Path(path).read_bytes(), 64))

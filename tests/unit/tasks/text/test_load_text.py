@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from mtlsign.config.embed import TEXT_TASKS
 from mtlsign.errors import DataError
@@ -35,6 +36,8 @@ def test_load_task_sst5_uses_official_parts(root: Path) -> None:
     assert vectors.shape == (5, 50) and vectors.dtype == torch.float32 and not vectors[0].any()
     inputs, targets = task.splits["test"].batch(torch.tensor([0, 1]))
     assert targets.tolist() == [0, 1]
+    tokenizer = Tokenizer.from_str(task.model_files["tokenizer.json"].decode())
+    assert inputs[0].tolist() == tokenizer.encode("The film0 good").ids
     # "the" is most frequent, "bad" and "good" are equally frequent, "film0" is unknown
     assert inputs[:, :4].tolist() == [[2, 1, 4, 0], [2, 1, 3, 0]] and not inputs[:, 4:].any()
 

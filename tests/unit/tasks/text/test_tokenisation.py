@@ -2,13 +2,23 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
-from mtlsign.tasks.text.tokenisation import PADDING, UNKNOWN, TokenLayout, encode_texts, words_by_frequency
+from mtlsign.tasks.text.tokenisation import (
+    PADDING,
+    UNKNOWN,
+    PretrainedTokenizer,
+    TokenLayout,
+    encode_texts,
+    tokenizer_file,
+    words_by_frequency,
+)
 
 ENGLISH = TokenLayout("english", 8, keep="last")
 SPACES = TokenLayout("spaces", 4, keep="first")
@@ -50,6 +60,17 @@ def test_encode_texts_pads_and_truncates_at_the_chosen_end() -> None:
     assert first.tolist() == [[2, 3, 0, 0], [2, 3, 1, 2], [1, 1, 3, 2]] and first.dtype == torch.int64
     last = encode_texts(["a b c a b"], ["a", "b"], TokenLayout("spaces", 4, keep="last"))
     assert last.tolist() == [[3, 1, 2, 3]]
+
+
+def test_tokenizer_file_encodes_texts_as_the_task_does(tmp_path: Path) -> None:
+    words, texts = ["a", "b", "."], ["a b . c", "B", "a a a b b b . . a", "it's a."]
+    file = tmp_path / "tokenizer.json"
+    for layout in (SPACES, ENGLISH):
+        file.write_bytes(tokenizer_file(words, layout))
+        tokenizer = Tokenizer.from_file(str(file))
+        ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+        assert ids == encode_texts(texts, words, layout).tolist()
+    assert PretrainedTokenizer(file, SPACES).content == file.read_bytes()
 
 
 def test_encode_texts_of_text_without_words_is_one_unknown_word() -> None:

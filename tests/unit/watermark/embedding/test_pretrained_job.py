@@ -67,6 +67,8 @@ def test_job_marks_pretrained_network_and_returns_its_names(settings: dict[str, 
     (model / "config.json").write_text(json.dumps(config))
     run = run_embedding_job(EmbedSettings.of(settings), LocalEmbeddingBackend())
     assert run.verdict.matches == 128 and run.result["model"] == "hf:model"
+    published = Path(run.result["model_path"])
+    assert (published / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
     assert str(tmp_path) not in json.dumps(run.result["name"])
     detector = detector_for_kit(run.kit)
     output = tmp_path / "marked.safetensors"
