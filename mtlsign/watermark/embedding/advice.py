@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
 
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.config.mixins import POLICY_BITS
+from mtlsign.models.public_weights import public_package, public_weights_warning, torchvision_file
 from mtlsign.watermark.verification import evidence
 from mtlsign.watermark.verification.verdict import Verdict
 
@@ -52,6 +56,21 @@ def chance_warning(accuracy: float, classes: int | None, samples: int) -> str | 
         f"The clean model has {accuracy:.1%} accuracy, which is chance for {classes} classes. "
         "Check the labels and --weights, or raise --phase1.epochs or --phase1.lr."
     )
+
+
+def public_base_warning(base_weights: Mapping[str, Tensor], settings: EmbedSettings) -> str | None:
+    """Return a warning if W0 is a network that everybody can download, as far as such networks are known.
+
+    Args:
+        base_weights: state dict of W0.
+        settings: settings of the embedding; they may name a file of weights.
+    """
+    origin = public_package(base_weights)
+    if settings.weights == "pretrained":
+        origin = f"the pretrained network {settings.model}"
+    elif settings.weights is not None and origin is None:
+        origin = torchvision_file(Path(settings.weights))
+    return None if origin is None else public_weights_warning(origin)
 
 
 def rejection(

@@ -20,6 +20,7 @@ from mtlsign.models.preparation import Preparation, prepared, unwrapped
 from mtlsign.models.taps import eval_mode
 from mtlsign.tasks import Task, from_loaders
 from mtlsign.tasks.outputs import LogitsFunction, default_logits
+from mtlsign.watermark.embedding.advice import public_base_warning
 from mtlsign.watermark.embedding.commitment import commit_keys, measure_response_bases
 from mtlsign.watermark.embedding.memory import within_memory
 from mtlsign.watermark.embedding.phase1 import train_clean_model
@@ -110,6 +111,8 @@ def _embed(
     with limited(phase=2 if trained else 1):
         rows = [] if trained else train_clean_model(network, task, settings, worker)
     base_weights = cpu_state(network)
+    if warning := public_base_warning(base_weights, settings):
+        warnings.warn(warning, stacklevel=3)
     bases = measure_response_bases(template_model, base_weights, task, settings)
     openings, reference = commit_keys(
         template_model, base_weights, fields, task.input_spec, settings, owner, bases=bases

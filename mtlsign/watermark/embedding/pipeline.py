@@ -27,7 +27,7 @@ from mtlsign.models.loading import (
     load_tensors,
 )
 from mtlsign.tasks import Task, load_task
-from mtlsign.watermark.embedding.advice import chance_warning, key_size_warning
+from mtlsign.watermark.embedding.advice import chance_warning, key_size_warning, public_base_warning
 from mtlsign.watermark.embedding.base_kit import load_base_weights
 from mtlsign.watermark.embedding.commitment import (
     commit_keys,
@@ -144,6 +144,8 @@ def run_embedding_job(
     if not phase1_resumed:
         run.save_clean_model(*phase1)
     base_weights, rows = phase1
+    if warning := public_base_warning(base_weights, settings):
+        log(f"warning: {warning}")
     commitment = run.load_commitment(secret)
     if commitment is None:
         template_model = architectures.build(architecture, factories=factories)

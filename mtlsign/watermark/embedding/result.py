@@ -19,7 +19,12 @@ from mtlsign.models.factories import Factory
 from mtlsign.storage.base import Storage
 from mtlsign.storage.model_folder import KITS, MODELS, model_digest, write_model
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
-from mtlsign.watermark.embedding.advice import chance_warning, key_size_warning, rejection
+from mtlsign.watermark.embedding.advice import (
+    chance_warning,
+    key_size_warning,
+    public_base_warning,
+    rejection,
+)
 from mtlsign.watermark.embedding.conclusion import fresh_detector, require_equal_readings, require_stored
 from mtlsign.watermark.keys.opening import KeyOpening
 from mtlsign.watermark.keys.sealing import EncryptionSecret
@@ -160,7 +165,7 @@ def build_result(
         "model_digest": digest,
         "data_digest": phase2.data_digest,
         "kit": None,
-        "warnings": _warnings(phase2, detector.spec.total_bits),
+        "warnings": _warnings(base_weights, phase2, settings, detector.spec.total_bits),
         "problem": rejection([verdict, *further], settings, _trained_share(phase2)),
         **_origin_fields(verdict, openings[0]),
     }
@@ -205,11 +210,12 @@ def _trained_share(phase2: Phase2Result) -> float | None:
     return phase2.rows[-1].get("wm_accuracy") if phase2.rows else None
 
 
-def _warnings(phase2: Phase2Result, bits: int) -> list[str]:
+def _warnings(base_weights: Tensors, phase2: Phase2Result, settings: EmbedSettings, bits: int) -> list[str]:
     classes, samples = phase2.measured.get("classes"), int(phase2.measured["primary_samples"])
     warnings = (
         key_size_warning(bits),
         chance_warning(phase2.measured["primary_clean"], None if classes is None else int(classes), samples),
+        public_base_warning(base_weights, settings),
     )
     return [warning for warning in warnings if warning]
 
