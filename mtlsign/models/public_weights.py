@@ -32,8 +32,8 @@ def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, int]:
         tensors: the weights; vectors and integers are left out.
 
     Returns:
-        The first 16 hex digits of the SHA-256 of each tensor -> number of its elements. Tensors are rounded to
-        bfloat16 before, so that the same weights in bfloat16 and in full precision agree.
+        The first 16 hex digits of the SHA-256 of each tensor -> number of its elements. Tensors are rounded
+        to bfloat16 before, so that the same weights in bfloat16 and in full precision agree.
     """
     digests = {}
     for tensor in tensors.values():
