@@ -75,6 +75,10 @@ class ArtifactError(MTLSignError):
     """A written artifact (model folder, kit, run folder) is incomplete, damaged or over a limit."""
 
 
+class MissingArtifactError(ArtifactError):
+    """There is nothing at the location of an artifact."""
+
+
 class OldArtifactError(ArtifactError):
     """A written artifact has version 0 of its format."""
 

@@ -13,8 +13,8 @@ from contextlib import suppress
 
 from mtlsign.errors import ArtifactError, StorageError, TooLargeError
 from mtlsign.storage.base import Storage
-from mtlsign.storage.locations import open_file, open_storage
-from mtlsign.storage.manifest import GIB, read_manifest_folder
+from mtlsign.storage.locations import open_storage
+from mtlsign.storage.manifest import GIB
 
 MAX_MODEL = 2 * GIB
 MAX_REFERENCE = 64 * 2**20
@@ -115,17 +115,12 @@ def _name(digest: bytes) -> str:
 
 
 def read_model_bytes(location: str, *, endpoint: str | None = None) -> bytes:
-    """Return a model's safetensors bytes, at most 2 GiB, from a model folder or a `.safetensors` file.
+    """Return a model's safetensors bytes, at most 2 GiB, from any location that `read_model` accepts.
 
     Raises:
-        ArtifactError, StorageError: the model is missing, damaged, too large, or unreachable.
+        ArtifactError, ModelError, StorageError: the model is missing, damaged, too large, of another format,
+            or unreachable.
     """
-    from mtlsign.storage.model_folder import MODEL_FILE
+    from mtlsign.storage.model_folder import read_model_bytes as read  # imports PyTorch, which takes seconds
 
-    path = location.partition("?")[0] if location.startswith("s3:") else location
-    if path.endswith(".safetensors"):
-        storage, name = open_file(location, endpoint=endpoint)
-        return storage.read(name, MAX_MODEL)
-    return read_manifest_folder(
-        open_storage(location, endpoint=endpoint), file_limit=MAX_MODEL, names=(MODEL_FILE,)
-    )[MODEL_FILE]
+    return read(location, endpoint=endpoint, max_bytes=MAX_MODEL)

@@ -14,10 +14,12 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from mtlsign.errors import (
     ArtifactError,
     KeyMaterialError,
+    MissingArtifactError,
     OldArtifactError,
     OldVersionError,
     TooLargeError,
@@ -162,9 +164,12 @@ def read_manifest(storage: Storage) -> dict[str, Entry]:
     """Return the entries of the folder `storage` by name.
 
     Raises:
-        ArtifactError: the folder does not exist, is not committed, or has a damaged manifest.
+        MissingArtifactError: there is no such local folder.
+        ArtifactError: the folder is not committed, or has a damaged manifest.
     """
     if not storage.exists(MANIFEST):
+        if "://" not in storage.uri and not Path(storage.uri).exists():
+            raise MissingArtifactError(f"{storage.uri} does not exist. Correct the path.")
         raise ArtifactError(
             f"{storage.uri} is not a committed folder: it has no {MANIFEST}. "
             "Pass the right folder, or the file itself."

@@ -123,12 +123,29 @@ def read_model(location: str, *, endpoint: str | None = None, max_bytes: int = 2
         ModelError: the safetensors file is invalid.
         StorageError: the location is malformed or unreachable.
     """
+    data, config = _read_file(location, endpoint, max_bytes)
+    return LoadedModel(parse_safetensors(data, max_bytes=max_bytes), config, model_digest(data), location)
+
+
+def read_model_bytes(location: str, *, endpoint: str | None = None, max_bytes: int = 2 * GIB) -> bytes:
+    """Read the safetensors file of an untrusted model; the arguments and locations are those of `read_model`.
+
+    Raises:
+        ArtifactError: the artifact is missing, damaged, too large or of another format.
+        ModelError: a file of several is invalid. One file is not parsed.
+        StorageError: the location is malformed or unreachable.
+    """
+    return _read_file(location, endpoint, max_bytes)[0]
+
+
+def _read_file(location: str, endpoint: str | None, max_bytes: int) -> tuple[bytes, dict[str, Any]]:
+    """Return the one file of a model, and `config.json` of its model folder or {}."""
     if is_safetensors(location):
         storage, name = open_file(location, endpoint=endpoint)
-        return _loaded(storage.read(name, max_bytes), {}, location, max_bytes)
+        return storage.read(name, max_bytes), {}
     if has_suffix(location, INDEX_SUFFIX):
         storage, name = open_file(location, endpoint=endpoint)
-        return _loaded_shards(storage, name, location, max_bytes)
+        return model_bytes(read_shards(storage, name, max_bytes)), {}
     hint = conversion_hint(location)
     if hint is not None:
         storage, name = open_file(location, endpoint=endpoint)
@@ -138,33 +155,22 @@ def read_model(location: str, *, endpoint: str | None = None, max_bytes: int = 2
     folder_name = path_of(storage.uri).rpartition("/")[2]
     is_digest = _DIGEST.fullmatch(folder_name) is not None
     if not is_digest and not storage.exists(MANIFEST):
-        return _read_other_folder(storage, location, max_bytes)
+        return _read_other_folder(storage, location, max_bytes), {}
     files = read_manifest_folder(
         storage, file_limit=max_bytes, total_limit=max_bytes + JSON_LIMIT, names=(MODEL_FILE, CONFIG_FILE)
     )
-    config = read_json_object(files[CONFIG_FILE], CONFIG_FILE)
-    model = _loaded(files[MODEL_FILE], config, location, max_bytes)
-    if is_digest and folder_name != model.digest:
+    if is_digest and folder_name != model_digest(files[MODEL_FILE]):
         raise ArtifactError(f"{location} holds another model than its name states. Fetch the folder again.")
-    return model
+    return files[MODEL_FILE], read_json_object(files[CONFIG_FILE], CONFIG_FILE)
 
 
-def _loaded(data: bytes, config: dict[str, Any], location: str, max_bytes: int) -> LoadedModel:
-    return LoadedModel(parse_safetensors(data, max_bytes=max_bytes), config, model_digest(data), location)
-
-
-def _loaded_shards(storage: Storage, index_name: str, location: str, max_bytes: int) -> LoadedModel:
-    tensors = read_shards(storage, index_name, max_bytes)
-    return LoadedModel(tensors, {}, model_digest(model_bytes(tensors)), location)
-
-
-def _read_other_folder(storage: Storage, location: str, max_bytes: int) -> LoadedModel:
+def _read_other_folder(storage: Storage, location: str, max_bytes: int) -> bytes:
     """Read a folder without a manifest that holds safetensors files; otherwise state what it is."""
     name = find_model_file(storage)
     if name is not None and name.endswith(INDEX_SUFFIX):
-        return _loaded_shards(storage, name, location, max_bytes)
+        return model_bytes(read_shards(storage, name, max_bytes))
     if name is not None:
-        return _loaded(storage.read(name, max_bytes), {}, location, max_bytes)
+        return storage.read(name, max_bytes)
     if storage.exists("pytorch_model.bin") or storage.exists("pytorch_model.bin.index.json"):
         raise ArtifactError(
             f"{location} holds PyTorch checkpoints, not safetensors. "

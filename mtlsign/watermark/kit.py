@@ -12,7 +12,13 @@ import torch
 from mtlsign.config.attack import AttackSettings
 from mtlsign.config.trace import TraceSettings
 from mtlsign.config.verify import VerifySettings
-from mtlsign.errors import ArtifactError, KeyMaterialError, ModelError, OldArtifactError
+from mtlsign.errors import (
+    ArtifactError,
+    KeyMaterialError,
+    MissingArtifactError,
+    ModelError,
+    OldArtifactError,
+)
 from mtlsign.models.factories import trusted_factories
 from mtlsign.models.families import custom
 from mtlsign.storage.base import Storage
@@ -125,6 +131,8 @@ def read_kit(location: str, secret: EncryptionSecret, *, endpoint: str | None = 
             files = read_manifest_folder(storage, file_limit=limit)
         except OldArtifactError:
             raise
+        except MissingArtifactError as error:
+            raise MissingArtifactError(error.detail, field="kit") from None
         except ArtifactError as error:
             raise ArtifactError(f"{error.detail} Or pass its {KIT_FILE} alone.", field="kit") from None
         if KIT_FILE not in files:

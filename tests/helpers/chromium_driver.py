@@ -8,14 +8,20 @@ import os
 import shutil
 import subprocess
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
 from websockets.sync.client import connect
 
 BINARY = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+#: Code of the protocol's errors about a page that is being replaced, such as "Inspected target navigated".
+LOST_PAGE = -32000
 KEYS = {"Tab": 9, "Enter": 13}
+
+
+class NavigationError(Exception):
+    """The page of a call was replaced by another one before the call was answered."""
 
 
 class Browser:
@@ -68,6 +74,8 @@ class Browser:
         while True:
             answer = json.loads(self._socket.recv(timeout=60))
             if answer.get("id") == self._id:
+                if answer.get("error", {}).get("code") == LOST_PAGE:
+                    raise NavigationError(answer)
                 assert "error" not in answer, answer
                 return dict(answer["result"])
             self.events.append(answer)
@@ -76,13 +84,22 @@ class Browser:
         """Return the value of an expression on the page."""
         return self.send("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
-    def until(self, expression: str, seconds: float = 30) -> Any:
+    def until(self, expression: str, seconds: float = 60) -> Any:
         """Wait until an expression is true, also while other pages load."""
         end = time.monotonic() + seconds
-        while not (value := self.evaluate(expression)):
+        while True:
+            value = None
+            with suppress(NavigationError):
+                value = self.evaluate(expression)
+            if value:
+                return value
             assert time.monotonic() < end, (expression, self.evaluate("document.body.innerText"))
             time.sleep(0.05)
-        return value
+
+    def until_loaded(self, expression: str) -> None:
+        """Wait until an expression is true on a page that is complete and accepts keys."""
+        self.until(f"({expression}) && document.readyState == 'complete'")
+        self.settle()
 
     def go(self, url: str) -> None:
         """Open an address; wait until its page has replaced the previous one and accepts keys."""

@@ -13,7 +13,7 @@ from mtlsign.claims.judging.isolated import IsolatedClaimVerifier
 from mtlsign.claims.judging.judge import DetectorClaimVerifier
 from mtlsign.claims.ledger import checkpoints
 from mtlsign.claims.ledger.base import Ledger
-from mtlsign.claims.ledger.open import open_ledger
+from mtlsign.claims.ledger.open import open_ledger, require_known_scheme
 from mtlsign.claims.ledger.tls import Tls
 from mtlsign.claims.ledger.view import LedgerView
 from mtlsign.claims.model_card import insert_block
@@ -49,7 +49,8 @@ def open_ledger_from_settings(settings: LedgerSettings, *, create: bool = False)
 
 
 def blob_store_from(settings: LedgerSettings) -> BlobStore:
-    """Open the archive of the settings."""
+    """Open the archive of the settings. Raises LedgerError if the ledger's URI has no known scheme."""
+    require_known_scheme(settings.ledger)  # otherwise a path without scheme is reported as a lack of archives
     return BlobStore.from_locations(settings.archive, ledger=settings.ledger, endpoint=settings.endpoint)
 
 

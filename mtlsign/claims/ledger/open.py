@@ -9,6 +9,8 @@ from mtlsign.claims.ledger.base import Ledger
 from mtlsign.claims.ledger.tls import Tls
 from mtlsign.errors import LedgerError
 
+_SQLITE = "sqlite:///"
+
 
 def open_ledger(uri: str, *, tls: Tls | None = None, create: bool = False) -> Ledger:
     """Open the ledger at `sqlite:///PATH` or `etcd://HOST:PORT[,HOST:PORT…][/PREFIX]`.
@@ -21,15 +23,21 @@ def open_ledger(uri: str, *, tls: Tls | None = None, create: bool = False) -> Le
     Raises:
         LedgerError: unknown scheme, missing file, missing TLS files, or unreachable servers.
     """
-    if uri.startswith("sqlite:///") and len(uri) > len("sqlite:///") and "\0" not in uri:
+    require_known_scheme(uri)
+    if uri.startswith(_SQLITE):
         from mtlsign.claims.ledger.sqlite import SqliteLedger
 
-        return SqliteLedger(Path(os.path.expanduser(uri.removeprefix("sqlite:///"))), create=create)
-    if uri.startswith("etcd://"):
-        from mtlsign.claims.ledger.etcd import open_etcd
+        return SqliteLedger(Path(os.path.expanduser(uri.removeprefix(_SQLITE))), create=create)
+    from mtlsign.claims.ledger.etcd import open_etcd
 
-        return open_etcd(uri, tls or Tls())
-    raise LedgerError(
-        "The URI has an unknown scheme or no path. Use sqlite:///PATH or etcd://HOST:PORT[,…].",
-        field="ledger",
-    )
+    return open_etcd(uri, tls or Tls())
+
+
+def require_known_scheme(uri: str) -> None:
+    """Raise `LedgerError` unless the URI names a backend and a path."""
+    has_path = uri.startswith(_SQLITE) and len(uri) > len(_SQLITE) and "\0" not in uri
+    if not has_path and not uri.startswith("etcd://"):
+        raise LedgerError(
+            "The URI has an unknown scheme or no path. Use sqlite:///PATH or etcd://HOST:PORT[,…].",
+            field="ledger",
+        )

@@ -10,12 +10,19 @@ from torch import Tensor
 from mtlsign.errors import ArtifactError
 from mtlsign.storage.file_formats import conversion_hint
 from mtlsign.storage.locations import open_storage
-from mtlsign.storage.model_folder import model_bytes, model_digest, read_model, write_model
+from mtlsign.storage.model_folder import (
+    model_bytes,
+    model_digest,
+    read_model,
+    read_model_bytes,
+    write_model,
+)
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.weight": torch.ones(2)}
 
 
 def write_shards(folder: Path, weight_map: dict[str, str] | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
     for name, tensor in TENSORS.items():
         (folder / f"model-{name[0]}.safetensors").write_bytes(model_bytes({name: tensor}))
     entries = weight_map or {name: f"model-{name[0]}.safetensors" for name in TENSORS}
@@ -40,6 +47,21 @@ def test_read_model_of_sharded_files_joins_them(tmp_path: Path) -> None:
     for location in (tmp_path, index):
         model = read_model(str(location))
         assert is_equal(model.tensors) and model.digest == model_digest(model_bytes(TENSORS))
+
+
+def test_read_model_bytes_accepts_every_location_of_read_model(tmp_path: Path) -> None:
+    index = write_shards(tmp_path / "shards")
+    (tmp_path / "hf").mkdir()
+    digest = write_model(open_storage(str(tmp_path)), TENSORS, {}, "card")
+    files = [tmp_path / "hf" / "model.safetensors", tmp_path / "A,b.SAFETENSORS"]
+    for file in files:
+        file.write_bytes(model_bytes(TENSORS))
+    for location in (*files, tmp_path / "hf", tmp_path / "shards", index, tmp_path / "models" / digest):
+        assert read_model_bytes(str(location)) == model_bytes(TENSORS)
+        assert read_model(str(location)).digest == digest
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ArtifactError, match=r"^model: .*is a GGUF model, not safetensors\. Convert it"):
+        read_model_bytes(str(tmp_path / "x.gguf"))
 
 
 def test_read_model_of_sharded_files_has_a_common_limit(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_owner_kit_repr_and_errors_show_no_secret(store: Storage) -> None:
 
 def test_read_kit_of_damaged_or_missing_kit_raises(store: Storage) -> None:
     kit_id = write_kit(store, _kit(), SECRET)
-    with pytest.raises(ArtifactError):
+    with pytest.raises(ArtifactError, match=r"^kit: \S*/kits/none does not exist\. Correct the path\.$"):
         read_kit(f"{store.uri}/kits/none", SECRET)
     sealed = store.read(f"kits/{kit_id}/kit.sealed", 9999)
     store.write(f"kits/{kit_id}/kit.sealed", sealed[:-1] + bytes([sealed[-1] ^ 1]))

@@ -281,6 +281,8 @@ def test_claim_jobs_with_invalid_input_fail_with_one_line(
     jobs("publish", "--kit", kit, "--model", model, "--ledger", ledger, "--owner", owner_file)
     text, short, innocent = tmp_path / "text", tmp_path / "short.db", tmp_path / "innocent.safetensors"
     text.write_text("hello")
+    checkpoint = tmp_path / "x.pth"
+    checkpoint.write_bytes(b"\x80\x02")
     short.write_bytes((tmp_path / "l.db").read_bytes()[:9000])
     innocent.write_bytes(serialize_safetensors(base_weights))
     (tmp_path / "junk.safetensors").write_bytes(bytes(100))
@@ -298,7 +300,10 @@ def test_claim_jobs_with_invalid_input_fail_with_one_line(
     bidi = ("--licence", "a\u202eb", "--allow-public")
     state = ("--witness-state", text)
     cases: list[tuple[str, tuple[object, ...]]] = [
-        ("nowhere is not a committed folder", (*publish, *at, "--kit", tmp_path / "nowhere")),
+        (
+            "kit: " + str(tmp_path / "nowhere") + " does not exist",
+            (*publish, *at, "--kit", tmp_path / "nowhere"),
+        ),
         ("was rejected when it was embedded", (*publish, *at, "--kit", weak)),
         ("lacks kit.sealed", (*publish, *at, "--kit", model)),
         ("2147485632 bytes allowed", (*publish, *at, "--kit", huge["huge.sealed"])),
@@ -310,7 +315,11 @@ def test_claim_jobs_with_invalid_input_fail_with_one_line(
         ("requires mutual TLS", (*publish, "--kit", kit, "--ledger", "etcd://127.0.0.1:1")),
         ("origin: This ledger has the origin", (*publish, "--kit", kit, *at, "--origin", "0" * 64)),
         ("See docs/claims.md", (*publish, "--kit", kit, *at, *bidi)),
-        ("not a committed folder", (*claim, "--model", text)),
+        ("is a file of an unknown format", (*claim, "--model", text)),
+        ("model: " + str(tmp_path / "x.pth") + " is a PyTorch checkpoint", (*claim, "--model", checkpoint)),
+        ("nowhere does not exist", (*claim, "--model", tmp_path / "nowhere")),
+        ("ledger: The URI has an unknown scheme", (*claim, "--model", model, "--ledger", tmp_path / "l.db")),
+        ("ledger: The URI has an", ("council", "--ledger", "l.db", "--identity", member)),
         ("2147483648 bytes allowed", (*claim, "--model", huge["huge.safetensors"])),
         ("safetensors", (*claim, "--model", tmp_path / "junk.safetensors")),
         ("no key was opened", (*claim, "--model", innocent)),
