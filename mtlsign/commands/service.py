@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import time
@@ -26,6 +27,10 @@ def serve(settings: ServiceSettings) -> None:
     scheme = "https" if settings.tls_cert else "http"
     state = settings.state_dir.absolute()
     print(f"{scheme}://{settings.host}:{settings.port}/ answers; state folder: {state}", flush=True)
+    print(
+        f"create a token: python -m mtlsign.service token NAME --state-dir {shlex.quote(str(state))}",
+        flush=True,
+    )
     # After the start of Ray, which installs its own handler: service managers stop a process with SIGTERM.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     reported = set(service.stopped_for_memory())

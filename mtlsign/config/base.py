@@ -20,6 +20,10 @@ from mtlsign.errors import SettingsError
 
 #: Pattern of the name of a run: one path component.
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
+#: What a value of a pattern is, for errors, which would otherwise quote the pattern.
+_FORMS = {
+    RUN_NAME: "A name begins with a letter or a digit, and has at most 100 letters, digits, '.', '_' and '-'.",
+}
 
 
 def as_tuple(value: Any) -> Any:
@@ -258,7 +262,7 @@ def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def _as_settings_error(error: ValidationError, kind: type[Settings]) -> SettingsError:
     """Turn the first problem that pydantic found into one line. A secret value is never shown."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    first = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in first["loc"]) or "settings"
     missing = first["type"] == "missing"
     others = [
@@ -271,7 +275,7 @@ def _as_settings_error(error: ValidationError, kind: type[Settings]) -> Settings
     message = (
         f"This setting{', like ' + ' and '.join(others) + ',' if others else ''} is required. See --help."
         if missing
-        else first["msg"].removeprefix("Value error, ")
+        else _FORMS.get(first.get("ctx", {}).get("pattern"), first["msg"].removeprefix("Value error, "))
     )
     return SettingsError(f"{message}{value}", field=field.replace("_", "-"))
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import sys
 import time
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.job_harness import SMALL, FinishedRun, Job, JobLauncher, checkpoints, result_of
+from tests.helpers.job_harness import ROOT, SMALL, FinishedRun, Job, JobLauncher, checkpoints, result_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
@@ -144,13 +146,19 @@ def test_embedding_with_killed_node_continues_on_the_other(
     assert result["accepted"] and result["wm_accuracy"] >= 0.95
 
 
+def submission_of_the_readme() -> list[str]:
+    """Return the words between `uv run ray` and `--` of the README's submission, as a user types them."""
+    text = (ROOT / "README.md").read_text("utf-8").replace("\\\n", " ")
+    (line,) = re.findall(r"^uv run ray (job submit .*) -- python jobs/embed\.py", text, re.MULTILINE)
+    return shlex.split(line)
+
+
 @pytest.mark.slow
 def test_ray_job_submit_without_owner_fails_and_with_owner_succeeds(
     jobs: JobLauncher, head: tuple[Job, str, str], tmp_path: Path
 ) -> None:
     _, _, dashboard = head
-    submit = ["job", "submit", "--address", dashboard, "--working-dir", "."]
-    submit += ["--runtime-env", "jobs/runtime_env.yaml"]
+    submit = [dashboard if word.startswith("http://") else word for word in submission_of_the_readme()]
     run = [
         sys.executable,
         "jobs/embed.py",

@@ -113,6 +113,16 @@ def test_requirements_cover_every_dependency_of_the_package() -> None:
     assert required <= locked
 
 
+def test_commands_of_the_readme_install_test_tools_for_tests_only() -> None:
+    import tomllib
+
+    project = tomllib.loads(text("pyproject.toml"))
+    assert project["tool"]["uv"]["default-groups"] == ["full"]
+    assert project["dependency-groups"]["full"] == ["mtlsign[all]"]
+    runs = re.findall(r"uv run [^\n]*", text("README.md") + text("docs/quickstart.md"))
+    assert len(runs) > 5 and {"pytest" in run for run in runs if "--dev" in run} == {True}
+
+
 def test_rayignore_excludes_history_data_and_secrets() -> None:
     ignored = text(".rayignore").splitlines()
     assert {"/.git/", "/.venv/", "/kits/", "/runs/", "/mtlsign-store/", "identity.json"} <= set(ignored)

@@ -81,6 +81,12 @@ def test_of_value_beyond_its_limits_is_one_line(name: str, value: Any) -> None:
     assert len(str(caught.value).splitlines()) == 1 and "http" not in str(caught.value)
 
 
+def test_of_name_of_a_run_with_other_characters_states_the_allowed_ones() -> None:
+    message = r"^run: A name begins with a letter or a digit, .* '\.', '_' and '-'\. \(got 'a,b'\)$"
+    with pytest.raises(SettingsError, match=message):
+        EmbedSettings.of({"run": "a,b"})
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from mtlsign.errors import ModelError
@@ -25,6 +26,15 @@ def test_unwrapped_returns_network_inside_wrappers() -> None:
         unwrapped(torch.optim.swa_utils.AveragedModel(model)).state_dict().keys() == model.state_dict().keys()
     )
     assert unwrapped(model) is model
+
+
+def test_unwrapped_returns_network_inside_distributed_wrapper(tmp_path: Path) -> None:
+    model = network()
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert unwrapped(nn.parallel.DistributedDataParallel(model)) is model
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_unwrapped_replaces_compiled_children() -> None:

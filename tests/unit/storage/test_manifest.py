@@ -62,7 +62,7 @@ def test_write_manifest_folder_crashing_at_any_write_commits_all_or_none(
     if failing_write == len(FILES) + 1 and late:
         assert read_manifest_folder(store) == FILES
     else:
-        with pytest.raises(ArtifactError, match="not a committed folder|does not exist"):
+        with pytest.raises(ArtifactError, match=r"not a committed folder|does not exist"):
             read_manifest_folder(store)
     other = {**FILES, "a.bin": b"another attempt"}
     if not store.exists(MANIFEST):
@@ -86,7 +86,7 @@ def test_delete_crashing_midway_leaves_no_committed_folder(
     monkeypatch.setattr("shutil.rmtree", crash)
     with pytest.raises(SimulatedCrash):
         store.delete("runs")
-    with pytest.raises(ArtifactError, match="not a committed folder|does not exist"):
+    with pytest.raises(ArtifactError, match=r"not a committed folder|does not exist"):
         read_manifest_folder(store.child("runs/one"))
 
 

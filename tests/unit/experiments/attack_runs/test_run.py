@@ -94,6 +94,8 @@ def test_run_attack_job_writes_all_results(job: JobRunner) -> None:
     assert code == 0 and re.match(r"\d+ of 9 attacks removed the watermark", out)
     assert out.splitlines()[-1] == f"result: {job.storage}/runs/one/result.json"
     assert "run one: 10 rows" in err.splitlines()[0] and "10/10" in err.splitlines()[-1]
+    folder = job.storage / "runs/one"
+    assert not {p for p in (folder, *folder.rglob("*")) if p.stat().st_mode & 0o077}, "private"
     rows = table(job.storage, "one")
     assert list(rows[0]) == list(COLUMNS) and set(COLUMNS) > NEEDED
     assert [r["attack"] for r in rows] == [

@@ -46,6 +46,7 @@ def test_run_sweep_job_writes_tables_and_deletes_base_weights(tmp_path: Path) ->
     assert {row["phase"] for row in progress} == {"clean", "mark", "attacks"}
     folder = tmp_path / "runs/s"
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert not {p for p in (folder, *folder.rglob("*")) if p.stat().st_mode & 0o077}, "private"
     cells = {f"trials/{row['cell']}/result.json" for row in result["rows"]}
     assert names == cells | {
         *(

@@ -235,7 +235,31 @@ def test_scores_agree_between_threads_and_libraries_for_every_reference(
     for name, parameter in base.named_parameters():
         if "bn" in name:
             parameter.fill_(gamma if name.endswith("weight") else beta)
-    verifier_model = verifier_model_of(base, tiny_model(1))
+    assert largest_difference_of_scores(verifier_model_of(base, tiny_model(1)), state) < MIN_SCORE / 10
+
+
+@pytest.mark.parametrize("bias", [0.1, 2.0**24])
+@torch.no_grad()
+def test_scores_of_network_without_norms_agree_for_every_reference(bias: float) -> None:
+    """The deviation below which a coordinate is constant is absolute, and values may reach 2^24 times it."""
+    base, template, suspect = (network_without_norms(seed) for seed in (0, 1, 3))
+    for name, parameter in base.named_parameters():
+        if name.endswith("bias"):
+            parameter.fill_(bias)
+    reference = make_reference(base, ("5",), IMAGES[:2])
+    verifier_model = ConvVerifierModel(template, ("5",), reference, IMAGES[:2])
+    assert largest_difference_of_scores(verifier_model, suspect.state_dict()) < MIN_SCORE / 10
+
+
+def network_without_norms(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()
+    )
+
+
+def largest_difference_of_scores(verifier_model: ConvVerifierModel, state: dict[str, Tensor]) -> float:
+    """Return the largest difference of scores between threads, libraries and memory formats."""
     expected = scores_of(verifier_model, state)
     threads = torch.get_num_threads()
     try:
@@ -247,4 +271,4 @@ def test_scores_agree_between_threads_and_libraries_for_every_reference(
         differences.append(scores_of(verifier_model, state) - expected)
     contiguous = {name: t.clone(memory_format=torch.contiguous_format) for name, t in state.items()}
     differences.append(scores_of(verifier_model, contiguous) - expected)
-    assert max(float(d.abs().max()) for d in differences) < MIN_SCORE / 10
+    return max(float(d.abs().max()) for d in differences)
