@@ -275,7 +275,7 @@ def _as_settings_error(error: ValidationError, kind: type[Settings]) -> Settings
     message = (
         f"This setting{', like ' + ' and '.join(others) + ',' if others else ''} is required. See --help."
         if missing
-        else _FORMS.get(first.get("ctx", {}).get("pattern"), first["msg"].removeprefix("Value error, "))
+        else _FORMS.get(str(first.get("ctx", {}).get("pattern")), first["msg"].removeprefix("Value error, "))
     )
     return SettingsError(f"{message}{value}", field=field.replace("_", "-"))
 

@@ -143,7 +143,7 @@ def _read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ModelError(
-            f"{path} holds objects other than tensors. Save its state_dict as safetensors.",
+            f"{path} is damaged, or holds objects other than tensors. Save its state_dict as safetensors.",
             field="checkpoint",
         ) from None
     except Exception as error:  # torch.load raises almost anything on damaged bytes

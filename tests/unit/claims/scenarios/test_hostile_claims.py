@@ -1,4 +1,4 @@
-"""Scenario: hostile claims in a council's round. Each gets its vote within limits, and the round goes on."""
+"""Scenario: hostile claims in a council's round. Each gets a vote within limits, as does the next claim."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], Callable[[bytes], bytes], bytes | None]
     "header of brackets": ({}, lambda _: (2**24).to_bytes(8, "little") + b"[]" * 2**23, None),
     "unknown architecture": ({"architecture": ARCHITECTURE | {"arch": "resnet19"}}, bytes, None),
     "unknown tap": ({"taps": ["layer9"]}, bytes, None),
-    "factory that nobody registered": (
+    "unregistered factory": (
         {"architecture": ARCHITECTURE | {"arch": "custom/os:system"}},
         bytes,
         None,
@@ -92,7 +92,7 @@ def peak_memory(pid: int) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the memory is read from Linux's /proc")
-def test_run_member_round_with_hostile_claims_votes_on_each_and_goes_on(tmp_path: Path) -> None:
+def test_run_member_round_with_hostile_claims_votes_on_each_and_on_the_sound_claim(tmp_path: Path) -> None:
     scenario = ClaimScenario(tmp_path, ["1"])
     torch.manual_seed(99)
     sound = make_reference(architectures.build(ARCHITECTURE), ["layer1"], torch.zeros(1, 1, 24, 24)).raw_bytes
