@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -53,7 +54,9 @@ class ConcatSplit:
 
     def batch(self, indices: Tensor, augment: Generator | None = None, part: slice | None = None) -> Batch:
         """Return samples by index; see `Split.batch`."""
-        xs, ys, positions, start = [], [], [], 0
+        xs: list[Tensor] = []
+        ys: list[Any] = []
+        positions, start = [], 0
         for split, rows in self.parts:
             inside = torch.nonzero((indices >= start) & (indices < start + len(rows))).flatten()
             if len(inside):
@@ -64,7 +67,10 @@ class ConcatSplit:
             start += len(rows)
         order = torch.argsort(torch.cat(positions)).to(xs[0].device)
         part = part or slice(0, len(indices))
-        return Batch(torch.cat(xs)[order][part], torch.cat(ys)[order][part])
+        if isinstance(ys[0], Tensor):
+            return Batch(torch.cat(xs)[order][part], torch.cat(ys)[order][part])
+        targets = [target for own in ys for target in own]
+        return Batch(torch.cat(xs)[order][part], [targets[row] for row in order.tolist()][part])
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,8 @@ def transform_task(task: Task, transforms: InputTransforms) -> Task:
         splits = {name: TransformedSplit(split, transforms) for name, split in task.splits.items()}
         return replace(task, splits=splits)
     images = require_images(task)
+    if images.outputs == "instances":
+        raise NotApplicableError("The attack would have to change boxes and masks, too.", field="task")
     height, width = images.height, images.width
     if sum(transform in ("transposed", "rotated") for transform in transforms) % 2:
         height, width = width, height

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -29,7 +29,7 @@ from mtlsign.attacks.base import (
     seeded,
 )
 from mtlsign.attacks.training import frozen_copy, optimize, trainable_copy
-from mtlsign.tasks import Task
+from mtlsign.tasks import Batch, Task
 from mtlsign.tasks.splitting import seeded_generator
 from mtlsign.watermark.embedding.loop import one_cycle
 from mtlsign.watermark.embedding.losses import task_distillation
@@ -187,25 +187,23 @@ def tune_by_distillation(
     gen = seeded_generator("mtlsign/attack/tune", seed)
     consolidation = _Consolidation(attacked, data, batch, seed) if tuning.ewc else None
 
-    def batch_loss(forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-        outputs, loss = forward(x), torch.zeros((), device=x.device)
+    def batch_loss(outputs: Any, own: Batch) -> Tensor:
+        loss = torch.zeros((), device=own.inputs.device)
         if tuning.distillation:
             with torch.no_grad():
-                target = teacher(x)
+                target = data.training_outputs(teacher, own)
             loss = loss + tuning.distillation * task_distillation(data, outputs, target, 2.0)
-        return loss + tuning.labels * data.loss(outputs, y) if tuning.labels else loss
+        return loss + tuning.labels * data.loss(outputs, own.targets) if tuning.labels else loss
 
     def loss_fn(step: int) -> Tensor:
-        x, y = data.batch_at("attacker", batch, step, seed=seed, augment=True)
+        own = data.batch_at("attacker", batch, step, seed=seed, augment=True)
         if tuning.mixup:
-            if not x.is_floating_point():
-                raise NotApplicableError("Token ids cannot be mixed. Leave out mixup.", field="mixup")
-            share = tuning.mixup * float(torch.rand((), generator=gen))
-            x = (1 - share) * x + share * x[torch.randperm(len(x), generator=gen).to(x.device)]
-        loss = batch_loss(attacked, x, y)
+            own = Batch(_mixed(own, tuning.mixup, gen), own.targets)
+        loss = batch_loss(data.training_outputs(attacked, own), own)
         if tuning.sam_radius:
+            _require_tensor_targets(own, "sam_radius")
             shifted = _ascended(named, loss, tuning.sam_radius)
-            loss = batch_loss(lambda images: functional_call(attacked, shifted, (images,)), x, y)
+            loss = batch_loss(functional_call(attacked, shifted, (own.inputs,)), own)
         return loss if consolidation is None else loss + tuning.ewc * consolidation(named)
 
     def after_step() -> None:
@@ -218,6 +216,22 @@ def tune_by_distillation(
     )  # fmt: skip
     result = attacked if averaged is None else averaged
     return AttackOutcome(result.requires_grad_(True).eval(), tuning.steps, tuning.steps * batch)
+
+
+def _mixed(batch: Batch, largest: float, generator: torch.Generator) -> Tensor:
+    """Return each image mixed with another one of the batch, of which at most a share `largest` is taken."""
+    x: Tensor = batch.inputs
+    _require_tensor_targets(batch, "mixup")
+    if not x.is_floating_point():
+        raise NotApplicableError("Token ids cannot be mixed. Leave out mixup.", field="mixup")
+    share = largest * float(torch.rand((), generator=generator))
+    return (1 - share) * x + share * x[torch.randperm(len(x), generator=generator).to(x.device)]
+
+
+def _require_tensor_targets(batch: Batch, field: str) -> None:
+    """Raise `NotApplicableError` for a detector's targets."""
+    if not isinstance(batch.targets, Tensor):
+        raise NotApplicableError(f"A detector cannot be tuned so. Leave out {field}.", field=field)
 
 
 def _ascended(parameters: Mapping[str, Tensor], loss: Tensor, size: float) -> dict[str, Tensor]:
@@ -236,8 +250,9 @@ class _Consolidation:
         self._anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
         self._information = {name: torch.zeros_like(p) for name, p in self._anchor.items()}
         for step in range(_FISHER_BATCHES):
-            x, y = data.batch_at("attacker", batch, step, seed=seed + 1)
-            gradients = torch.autograd.grad(data.loss(model(x), y), list(model.parameters()))
+            own = data.batch_at("attacker", batch, step, seed=seed + 1)
+            loss = data.loss(data.training_outputs(model, own), own.targets)
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
             for total, gradient in zip(self._information.values(), gradients, strict=True):
                 total += gradient.square() / _FISHER_BATCHES
         largest = max(float(total.max()) for total in self._information.values())

@@ -104,6 +104,6 @@ def accuracy(model: nn.Module, data: Task) -> float:
     """
     model.eval()
     metric = data.metric(device_of(model))
-    for x, y in data.batches("attacker", 500, shuffle=False):
-        metric.update(model(x), y)
+    for batch in data.batches("attacker", 500, shuffle=False):
+        metric.update(data.predictions(model, batch), batch.targets)
     return float(torch.tensor(metric.value(), dtype=torch.float32))

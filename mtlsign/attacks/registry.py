@@ -7,6 +7,7 @@ from torch import nn
 from mtlsign.attacks import (
     channel_symmetries,
     decorrelation,
+    detector_tuning,
     distilled_tuning,
     extra_channels,
     file_rewriting,
@@ -40,6 +41,13 @@ _ALL = (
     Attack("ftll", fine_tuning.ftll, "fine-tune the last layer", fast=("epochs=1",)),
     Attack(
         "ftal", fine_tuning.ftal, "fine-tune all layers", variants=("lr=quarter/full",), fast=("epochs=1",)
+    ),
+    Attack(
+        "ftdet",
+        detector_tuning.fine_tune_detector,
+        "fine-tune a detector with the stem, the first stage and the batch norms frozen",
+        variants=("lr=quarter/full",),
+        fast=("epochs=1",),
     ),
     Attack("rtll", fine_tuning.rtll, "new last layer, trained on the marked model's predictions"),
     Attack("rtal", fine_tuning.rtal, "new last layer, all layers trained on the marked model's predictions"),

@@ -112,17 +112,19 @@ def train_supervised(
     batch = min(batch, max(8, data.size("attacker") // 8))
     steps = epochs * data.steps("attacker", batch)
     batches = (
-        pair
+        own
         for epoch in range(epochs)
-        for pair in data.batches("attacker", batch, epoch=epoch, seed=seed, augment=True)
+        for own in data.batches("attacker", batch, epoch=epoch, seed=seed, augment=True)
     )
     images = 0
 
     def loss_fn(step: int) -> Tensor:
         nonlocal images
-        x, y = next(batches)
-        images += len(x)
-        return data.loss(model(x), y) if loss is None else loss(model, x, y)
+        own = next(batches)
+        images += len(own)
+        if loss is not None:
+            return loss(model, own.inputs, own.targets)
+        return data.loss(data.training_outputs(model, own), own.targets)
 
     def cosine(step: int) -> float:
         return lr * (1 + math.cos(math.pi * (step / steps))) / 2

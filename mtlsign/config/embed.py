@@ -31,7 +31,7 @@ class Phase1Settings(SettingsGroup):
 
     # fmt: off
     epochs: int | None = Field(None, ge=1, le=10_000, description="epochs of phase 1")
-    batch: int | None = Field(None, ge=1, le=65_536, description="primary samples in a step, over all workers [128, texts 64]")
+    batch: int | None = Field(None, ge=1, le=65_536, description="primary samples in a step, over all workers [128, texts 64, instances 8]")
     optimizer: Literal["sgd", "adam"] | None = Field(None, description="optimizer of phase 1; sgd has Nesterov momentum 0.9 [texts adam, otherwise sgd]")
     lr: float | None = Field(None, gt=0, le=100, description="peak learning rate (one-cycle) [sgd 0.1 at width 16, divided by the root of the width ratio; adam 0.002]")
     weight_decay: float | None = Field(None, ge=0, le=1, description="lambda0 of eq. (6), with u = L2 [0.0005, texts 0]")
@@ -49,7 +49,7 @@ class Phase2Settings(SettingsGroup):
     other_layers_lr_scale: float = Field(0.3, ge=0, le=100, description="learning rate of the layers after the taps, as a multiple of phase2.lr")
     distillation: float = Field(4.0, ge=0, le=1e6, description="weight of KL(W0 || W) on primary data")
     temperature: float = Field(2.0, gt=0, le=1000, description="temperature of the distillation")
-    batch: int = Field(128, ge=1, le=65_536, description="primary samples in a step, over all workers")
+    batch: int = Field(128, ge=1, le=65_536, description="primary samples in a step, over all workers; 8 for tasks of instances")
     # fmt: on
 
 
@@ -111,8 +111,8 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
 
     # fmt: off
     # network and task
-    task: str = Field("digits", min_length=1, max_length=200, description="digits, mnist, fashion-mnist, cifar10, cifar100, imdb, sst2, sst5, virusshare, files (NAME@0.1: a tenth of the data), or package.module:factory")
-    model: str | None = Field(None, min_length=1, max_length=200, description="resnet18/34/50, bilstm, lstm, bigru, gru, transformer, timm/NAME, hf:FOLDER, or package.module:factory [resnet18, texts bilstm]")
+    task: str = Field("digits", min_length=1, max_length=200, description="digits, mnist, fashion-mnist, cifar10, cifar100, imdb, sst2, sst5, virusshare, files, camvid, pennfudan, voc (NAME@0.1: a tenth of the data), or package.module:factory")
+    model: str | None = Field(None, min_length=1, max_length=200, description="resnet18/34/50, cascade-resnet18/34/50 (instances), bilstm, lstm, bigru, gru, transformer, timm/NAME, hf:FOLDER, or package.module:factory [resnet18, texts bilstm, instances cascade-resnet50]")
     width: int | None = Field(None, ge=4, le=MAX_WIDTH, description="channels of the first stage; 64 is torchvision's own network")
     stem: Literal["stock", "cifar"] | None = Field(None, description="7x7 stride 2 with pooling, or 3x3 stride 1")
     weights: str | None = Field(None, max_length=4096, description="trained checkpoint (.safetensors, Hugging Face folder, .pt or .ckpt of tensors) or 'pretrained' (timm); skips phase 1")
@@ -162,7 +162,8 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
     def with_defaults(self) -> Self:
         """Fill in the preset, then the settings that depend on the task or head."""
         explicit = self.given_values()
-        preset = {name: value for name, value in PRESETS[self.preset].items() if name not in explicit}
+        overrides = PRESETS[self.preset] | TASK_OVERRIDES.get(self.task.partition("@")[0], {})
+        preset = {name: value for name, value in overrides.items() if name not in explicit}
         complete = self.updated(preset)._with_task_defaults()
         complete._check_heads()
         complete._check_tokenizer()
@@ -310,6 +311,19 @@ _TEXT_RECIPE: dict[str, Any] = {
 }
 #: Defaults of phase 1 for tasks of files as images.
 _BYTE_IMAGE_RECIPE: dict[str, Any] = {"width": 16, "phase1.epochs": 10}
+#: Defaults for tasks of instances.
+_INSTANCE_RECIPE: dict[str, Any] = {
+    "model": "cascade-resnet50",
+    "phase1.epochs": 30,
+    "phase1.batch": 8,
+    "phase1.optimizer": "adam",
+    "phase1.lr": 1e-3,
+    "phase1.weight_decay": 0.0,
+}
+#: Settings of built-in tasks that replace defaults of all tasks.
+TASK_OVERRIDES: dict[str, dict[str, Any]] = dict.fromkeys(
+    ("camvid", "pennfudan", "voc"), {"phase2.batch": 8}
+)
 #: Defaults of the built-in tasks.
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {"width": 16, "phase1.epochs": 30, "phase2.steps": 600},
@@ -322,4 +336,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sst5": _TEXT_RECIPE,
     "virusshare": _BYTE_IMAGE_RECIPE,
     "files": _BYTE_IMAGE_RECIPE,
+    "camvid": _INSTANCE_RECIPE,
+    "pennfudan": _INSTANCE_RECIPE,
+    "voc": _INSTANCE_RECIPE,
 }

@@ -19,7 +19,7 @@ from mtlsign.models.families.timm import MAX_PARAMETERS
 from mtlsign.models.stages import stages_of
 from mtlsign.models.taps import last_layer
 
-__all__ = ["MAX_PARAMETERS", "architecture_for", "build", "default_taps"]
+__all__ = ["MAX_PARAMETERS", "architecture_for", "build", "build_template", "default_taps"]
 
 
 def architecture_for(
@@ -32,19 +32,21 @@ def architecture_for(
     width: int = 64,
     stem: str = "stock",
     size: int | None = None,
+    outputs: Literal["labels", "instances"] = "labels",
 ) -> dict[str, object]:
     """Return the checked architecture of a model name.
 
     Args:
-        model_name: resnet18, resnet34, resnet50, lstm, bilstm, gru, bigru, `timm/NAME` or
-            `custom/package.module:function`.
+        model_name: resnet18, resnet34, resnet50, the same after `cascade-`, lstm, bilstm, gru, bigru,
+            `timm/NAME` or `custom/package.module:function`.
         classes: outputs of the network.
         channels: image channels; None for texts.
         vocabulary: number of token ids; None for images.
         embedding: numbers of one token's vector; None for images.
         width: channels of the first stage of a ResNet, or units of a recurrent layer in each direction.
         stem: "stock" or "cifar", for ResNets.
-        size: image size in pixels, only for timm networks with a fixed one.
+        size: image size in pixels, only for timm networks with a fixed one and for detectors.
+        outputs: whether the task needs labels of whole inputs or instances of objects.
 
     Returns:
         The JSON object that the spec stores under `architecture`.
@@ -58,6 +60,14 @@ def architecture_for(
         fitting = ", ".join(family.usage for family in FAMILIES if family.inputs in ("any", kind))
         raise ModelError(
             f"{model_name!r} reads {family.inputs}s, and the task has {kind}s. Use one of {fitting}.",
+            field="model",
+        )
+    if family.outputs not in ("any", outputs):
+        fitting = ", ".join(
+            own.usage for own in FAMILIES if own.outputs in ("any", outputs) and own.inputs in ("any", kind)
+        )
+        raise ModelError(
+            f"{model_name!r} returns {family.outputs}, and the task needs {outputs}. Use one of {fitting}.",
             field="model",
         )
     inputs = {"channels": channels, "vocabulary": vocabulary, "embedding": embedding, "classes": classes}
@@ -91,8 +101,22 @@ def build(architecture: Mapping[str, object], *, factories: Mapping[str, Factory
         ModelError: an architecture that is not on the allow-list or outside its limits.
     """
     family, arch = _check_architecture(architecture)
-    options = {name: value for name, value in architecture.items() if name != "arch"}
-    return family.build(arch, options, factories or {})
+    return family.build(arch, _options(architecture), factories or {})
+
+
+def build_template(
+    architecture: Mapping[str, object], *, factories: Mapping[str, Factory] | None = None
+) -> nn.Module:
+    """Build the part of a network that a verifier needs: a detector's body, or the whole network.
+
+    Its tensors have the names that they have in the whole network. See `build` for arguments and errors.
+    """
+    family, arch = _check_architecture(architecture)
+    return family.build_template(arch, _options(architecture), factories or {})
+
+
+def _options(architecture: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in architecture.items() if name != "arch"}
 
 
 #: Kinds of heads.

@@ -18,12 +18,14 @@ class ImageSpec:
         height: image height in pixels.
         width: image width in pixels.
         classes: outputs of the network.
+        outputs: labels of a whole image (or of its pixels), or the instances of objects in it.
     """
 
     channels: int
     height: int
     width: int
     classes: int
+    outputs: Literal["labels", "instances"] = "labels"
     kind: ClassVar[Literal["image"]] = "image"
 
     @property

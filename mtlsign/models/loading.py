@@ -46,6 +46,7 @@ def architecture_from_settings(settings: EmbedSettings, input_spec: InputSpec) -
         width=settings.width or 64,
         stem=settings.stem or "stock",
         size=_image_size(name, input_spec),
+        outputs="instances" if input_spec.outputs == "instances" else "labels",
     )
 
 
@@ -96,7 +97,12 @@ def initialize_pretrained(model: nn.Module, settings: EmbedSettings) -> None:
 
 
 def _image_size(arch: str, input_spec: InputSpec) -> int | None:
-    """Return the side of the task's images if the network is built for one size, else None."""
+    """Return the side of the task's images if the network is built for one size, else None.
+
+    A detector is built for the longest side of the images.
+    """
+    if isinstance(input_spec, ImageSpec) and family_of(arch).outputs == "instances":
+        return max(input_spec.height, input_spec.width)
     if not isinstance(input_spec, ImageSpec) or not family_of(arch).has_fixed_size(arch):
         return None
     if input_spec.height != input_spec.width:

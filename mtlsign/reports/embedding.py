@@ -162,7 +162,8 @@ def _share(result: Mapping[str, Any], name: str) -> str | None:
         return None
     if not 0 <= value <= 1:
         return f"{value:.4g}"
-    if not name.startswith("primary") or samples is None or samples < 1:
+    is_mean = result.get("primary_is_mean", True)
+    if not name.startswith("primary") or not is_mean or samples is None or samples < 1:
         return f"{value:.2%}"
     low, high = formatting.wilson(value, int(samples))
     return f"{value:.2%} (95 % interval {low:.2%} … {high:.2%}, {int(samples):,} samples)"

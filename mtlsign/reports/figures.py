@@ -128,7 +128,7 @@ def _plot(ax: Axes, curves: Curves, x: str, y: str, *, log: bool = False, percen
 
 
 def _primary_values(result: Mapping[str, Any]) -> Primary:
-    samples = number(result.get("primary_samples"))
+    samples = number(result.get("primary_samples")) if result.get("primary_is_mean", True) else None
     values = []
     for label, key in (("before (clean)", "primary_clean"), ("after (marked)", "primary_marked")):
         value = number(result.get(key))

@@ -1,7 +1,7 @@
 """Primary tasks: data, loss and metric behind one class, with splits fixed by a seed.
 
 Names are "digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imdb", "sst2", "sst5", "virusshare",
-"files", "lm" and `package.module:factory`.
+"files", "lm", "camvid", "pennfudan", "voc" and `package.module:factory`.
 `"fashion-mnist@0.2"` is a fifth of both official parts, for studies on small machines.
 """
 
@@ -21,6 +21,8 @@ from mtlsign.tasks.byte_images import NAMES as BYTE_IMAGE_NAMES
 from mtlsign.tasks.byte_images import load_byte_images
 from mtlsign.tasks.digits import load_digits
 from mtlsign.tasks.metrics import MeanMetric, Metric
+from mtlsign.tasks.segmentation import NAMES as SEGMENTATION_NAMES
+from mtlsign.tasks.segmentation import load_segmentation
 from mtlsign.tasks.splitting import SPLITS
 from mtlsign.tasks.tensor_split import InputTransform
 from mtlsign.tasks.text import NAMES as TEXT_NAMES
@@ -32,7 +34,7 @@ from mtlsign.tasks.user_task import from_loaders, from_tensors, load_user_task
 
 #: Name of a task that a caller makes of tensors or loaders. `load_task` cannot load it.
 CUSTOM, _RENAMED_CUSTOM = "custom", "own"
-NAMES = ("digits", *SOURCES, *TEXT_NAMES, *BYTE_IMAGE_NAMES, LANGUAGE_MODEL)
+NAMES = ("digits", *SOURCES, *TEXT_NAMES, *BYTE_IMAGE_NAMES, LANGUAGE_MODEL, *SEGMENTATION_NAMES)
 
 __all__ = [
     "NAMES",
@@ -97,6 +99,8 @@ def load_task(
             return load_text(base, root, seed=seed, share=share, tokenizer=tokenizer)
         if base in BYTE_IMAGE_NAMES:
             return load_byte_images(base, root, seed=seed, share=share)
+        if base in SEGMENTATION_NAMES:
+            return load_segmentation(base, root, seed=seed, share=share)
         return load_images(base, root, download=download, seed=seed, share=share)
     if ":" in name:
         return load_user_task(

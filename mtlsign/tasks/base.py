@@ -22,6 +22,11 @@ from mtlsign.tasks.outputs import LogitsFunction, default_logits
 from mtlsign.tasks.splitting import SPLITS, seeded_generator
 
 
+def forward_inputs(network: nn.Module, batch: Batch) -> Any:
+    """Return the network's outputs for the inputs of a batch."""
+    return network(batch.inputs)
+
+
 class Split(Protocol):
     """Part of the data with random access."""
 
@@ -52,6 +57,9 @@ class Task:
         loss: (outputs, targets) -> mean loss.
         metric: builds an empty metric on a device; accuracy by default.
         logits_of: (outputs of the network) -> logits [n, classes, ...], which distillation compares.
+        training_outputs: (network, batch) -> outputs of which loss and distillation are computed. Detectors
+            need the targets and other modes; all other tasks pass the inputs.
+        predictions: (network in evaluation mode, batch) -> outputs that the metric compares with targets.
         targets: kind of the targets; distillation compares probabilities or values accordingly.
         evaluation_batch: samples that are evaluated at once.
         initial_tensors: values of a new network's parameters by name, such as word vectors.
@@ -65,6 +73,8 @@ class Task:
     loss: Callable[[Any, Any], Tensor] = cross_entropy
     metric: MetricFactory = MeanMetric
     logits_of: LogitsFunction = default_logits
+    training_outputs: Callable[[nn.Module, Batch], Any] = forward_inputs
+    predictions: Callable[[nn.Module, Batch], Any] = forward_inputs
     targets: TargetKind = "labels"
     evaluation_batch: int = 500
     initial_tensors: Mapping[str, Tensor] = field(default_factory=dict)

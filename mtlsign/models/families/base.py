@@ -76,11 +76,13 @@ class ArchitectureFamily(Protocol):
         usage: names of the family's architectures, as error messages show them.
         fields: the fields besides `arch`, in the order in which they are checked; None if any are allowed.
         inputs: kind of inputs that the networks read.
+        outputs: labels of a whole input (or of its tokens), or the instances of objects in it.
     """
 
     usage: str
     fields: Mapping[str, Field] | None
     inputs: Literal["image", "text", "any"] = "image"
+    outputs: Literal["labels", "instances", "any"] = "labels"
 
     def includes(self, arch: str) -> bool:
         """Return whether `arch` names a network of this family."""
@@ -100,6 +102,18 @@ class ArchitectureFamily(Protocol):
             options: checked fields without `arch`.
             factories: trusted factories by path; only custom networks use them.
         """
+
+    def build_template(
+        self, arch: str, options: Mapping[str, object], factories: Mapping[str, Factory]
+    ) -> nn.Module:
+        """Build the part of the network that carries a watermark, which is all that a verifier needs.
+
+        Args:
+            arch: architecture name.
+            options: checked fields without `arch`.
+            factories: trusted factories by path; only custom networks use them.
+        """
+        return self.build(arch, options, factories)
 
     def stages(self, model: nn.Module) -> Sequence[str]:
         """Return the module names of the model's stages in execution order; empty if they are unknown."""

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from mtlsign.errors import ModelError
+from mtlsign.models.detectors import template_of
 from mtlsign.models.factories import FACTORY_PATH, Factory, call_factory
 from mtlsign.models.families.base import ArchitectureFamily, Field
 from mtlsign.models.preparation import prepare_module, unwrapped
@@ -30,6 +31,7 @@ class CustomFamily(ArchitectureFamily):
     usage = f"{PREFIX}package.module:function"
     fields: Mapping[str, Field] | None = None
     inputs: Literal["image", "text", "any"] = "any"
+    outputs: Literal["labels", "instances", "any"] = "any"
 
     def includes(self, arch: str) -> bool:
         """Return whether `arch` has the form of a custom architecture name."""
@@ -64,3 +66,9 @@ class CustomFamily(ArchitectureFamily):
         if not any(is_lazy(parameter) for parameter in model.parameters()):
             prepare_module(model)
         return model
+
+    def build_template(
+        self, arch: str, options: Mapping[str, object], factories: Mapping[str, Factory]
+    ) -> nn.Module:
+        """Call the trusted factory, and keep only the body of a detector."""
+        return template_of(self.build(arch, options, factories))

@@ -13,6 +13,7 @@ from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import ModelError
 from mtlsign.models import architectures
 from mtlsign.models.architectures import HeadKind
+from mtlsign.models.detectors import template_of
 from mtlsign.models.factories import Factory
 from mtlsign.models.input_spec import InputSpec
 from mtlsign.models.loading import Tensors, cpu_state, load_tensors
@@ -43,7 +44,8 @@ def commit_keys(
     """Make the reference of W0, and a spec with its signature for each key.
 
     Args:
-        template_model: a network of the architecture; it receives `base_weights`.
+        template_model: a network of the architecture, or the part of it that a verifier needs; this part
+            receives `base_weights`.
         base_weights: state dict of W0.
         architecture: fields of the spec's `architecture`.
         input_spec: inputs of the primary task; key images have this size up to 64 pixels.
@@ -54,7 +56,8 @@ def commit_keys(
     Raises:
         CarrierError, KeyMaterialError, ModelError: a setting does not fit the network or its inputs.
     """
-    load_tensors(template_model, base_weights)
+    template_model = template_of(template_model)
+    load_tensors(template_model, {name: base_weights[name] for name in template_model.state_dict()})
     _require_readable(template_model, input_spec, field="task")
     taps = _tap_names(template_model, settings.head, settings, input_spec)
     further = [(kind, _default_taps(template_model, kind, input_spec)) for kind in settings.readouts]

@@ -49,10 +49,10 @@ def evaluate(
         world=worker.world_size,
         shuffle=False,
     )
-    for x, y in to_device(worker.device, batches):
+    for batch in to_device(worker.device, batches):
         with mixed_precision(settings, worker.device):
-            out = model(x)
-        metric.update(out.float() if isinstance(out, Tensor) else out, y)
+            out = task.predictions(model, batch)
+        metric.update(out.float() if isinstance(out, Tensor) else out, batch.targets)
     worker.all_reduce_sum([metric.state])
     for module, mode in modes:
         module.training = mode

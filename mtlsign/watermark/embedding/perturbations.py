@@ -129,13 +129,13 @@ class Perturbations:
 
     def _tuning_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of an attacker who tunes on D': the primary loss, and distillation if it is set."""
-        settings, (x, y) = self._settings, batch
+        settings = self._settings
         with mixed_precision(settings, self._detector.device):
-            outputs = model(x)
-            loss = self._task.loss(outputs, y)
+            outputs = self._task.training_outputs(model, batch)
+            loss = self._task.loss(outputs, batch.targets)
             if settings.perturbation.tuning_distillation:
                 with torch.no_grad():
-                    teacher_outputs = self._teacher(x)
+                    teacher_outputs = self._task.training_outputs(self._teacher, batch)
                 kl = task_distillation(self._task, outputs, teacher_outputs, settings.phase2.temperature)
                 loss = loss + settings.perturbation.tuning_distillation * kl
         return loss

@@ -117,7 +117,8 @@ class _CleanTraining:
             "epoch": epoch + 1,
             "of": self._epochs,
             "loss": float(sums[0] / sums[1]),
-            "train_accuracy": metric.value(),
+            # Detectors detect nothing while they are trained.
+            **({"train_accuracy": metric.value()} if bool(metric.state.any()) else {}),
             "validation_accuracy": evaluate(
                 self._model, self._task, "validation", self._settings, self._worker
             ),
@@ -138,16 +139,15 @@ class _CleanTraining:
 
     def _train_step(self, step: int, batch: Batch, metric: Metric) -> float:
         """Take one step of the optimiser, update the metric, and return the loss of this rank's part."""
-        x, y = batch
         seed_torch(self._settings.seed, "clean", step, self._worker.rank)
         set_lr(self._optimizer, one_cycle(step, self._epochs * self._steps_per_epoch, self._peak))
         self._optimizer.zero_grad(set_to_none=True)
         with mixed_precision(self._settings, self._worker.device):
-            out = self._network(x)
-            loss = self._task.loss(out, y)
+            out = self._task.training_outputs(self._network, batch)
+            loss = self._task.loss(out, batch.targets)
         loss.backward()
         self._optimizer.step()
-        metric.update(tree_map_only(Tensor, Tensor.detach, out), y)
+        metric.update(tree_map_only(Tensor, Tensor.detach, out), batch.targets)
         return float(loss.detach())
 
     def _show_progress(self, epoch: int, index: int, loss: float) -> None:

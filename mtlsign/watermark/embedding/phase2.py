@@ -28,7 +28,7 @@ from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import DivergedError
 from mtlsign.models.loading import load_tensors
 from mtlsign.models.memory_format import memory_format_for
-from mtlsign.tasks import Task
+from mtlsign.tasks import MeanMetric, Task
 from mtlsign.watermark.embedding.checkpoint_identity import (
     phase2_identity,
     require_identity,
@@ -235,18 +235,18 @@ class _Embedding:
             world=worker.world_size,
             augment=True,
         )
-        x, y = batch.to(worker.device)
+        batch = batch.to(worker.device)
         with mixed_precision(self._settings, worker.device):
-            outputs = self._model(x)
+            outputs = self._task.training_outputs(self._model, batch)
             total = torch.zeros((), device=worker.device)
             if settings.distillation:
                 with torch.no_grad():
-                    teacher_outputs = self._teacher(x)
+                    teacher_outputs = self._task.training_outputs(self._teacher, batch)
                 loss = task_distillation(self._task, outputs, teacher_outputs, settings.temperature)
                 self._means.add("distillation_loss", loss)
                 total = settings.distillation * loss
             if settings.task_loss:
-                total = total + settings.task_loss * self._task.loss(outputs, y)
+                total = total + settings.task_loss * self._task.loss(outputs, batch.targets)
         (total / worker.world_size).backward()
 
     def _sum_gradients_over_ranks(self) -> None:
@@ -296,7 +296,9 @@ class _Embedding:
         }
         if self._task.targets == "labels":
             accuracies["classes"] = self._task.classes
-        return accuracies | {"primary_samples": self._task.size("test")}
+        # A binomial interval is meaningful for a mean over samples alone.
+        is_mean = isinstance(self._task.metric("cpu"), MeanMetric)
+        return accuracies | {"primary_samples": self._task.size("test"), "primary_is_mean": is_mean}
 
 
 def _freeze_fixed_layers(model: nn.Module, detector: WatermarkDetector) -> dict[str, nn.Parameter]:

@@ -122,7 +122,7 @@ def _measure(spec: Spec, readout: ReadoutSpec, factories: Mapping[str, Factory] 
 
     samples = 2 if spread else readout.n
     with torch.device("meta"):
-        network = architectures.build(spec.architecture, factories=factories).train()
+        network = architectures.build_template(spec.architecture, factories=factories).train()
         inputs = carriers.for_spec(spec).sample(samples, device="meta")
     parameters = sum(p.numel() for p in network.parameters())
     if parameters > architectures.MAX_PARAMETERS:

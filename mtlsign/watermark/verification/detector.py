@@ -87,7 +87,7 @@ class WatermarkDetector:
                 field="reference",
             )
         self.device = torch.device(device)
-        template_model = architectures.build(self.spec.architecture, factories=factories)
+        template_model = architectures.build_template(self.spec.architecture, factories=factories)
         self.readouts: tuple[Readout, ...] = tuple(
             self._make_readout(index, template_model, reference, head)
             for index in range(len(self.spec.readouts))

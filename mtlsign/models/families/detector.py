@@ -1,0 +1,68 @@
+"""Cascade Mask R-CNN on a ResNet with a feature pyramid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from torch import nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+
+from mtlsign.config.embed import MAX_WIDTH
+from mtlsign.models.cascade_mask_rcnn import cascade_mask_rcnn
+from mtlsign.models.detectors import as_template, body_stages
+from mtlsign.models.factories import Factory
+from mtlsign.models.families.base import ArchitectureFamily, ChoiceField, Field, IntegerField
+from mtlsign.models.families.resnet import RESNETS, STAGES, STEM_KINDS, ScalableResNet
+
+PREFIX = "cascade-"
+_RETURNED = {name: str(index) for index, name in enumerate(STAGES)}
+#: Channels of the feature pyramid in units of the width; width 64 gives the usual 256.
+_PYRAMID = 4
+
+
+class DetectorFamily(ArchitectureFamily):
+    """`cascade-resnet18`, `-resnet34` and `-resnet50`: three box stages, and masks."""
+
+    usage = ", ".join(PREFIX + name for name in RESNETS)
+    outputs: Literal["labels", "instances", "any"] = "instances"
+    fields: Mapping[str, Field] | None = {
+        "channels": IntegerField(3, 3),
+        "classes": IntegerField(1, 1000),
+        "width": IntegerField(4, MAX_WIDTH),
+        "stem": ChoiceField(STEM_KINDS),
+        "size": IntegerField(32, 4096),
+    }
+
+    def includes(self, arch: str) -> bool:
+        """Return whether `arch` is the name of one of the three networks."""
+        return arch.startswith(PREFIX) and arch.removeprefix(PREFIX) in RESNETS
+
+    def options(self, *, width: int, stem: str, size: int | None) -> dict[str, object]:
+        """Return width, stem and the longest side of the images."""
+        return {"width": width, "stem": stem, **({} if size is None else {"size": size})}
+
+    def build(self, arch: str, options: Mapping[str, object], factories: Mapping[str, Factory]) -> nn.Module:
+        """Build the detector with random weights."""
+        numbers = {name: value for name, value in options.items() if isinstance(value, int)}
+        resnet = _resnet(arch, options)
+        channels = [int(resnet.fc.in_features) >> shift for shift in (3, 2, 1, 0)]
+        backbone = BackboneWithFPN(resnet, dict(_RETURNED), channels, _PYRAMID * numbers["width"])
+        return cascade_mask_rcnn(backbone, classes=numbers["classes"], size=numbers["size"])
+
+    def build_template(
+        self, arch: str, options: Mapping[str, object], factories: Mapping[str, Factory]
+    ) -> nn.Module:
+        """Build the body alone, without pyramid and heads."""
+        return as_template(IntermediateLayerGetter(_resnet(arch, options), dict(_RETURNED)))
+
+    def stages(self, model: nn.Module) -> Sequence[str]:
+        """Return the stages of a detector's body, whether this package or torchvision built it."""
+        return body_stages(model)
+
+
+def _resnet(arch: str, options: Mapping[str, object]) -> ScalableResNet:
+    block, layers = RESNETS[arch.removeprefix(PREFIX)]
+    fields = {name: options[name] for name in ("channels", "width", "stem")}
+    return ScalableResNet(block, layers, classes=1, **fields)  # type: ignore[arg-type]
