@@ -321,9 +321,11 @@ _INSTANCE_RECIPE: dict[str, Any] = {
     "phase1.weight_decay": 0.0,
 }
 #: Settings of built-in tasks that replace defaults of all tasks.
-TASK_OVERRIDES: dict[str, dict[str, Any]] = dict.fromkeys(
-    ("camvid", "pennfudan", "voc"), {"phase2.batch": 8}
-)
+TASK_OVERRIDES: dict[str, dict[str, Any]] = {
+    "camvid": {"phase2.batch": 8},
+    "pennfudan": {"phase2.batch": 8},
+    "voc": {"phase2.batch": 8},
+}
 #: Defaults of the built-in tasks.
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {"width": 16, "phase1.epochs": 30, "phase2.steps": 600},

@@ -191,8 +191,8 @@ class CascadeHeads(RoIHeads):  # type: ignore[misc]
         scores = scores[:, 1:].flatten()
         keep = (scores > self.score_thresh).nonzero().flatten()
         keep = keep[remove_small_boxes(boxes[keep], _SMALLEST_BOX)]
-        kept = batched_nms(boxes[keep], scores[keep], labels[keep], self.nms_thresh)
-        keep = keep[kept[: self.detections_per_img]]
+        order = batched_nms(boxes[keep], scores[keep], labels[keep], self.nms_thresh)
+        keep = keep[order[: self.detections_per_img]]
         return {"boxes": boxes[keep], "labels": labels[keep], "scores": scores[keep]}
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from mtlsign.errors import ModelError
+from mtlsign.models.detectors import BODY
 from mtlsign.models.families import translation_of
 
 COUNTER = "num_batches_tracked"
@@ -66,7 +67,8 @@ def suspect_mappings(
     """Return every mapping of a model's names to the names in a suspect's file.
 
     Complete mappings stand first. A mapping without some of the tolerated names counts if it has half of them
-    or, if no mapping is complete, as many as any other.
+    or, if no mapping is complete, as many as any other. The body of a detector can stand under any prefix,
+    so that it is found in a classifier, too.
 
     Args:
         names: names of the model's tensors.
@@ -77,6 +79,13 @@ def suspect_mappings(
     Raises:
         ModelError: there is no mapping, or there are more than `MAX_MAPPINGS`.
     """
+    names = list(names)
+    if names and all(name.startswith(f"{BODY}.") for name in names):
+        inner = suspect_mappings(
+            map(_in_body, names), available,
+            optional=map(_in_body, optional), tolerated=set(map(_in_body, tolerated)),
+        )  # fmt: skip
+        return [{f"{BODY}.{name}": source for name, source in mapping.items()} for mapping in inner]
     names, required = _required(names, optional)
     tables = _tables(available)
     distinct: dict[tuple[str, ...], NameMapping] = {}
@@ -94,6 +103,16 @@ def suspect_mappings(
     if not distinct:
         raise _missing_tensors(required, tables)
     return list(distinct.values())
+
+
+def _in_body(name: str) -> str:
+    """Return the name of a tensor of a detector's body without the name of the body."""
+    return name.removeprefix(f"{BODY}.")
+
+
+def names_in_any_network(names: Iterable[str]) -> set[str]:
+    """Return names of a network's tensors, and those of a detector's body without the name of the body."""
+    return {own for name in names for own in (name, _in_body(name))}
 
 
 def _required(names: Iterable[str], optional: Iterable[str]) -> tuple[list[str], list[str]]:

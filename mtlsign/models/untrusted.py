@@ -17,7 +17,13 @@ from mtlsign.errors import ModelError
 from mtlsign.models.checkpoints import FLOATS
 from mtlsign.models.derived_weights import DerivedWeights
 from mtlsign.models.families import translation_of
-from mtlsign.models.tensor_names import MAX_MAPPINGS, NameMapping, is_name_of, suspect_mappings
+from mtlsign.models.tensor_names import (
+    MAX_MAPPINGS,
+    NameMapping,
+    is_name_of,
+    names_in_any_network,
+    suspect_mappings,
+)
 
 #: Largest ratio of a suspect's rows or input columns to those of W0; an attacker can add channels.
 MAX_GROWTH = 4
@@ -178,6 +184,7 @@ def has_unread_tensors(names: Collection[str], tensors: Mapping[str, Tensor]) ->
         tensors: the suspect's tensors, of any origin.
     """
     try:
+        names = names_in_any_network(names)
         view = DerivedWeights(tensors).alternatives()[0]
         sources = sorted(name for name in view if isinstance(name, str))
         return any(

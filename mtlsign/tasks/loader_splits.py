@@ -17,6 +17,13 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from mtlsign.errors import DataError
 from mtlsign.tasks.base import Split
 from mtlsign.tasks.batch import Batch
+from mtlsign.tasks.segmentation.user_batches import (
+    detection_collate,
+    detection_targets,
+    is_detection_batch,
+    is_detection_sample,
+    padded_images,
+)
 from mtlsign.tasks.tensor_split import InputTransform, TensorSplit
 from mtlsign.tasks.text.text_split import TextSplit
 
@@ -68,7 +75,10 @@ class DatasetSplit:
                 np.random.seed(seed % 2**32)
                 random.seed(seed)
                 samples.append(self.dataset[row])
-        return _validate_batch(self.collate(samples)).to(self.device)
+        collate = self.collate
+        if collate is default_collate and all(is_detection_sample(sample) for sample in samples):
+            collate = detection_collate
+        return _validate_batch(collate(samples)).to(self.device)
 
 
 @contextmanager
@@ -87,6 +97,8 @@ def _validate_batch(batch: Any) -> Batch:
         pair = tuple(_entry(batch, keys) for keys in (INPUT_KEYS, TARGET_KEYS))
     else:
         pair = tuple(batch) if isinstance(batch, tuple | list) else ()
+    if len(pair) == 2 and is_detection_batch(*pair):
+        return Batch(padded_images(pair[0]), detection_targets(pair[1]))
     if len(pair) != 2 or not all(isinstance(tensor, Tensor) for tensor in pair):
         raise DataError(
             "A batch is not a pair of tensors (x, y), nor a mapping with such a pair under "
@@ -139,6 +151,10 @@ def _copied(name: str, batches: Iterable[Any]) -> TensorSplit | TextSplit:
     xs, ys, size = [], [], 0
     for batch in batches:
         x, y = _validate_batch(batch)
+        if not isinstance(y, Tensor):
+            raise DataError(
+                f"{name!r} gives targets of a detector. Give their dataset or a DataLoader.", field="task"
+            )
         xs.append(x)
         ys.append(y)
         size += x.nbytes + y.nbytes

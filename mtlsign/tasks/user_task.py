@@ -23,6 +23,7 @@ from mtlsign.tasks.objectives import (
     task_metric,
 )
 from mtlsign.tasks.outputs import LogitsFunction, default_logits
+from mtlsign.tasks.segmentation.detection import detection_fields
 from mtlsign.tasks.splitting import (
     SPLITS,
     seeded_generator,
@@ -85,10 +86,13 @@ def from_loaders(
 
     A batch is a pair (x, y), or a mapping with `pixel_values`, `image`, `input_ids`, `tokens`, `x` or
     `inputs` and `labels`, `label`, `y` or `targets`. x holds images [n, C, H, W], or whole numbers [n, L]:
-    the token ids of texts, with 0 after the last token. The batch size, order, sampler and processes of a
-    DataLoader are not used. Its dataset is read by index through its collate function. The generators of
-    torch, numpy and Python are seeded for each sample, so that the dataset's random transforms are the same
-    for any number of workers. An iterable without a dataset is copied into memory (at most 2 GiB).
+    the token ids of texts, with 0 after the last token. For a detector, a batch is a list of images [C, H, W]
+    and a list of mappings with `boxes`, `labels` and possibly `masks`, as in torchvision.
+
+    The batch size, order, sampler and processes of a DataLoader are not used. Its dataset is read by index
+    through its collate function. The generators of torch, numpy and Python are seeded for each sample, so
+    that the dataset's random transforms are the same for any number of workers. An iterable without a
+    dataset is copied into memory (at most 2 GiB).
 
     Args:
         loaders: `train` and `test`, optionally `validation`, `attacker` and `inner`. Missing splits are
@@ -116,6 +120,8 @@ def from_loaders(
     kind: TargetKind = "labels"
     if labels is None:
         examples = splits["train"].batch(torch.arange(min(_KIND_SAMPLES, len(splits["train"]))))
+        if isinstance(examples.targets, list):
+            return _detection_task(name, splits, examples, classes, loss, metric, logits_of)
         kind, counted = _kind_and_outputs(examples, count_outputs)
         classes = counted if classes is None else classes
     elif classes is None:
@@ -124,6 +130,34 @@ def from_loaders(
         raise DataError("The number of classes is unknown. Return it as 'classes'.", field="task")
     objectives = _objectives(kind, loss, metric, logits_of)
     return Task(name, _input_spec(splits, int(classes), vocabulary), splits, **objectives)
+
+
+def _detection_task(
+    name: str,
+    splits: Mapping[str, Split],
+    examples: Batch,
+    classes: int | None,
+    loss: OutputFunction | None,
+    metric: OutputFunction | None,
+    logits_of: LogitsFunction | None,
+) -> Task:
+    """Return the task of a detector; see `from_loaders` for the arguments.
+
+    Raises:
+        DataError: a loss or metric is given, which a detector has itself, or no image has objects.
+    """
+    if loss is not None or metric is not None or logits_of is not None:
+        raise DataError(
+            "A detector returns its losses, and its metric is the average precision. Leave out loss, metric "
+            "and logits_of.",
+            field="task",
+        )
+    largest = max((int(t["labels"].max()) for t in examples.targets if len(t["labels"])), default=0)
+    if not largest:
+        raise DataError("The first images have no objects. Give other data.", field="task")
+    channels, height, width = (int(n) for n in examples.inputs.shape[1:])
+    spec = ImageSpec(channels, height, width, classes or largest, outputs="instances")
+    return Task(name, spec, splits, **detection_fields())
 
 
 def _input_spec(splits: Mapping[str, Split], classes: int, vocabulary: int | None) -> InputSpec:

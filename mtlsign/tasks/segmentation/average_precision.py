@@ -48,8 +48,8 @@ class InstanceMetric:
         """Add the detections of some images; outputs of a training pass, which have none, are left out."""
         if isinstance(outputs, Mapping):
             return
-        for found, target in zip(outputs, targets, strict=True):
-            self._images.append(_compressed(found, target))
+        for detected, target in zip(outputs, targets, strict=True):
+            self._images.append(_compressed(detected, target))
         self.state += len(targets)
 
     def value(self) -> float:
@@ -77,20 +77,20 @@ class InstanceMetric:
         return [image for part in parts for image in part]
 
 
-def _compressed(found: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Any]:
+def _compressed(detected: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return targets and detections of one image as plain numbers and run-length codes."""
     image: dict[str, Any] = {
         "boxes": _boxes(target["boxes"]),
         "labels": target["labels"].tolist(),
         "crowd": target.get("iscrowd", torch.zeros(len(target["labels"]))).int().tolist(),
-        "found_boxes": _boxes(found["boxes"]),
-        "found_labels": found["labels"].tolist(),
-        "scores": found["scores"].tolist(),
+        "found_boxes": _boxes(detected["boxes"]),
+        "found_labels": detected["labels"].tolist(),
+        "scores": detected["scores"].tolist(),
     }
-    if "masks" in target and "masks" in found:
+    if "masks" in target and "masks" in detected:
         image["height"], image["width"] = target["masks"].shape[1:]
         image["masks"] = _run_lengths(target["masks"])
-        image["found_masks"] = _run_lengths(found["masks"].flatten(0, 1) > _MASK_THRESHOLD)
+        image["found_masks"] = _run_lengths(detected["masks"].flatten(0, 1) > _MASK_THRESHOLD)
     return image
 
 
@@ -113,7 +113,7 @@ def _coco_statistics(images: Sequence[Mapping[str, Any]], kind: str) -> list[flo
     from pycocotools.cocoeval import COCOeval
 
     annotations: list[dict[str, Any]] = []
-    found: list[dict[str, Any]] = []
+    guesses: list[dict[str, Any]] = []
     for number, image in enumerate(images, start=1):
         for index, box in enumerate(image["boxes"]):
             annotations.append({
@@ -122,17 +122,17 @@ def _coco_statistics(images: Sequence[Mapping[str, Any]], kind: str) -> list[flo
                 **({"segmentation": image["masks"][index]} if kind == "segm" else {}),
             })  # fmt: skip
         for index, box in enumerate(image["found_boxes"]):
-            found.append({
-                "id": len(found) + 1, "image_id": number, "bbox": box, "area": box[2] * box[3],
+            guesses.append({
+                "id": len(guesses) + 1, "image_id": number, "bbox": box, "area": box[2] * box[3],
                 "category_id": image["found_labels"][index], "iscrowd": 0, "score": image["scores"][index],
                 **({"segmentation": image["found_masks"][index]} if kind == "segm" else {}),
             })  # fmt: skip
-    if not annotations or not found:
+    if not annotations or not guesses:
         return [0.0] * 12
     classes = sorted({entry["category_id"] for entry in annotations})
     with contextlib.redirect_stdout(io.StringIO()):
-        truth, guesses = COCO(), COCO()
-        for data, entries in ((truth, annotations), (guesses, found)):
+        truth, results = COCO(), COCO()
+        for data, entries in ((truth, annotations), (results, guesses)):
             data.dataset = {
                 "images": [
                     {"id": number, "height": image.get("height"), "width": image.get("width")}
@@ -142,7 +142,7 @@ def _coco_statistics(images: Sequence[Mapping[str, Any]], kind: str) -> list[flo
                 "annotations": entries,
             }
             data.createIndex()
-        evaluation = COCOeval(truth, guesses, kind)
+        evaluation = COCOeval(truth, results, kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -42,8 +42,8 @@ def detection_fields() -> dict[str, Any]:
 
 def detections(network: nn.Module, batch: Batch) -> list[dict[str, Tensor]]:
     """Return the detections of a network in evaluation mode."""
-    found: list[dict[str, Tensor]] = network(list(batch.inputs))
-    return found
+    results: list[dict[str, Tensor]] = network(list(batch.inputs))
+    return results
 
 
 def training_outputs(network: nn.Module, batch: Batch) -> dict[str, Any]:

@@ -122,8 +122,8 @@ def listed_files(folder: Path, suffixes: tuple[str, ...], most: int) -> list[Pat
     """
     if not folder.is_dir():
         raise damaged_file(folder, "is no folder")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
-    if len(found) > most:
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    if len(paths) > most:
         raise DataError(f"{folder} has more than {most:,} images. Put only the official ones there.",
                         field="data")  # fmt: skip
-    return found
+    return paths

@@ -60,9 +60,11 @@ def connected_regions(classes: NDArray[np.uint8], labels: Mapping[int, int]) -> 
     """
     regions: list[tuple[int, int, NDArray[np.bool_]]] = []
     for value, label in labels.items():
-        found, count = ndimage.label(classes == value, structure=np.ones((3, 3)))
-        sizes = np.bincount(found.ravel(), minlength=count + 1)
-        regions += [(int(sizes[k]), label, found == k) for k in range(1, count + 1) if sizes[k] >= MIN_PIXELS]
+        labelled, count = ndimage.label(classes == value, structure=np.ones((3, 3)))
+        sizes = np.bincount(labelled.ravel(), minlength=count + 1)
+        regions += [
+            (int(sizes[k]), label, labelled == k) for k in range(1, count + 1) if sizes[k] >= MIN_PIXELS
+        ]
     regions = sorted(regions, key=lambda region: -region[0])[:MAX_INSTANCES]
     numbers = np.zeros(classes.shape, np.uint8)
     for index, (_, _, mask) in enumerate(regions):
@@ -118,8 +120,8 @@ class InstanceSplit:
 def instance_targets(instances: Instances, *, flip: bool = False) -> dict[str, Tensor]:
     """Return the target of one image as torchvision's detectors read it; see `InstanceSplit.batch`."""
     numbers = instances.numbers[:, ::-1] if flip else instances.numbers
-    found = ndimage.find_objects(numbers, max_label=len(instances.labels))
-    boxes = [[box[1].start, box[0].start, box[1].stop, box[0].stop] for box in found if box is not None]
+    slices = ndimage.find_objects(numbers, max_label=len(instances.labels))
+    boxes = [[box[1].start, box[0].start, box[1].stop, box[0].stop] for box in slices if box is not None]
     ids = np.arange(1, len(instances.labels) + 1, dtype=np.uint8)
     masks = (numbers[None] == ids[:, None, None]).astype(np.uint8)
     return {

@@ -99,9 +99,9 @@ def read_voc(sample: Sample, height: int, width: int) -> Instances:
 
 
 def _require_classes(path: Path, classes: NDArray[np.uint8]) -> None:
-    found = classes[classes != _BORDER]
-    if found.size and found.max() > len(CLASSES):
-        raise damaged_file(path, f"has the class {found.max()}, and {len(CLASSES)} is the largest")
+    numbers = classes[classes != _BORDER]
+    if numbers.size and numbers.max() > len(CLASSES):
+        raise damaged_file(path, f"has the class {numbers.max()}, and {len(CLASSES)} is the largest")
 
 
 def _class_of(pixels: NDArray[np.uint8]) -> int:
