@@ -49,7 +49,8 @@ class DetectorFamily(ArchitectureFamily):
         resnet = _resnet(arch, options)
         channels = [int(resnet.fc.in_features) >> shift for shift in (3, 2, 1, 0)]
         backbone = BackboneWithFPN(resnet, dict(_RETURNED), channels, _PYRAMID * numbers["width"])
-        return cascade_mask_rcnn(backbone, classes=numbers["classes"], size=numbers["size"])
+        network: nn.Module = cascade_mask_rcnn(backbone, classes=numbers["classes"], size=numbers["size"])
+        return network
 
     def build_template(
         self, arch: str, options: Mapping[str, object], factories: Mapping[str, Factory]

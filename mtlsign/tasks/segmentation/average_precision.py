@@ -63,7 +63,7 @@ class InstanceMetric:
         if not images:
             return {}
         kinds = {"box": "bbox", "mask": "segm"} if "masks" in images[0] else {"box": "bbox"}
-        scores = {}
+        scores: dict[str, float] = {}
         for name, kind in kinds.items():
             statistics = _coco_statistics(images, kind)
             scores |= {f"{name}_map": statistics[_MEAN], f"{name}_map50": statistics[_AT_50]}
@@ -96,7 +96,7 @@ def _compressed(detected: Mapping[str, Tensor], target: Mapping[str, Tensor]) ->
 
 def _boxes(boxes: Tensor) -> list[list[float]]:
     """Return boxes as left, top, width, height."""
-    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).double().tolist()  # type: ignore[no-any-return]
+    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).double().tolist()
 
 
 def _run_lengths(masks: Tensor) -> list[dict[str, Any]]:
