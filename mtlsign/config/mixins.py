@@ -31,7 +31,7 @@ class TaskData(BaseModel):
     """Data of the primary task."""
 
     # fmt: off
-    data: Path | None = Field(None, description="folder of the datasets in the layouts of torchvision, of the official text archives or virusshare/CLASS/FILE, on every node")
+    data: Path | None = Field(None, description="folder of the datasets in the layouts of torchvision, of the official text archives, of CamVid, Penn-Fudan and Pascal VOC, or virusshare/CLASS/FILE, on every node")
     tokenizer: Path | None = Field(None, description="tokenizer.json of a pretrained model, for text tasks [the words of GloVe]")
     download: bool = Field(False, description="let torchvision download missing data")
     # fmt: on

@@ -91,7 +91,7 @@ def test_verify_of_unrelated_detector_accepts_nothing(marked_cascade: EmbeddingR
     assert verify(body, detector_for_kit(marked_cascade.kit)).status == "unrelated"
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, frozen_norm])
+@pytest.mark.parametrize("norm", [pytest.param(nn.BatchNorm2d, marks=pytest.mark.slow), frozen_norm])
 def test_embed_marks_a_users_detector(norm: Any) -> None:
     torch.manual_seed(0)
     network = faster_rcnn(norm)
