@@ -28,7 +28,12 @@ def target(*boxes: tuple[int, int, int, int], crowd: tuple[bool, ...] | None = N
 def detection(truth: dict[str, Tensor], scores: tuple[float, ...]) -> dict[str, Tensor]:
     """Return a target as detections with these scores."""
     masks = truth["masks"][:, None].float()
-    return {"boxes": truth["boxes"], "labels": truth["labels"], "masks": masks, "scores": torch.tensor(scores)}
+    return {
+        "boxes": truth["boxes"],
+        "labels": truth["labels"],
+        "masks": masks,
+        "scores": torch.tensor(scores),
+    }
 
 
 def test_instance_metric_of_right_detections_is_one() -> None:

@@ -136,7 +136,7 @@ def test_load_segmentation_refuses_damaged_files(
 
 def test_load_segmentation_refuses_empty_and_missing_folders(tmp_path: Path) -> None:
     for name in WRITERS:
-        with pytest.raises(DataError, match="missing|no folder"):
+        with pytest.raises(DataError, match=r"missing|no folder"):
             load_segmentation(name, tmp_path, seed=1)
     for part in ("train", "val", "test"):
         (tmp_path / "CamVid" / part).mkdir(parents=True)

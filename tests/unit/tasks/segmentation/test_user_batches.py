@@ -13,7 +13,9 @@ from tests.unit.models.detector_examples import SIDE, Objects, objects
 
 
 def test_from_loaders_of_detection_data_is_a_task_of_instances() -> None:
-    loader = DataLoader(Objects(12), batch_size=2, collate_fn=lambda samples: tuple(zip(*samples, strict=True)))
+    loader = DataLoader(
+        Objects(12), batch_size=2, collate_fn=lambda samples: tuple(zip(*samples, strict=True))
+    )
     task = from_loaders({"train": loader, "test": Objects(3, 100)})
     assert (task.input_spec.outputs, task.classes) == ("instances", 2)
     batch = task.splits["test"].batch(torch.arange(2))
