@@ -69,6 +69,13 @@ class InstanceMetric:
             scores |= {f"{name}_map": statistics[_MEAN], f"{name}_map50": statistics[_AT_50]}
         return scores
 
+    def drawn(self, rows: Sequence[int]) -> InstanceMetric:
+        """Return the metric of some of this rank's images, which may repeat."""
+        other = InstanceMetric(self.state.device)
+        other._images = [self._images[row] for row in rows]
+        other.state += len(rows)
+        return other
+
     def _gathered(self) -> list[dict[str, Any]]:
         if not distributed.is_initialized() or distributed.get_world_size() == 1:
             return self._images

@@ -74,6 +74,14 @@ def test_instance_metric_without_masks_or_detections() -> None:
     assert nothing.value() == 0.0
 
 
+def test_instance_metric_drawn_has_the_chosen_images_alone() -> None:
+    truth = target((2, 2, 20, 20))
+    metric = InstanceMetric()
+    metric.update([detection(truth, (0.9,)), detection(target(), ())], [truth, truth])
+    assert metric.drawn([0, 0, 0]).value() == pytest.approx(1.0)
+    assert metric.drawn([1]).value() == 0.0 and metric.drawn([0, 1]).state.tolist() == [2.0]
+
+
 def test_instance_metric_leaves_out_training_outputs() -> None:
     metric = InstanceMetric()
     metric.update({"losses": {}, "features": []}, [target((2, 2, 20, 20))])
