@@ -187,3 +187,21 @@ def test_suspect_mappings_returns_consistent_names_or_raises(
     for mapping in found:
         assert set(wanted[count:]) <= set(mapping) <= set(wanted) and set(mapping.values()) <= set(available)
         assert len({source.removesuffix(name) for name, source in mapping.items()}) <= 1 or not mapping
+
+
+def test_suspect_mappings_of_detector_body_is_found_under_any_prefix() -> None:
+    names = ["backbone.body.conv1.weight", "backbone.body.layer1.weight"]
+    for prefix in ("", "backbone.body.", "student.model."):
+        available = [f"{prefix}conv1.weight", f"{prefix}layer1.weight", "rpn.head.weight"]
+        expected = dict(zip(names, available[:2], strict=True))
+        assert suspect_mappings(names, available) == [expected]
+
+
+def test_suspect_mappings_of_detector_body_tolerates_missing_and_optional_names() -> None:
+    names = [f"backbone.body.{name}" for name in ("conv1.weight", "layer1.weight", "bn1.weight")]
+    mappings = suspect_mappings(
+        names, ["conv1.weight", "bn1.weight"], optional=[names[2]], tolerated=names[:2]
+    )
+    assert mappings == [{names[0]: "conv1.weight", names[2]: "bn1.weight"}]
+    with pytest.raises(ModelError, match="missing"):
+        suspect_mappings(names, ["conv1.weight", "bn1.weight"], optional=[names[2]])
