@@ -94,6 +94,18 @@ class TransformedSplit:
         return Batch(transform_inputs(x, self.transforms), y)
 
 
+class TransformedModel(nn.Module):
+    """Deployed model whose operator applies transforms to every input."""
+
+    def __init__(self, model: nn.Module, transforms: InputTransforms) -> None:
+        super().__init__()
+        self.model, self.transforms = model, transforms
+
+    def forward(self, x: Tensor) -> Any:
+        """Return the outputs for inputs of the owner's task."""
+        return self.model(transform_inputs(x, self.transforms))
+
+
 def transform_inputs(x: Tensor, transforms: InputTransforms) -> Tensor:
     """Apply input transforms to images [n, C, H, W] or token ids [n, L]."""
     for transform in transforms:

@@ -14,12 +14,14 @@ from mtlsign.attacks.base import (
     AttackOutcome,
     Epochs,
     LossWeight,
+    NotApplicableError,
     device_of,
     seeded,
 )
 from mtlsign.attacks.training import trainable_copy
 from mtlsign.errors import ModelError
 from mtlsign.schemes.base import SchemeSettings
+from mtlsign.schemes.mtlsign import MTLSignScheme
 from mtlsign.tasks import Task
 from mtlsign.watermark.embedding.worker import SingleProcessContext
 
@@ -48,6 +50,8 @@ def overwrite(
     R_DA's inner loops.
     """
     data = attacker_view(model, task, resources, seed)
+    if head != "same" and not isinstance(resources.scheme, MTLSignScheme):
+        raise NotApplicableError(f"{resources.scheme.name} has no heads. Omit head.", field="head")
     options = {} if head == "same" else {"head": head}
     scheme = resources.scheme.with_key_options(key_size=n or None, **options)
     key = scheme.generate_key(model, data, seed)
@@ -56,7 +60,7 @@ def overwrite(
         batch=min(images or key.sample_count or 128, data.size("attacker")),
         training_lr=resources.training_lr,
         seed=seed,
-        options={"lambda2": lambda2},
+        options={"lambda2": lambda2} if isinstance(scheme, MTLSignScheme) else {},
     )
     overwritten = trainable_copy(model)
     worker = SingleProcessContext(

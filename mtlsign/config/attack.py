@@ -10,6 +10,7 @@ from pydantic import Field
 
 from mtlsign.config import renamed
 from mtlsign.config.base import Settings, Texts
+from mtlsign.config.embed import MAX_WIDTH
 from mtlsign.config.mixins import (
     KIT_PASSPHRASE_FILE,
     MIN_EVIDENCE_BITS,
@@ -24,12 +25,16 @@ from mtlsign.config.mixins import (
 
 
 class AttackSettings(RunStorage, RunPlacement, TaskData, Settings):
-    """Settings of an attack run. `min_evidence_bits` is the policy of the verifier."""
+    """Settings of an attack run. `min_evidence_bits` is the policy of the verifier.
+
+    With `scheme`, the run trains and marks its own target, and the key is derived from `seed`.
+    """
 
     renamed: ClassVar[Mapping[str, str]] = renamed.ATTACK
     common: ClassVar[tuple[str, ...]] = (
         "model",
         "kit",
+        "scheme",
         "attacks",
         "task",
         "data",
@@ -55,6 +60,14 @@ class AttackSettings(RunStorage, RunPlacement, TaskData, Settings):
     other_marked_models: Texts = Field((), max_length=100, description="average_models: other models marked from the same W0; repeat the flag")
     trusted_factory: str | None = Field(None, max_length=200, description=TRUSTED_FACTORY)
     min_evidence_bits: float = Field(POLICY_BITS, ge=0, le=4096, description=MIN_EVIDENCE_BITS)
+    # a scheme of other authors
+    scheme: str | None = Field(None, min_length=1, max_length=60, description="train an unmarked network, mark it with this scheme (such as uchida, neuralmark, adi, mtlsign) and attack it; without --model and --kit")
+    scheme_options: Texts = Field((), max_length=40, description="--scheme: option of the scheme, NAME=VALUE such as key_size=128 [those of its paper]; repeat the flag")
+    network: str | None = Field(None, min_length=1, max_length=200, description="--scheme: network to train, as --model of jobs/embed.py [that of the task]")
+    width: int | None = Field(None, ge=4, le=MAX_WIDTH, description="--scheme: channels of the network's first stage")
+    weights: str | None = Field(None, min_length=1, max_length=4096, description="--scheme: trained checkpoint of the unmarked network; skips its training")
+    embed_steps: int | None = Field(None, ge=1, le=1_000_000, description="--scheme: optimiser steps of the embedding [those of the scheme]")
+    embed_batch: int = Field(128, ge=2, le=65_536, description="--scheme: primary samples in a step of the embedding")
     # resources
     workers: int = Field(1, ge=0, le=4096, description="concurrent attacks, each a Ray task; 0: this process alone, without Ray")
     resource_timeout_s: int = Field(0, ge=0, le=86_400, description=RESOURCE_TIMEOUT_S)

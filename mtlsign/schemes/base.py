@@ -74,6 +74,7 @@ class Detection:
         accepted: whether the evidence reaches the required minimum.
         status: "accepted", "rejected", or another state of the scheme.
         reason: why the model could not be read; None if it was read.
+        null_rate: probability of one match with a random key, which the evidence assumes.
     """
 
     matched: int
@@ -82,6 +83,7 @@ class Detection:
     accepted: bool
     status: str
     reason: str | None = None
+    null_rate: float = 0.5
 
     @property
     def accuracy(self) -> float:
@@ -89,7 +91,25 @@ class Detection:
         return self.matched / self.n
 
 
+@dataclass(frozen=True)
+class Forgery:
+    """False claim: a key for a model that its claimant did not mark.
+
+    Attributes:
+        method: how the key was made.
+        tries: keys that were tried; 1 for a computed key.
+        seconds: duration, in seconds.
+        detection: result of the verifier for the best key.
+    """
+
+    method: str
+    tries: int
+    seconds: float
+    detection: Detection
+
+
 KeyT = TypeVar("KeyT", bound=SchemeKey)
+Access = Literal["white-box", "black-box"]
 
 
 class WatermarkScheme(Protocol[KeyT]):
@@ -98,16 +118,29 @@ class WatermarkScheme(Protocol[KeyT]):
     Attributes:
         name: name in the registry.
         access: whether detection reads weights ("white-box") or queries the model ("black-box").
+        needs_commitment: whether a claimant can choose a key that fits a given model, so that a detection
+            is evidence only if the key was fixed before the model was published.
+        default_steps: optimiser steps of an embedding by default.
     """
 
     name: ClassVar[str]
-    access: ClassVar[Literal["white-box", "black-box"]]
+    access: ClassVar[Access]
+    needs_commitment: ClassVar[bool]
+    default_steps: ClassVar[int]
 
     def with_key_options(self, **options: Any) -> WatermarkScheme[KeyT]:
         """Return the scheme with other options of `generate_key`; None stands for a default."""
 
     def unsupported_reason(self, model: nn.Module, task: Task) -> str | None:
         """Return why the scheme cannot mark this model for this task; None if it can."""
+
+    def prepare_model(self, model: nn.Module, task: Task) -> None:
+        """Replace the layers that the scheme changes, such as an output layer, in place.
+
+        Args:
+            model: an unmarked model, before `generate_key`; or a new one, before marked weights are loaded.
+            task: its primary task.
+        """
 
     def generate_key(self, model: nn.Module, task: Task, seed: int) -> KeyT:
         """Generate a key for a model, which serves as the unmarked base model.
@@ -150,3 +183,12 @@ class WatermarkScheme(Protocol[KeyT]):
 
     def watermark_loss(self, model: nn.Module, key: KeyT) -> Tensor | None:
         """Return the loss of the key's bits with gradients, for key-aware attacks; None if there is none."""
+
+    def forge(self, model: nn.Module, task: Task, seed: int) -> Forgery | None:
+        """Make a false claim on an unmarked model in the cheapest known way; None if no way is known.
+
+        Args:
+            model: a model that the claimant did not mark; unchanged.
+            task: its primary task.
+            seed: seed of all random choices.
+        """

@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from mtlsign.errors import ModelError
 from mtlsign.models.architectures import HeadKind, default_taps
 from mtlsign.models.families import custom
 from mtlsign.models.loading import cpu_state
-from mtlsign.schemes.base import Detection, SchemeResult, SchemeSettings
+from mtlsign.schemes.base import Access, Detection, Forgery, SchemeResult, SchemeSettings
+from mtlsign.schemes.forging import best_of_keys
 from mtlsign.tasks import Task
 from mtlsign.watermark.embedding.commitment import commit_keys, measure_response_bases
 from mtlsign.watermark.embedding.losses import readout_loss
@@ -86,7 +87,9 @@ class MTLSignScheme:
     """
 
     name: ClassVar[str] = "mtlsign"
-    access: ClassVar[Literal["white-box", "black-box"]] = "white-box"
+    access: ClassVar[Access] = "white-box"
+    needs_commitment: ClassVar[bool] = False
+    default_steps: ClassVar[int] = 500
 
     head: HeadKind = "spread"
     key_size: int | None = None
@@ -104,6 +107,9 @@ class MTLSignScheme:
         except ModelError as error:
             return error.detail
         return None
+
+    def prepare_model(self, model: nn.Module, task: Task) -> None:
+        """Replace no layer."""
 
     def generate_key(self, model: nn.Module, task: Task, seed: int) -> MTLSignKey:
         """Generate a key of an identity that is derived from the seed; the model serves as W0.
@@ -185,6 +191,13 @@ class MTLSignScheme:
         scores = key.detector.score_kernels(key.kernels(model), differentiable=True)
         loss = readout_loss(key.detector.readouts, scores, key.labels, DEFAULT_MARGIN)
         return loss.to(next(model.parameters()).device)
+
+    def forge(self, model: nn.Module, task: Task, seed: int) -> Forgery:
+        """Try control keys on the model's own reference: a key is a hash, so that only tries remain."""
+        detector = self.generate_key(model, task, seed).detector
+        return best_of_keys(
+            lambda index: self.verify(model, MTLSignKey(detector.with_control_key(index))), tries=20
+        )
 
     def _embed_settings(self, **options: Any) -> EmbedSettings:
         key_size = {} if self.key_size is None else {"key_size": self.key_size}

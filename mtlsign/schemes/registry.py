@@ -7,10 +7,15 @@ from typing import Any
 
 from mtlsign.errors import SettingsError
 from mtlsign.schemes.base import WatermarkScheme
+from mtlsign.schemes.greedy_residuals import GreedyResidualsScheme
 from mtlsign.schemes.mtlsign import MTLSignScheme
+from mtlsign.schemes.neuralmark import NeuralMarkScheme
+from mtlsign.schemes.uchida import UchidaScheme
 
 #: name -> constructor, which accepts the scheme's options.
-SCHEMES: dict[str, Callable[..., WatermarkScheme[Any]]] = {MTLSignScheme.name: MTLSignScheme}
+SCHEMES: dict[str, Callable[..., WatermarkScheme[Any]]] = {
+    scheme.name: scheme for scheme in (MTLSignScheme, UchidaScheme, NeuralMarkScheme, GreedyResidualsScheme)
+}
 
 
 def make_scheme(name: str, **options: Any) -> WatermarkScheme[Any]:

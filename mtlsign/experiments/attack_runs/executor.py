@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -18,20 +18,18 @@ from mtlsign.attacks import (
     NotApplicableError,
     parse_attacks,
 )
-from mtlsign.attacks.attacker_data import transform_task
+from mtlsign.attacks.attacker_data import TransformedModel, transform_task
 from mtlsign.attacks.expressions import row_header
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.experiments.attack_runs.results import COLUMNS, Row, compare_with_baseline
 from mtlsign.experiments.attack_runs.target import AttackTarget
 from mtlsign.models.loading import cpu_state
-from mtlsign.schemes.base import Detection
-from mtlsign.schemes.mtlsign import MTLSignKey, MTLSignScheme
+from mtlsign.schemes.base import Detection, WatermarkScheme
 from mtlsign.storage.model_folder import model_digest
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.tasks import Task
 from mtlsign.watermark.embedding import loop
 from mtlsign.watermark.embedding.worker import SingleProcessContext
-from mtlsign.watermark.kit import detector_for_kit
 
 StepCallback = Callable[[int, int], None]
 
@@ -62,8 +60,7 @@ def run_attack(
     """
     row: Row = {**dict.fromkeys(COLUMNS), **row_header(plan), "seed": seed, "status": "ok"}
     model, task = target.model(device), target.load_task().to(device)
-    key = MTLSignKey(detector_for_kit(target.kit, target.trusted_factory, device=device))
-    scheme = MTLSignScheme(head=key.head_kind, min_evidence_bits=target.min_evidence_bits)
+    scheme, key = target.watermark(device)
     resources = AttackerResources(
         extra_data_fraction=target.extra_data_fraction,
         training_lr=target.learning_rate,
@@ -87,8 +84,16 @@ def run_attack(
     row["seconds"] = round(time.monotonic() - started, 3)
     if row["status"] != "ok" or outcome is None:
         return AttackResult(row, None)
-    detection = outcome.detection or scheme.verify(outcome.model, key, outcome.tensors)
+    detection = outcome.detection or _detect(scheme, key, outcome)
     return _measure(row, outcome, task, detection, device)
+
+
+def _detect(scheme: WatermarkScheme[Any], key: Any, outcome: AttackOutcome) -> Detection:
+    """Verify the attacked model. A black-box query passes through the changes that its operator applies."""
+    model = outcome.model
+    if scheme.access == "black-box" and outcome.input_transforms:
+        model = TransformedModel(model, outcome.input_transforms).eval()
+    return scheme.verify(model, key, outcome.tensors)
 
 
 def _require_finite(outcome: AttackOutcome) -> None:
@@ -112,7 +117,7 @@ def _measure(
     row = row | {
         "wm_accuracy": detection.accuracy, "evidence_bits": detection.evidence_bits,
         "accepted": detection.accepted, "verdict": detection.status, "matches": detection.matched,
-        "n": detection.n,
+        "n": detection.n, "null_rate": detection.null_rate,
         "primary_after": after, "steps": outcome.steps, "images": outcome.images,
         "inputs": "+".join(map(str, outcome.input_transforms)), "model_digest": model_digest(data),
         "reason": detection.reason,

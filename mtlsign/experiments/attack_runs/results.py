@@ -14,15 +14,23 @@ MAX_POINTS_LOST = 5.0
 #: Columns of `attacks.csv`, in order.
 COLUMNS = (
     "attack", "parameters", "seed", "kind", "status", "wm_accuracy", "evidence_bits", "accepted", "verdict",
-    "primary_before", "primary_after", "points_lost", "removed", "matches", "n", "steps", "images", "seconds",
-    "inputs", "model_digest", "model", "reason",
+    "primary_before", "primary_after", "points_lost", "removed", "matches", "n", "null_rate", "steps",
+    "images", "seconds", "inputs", "model_digest", "model", "reason",
 )  # fmt: skip
 #: Arrow types of the columns. They are fixed because a column may be empty in one run.
 TYPES = {
     **dict.fromkeys(COLUMNS, "string"),
     **dict.fromkeys(("seed", "matches", "n", "steps", "images"), "int64"),
     **dict.fromkeys(
-        ("wm_accuracy", "evidence_bits", "primary_before", "primary_after", "points_lost", "seconds"),
+        (
+            "wm_accuracy",
+            "evidence_bits",
+            "primary_before",
+            "primary_after",
+            "points_lost",
+            "seconds",
+            "null_rate",
+        ),
         "double",
     ),
     **dict.fromkeys(("accepted", "removed"), "bool"),

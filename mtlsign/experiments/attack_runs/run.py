@@ -9,6 +9,7 @@ from mtlsign.config.attack import AttackSettings
 from mtlsign.experiments.attack_runs.executor import AttackBackend, plans_with_baseline, run_all
 from mtlsign.experiments.attack_runs.results import MAX_POINTS_LOST, Row, summary_counts
 from mtlsign.experiments.attack_runs.run_folder import AttackRun
+from mtlsign.experiments.attack_runs.scheme_target import mark_base, prepare_base
 from mtlsign.experiments.attack_runs.target import AttackTarget, load_target
 from mtlsign.experiments.origin import origin
 
@@ -39,11 +40,19 @@ def run_attack_job(
     """
     run, settings = AttackRun.open(settings)
     plans = plans_with_baseline(settings.attacks)
-    target = load_target(settings)
-    target.model()  # raises before anything is written
-    backend.preflight(target)
-    run.reserve_name(settings)
-    log(f"run {run.name}: {len(plans)} rows; if it is interrupted: --resume {run.name}")
+    started = f"run {run.name}: {len(plans)} rows; if it is interrupted: --resume {run.name}"
+    if settings.scheme is None:
+        target, embedding = load_target(settings), None
+        target.model()  # raises before anything is written
+        backend.preflight(target)
+        run.reserve_name(settings)
+        log(started)
+    else:
+        plan = prepare_base(settings)
+        run.reserve_name(settings)
+        log(started)
+        target, embedding = mark_base(plan, settings, run.folder, log)
+        backend.preflight(target)
     finished_rows = run.rows(target)
     if finished_rows:
         log(f"{len(finished_rows)} of them are finished already")
@@ -59,7 +68,10 @@ def run_attack_job(
     all_rows = run_all(
         target, plans, settings.seed, backend, finished_rows=finished_rows, store_row=store_row
     )
-    return run.finish(_result(settings, target, all_rows), all_rows, settings)
+    result = _result(settings, target, all_rows)
+    if embedding is not None:
+        result |= {"model": f"marked with {settings.scheme}", "embedding": embedding}
+    return run.finish(result, all_rows, settings)
 
 
 def _result(settings: AttackSettings, target: AttackTarget, rows: Sequence[Row]) -> dict[str, Any]:
@@ -69,6 +81,6 @@ def _result(settings: AttackSettings, target: AttackTarget, rows: Sequence[Row])
         "seed": settings.seed, "split_seed": target.split_seed, "budget": target.extra_data_fraction,
         "lr": target.learning_rate, "bits_required": target.min_evidence_bits,
         "max_points_lost": MAX_POINTS_LOST,
-        "public_key": target.kit.opening.public_key.hex(), **origin("attack", settings),
+        "public_key": target.public_key, **origin("attack", settings),
         **summary_counts(rows), "rows": list(rows),
     }  # fmt: skip

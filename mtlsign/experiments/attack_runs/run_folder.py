@@ -18,11 +18,14 @@ from mtlsign.errors import ArtifactError, ModelError
 from mtlsign.experiments.attack_runs.results import COLUMNS, TYPES, Row
 from mtlsign.experiments.attack_runs.target import AttackTarget
 from mtlsign.reports.tables import csv_of, parquet_of
+from mtlsign.schemes.detection import DEFAULT_EVIDENCE_BITS
 from mtlsign.storage.json_io import read_json_object
 from mtlsign.storage.model_folder import MODELS, write_model
 from mtlsign.storage.run_folder import RunFolder
 from mtlsign.storage.safetensors_io import parse_safetensors
 
+#: Unmarked network of a run with --scheme, and the checkpoint of its training.
+BASE_FILE, CHECKPOINT_FILE = "base.safetensors", "base.pt"
 ROWS, CSV = "rows", "attacks.csv"
 #: Result files by the field of `result.json` that holds their location.
 RESULT_FILES = {"csv": CSV, "parquet": "attacks.parquet", "report": "report.html", "result": "result.json"}
@@ -138,6 +141,15 @@ class AttackRun(RunFolder[AttackSettings]):
     def delete_leftovers(self) -> None:
         """Delete the rows' own files."""
         self.folder.delete(ROWS)
+        for name in (BASE_FILE, CHECKPOINT_FILE):
+            self.folder.delete(name)
+
+    @classmethod
+    def complete(cls, settings: AttackSettings) -> AttackSettings:
+        """Let schemes with few bits be accepted: with --scheme the policy is lower unless it is given."""
+        if settings.scheme is None or "min_evidence_bits" in settings.model_fields_set:
+            return settings
+        return settings.model_copy(update={"min_evidence_bits": DEFAULT_EVIDENCE_BITS})
 
 
 def _row_id(row: Row) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,10 +21,12 @@ from mtlsign.models.factories import trusted_factories
 from mtlsign.models.families.custom import factory_path
 from mtlsign.models.loading import load_tensors
 from mtlsign.models.memory_format import memory_format_for
+from mtlsign.schemes.base import WatermarkScheme
+from mtlsign.schemes.mtlsign import MTLSignKey, MTLSignScheme
 from mtlsign.storage.model_folder import LoadedModel, read_model
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.tasks import Task, load_task
-from mtlsign.watermark.kit import OwnerKit, open_kit
+from mtlsign.watermark.kit import OwnerKit, detector_for_kit, open_kit
 
 _MAX_LEARNING_RATE = 100
 
@@ -35,7 +37,7 @@ class AttackTarget:
 
     Attributes:
         tensors: the marked model as safetensors bytes.
-        kit: the owner's kit.
+        kit: the owner's kit; None if another scheme marked the model.
         architecture: the architecture's name and fields, as the spec stores them.
         trusted_factory: path of a custom architecture's factory that may be imported.
         task: name of the primary task.
@@ -51,7 +53,7 @@ class AttackTarget:
     """
 
     tensors: bytes = field(repr=False)
-    kit: OwnerKit = field(repr=False)
+    kit: OwnerKit | None = field(repr=False)
     architecture: Mapping[str, object]
     trusted_factory: str | None
     task: str
@@ -68,18 +70,31 @@ class AttackTarget:
     @property
     def digest(self) -> str:
         """Digest of everything that is attacked (64 hex), for stored rows. It does not reveal the key."""
-        parts = [self.tensors, self.kit.opening.to_json().encode(), *self.other_marked_models]
+        parts = [self.tensors, self.secret, *self.other_marked_models]
         fields = [self.task, self.split_seed, dict(self.architecture)]
         parts.append(json.dumps(fields, sort_keys=True).encode())
         digests = b"".join(hashlib.sha256(part).digest() for part in parts)
         return hashlib.sha256(b"mtlsign/v1/attack target" + digests).hexdigest()
 
-    def model(self, device: torch.device | str = "cpu") -> nn.Module:
-        """Build the marked network.
+    @property
+    def secret(self) -> bytes:
+        """Bytes that identify the key: SECRET."""
+        assert self.kit is not None
+        return self.kit.opening.to_json().encode()
 
-        Raises:
-            ModelError: its code is not trusted, or its tensors do not match the architecture.
-        """
+    @property
+    def public_key(self) -> str | None:
+        """Public key of the owner (hex); None if the scheme has no identities."""
+        return None if self.kit is None else self.kit.opening.public_key.hex()
+
+    def watermark(self, device: torch.device | str = "cpu") -> tuple[WatermarkScheme[Any], Any]:
+        """Return the scheme and the owner's opened key."""
+        assert self.kit is not None
+        key = MTLSignKey(detector_for_kit(self.kit, self.trusted_factory, device=device))
+        return MTLSignScheme(head=key.head_kind, min_evidence_bits=self.min_evidence_bits), key
+
+    def network(self) -> nn.Module:
+        """Build the network without its weights. Raises `ModelError` if its code is not trusted."""
         path = factory_path(str(self.architecture["arch"]))
         factories = trusted_factories(self.trusted_factory)
         if path is not None and path not in factories:
@@ -87,7 +102,15 @@ class AttackTarget:
                 f"The model has a custom architecture. If you trust its code, pass --trusted-factory {path}",
                 field="trusted-factory",
             )
-        network = architectures.build(self.architecture, factories=factories)
+        return architectures.build(self.architecture, factories=factories)
+
+    def model(self, device: torch.device | str = "cpu") -> nn.Module:
+        """Build the marked network.
+
+        Raises:
+            ModelError: its code is not trusted, or its tensors do not match the architecture.
+        """
+        network = self.network()
         try:
             load_tensors(network, parse_safetensors(self.tensors))
         except RuntimeError as error:
@@ -132,7 +155,9 @@ def load_target(settings: AttackSettings) -> AttackTarget:
     """
     for name in ("model", "kit"):
         if getattr(settings, name) is None:
-            raise SettingsError("This setting is required, except with --attacks list.", field=name)
+            raise SettingsError(
+                "This setting is required, except with --scheme or --attacks list.", field=name
+            )
     kit = open_kit(settings, str(settings.kit))
     model = read_model(str(settings.model), endpoint=settings.endpoint)
     stored = model.config.get("architecture")

@@ -1,0 +1,220 @@
+"""Target that a run makes itself: an unmarked network is trained, then marked with a registered scheme."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from mtlsign.config.attack import AttackSettings
+from mtlsign.config.embed import EmbedSettings
+from mtlsign.errors import SettingsError
+from mtlsign.experiments.attack_runs.run_folder import BASE_FILE, CHECKPOINT_FILE
+from mtlsign.experiments.attack_runs.target import AttackTarget
+from mtlsign.models import architectures
+from mtlsign.models.loading import (
+    architecture_from_settings,
+    cpu_state,
+    custom_factories,
+    load_initial_weights,
+    load_tensors,
+)
+from mtlsign.schemes import SchemeSettings, WatermarkScheme
+from mtlsign.schemes.base import Detection
+from mtlsign.schemes.options import scheme_from_texts
+from mtlsign.storage.base import Storage
+from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
+from mtlsign.tasks import Task, load_task
+from mtlsign.watermark.embedding import pipeline
+from mtlsign.watermark.embedding.run_folder import load_state, state_bytes
+from mtlsign.watermark.embedding.worker import SingleProcessContext, State
+
+_MODEL_LIMIT, _CHECKPOINT_LIMIT = 2**32, 2**34
+#: Seed of the second key, which no model carries.
+_OTHER_KEY = 7_919
+
+
+@dataclass(frozen=True)
+class SchemeTarget(AttackTarget):
+    """Target that carries the watermark of a registered scheme.
+
+    Attributes:
+        scheme: the scheme.
+        key: its key: SECRET.
+    """
+
+    scheme: WatermarkScheme[Any] | None = None
+    key: Any = field(default=None, repr=False)
+
+    @property
+    def secret(self) -> bytes:
+        """Settings of scheme and key, which determine the key."""
+        return repr((self.scheme, self.split_seed)).encode()
+
+    def watermark(self, device: torch.device | str = "cpu") -> tuple[WatermarkScheme[Any], Any]:
+        """Return the scheme and the key."""
+        assert self.scheme is not None
+        return self.scheme, self.key
+
+    def network(self) -> nn.Module:
+        """Build the network with the layers of the scheme."""
+        assert self.scheme is not None
+        network = super().network()
+        self.scheme.prepare_model(network, self.load_task())
+        return network
+
+
+@dataclass(frozen=True)
+class BasePlan:
+    """Checked inputs of the marking.
+
+    Attributes:
+        scheme: the scheme.
+        settings: settings of the network's training.
+        task: the primary task.
+        architecture: the network.
+    """
+
+    scheme: WatermarkScheme[Any]
+    settings: EmbedSettings
+    task: Task = field(repr=False)
+    architecture: Mapping[str, object]
+
+
+def prepare_base(settings: AttackSettings) -> BasePlan:
+    """Check scheme, task and network; nothing is written.
+
+    Raises:
+        SettingsError: the scheme is unknown, or contradicts other settings.
+        MTLSignError: the task or the network cannot be loaded, or the scheme does not support them.
+    """
+    for name in ("model", "kit"):
+        if getattr(settings, name) is not None:
+            raise SettingsError("A run with --scheme marks its own model. Omit this setting.", field=name)
+    if settings.task is None:
+        raise SettingsError("A run with --scheme needs a task. Give one, such as digits.", field="task")
+    scheme = scheme_from_texts(
+        str(settings.scheme), settings.scheme_options, min_evidence_bits=settings.min_evidence_bits
+    )
+    named = {
+        "model": settings.network, "width": settings.width, "weights": settings.weights,
+        "data": settings.data, "tokenizer": settings.tokenizer, "phase1.lr": settings.lr,
+    }  # fmt: skip
+    training = EmbedSettings.of(
+        {
+            "task": settings.task, "seed": settings.seed, "download": settings.download,
+            **{name: value for name, value in named.items() if value is not None},
+        }
+    ).with_defaults()  # fmt: skip
+    split_seed = settings.seed if settings.split_seed is None else settings.split_seed
+    task = load_task(
+        training.task, data=training.data, download=training.download, tokenizer=training.tokenizer,
+        seed=split_seed,
+    )  # fmt: skip
+    architecture = architecture_from_settings(training, task.input_spec)
+    network = architectures.build(architecture, factories=custom_factories(architecture))
+    scheme.prepare_model(network, task)
+    reason = scheme.unsupported_reason(network, task)
+    if reason is not None:
+        raise SettingsError(f"The scheme cannot mark this network: {reason}", field="scheme")
+    return BasePlan(scheme, training, task, architecture)
+
+
+def mark_base(
+    plan: BasePlan, settings: AttackSettings, folder: Storage, log: Callable[[str], None]
+) -> tuple[SchemeTarget, dict[str, Any]]:
+    """Train the network, or read it from the run's folder, and mark it.
+
+    A resumed run repeats the embedding, which is deterministic on equal hardware.
+
+    Args:
+        plan: result of `prepare_base`.
+        settings: settings of the run.
+        folder: the run's folder.
+        log: called with lines for the terminal.
+
+    Returns:
+        The target, and the record of the embedding for `result.json`.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base_weights = _base_weights(plan, folder, device)
+    log("the unmarked network is trained")
+    scheme, task = plan.scheme, plan.task.to(device)
+    model = architectures.build(plan.architecture, factories=custom_factories(plan.architecture))
+    load_tensors(model, base_weights)
+    model.to(device).eval()
+    scheme.prepare_model(model, task)
+    key = scheme.generate_key(model, task, settings.seed)
+    unmarked = copy.deepcopy(model)
+    options = SchemeSettings(
+        steps=settings.embed_steps or scheme.default_steps,
+        batch=settings.embed_batch,
+        training_lr=plan.settings.phase1.lr or 0.1,
+        seed=settings.seed,
+    )
+    started = time.monotonic()
+    result = scheme.embed(model, task, key, options, SingleProcessContext(device))
+    seconds = round(time.monotonic() - started, 3)
+    other = scheme.generate_key(unmarked, task, settings.seed + _OTHER_KEY)
+    record = {
+        "scheme": scheme.name, "access": scheme.access, "needs_commitment": scheme.needs_commitment,
+        "options": repr(scheme), "steps": result.steps, "images": result.images, "seconds": seconds,
+        **result.measured,
+        "marked": _counts(scheme.verify(model, key)), "unmarked": _counts(scheme.verify(unmarked, key)),
+        "other_key": _counts(scheme.verify(model, other)),
+    }  # fmt: skip
+    log(f"marked with {scheme.name}")
+    return _target(plan, settings, model, key), record
+
+
+def _target(plan: BasePlan, settings: AttackSettings, model: nn.Module, key: Any) -> SchemeTarget:
+    return SchemeTarget(
+        tensors=serialize_safetensors(cpu_state(model)),
+        kit=None,
+        architecture=plan.architecture,
+        trusted_factory=settings.trusted_factory or next(iter(custom_factories(plan.architecture)), None),
+        task=plan.settings.task,
+        data=settings.data,
+        download=settings.download,
+        split_seed=settings.seed if settings.split_seed is None else settings.split_seed,
+        extra_data_fraction=settings.extra_data_fraction,
+        learning_rate=plan.settings.phase1.lr or 0.1,
+        other_marked_models=(),
+        min_evidence_bits=settings.min_evidence_bits,
+        optimizer=plan.settings.phase1.optimizer or "sgd",
+        tokenizer=settings.tokenizer,
+        scheme=plan.scheme,
+        key=key,
+    )
+
+
+def _counts(detection: Detection) -> dict[str, Any]:
+    return {
+        "matched": detection.matched, "n": detection.n, "null_rate": detection.null_rate,
+        "evidence_bits": detection.evidence_bits, "accepted": detection.accepted,
+    }  # fmt: skip
+
+
+def _base_weights(plan: BasePlan, folder: Storage, device: torch.device) -> Mapping[str, torch.Tensor]:
+    """Return the weights of the unmarked network, from a checkpoint, the run's folder or phase 1."""
+    if plan.settings.weights is not None:
+        return load_initial_weights(plan.settings, plan.architecture)
+    if folder.exists(BASE_FILE):
+        return parse_safetensors(folder.read(BASE_FILE, _MODEL_LIMIT))
+    stored = folder.read(CHECKPOINT_FILE, _CHECKPOINT_LIMIT) if folder.exists(CHECKPOINT_FILE) else None
+
+    def save(state: State) -> None:
+        folder.write(CHECKPOINT_FILE, state_bytes(state))
+
+    context = SingleProcessContext(
+        device, on_checkpoint=save, state=None if stored is None else load_state(stored)
+    )
+    tensors, _ = pipeline.run_phase1(plan.settings, plan.architecture, context)
+    folder.write(BASE_FILE, serialize_safetensors(tensors))
+    folder.delete(CHECKPOINT_FILE)
+    return tensors
