@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
 from mtlsign.attacks.base import (
     AttackerResources,
     ChannelMix,
     InputTransforms,
     NotApplicableError,
+    Preprocessing,
     TokenRenumbering,
     Turn,
     device_of,
@@ -111,11 +113,24 @@ def transform_inputs(x: Tensor, transforms: InputTransforms) -> Tensor:
     for transform in transforms:
         if isinstance(transform, TokenRenumbering):
             x = torch.tensor([0, *(number + 1 for number in transform.numbers)], device=x.device)[x]
+        elif isinstance(transform, Preprocessing):
+            x = _preprocessed(x, transform)
         elif isinstance(transform, ChannelMix):
             x = torch.einsum("dc,nchw->ndhw", x.new_tensor(transform.rows), x)
         else:
             x = -x if transform == "negated" else TURNS[transform](x)
     return x
+
+
+def _preprocessed(x: Tensor, change: Preprocessing) -> Tensor:
+    if change.kind == "smoothed":
+        left = change.strength // 2
+        right = change.strength - 1 - left
+        padded = F.pad(x, (left, right, left, right), mode="replicate")
+        return F.avg_pool2d(padded, change.strength, stride=1)
+    low, high = x.amin(), x.amax()
+    size = (high - low).clamp(min=1e-12) / (change.strength - 1)
+    return ((x - low) / size).round() * size + low
 
 
 def transform_task(task: Task, transforms: InputTransforms) -> Task:

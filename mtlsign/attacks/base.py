@@ -68,9 +68,26 @@ class TokenRenumbering:
         return f"renumbered[{len(self.numbers)} words]"
 
 
+@dataclass(frozen=True)
+class Preprocessing:
+    """Change of images that loses information.
+
+    Attributes:
+        kind: "smoothed" averages over squares; "quantised" rounds brightness.
+        strength: side of the squares in pixels, or levels of brightness.
+    """
+
+    kind: Literal["smoothed", "quantised"]
+    strength: int
+
+    def __str__(self) -> str:
+        """Return the text of attack runs, such as `smoothed[3]`."""
+        return f"{self.kind}[{self.strength}]"
+
+
 Turn = Literal["transposed", "flipped_rows", "flipped_columns", "rotated"]
 #: Changes, in order, that a user of the attacked model applies to every input.
-InputTransforms = tuple[Turn | Literal["negated"] | ChannelMix | TokenRenumbering, ...]
+InputTransforms = tuple[Turn | Literal["negated"] | ChannelMix | TokenRenumbering | Preprocessing, ...]
 
 _FRACTIONS = {"full": 1.0, "half": 0.5, "quarter": 0.25, "tenth": 0.1}
 

@@ -129,7 +129,7 @@ def relearn(
     """
     data = attacker_view(model, task, resources, seed)
     student = trainable_copy(model)
-    _reset(student, seed)
+    reset_weights(student, seed)
     if start == "shrink_perturb":
         with torch.no_grad():
             for parameter, stolen in zip(student.parameters(), model.parameters(), strict=True):
@@ -144,7 +144,7 @@ def relearn(
     return tune_by_distillation(student, model, data, resources, seed, tuning)
 
 
-def _reset(model: nn.Module, seed: int) -> None:
+def reset_weights(model: nn.Module, seed: int) -> None:
     """Draw all weights at random; word vectors stay, because they are public or in the stolen file."""
     with seeded("relearn", seed):
         for module in model.modules():

@@ -27,6 +27,7 @@ from mtlsign.attacks import (
 )
 from mtlsign.attacks.base import Attack, AttackerResources, AttackOutcome
 from mtlsign.attacks.text_attacks import TEXT_ATTACKS
+from mtlsign.attacks.toolbox_attacks import TOOLBOX_ATTACKS
 from mtlsign.tasks import Task
 
 _RATIOS = "ratio=0.1/0.2/0.3/0.4/0.5/0.6/0.7/0.8/0.9"
@@ -224,6 +225,7 @@ _ALL = (
         fast=("which=inner/both",),
     ),
     *TEXT_ATTACKS,
+    *TOOLBOX_ATTACKS,
     Attack(
         "transpose_input",
         input_symmetries.transpose_input,

@@ -6,16 +6,42 @@ from collections.abc import Callable
 from typing import Any
 
 from mtlsign.errors import SettingsError
+from mtlsign.schemes.adi import AdiScheme
 from mtlsign.schemes.base import WatermarkScheme
+from mtlsign.schemes.deepsigns import DeepSignsScheme
+from mtlsign.schemes.diction import DictionScheme
+from mtlsign.schemes.frontier_stitching import FrontierStitchingScheme
 from mtlsign.schemes.greedy_residuals import GreedyResidualsScheme
+from mtlsign.schemes.li2019 import Li2019Scheme
 from mtlsign.schemes.mtlsign import MTLSignScheme
 from mtlsign.schemes.neuralmark import NeuralMarkScheme
+from mtlsign.schemes.new_label import NewLabelScheme
+from mtlsign.schemes.reversible import ReversibleScheme
+from mtlsign.schemes.riga import RigaScheme
 from mtlsign.schemes.uchida import UchidaScheme
+from mtlsign.schemes.zhang import ZhangContentScheme, ZhangNoiseScheme, ZhangUnrelatedScheme
+from mtlsign.schemes.zhu2020 import Zhu2020Scheme
 
+_SCHEMES: tuple[Any, ...] = (
+    MTLSignScheme,
+    UchidaScheme,
+    DeepSignsScheme,
+    ReversibleScheme,
+    RigaScheme,
+    GreedyResidualsScheme,
+    DictionScheme,
+    NeuralMarkScheme,
+    ZhangContentScheme,
+    ZhangNoiseScheme,
+    ZhangUnrelatedScheme,
+    AdiScheme,
+    Li2019Scheme,
+    Zhu2020Scheme,
+    FrontierStitchingScheme,
+    NewLabelScheme,
+)
 #: name -> constructor, which accepts the scheme's options.
-SCHEMES: dict[str, Callable[..., WatermarkScheme[Any]]] = {
-    scheme.name: scheme for scheme in (MTLSignScheme, UchidaScheme, NeuralMarkScheme, GreedyResidualsScheme)
-}
+SCHEMES: dict[str, Callable[..., WatermarkScheme[Any]]] = {scheme.name: scheme for scheme in _SCHEMES}
 
 
 def make_scheme(name: str, **options: Any) -> WatermarkScheme[Any]:
