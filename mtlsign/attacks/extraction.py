@@ -45,8 +45,8 @@ def extract(
 ) -> AttackOutcome:
     """Train a network from random weights on the marked model's answers to the attacker's images.
 
-    Answers are probabilities (distillation) or predicted classes (retraining). Queries are images of the task,
-    or mixtures of two turned images, as a substitute for images of another kind (knockoff). The network is of
+    Answers are probabilities (distillation) or predicted classes (retraining). Queries are images of the
+    task, or mixtures of two turned images, as a substitute for other images (knockoff). The network is of
     the same architecture or a small one of two convolutions (cross-architecture).
     """
     data = attacker_view(model, task, resources, seed)

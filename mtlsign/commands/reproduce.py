@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mtlsign.config.cli import Output, job
-from mtlsign.config.reproduce import ReproduceSettings
+from mtlsign.config.reproduce import LOCAL_STUDIES, ReproduceSettings
 from mtlsign.reports.embedding_console import EmbedLine
 
 
@@ -11,7 +11,7 @@ from mtlsign.reports.embedding_console import EmbedLine
 def reproduce(settings: ReproduceSettings) -> Output:
     """Repeat a study of the paper: its table with means and spread, as CSV, Markdown and JSON."""
     line = EmbedLine(quiet=settings.quiet or settings.json_output)
-    if settings.workers == 0 or settings.study == "random_keys":
+    if settings.workers == 0 or settings.study in LOCAL_STUDIES:
         from mtlsign.experiments.paper_studies.run import run_study
         from mtlsign.experiments.sweeps.backend import LocalSweepBackend
 

@@ -29,6 +29,7 @@ class Comparator(ABC, Generic[K]):
     Attributes:
         min_evidence_bits: evidence from which a detection is accepted.
         key_size: bits or key samples.
+        forging_tries: keys that `forge` tries where it can only try.
     """
 
     name: ClassVar[str]
@@ -38,6 +39,7 @@ class Comparator(ABC, Generic[K]):
 
     min_evidence_bits: float = DEFAULT_EVIDENCE_BITS
     key_size: int = 256
+    forging_tries: int = 100
 
     def with_key_options(self, **options: Any) -> Self:
         """Return the scheme with other options of `generate_key`; None stands for a default.

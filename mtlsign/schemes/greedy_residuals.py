@@ -117,7 +117,7 @@ class GreedyResidualsScheme(WeightMark[SignedWeightKey]):
         """Try identities, because the bits are a hash of a signature."""
         return best_of_keys(
             lambda index: self.verify(model, self.generate_key(model, task, seed * 1_000_003 + index)),
-            tries=400,
+            tries=self.forging_tries,
         )
 
 

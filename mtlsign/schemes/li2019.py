@@ -148,7 +148,8 @@ class Li2019Scheme(TriggerMark[SignedTriggerKey]):
     def forge(self, model: nn.Module, task: Task, seed: int) -> Forgery:
         """Try identities, because pattern and class are hashes of a signature."""
         return best_of_keys(
-            lambda index: self.verify(model, self.draw_key(model, task, seed * 1_000_003 + index)), tries=20
+            lambda index: self.verify(model, self.draw_key(model, task, seed * 1_000_003 + index)),
+            tries=self.forging_tries,
         )
 
 

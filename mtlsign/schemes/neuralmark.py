@@ -65,7 +65,7 @@ class NeuralMarkScheme(WeightMark[WeightKey]):
         """Try random matrices, because the watermark is a hash of the matrix."""
         return best_of_keys(
             lambda index: self.verify(model, self.generate_key(model, task, seed * 1_000_003 + index)),
-            tries=400,
+            tries=self.forging_tries,
         )
 
 

@@ -73,7 +73,8 @@ class Zhu2020Scheme(TriggerMark[ChainKey]):
     def forge(self, model: nn.Module, task: Task, seed: int) -> Forgery:
         """Try chains."""
         return best_of_keys(
-            lambda index: self.verify(model, self.draw_key(model, task, seed * 1_000_003 + index)), tries=20
+            lambda index: self.verify(model, self.draw_key(model, task, seed * 1_000_003 + index)),
+            tries=self.forging_tries,
         )
 
 

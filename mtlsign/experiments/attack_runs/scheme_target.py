@@ -141,14 +141,9 @@ def mark_base(
     Returns:
         The target, and the record of the embedding for `result.json`.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base_weights = _base_weights(plan, folder, device)
+    model, task, device = _base_model(plan, folder)
     log("the unmarked network is trained")
-    scheme, task = plan.scheme, plan.task.to(device)
-    model = architectures.build(plan.architecture, factories=custom_factories(plan.architecture))
-    load_tensors(model, base_weights)
-    model.to(device).eval()
-    scheme.prepare_model(model, task)
+    scheme = plan.scheme
     key = scheme.generate_key(model, task, settings.seed)
     unmarked = copy.deepcopy(model)
     options = SchemeSettings(
@@ -165,11 +160,51 @@ def mark_base(
         "scheme": scheme.name, "access": scheme.access, "needs_commitment": scheme.needs_commitment,
         "options": repr(scheme), "steps": result.steps, "images": result.images, "seconds": seconds,
         **result.measured,
+        "deviation": _relative_deviation(unmarked, model),
         "marked": _counts(scheme.verify(model, key)), "unmarked": _counts(scheme.verify(unmarked, key)),
         "other_key": _counts(scheme.verify(model, other)),
     }  # fmt: skip
     log(f"marked with {scheme.name}")
     return _target(plan, settings, model, key), record
+
+
+def forge_on_base(plan: BasePlan, seed: int, folder: Storage) -> dict[str, Any] | None:
+    """Make the scheme's false claim on the unmarked network.
+
+    Args:
+        plan: result of `prepare_base`.
+        seed: seed of the claim.
+        folder: folder of the network.
+
+    Returns:
+        The claim as a record; None if no way is known.
+    """
+    model, task, _ = _base_model(plan, folder)
+    forgery = plan.scheme.forge(model, task, seed)
+    if forgery is None:
+        return None
+    record = {"method": forgery.method, "tries": forgery.tries, "seconds": round(forgery.seconds, 3)}
+    return record | _counts(forgery.detection)
+
+
+def _base_model(plan: BasePlan, folder: Storage) -> tuple[nn.Module, Task, torch.device]:
+    """Return the unmarked network with the scheme's layers, the task on its device, and the device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = architectures.build(plan.architecture, factories=custom_factories(plan.architecture))
+    load_tensors(model, _base_weights(plan, folder, device))
+    task = plan.task.to(device)
+    plan.scheme.prepare_model(model, task)
+    return model.to(device).eval(), task, device
+
+
+def _relative_deviation(base: nn.Module, model: nn.Module) -> float:
+    """Return ‖W − W0‖ / ‖W0‖ over the parameters that both networks have."""
+    before, after = dict(base.named_parameters()), dict(model.named_parameters())
+    shared = [name for name, p in before.items() if name in after and after[name].shape == p.shape]
+    with torch.no_grad():
+        change = sum(float((after[name] - before[name]).double().square().sum()) for name in shared)
+        size = sum(float(before[name].double().square().sum()) for name in shared)
+    return (change / size) ** 0.5 if size else 0.0
 
 
 def _target(plan: BasePlan, settings: AttackSettings, model: nn.Module, key: Any) -> SchemeTarget:

@@ -10,6 +10,7 @@ from typing import Any
 from mtlsign.config.reproduce import ReproduceSettings
 from mtlsign.errors import ArtifactError, SettingsError
 from mtlsign.experiments.paper_studies import definitions, random_keys, tables
+from mtlsign.experiments.paper_studies.scheme_studies import SCHEME_STUDIES, run_scheme_study
 from mtlsign.experiments.paper_studies.tables import Row
 from mtlsign.experiments.sweeps.backend import LocalSweepBackend, LogCallback, SweepBackend
 from mtlsign.experiments.sweeps.cell import CLEAN, train_shared_clean_model
@@ -32,7 +33,7 @@ def run_study(
     make_backend: Callable[[LogCallback], SweepBackend] = LocalSweepBackend,
     log: LogCallback = lambda _: None,
 ) -> dict[str, Any]:
-    """Run a study. `random_keys` runs in this process, every other study is a sweep on a backend.
+    """Run a study. `random_keys` and studies of schemes run in this process, the others as sweeps.
 
     Args:
         settings: the settings.
@@ -47,6 +48,8 @@ def run_study(
     """
     if settings.study == "random_keys":
         return _run_random_keys(settings, log)
+    if settings.study in SCHEME_STUDIES:
+        return _run_scheme_study(settings, log)
     table_rows: list[Row] = []
 
     def extra_files(rows: Sequence[Row]) -> dict[str, bytes]:
@@ -156,6 +159,16 @@ def _run_random_keys(settings: ReproduceSettings, log: LogCallback) -> dict[str,
         }
         for head, pooled in accuracies.items()
     ]
+    result = _study_result(settings, rows, run.location(TABLE), run.location(RESULT))
+    run.commit({**_files(rows), RESULT: json.dumps(result, indent=1).encode()}, settings)
+    return result
+
+
+def _run_scheme_study(settings: ReproduceSettings, log: LogCallback) -> dict[str, Any]:
+    """Run a study of several schemes and write its table."""
+    if settings.overrides:
+        raise SettingsError("This study has no settings of embeddings. Omit --set.", field="set")
+    run, rows = run_scheme_study(settings, log)
     result = _study_result(settings, rows, run.location(TABLE), run.location(RESULT))
     run.commit({**_files(rows), RESULT: json.dumps(result, indent=1).encode()}, settings)
     return result

@@ -1,0 +1,163 @@
+"""Every comparator embeds, is rejected on the base model and with another key, and can be attacked."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mtlsign.schemes import SCHEMES, Detection, SchemeSettings, WatermarkScheme, make_scheme
+from mtlsign.tasks import Task
+from mtlsign.watermark.embedding.worker import SingleProcessContext
+from tests.unit.attacks.helpers import Maker, flat_network
+
+#: Options with which a scheme fits the tiny network, and steps in which it embeds.
+TINY: dict[str, tuple[dict[str, Any], int]] = {
+    "uchida": ({"key_size": 64, "strength": 0.1}, 60),
+    "deepsigns": ({"key_size": 64, "strength": 0.1, "lr": 0.003}, 60),
+    "reversible": ({"key_size": 64}, 1),
+    "riga": ({"key_size": 64, "strength": 1.0, "lr": 0.003, "extractor_lr": 0.01}, 80),
+    "greedy_residuals": ({"key_size": 64, "strength": 1.0}, 60),
+    "diction": ({"key_size": 64, "lr": 0.003}, 80),
+    "neuralmark": ({"key_size": 64, "pooled": 128, "strength": 10.0}, 60),
+    "zhang_content": ({"key_size": 30}, 40),
+    "zhang_noise": ({"key_size": 30}, 40),
+    "zhang_unrelated": ({"key_size": 30}, 40),
+    "adi": ({"key_size": 40}, 80),
+    "li2019": ({"key_size": 40, "size": 20.0}, 120),
+    "zhu2020": ({"key_size": 40}, 80),
+    "frontier_stitching": ({"key_size": 40, "epsilon": 0.1}, 80),
+    "new_label": ({"key_size": 20, "intensity": 0.4}, 40),
+}
+#: Evidence from which a detection is accepted in these tests.
+BITS = 20.0
+
+
+@dataclass(frozen=True)
+class Example:
+    """A marked tiny network with its base model and keys."""
+
+    scheme: WatermarkScheme[Any]
+    base: nn.Module
+    marked: nn.Module
+    key: Any
+    other_key: Any
+    measured: dict[str, float]
+
+
+_EXAMPLES: dict[str, Example] = {}
+
+
+def example(name: str, task: Task, make: Maker) -> Example:
+    """Return the marked network of a scheme, embedded once."""
+    if name not in _EXAMPLES:
+        options, steps = TINY[name]
+        scheme = make_scheme(name, min_evidence_bits=BITS, forging_tries=3, **options)
+        model = make()
+        scheme.prepare_model(model, task)
+        key, other = (scheme.generate_key(model, task, seed) for seed in (1, 2))
+        base = copy.deepcopy(model)
+        settings = SchemeSettings(steps=steps, batch=16, training_lr=0.02, seed=0)
+        with torch.random.fork_rng(devices=[]):
+            result = scheme.embed(model, task, key, settings, SingleProcessContext())
+        _EXAMPLES[name] = Example(scheme, base, model, key, other, dict(result.measured))
+    return _EXAMPLES[name]
+
+
+def test_every_registered_comparator_is_tested() -> None:
+    assert set(TINY) == set(SCHEMES) - {"mtlsign"}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_comparator_embeds_and_rejects_base_model_and_other_key(
+    name: str, tiny_task: Task, tiny_model: Maker
+) -> None:
+    case = example(name, tiny_task, tiny_model)
+    marked = case.scheme.verify(case.marked, case.key)
+    assert marked.accepted and marked.status == "accepted", marked
+    assert marked.accuracy >= 0.95, marked
+    assert set(case.measured) == {"primary_clean", "primary_marked"}
+    base = case.scheme.verify(case.base, case.key)
+    assert not base.accepted, base
+    other = case.scheme.verify(case.marked, case.other_key)
+    assert other.n > 0 and not other.accepted, other
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name != "reversible"])
+def test_watermark_loss_has_gradients_and_prefers_own_labels(
+    name: str, tiny_task: Task, tiny_model: Maker
+) -> None:
+    case = example(name, tiny_task, tiny_model)
+    model = copy.deepcopy(case.marked).requires_grad_(True)
+    loss = case.scheme.watermark_loss(model, case.key)
+    assert loss is not None and loss.dim() == 0
+    loss.backward()
+    assert any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in model.parameters())
+    wrong = case.scheme.watermark_loss(model, case.key.with_labels(1 - case.key.labels))
+    assert wrong is not None and float(wrong.detach()) > float(loss.detach())
+    assert not model.training
+
+
+def test_reversible_has_no_loss(tiny_task: Task, tiny_model: Maker) -> None:
+    case = example("reversible", tiny_task, tiny_model)
+    assert case.scheme.watermark_loss(case.marked, case.key) is None
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_unsupported_network_gives_reason(name: str, tiny_task: Task) -> None:
+    scheme = make_scheme(name, key_size=65_536) if name in NARROW else make_scheme(name)
+    network: nn.Module = nn.Sequential(nn.Conv2d(1, 4, 24), nn.Flatten())
+    if name in TEXTS_ONLY_REASON:
+        network, tiny_task = flat_network(), _regression(tiny_task)
+    reason = scheme.unsupported_reason(network, tiny_task)
+    assert reason is not None and reason.endswith(".")
+
+
+NARROW = {"uchida", "riga", "greedy_residuals", "neuralmark", "reversible"}
+TEXTS_ONLY_REASON = {
+    *("zhang_content", "zhang_noise", "zhang_unrelated", "adi", "li2019", "zhu2020", "frontier_stitching"),
+    *("new_label", "deepsigns"),
+}
+
+
+@cache
+def _regression(task: Task) -> Task:
+    from dataclasses import replace
+
+    return replace(task, targets="values")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_forgery_is_accepted_only_where_a_commitment_is_needed(
+    name: str, tiny_task: Task, tiny_model: Maker
+) -> None:
+    case = example(name, tiny_task, tiny_model)
+    before = copy.deepcopy(case.base.state_dict())
+    forgery = case.scheme.forge(case.base, tiny_task, 5)
+    assert all(torch.equal(t, before[n]) for n, t in case.base.state_dict().items())
+    accepted = forgery is not None and forgery.detection.accepted
+    assert accepted == case.scheme.needs_commitment, forgery
+
+
+@pytest.mark.parametrize("name", ["uchida", "riga", "reversible"])
+def test_weight_mark_reads_tensors_of_file(name: str, tiny_task: Task, tiny_model: Maker) -> None:
+    case = example(name, tiny_task, tiny_model)
+    state = case.marked.state_dict()
+    assert case.scheme.verify(case.base, case.key, state) == case.scheme.verify(case.marked, case.key)
+    renamed = {f"module.{n}": t for n, t in state.items()}
+    detection = case.scheme.verify(case.marked, case.key, renamed)
+    assert (detection.status, detection.matched) == ("not_verifiable", 0)
+    assert detection.reason is not None and case.key.layer in detection.reason
+
+
+def test_suspect_of_other_shape_is_not_verifiable(tiny_task: Task, tiny_model: Maker) -> None:
+    for name in ("uchida", "deepsigns", "zhu2020"):
+        case = example(name, tiny_task, tiny_model)
+        suspect = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
+        detection: Detection = case.scheme.verify(suspect, case.key)
+        assert detection.status == "not_verifiable" and detection.reason

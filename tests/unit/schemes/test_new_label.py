@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from mtlsign.schemes.new_label import NewLabelScheme
+from mtlsign.tasks import Task
+from tests.unit.attacks.helpers import Maker
+
+
+def test_prepare_model_adds_one_output_once_and_keeps_answers(tiny_task: Task, tiny_model: Maker) -> None:
+    model, scheme = tiny_model(), NewLabelScheme()
+    base = copy.deepcopy(model)
+    for _ in range(2):
+        scheme.prepare_model(model, tiny_task)
+    layer = model.fc
+    assert isinstance(layer, nn.Linear) and layer.out_features == 5
+    x = tiny_task.splits["test"].batch(torch.arange(4)).inputs
+    assert torch.equal(model(x)[:, :4], base(x))
+
+
+def test_unmarked_model_never_answers_missing_class(tiny_task: Task, tiny_model: Maker) -> None:
+    model, scheme = tiny_model(), NewLabelScheme(key_size=10)
+    unmarked = copy.deepcopy(model)
+    scheme.prepare_model(model, tiny_task)
+    detection = scheme.verify(unmarked, scheme.generate_key(model, tiny_task, 1))
+    assert (detection.status, detection.matched) == ("not_verifiable", 0)
+
+
+def test_key_samples_for_verification_are_not_trained(tiny_task: Task, tiny_model: Maker) -> None:
+    model, scheme = tiny_model(), NewLabelScheme(key_size=10)
+    scheme.prepare_model(model, tiny_task)
+    key = scheme.generate_key(model, tiny_task, 1)
+    inputs, classes = scheme.training_samples(key, 3, 8)
+    assert bool((classes == 4).all())
+    assert not any(torch.equal(x, y) for x in inputs for y in key.inputs)
