@@ -1,7 +1,7 @@
 """NeuralMark 2025 (arXiv 2507.11137, AAAI 2026).
 
-The watermark is a hash of the secret matrix, so that nobody can choose both. It also chooses the weights that
-carry it: in each filter round, those remain that stand at a 1 of the repeated watermark.
+The watermark is a hash of the secret matrix, so that no claimant can choose both. It also chooses the weights
+that carry it: in each filter round, those remain that stand at a 1 of the repeated watermark.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Zhong et al. 2020, "Protecting IP of Deep Neural Networks with Watermarking: A New Label Helps" (PAKDD).
 
-Key samples are training images with a keyed perturbation. The marked model answers a class of its own, for
+Key samples are training images with a keyed perturbation. The marked model answers a further class, for
 which the output layer is one wider, so that the borders between old classes stay. Verification uses newly
 generated key samples.
 """
@@ -65,7 +65,7 @@ class NewLabelScheme(TriggerMark[NewLabelKey]):
         setattr(model.get_submodule(parent), attribute, wider)
 
     def draw_key(self, model: nn.Module, task: Task, seed: int) -> NewLabelKey:
-        """Perturb training images for training, and held-out images for verification."""
+        """Perturb training images: some to train with, and others for verification."""
         layer = model.get_submodule(last_layer(model))
         if not isinstance(layer, nn.Linear) or layer.out_features != task.classes + 1:
             raise ModelError(
@@ -76,12 +76,12 @@ class NewLabelScheme(TriggerMark[NewLabelKey]):
         generator = seeded_generator("mtlsign/new_label", seed)
         low, high = pixel_range(task)
         count = max(self.in_batch, round(self.training_share * task.size("train")))
-        images, _ = training_images(task, count, generator)
+        images, _ = training_images(task, count + self.key_size, generator)
+        images, fresh = images[:count], images[count:]
+        if len(fresh) < 2:
+            raise ModelError("The task has too few training images for a key. Use more data.", field="task")
         signs = torch.randint(2, images[0].shape, generator=generator).float() * 2 - 1
         pattern = self.intensity * (high - low) * signs
-        size = task.size("validation")
-        rows = torch.randperm(size, generator=generator)[: self.key_size]
-        fresh = task.splits["validation"].batch(rows).inputs.cpu()
         classes = torch.full((len(fresh),), task.classes)
         return NewLabelKey(
             fresh + pattern, classes, 1 / (task.classes + 1), None, training_inputs=images + pattern

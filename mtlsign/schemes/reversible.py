@@ -57,7 +57,7 @@ class ReversibleScheme(WeightMark[ReversibleKey]):
     host_share: float = 0.5
 
     def generate_key(self, model: nn.Module, task: Task, seed: int) -> ReversibleKey:
-        """Find a layer whose histogram has room for all bits."""
+        """Find a layer whose histogram is high enough for all bits."""
         bits = bits_from_seed("mtlsign/reversible", seed, self.key_size)
         layers = weight_layers(model)
         for layer, weight in sorted(layers.items(), key=lambda item: -item[1].numel()):
@@ -65,7 +65,8 @@ class ReversibleScheme(WeightMark[ReversibleKey]):
             if key is not None:
                 return key
         raise ModelError(
-            "No layer has a histogram with room for all bits. Choose a smaller key size.", field="model"
+            "No layer has a histogram that is high enough for all bits. Choose a smaller key size.",
+            field="model",
         )
 
     def _key_for(self, layer: str, weight: Tensor, bits: Tensor) -> ReversibleKey | None:

@@ -1,0 +1,80 @@
+"""Attack runs that train and mark their own target with a registered scheme."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtlsign.config.attack import AttackSettings
+from mtlsign.errors import SettingsError
+from mtlsign.experiments.attack_runs.executor import LocalAttackBackend
+from mtlsign.experiments.attack_runs.run import run_attack_job
+from tests.unit.experiments.attack_runs.test_run import FACTORY
+
+
+@pytest.fixture
+def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Settings of a run on the tiny task."""
+    (tmp_path / "schemetask.py").write_text(FACTORY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return {
+        "task": "schemetask:task", "network": "resnet18", "width": 8, "lr": 0.02, "embed_batch": 16,
+        "storage": str(tmp_path / "store"), "workers": 0, "seed": 3,
+        "attacks": "int8,permute_channels,spoil:steps=2,batch=16",
+    }  # fmt: skip
+
+
+def run(values: dict[str, Any], **others: Any) -> dict[str, Any]:
+    return run_attack_job(AttackSettings.of({**values, **others}), LocalAttackBackend())
+
+
+def test_run_marks_network_and_attacks_it(values: dict[str, Any], tmp_path: Path) -> None:
+    options = ("key_size=64", "strength=0.1")
+    result = run(values, scheme="uchida", scheme_options=options, embed_steps=60, run="one")
+    embedding = result["embedding"]
+    assert (embedding["scheme"], embedding["needs_commitment"], embedding["steps"]) == ("uchida", True, 60)
+    assert embedding["marked"]["accepted"] and not embedding["unmarked"]["accepted"]
+    assert not embedding["other_key"]["accepted"] and embedding["deviation"] > 0
+    assert result["bits_required"] == 40 and result["marked"] == 1
+    rows = {row["attack"]: row for row in result["rows"]}
+    assert rows["none"]["matches"] == embedding["marked"]["matched"] and rows["none"]["null_rate"] == 0.5
+    assert rows["int8"]["accepted"] and rows["permute_channels"]["removed"] is True
+    assert rows["spoil"]["status"] == "ok" and rows["spoil"]["images"] == 32
+    files = {path.name for path in (tmp_path / "store" / "runs" / "one").iterdir()}
+    assert "attacks.csv" in files and "base.safetensors" not in files
+    assert json.loads((tmp_path / "store/runs/one/result.json").read_text())["model"] == "marked with uchida"
+
+
+def test_run_with_changed_output_layer_builds_marked_network(values: dict[str, Any]) -> None:
+    options = ("key_size=10", "intensity=0.4")
+    attacks = "remove_outputs,permute_channels,transpose_input"
+    result = run(values, scheme="new_label", scheme_options=options, embed_steps=40, attacks=attacks)
+    rows = {row["attack"]: row for row in result["rows"]}
+    assert rows["none"]["matches"] >= 9 and rows["permute_channels"]["matches"] == rows["none"]["matches"]
+    assert rows["transpose_input"]["matches"] == rows["none"]["matches"], "queries pass the transform"
+    assert (
+        rows["remove_outputs"]["verdict"] == "not_verifiable" and rows["remove_outputs"]["points_lost"] <= 5
+    )
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"scheme": "none"}, "Unknown scheme 'none'"),
+        ({"scheme": "uchida", "model": "m"}, "marks its own model"),
+        ({"scheme": "uchida", "kit": "k"}, "marks its own model"),
+        ({"scheme": "uchida", "task": None}, "needs a task"),
+        ({"scheme": "uchida", "scheme_options": ("key_size=5000",)}, "scheme: The scheme cannot mark"),
+        ({"scheme": "uchida", "scheme_options": ("size=1",)}, "no option of 'uchida'"),
+    ],
+)
+def test_invalid_scheme_settings_write_nothing(
+    values: dict[str, Any], others: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError) as raised:
+        run(values, **others)
+    assert message in str(raised.value)
+    assert not list((tmp_path / "store").rglob("settings.json"))

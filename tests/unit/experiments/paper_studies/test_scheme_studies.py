@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtlsign.config.reproduce import ReproduceSettings
+from mtlsign.errors import ArtifactError, SettingsError
+from mtlsign.experiments.paper_studies import scheme_studies
+from mtlsign.experiments.paper_studies.run import run_study
+from tests.unit.experiments.attack_runs.test_run import FACTORY
+
+
+@pytest.fixture
+def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Settings of a study on the tiny task."""
+    (tmp_path / "studiedtask.py").write_text(FACTORY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return {
+        "task": "studiedtask:task", "width": 8, "seeds": 1, "storage": str(tmp_path / "store"),
+        "embed_steps": 3, "attacks": "int8", "schemes": "reversible,zhu2020", "run": "s",
+    }  # fmt: skip
+
+
+def test_schemes_study_writes_table_and_resumes(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_attack, calls = scheme_studies.run_attack, []
+
+    def interrupted(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(arguments[1].name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run_attack(*arguments, **keywords)
+
+    monkeypatch.setattr(scheme_studies, "run_attack", interrupted)
+    settings = ReproduceSettings.of({**values, "study": "schemes"})
+    with pytest.raises(KeyboardInterrupt):
+        run_study(settings)
+    resumed = {name: values[name] for name in ("storage", "task")} | {"study": "schemes", "resume": "s"}
+    result = run_study(ReproduceSettings.of(resumed))
+    assert calls == ["none", "int8", "none", "none", "int8"], "finished schemes are not repeated"
+    cells = [(row["scheme"], row["attack"], row["of"], row["null rate"]) for row in result["rows"]]
+    assert cells == [
+        ("reversible", "none", 256, 0.5), ("reversible", "int8", 256, 0.5),
+        ("zhu2020", "none", 100, 0.25), ("zhu2020", "int8", 100, 0.25),
+    ]  # fmt: skip
+    folder = tmp_path / "store" / "runs" / "s"
+    assert len(json.loads((folder / "study.json").read_text())) == 4
+    assert not list(folder.rglob("base.safetensors"))
+
+
+def test_false_claims_study_embeds_nothing(values: dict[str, Any]) -> None:
+    result = run_study(
+        ReproduceSettings.of({**values, "study": "false_claims", "schemes": "uchida,new_label"})
+    )
+    uchida, label = result["rows"]
+    assert (uchida["scheme"], uchida["accepted"], uchida["tries"], uchida["matches"]) == ("uchida", 1, 1, 256)
+    assert label["method"] == "no way known"
+
+
+def test_damaged_result_raises_artifact_error(values: dict[str, Any], tmp_path: Path) -> None:
+    run, _ = scheme_studies.SchemeStudyRun.open(ReproduceSettings.of({**values, "study": "fig6"}))
+    run.folder.write("schemes/uchida-0.json", b"{")
+    with pytest.raises(ArtifactError, match=r"schemes/uchida-0.json of run 's' is damaged"):
+        run.stored("uchida", 0)
+
+
+def test_unknown_scheme_raises_settings_error(values: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="schemes: Unknown scheme 'x'"):
+        run_study(ReproduceSettings.of({**values, "study": "schemes", "schemes": "uchida,x"}))
