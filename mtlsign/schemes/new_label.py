@@ -2,7 +2,8 @@
 
 Key samples are training images with a keyed perturbation. The marked model answers a further class, for
 which the output layer is one wider, so that the borders between old classes stay. Verification uses newly
-generated key samples.
+generated key samples. An unmarked model cannot answer the class, but a marked one may answer it to the
+samples of every key, so that a claim needs a commitment.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class NewLabelScheme(TriggerMark[NewLabelKey]):
     """
 
     name: ClassVar[str] = "new_label"
-    needs_commitment: ClassVar[bool] = False
+    needs_commitment: ClassVar[bool] = True
 
     intensity: float = 0.2
     training_share: float = 0.001
