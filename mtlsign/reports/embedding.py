@@ -141,6 +141,10 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("N (number of bits)", plain("n", "{:,.0f}")),
         ("Task accuracy before embedding", _share(result, "primary_clean")),
         ("Task accuracy after embedding", _share(result, "primary_marked")),
+        *(
+            (f"{score.capitalize()}, before and after embedding", text)
+            for score, text in formatting.further_scores(result)
+        ),
         ("Matching bits, marked model", _share(result, "wm_accuracy")),
         ("Matching bits, unmarked model W0", _share(result, "wm_accuracy_on_clean")),
         ("Evidence", None if bits is None else f"{bits:,.1f} bits"),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtlsign.reports.console import LiveLine, table
+from mtlsign.reports.formatting import further_scores
 
 _TITLES = {"clean": "phase 1, task training", "mark": "phase 2, watermark", "attacks": "attacks"}
 #: Column of a progress row, its label, and its number format.
@@ -85,6 +86,7 @@ def summary(result: Mapping[str, Any], verdict: str) -> str:
         ("task", result["task"]),
         ("model", f"{result['model']} (width {result['width']}), {result['head']} head"),
         ("task accuracy (test)", f"{clean:.2%} clean, {marked:.2%} marked (drop {drop:+.2f} points)"),
+        *further_scores(result),
         ("matching bits", f"{result['matches']:,} of {result['n']:,} ({result['wm_accuracy']:.2%})"),
         ("evidence", f"{bits:.1f} bits (probability by chance 2^-{bits:.1f})"),
         ("matching bits, clean model", f"{result['wm_accuracy_on_clean']:.2%}"),

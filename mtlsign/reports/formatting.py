@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Any
 
 
 def number(value: object) -> float | None:
@@ -49,3 +51,17 @@ def format_p(bits: float | None) -> str:
     if bits < 10:
         return f"{2.0 ** -max(bits, 0.0):.3g}"
     return f"10^-{bits * math.log10(2):.1f}"
+
+
+def further_scores(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return names and values of a task's further scores before and after embedding, such as the perplexity.
+
+    Args:
+        result: content of result.json, with `NAME_clean` and `NAME_marked` for each score.
+    """
+    rows = []
+    for name in [str(key).removesuffix("_clean") for key in result if str(key).endswith("_clean")]:
+        before, after = (number(result.get(f"{name}_{state}")) for state in ("clean", "marked"))
+        if name not in ("primary", "validation") and before is not None and after is not None:
+            rows.append((words(name.replace("_", " "), 40), f"{before:.4g} → {after:.4g}"))
+    return rows

@@ -30,6 +30,9 @@ class Metric(Protocol):
     def value(self) -> float:
         """Return the metric over all samples in the state."""
 
+    def scores(self) -> dict[str, float]:
+        """Return further figures over these samples by name, such as the perplexity."""
+
 
 #: Builds an empty metric whose state is on the given device.
 MetricFactory = Callable[[torch.device | str], Metric]
@@ -86,3 +89,7 @@ class MeanMetric:
     def value(self) -> float:
         """Return the mean; 0 without samples."""
         return float(self.state[0] / self.state[1].clamp(min=1))
+
+    def scores(self) -> dict[str, float]:
+        """Return no further figures."""
+        return {}

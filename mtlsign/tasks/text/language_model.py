@@ -111,23 +111,29 @@ def token_loss(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 class TokenAccuracy:
-    """Share of next tokens with the largest logit.
+    """Share of next tokens with the largest logit, and the perplexity.
 
     Args:
         device: device of the state.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.state = torch.zeros(2, dtype=torch.float64, device=device)
+        self.state = torch.zeros(3, dtype=torch.float64, device=device)
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch."""
         right = (outputs.argmax(2) == targets).double()
-        self.state += torch.stack([right.sum(), right.new_tensor(right.numel())])
+        logits = token_logits(outputs).float()
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").double()
+        self.state += torch.stack([right.sum(), right.new_tensor(right.numel()), loss])
 
     def value(self) -> float:
         """Return the share; 0 without tokens."""
         return float(self.state[0] / self.state[1].clamp(min=1))
+
+    def scores(self) -> dict[str, float]:
+        """Return the perplexity: the exponential of the mean cross-entropy of the next tokens."""
+        return {"perplexity": float((self.state[2] / self.state[1].clamp(min=1)).exp())}
 
 
 def _blocks(path: Path, encoder: PretrainedTokenizer, share: float) -> Tensor:

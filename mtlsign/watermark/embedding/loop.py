@@ -16,15 +16,23 @@ from torch.nn.parallel import DistributedDataParallel
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.models.memory_format import memory_format_for
 from mtlsign.tasks import Batch, Task
+from mtlsign.tasks.metrics import Metric
 from mtlsign.watermark.embedding.worker import WorkerContext
 
 Value = TypeVar("Value")
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, task: Task, split: str, settings: EmbedSettings, worker: WorkerContext
 ) -> float:
+    """Return the value of `evaluated_metric`."""
+    return evaluated_metric(model, task, split, settings, worker).value()
+
+
+@torch.no_grad()
+def evaluated_metric(
+    model: nn.Module, task: Task, split: str, settings: EmbedSettings, worker: WorkerContext
+) -> Metric:
     """Evaluate the task's metric on a split, in evaluation mode.
 
     Args:
@@ -56,7 +64,7 @@ def evaluate(
     worker.all_reduce_sum([metric.state])
     for module, mode in modes:
         module.training = mode
-    return metric.value()
+    return metric
 
 
 def one_cycle(step: int, steps: int, peak: float) -> float:

@@ -37,7 +37,7 @@ from mtlsign.watermark.embedding.checkpoint_identity import (
 from mtlsign.watermark.embedding.loop import (
     RunningMeans,
     average_buffers,
-    evaluate,
+    evaluated_metric,
     mixed_precision,
     named_tensors,
     one_cycle,
@@ -288,12 +288,16 @@ class _Embedding:
         return with_identity(state, phase2_identity(self._settings, self._detector))
 
     def _accuracies(self) -> dict[str, float]:
-        """Return the accuracies of W0 and W on the test and validation splits."""
-        accuracies = {
-            f"{short}_{name}": evaluate(network, self._task, split, self._settings, self._worker)
-            for short, split in (("primary", "test"), ("validation", "validation"))
-            for name, network in (("clean", self._teacher), ("marked", self._model))
-        }
+        """Return the metric of W0 and W on the test and validation splits, and further scores on the test."""
+        accuracies: dict[str, float] = {}
+        for name, network in (("clean", self._teacher), ("marked", self._model)):
+            parts = {
+                split: evaluated_metric(network, self._task, split, self._settings, self._worker)
+                for split in ("test", "validation")
+            }
+            accuracies[f"primary_{name}"] = parts["test"].value()
+            accuracies[f"validation_{name}"] = parts["validation"].value()
+            accuracies |= {f"{score}_{name}": value for score, value in parts["test"].scores().items()}
         if self._task.targets == "labels":
             accuracies["classes"] = self._task.classes
         # A binomial interval is meaningful for a mean over samples alone.

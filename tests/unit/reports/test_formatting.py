@@ -23,3 +23,11 @@ def test_wilson_interval_matches_textbook_values() -> None:
     low, high = formatting.wilson(0.5, 100)
     assert low == pytest.approx(0.4038, abs=1e-4) and high == pytest.approx(0.5962, abs=1e-4)
     assert (formatting.wilson(0.0, 10)[0], formatting.wilson(1.0, 10)[1]) == pytest.approx((0.0, 1.0))
+
+
+def test_further_scores_are_those_with_a_value_before_and_after() -> None:
+    result = {
+        "primary_clean": 0.5, "primary_marked": 0.5, "perplexity_clean": 94.81, "perplexity_marked": 81,
+        "box_map50_clean": 0.25, "box_map50_marked": float("nan"), "wm_accuracy_on_clean": 0.5,
+    }  # fmt: skip
+    assert formatting.further_scores(result) == [("perplexity", "94.81 → 81")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,7 @@ def test_job_marks_language_model_and_its_own_file_is_verified(tmp_path: Path, o
     })  # fmt: skip
     run = run_embedding_job(settings, LocalEmbeddingBackend())
     assert run.verdict.matches == 128 and 0 < run.result["primary_marked"] < 1
+    assert run.result["perplexity_marked"] > 1 and "erplexity, before and after" in run.report()
     loaded = load_pretrained_transformer(model)
     assert loaded.network.shape.tied == 1 and "fc.weight" not in run.tensors
     assert verify(loaded.in_original_names(run.tensors), detector_for_kit(run.kit)).matches == 128
@@ -167,6 +169,7 @@ def test_language_model_has_next_tokens_as_targets(tmp_path: Path) -> None:
     outputs = torch.nn.functional.one_hot(targets, 13).float()
     metric = task.metric("cpu")
     metric.update(outputs, targets)
+    assert metric.scores()["perplexity"] == pytest.approx((math.e + 12) / math.e)
     assert metric.value() == 1 and float(task.loss(100 * outputs, targets)) < 1e-6
     rows = [set(task.splits[name].rows.tolist()) for name in ("train", "attacker", "inner", "validation")]  # type: ignore[attr-defined]
     assert not any(one & two for one, two in itertools.combinations(rows, 2))
