@@ -41,11 +41,23 @@ _LINE = re.compile(r"— ([^\s+]+) ([A-Za-z0-9+/]+={0,2})")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Tree of one ledger: the ledger's origin (leaf hash of entry 0), number of entries, root."""
+    """Tree of one ledger: the ledger's origin (leaf hash of entry 0), number of entries, root.
+
+    Raises:
+        ClaimError: no tree has this number of entries, or the root is no hash.
+    """
 
     origin: bytes
     size: int
     root: bytes
+
+    def __post_init__(self) -> None:
+        """Check values that may come from a damaged or forged store."""
+        if not 0 <= self.size <= MAX_SIZE or len(self.root) != 32:
+            raise ClaimError(
+                "A checkpoint has an impossible size or root. Use a complete copy of the ledger.",
+                field="head",
+            )
 
     def body(self) -> str:
         """Return the signed text: three lines, each with its line break."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from mtlsign.claims import owner
 from mtlsign.claims.ledger import checkpoints
 from mtlsign.claims.ledger import view as view_module
-from mtlsign.claims.ledger.view import IncrementalReader, LedgerView
+from mtlsign.claims.ledger.view import IncrementalReader, LedgerView, read_ledger
 from mtlsign.claims.statements.envelope import open_envelope, sign
 from mtlsign.claims.statements.parsing import sign_statement
 from mtlsign.claims.statements.types import Membership, Ref
@@ -34,6 +35,22 @@ def test_view_shows_malformed_and_repeated_entries_without_effect(scenario: Clai
     assert view.time(index) is not None and view.time(index + 1) is not None
     repeated = LedgerView.from_entries([*scenario.ledger.scan(), scenario.ledger.get(2)], [])
     assert repeated.entries[3].problem == "The entry repeats entry 2."
+
+
+@pytest.mark.parametrize(
+    ("size", "root"),
+    [(-1, None), (-(2**62), None), (2**62, None), (1, b""), (1, b"short"), ("many", None), (2.5, "text")],
+)
+def test_view_skips_stored_cosignatures_of_impossible_trees(
+    scenario: ClaimScenario, size: object, root: object
+) -> None:
+    expected = scenario.cosign_all().confirmed
+    with sqlite3.connect(scenario.ledger_path) as database:
+        stored, line = database.execute("SELECT root, line FROM cosignatures").fetchone()
+        row = (size, stored if root is None else root, line)
+        database.execute("INSERT INTO cosignatures VALUES (?, ?, ?)", row)
+    database.close()
+    assert scenario.view().confirmed == expected and read_ledger(scenario.ledger).confirmed == expected
 
 
 def test_view_council_changes_only_with_threshold_of_current_members(scenario: ClaimScenario) -> None:
