@@ -123,7 +123,8 @@ def read_model(location: str, *, endpoint: str | None = None, max_bytes: int = 2
         ModelError: the safetensors file is invalid.
         StorageError: the location is malformed or unreachable.
     """
-    data, config = _read_file(location, endpoint, max_bytes)
+    data, folder = _read_file(location, endpoint, max_bytes, (MODEL_FILE, CONFIG_FILE))
+    config = read_json_object(folder[CONFIG_FILE], CONFIG_FILE) if folder else {}
     return LoadedModel(parse_safetensors(data, max_bytes=max_bytes), config, model_digest(data), location)
 
 
@@ -135,11 +136,13 @@ def read_model_bytes(location: str, *, endpoint: str | None = None, max_bytes: i
         ModelError: a file of several is invalid. One file is not parsed.
         StorageError: the location is malformed or unreachable.
     """
-    return _read_file(location, endpoint, max_bytes)[0]
+    return _read_file(location, endpoint, max_bytes, (MODEL_FILE,))[0]
 
 
-def _read_file(location: str, endpoint: str | None, max_bytes: int) -> tuple[bytes, dict[str, Any]]:
-    """Return the one file of a model, and `config.json` of its model folder or {}."""
+def _read_file(
+    location: str, endpoint: str | None, max_bytes: int, names: tuple[str, ...]
+) -> tuple[bytes, dict[str, bytes]]:
+    """Return the one file of a model, and the files `names` of its model folder or {}."""
     if is_safetensors(location):
         storage, name = open_file(location, endpoint=endpoint)
         return storage.read(name, max_bytes), {}
@@ -157,11 +160,11 @@ def _read_file(location: str, endpoint: str | None, max_bytes: int) -> tuple[byt
     if not is_digest and not storage.exists(MANIFEST):
         return _read_other_folder(storage, location, max_bytes), {}
     files = read_manifest_folder(
-        storage, file_limit=max_bytes, total_limit=max_bytes + JSON_LIMIT, names=(MODEL_FILE, CONFIG_FILE)
+        storage, file_limit=max_bytes, total_limit=max_bytes + JSON_LIMIT, names=names
     )
     if is_digest and folder_name != model_digest(files[MODEL_FILE]):
         raise ArtifactError(f"{location} holds another model than its name states. Fetch the folder again.")
-    return files[MODEL_FILE], read_json_object(files[CONFIG_FILE], CONFIG_FILE)
+    return files[MODEL_FILE], files
 
 
 def _read_other_folder(storage: Storage, location: str, max_bytes: int) -> bytes:
