@@ -28,7 +28,7 @@ from mtlsign.attacks.base import (
     Steps,
     seeded,
 )
-from mtlsign.attacks.training import frozen_copy, optimize, trainable_copy
+from mtlsign.attacks.training import frozen_copy, optimize, seeded_outputs, trainable_copy
 from mtlsign.tasks import Batch, Task
 from mtlsign.tasks.splitting import seeded_generator
 from mtlsign.watermark.embedding.loop import one_cycle
@@ -199,7 +199,7 @@ def tune_by_distillation(
         own = data.batch_at("attacker", batch, step, seed=seed, augment=True)
         if tuning.mixup:
             own = Batch(_mixed(own, tuning.mixup, gen), own.targets)
-        loss = batch_loss(data.training_outputs(attacked, own), own)
+        loss = batch_loss(seeded_outputs(attacked, data, own, seed, step), own)
         if tuning.sam_radius:
             _require_tensor_targets(own, "sam_radius")
             shifted = _ascended(named, loss, tuning.sam_radius)
@@ -251,7 +251,7 @@ class _Consolidation:
         self._information = {name: torch.zeros_like(p) for name, p in self._anchor.items()}
         for step in range(_FISHER_BATCHES):
             own = data.batch_at("attacker", batch, step, seed=seed + 1)
-            loss = data.loss(data.training_outputs(model, own), own.targets)
+            loss = data.loss(seeded_outputs(model, data, own, seed, step), own.targets)
             gradients = torch.autograd.grad(loss, list(model.parameters()))
             for total, gradient in zip(self._information.values(), gradients, strict=True):
                 total += gradient.square() / _FISHER_BATCHES

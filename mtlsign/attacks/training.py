@@ -6,14 +6,14 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mtlsign.attacks.base import AttackerResources, AttackOutcome, require_finite
-from mtlsign.tasks import Task
+from mtlsign.attacks.base import AttackerResources, AttackOutcome, require_finite, seeded
+from mtlsign.tasks import Batch, Task
 from mtlsign.watermark.embedding.losses import distillation_loss
 
 LrSchedule = Literal["constant", "cosine"]
@@ -124,7 +124,7 @@ def train_supervised(
         images += len(own)
         if loss is not None:
             return loss(model, own.inputs, own.targets)
-        return data.loss(data.training_outputs(model, own), own.targets)
+        return data.loss(seeded_outputs(model, data, own, seed, step), own.targets)
 
     def cosine(step: int) -> float:
         return lr * (1 + math.cos(math.pi * (step / steps))) / 2
@@ -135,6 +135,22 @@ def train_supervised(
         lr_at=cosine if schedule == "cosine" else None, after_step=after_step,
     )  # fmt: skip
     return AttackOutcome(model.eval(), steps, images)
+
+
+def seeded_outputs(model: nn.Module, data: Task, batch: Batch, seed: int, step: int) -> Any:
+    """Return `Task.training_outputs`; the boxes that a detector draws follow from seed and step.
+
+    Args:
+        model: the network.
+        data: the attacker's view of the task.
+        batch: of this step.
+        seed: seed of the attack.
+        step: number of the step.
+    """
+    if isinstance(batch.targets, Tensor):
+        return data.training_outputs(model, batch)
+    with seeded("boxes", seed, step):
+        return data.training_outputs(model, batch)
 
 
 def attacker_batches(data: Task, batch: int, seed: int) -> Iterator[Tensor]:

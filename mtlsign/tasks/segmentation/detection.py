@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from mtlsign.errors import DataError
 from mtlsign.models.batch_norms import is_batch_norm
@@ -86,10 +87,14 @@ def training_outputs(network: nn.Module, batch: Batch) -> dict[str, Any]:
 
 @contextmanager
 def _training_mode(detector: nn.Module) -> Iterator[None]:
-    """Put all modules but the batch norms into training mode; restore the modes at the end."""
+    """Put a detector into training mode without its batch norms; restore the modes at the end.
+
+    Images are scaled as in evaluation. In training mode a detector with several scales draws one, and
+    features of two networks could not be compared.
+    """
     modes = [(module, module.training) for module in detector.modules()]
-    for module, _ in modes:
-        module.training = module.training if is_batch_norm(module) else True
+    for module, mode in modes:
+        module.training = mode if is_batch_norm(module) else not isinstance(module, GeneralizedRCNNTransform)
     try:
         yield
     finally:

@@ -48,6 +48,17 @@ def test_general_attacks_change_a_detectors_body(attack: str, detector: nn.Modul
     assert "backbone.body.stage2.0.weight" in changed
 
 
+@pytest.mark.parametrize("attack", ["ftdet:epochs=1", "tune:steps=2,lr=0.001"])
+def test_tuning_of_detector_repeats_and_keeps_the_callers_generator(
+    attack: str, detector: nn.Module, task: Task
+) -> None:
+    state = torch.random.get_rng_state()
+    first = run(attack, detector, task, seed=3).model
+    assert torch.equal(state, torch.random.get_rng_state())
+    torch.rand(1)
+    assert changed_parameters(first, run(attack, detector, task, seed=3).model) == set()
+
+
 def test_attacks_that_mix_or_turn_images_are_not_applicable(detector: nn.Module, task: Task) -> None:
     for attack in ("tune:steps=1,lr=0.001,mixup=0.5", "tune:steps=1,lr=0.001,sam_radius=0.1"):
         with pytest.raises(NotApplicableError, match="A detector cannot be tuned so"):

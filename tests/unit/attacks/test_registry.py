@@ -27,13 +27,14 @@ QUICK = {
     "prune_to_accuracy_drop": "points=50", "tune": "steps=3,batch=16", "relearn": "epochs=1,batch=16",
     "neural_cleanse": "steps=1,epochs=1,batch=16",
 }  # fmt: skip
-#: Attacks on networks of texts, and on transformers.
+#: Attacks on networks of texts, on transformers and on detectors.
 NOT_FOR_IMAGES = {
     "recurrent_symmetries",
     "permute_vocabulary",
     "attention_symmetries",
     "rotate_stream",
     "dummy_block",
+    "ftdet",
 }
 #: Attacks on models with outputs besides the task's classes.
 NOT_FOR_CLASSES = {"remove_outputs"}

@@ -44,6 +44,13 @@ def test_training_outputs_of_teacher_has_the_same_features_without_losses(batch:
     assert student.shape == (2, sum(sizes)) and len(sizes) == 3
 
 
+def test_training_outputs_of_several_scales_takes_that_of_evaluation(batch: Batch) -> None:
+    detector = faster_rcnn().eval()
+    detector.transform.min_size, detector.transform.max_size = (32, 96, 64), 200
+    shapes = {tuple(training_outputs(detector, batch)["features"][0].shape) for _ in range(4)}
+    assert shapes == {(2, 16, 16, 16)}
+
+
 def test_feature_vectors_counts_every_map_the_same() -> None:
     maps = [torch.ones(1, 2, 8, 8), 3 * torch.ones(1, 2, 2, 2)]
     assert float(feature_vectors({"features": maps}).square().sum()) == pytest.approx(1 + 9)
