@@ -28,7 +28,7 @@ def test_training_outputs_in_evaluation_mode_has_losses_and_keeps_modes(batch: B
     outputs = training_outputs(detector, batch)
     loss = detection_loss(outputs, batch.targets)
     loss.backward()
-    assert float(loss) > 0 and detector.backbone.body.conv1.weight.grad is not None
+    assert float(loss.detach()) > 0 and detector.backbone.body.conv1.weight.grad is not None
     assert not any(module.training for module in detector.modules())
     torch.testing.assert_close(detector.backbone.body.norm1.running_mean, before)
 
