@@ -12,8 +12,8 @@ def norm(model: nn.Module) -> Tensor:
 
 
 def test_regularize_shrinks_weights(module: nn.Module, tiny_task: Task) -> None:
-    tuned = run("regularize:strength=1,epochs=1,batch=16", module, tiny_task).model
-    plain = run("ftal:epochs=1,batch=16", module, tiny_task).model
+    tuned = run("regularize:strength=1,epochs=3,lr=0.05,batch=16", module, tiny_task).model
+    plain = run("ftal:epochs=3,lr=0.05,batch=16", module, tiny_task).model
     assert float(norm(tuned)) < 0.9 * float(norm(plain))
 
 

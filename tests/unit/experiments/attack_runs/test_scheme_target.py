@@ -42,7 +42,7 @@ def test_run_marks_network_and_attacks_it(values: dict[str, Any], tmp_path: Path
     rows = {row["attack"]: row for row in result["rows"]}
     assert rows["none"]["matches"] == embedding["marked"]["matched"] and rows["none"]["null_rate"] == 0.5
     assert rows["int8"]["accepted"] and rows["permute_channels"]["removed"] is True
-    assert rows["spoil"]["status"] == "ok" and rows["spoil"]["images"] == 32
+    assert rows["spoil"]["status"] == "ok" and rows["spoil"]["images"] == 20
     files = {path.name for path in (tmp_path / "store" / "runs" / "one").iterdir()}
     assert "attacks.csv" in files and "base.safetensors" not in files
     assert json.loads((tmp_path / "store/runs/one/result.json").read_text())["model"] == "marked with uchida"

@@ -20,7 +20,7 @@ def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.syspath_prepend(str(tmp_path))
     return {
         "task": "studiedtask:task", "width": 8, "seeds": 1, "storage": str(tmp_path / "store"),
-        "embed_steps": 3, "attacks": "int8", "schemes": "reversible,zhu2020", "run": "s",
+        "embed_steps": 3, "attacks": "int8", "schemes": "adi,zhu2020", "run": "s",
     }  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def test_schemes_study_writes_table_and_resumes(
     assert calls == ["none", "int8", "none", "none", "int8"], "finished schemes are not repeated"
     cells = [(row["scheme"], row["attack"], row["of"], row["null rate"]) for row in result["rows"]]
     assert cells == [
-        ("reversible", "none", 256, 0.5), ("reversible", "int8", 256, 0.5),
+        ("adi", "none", 100, 0.25), ("adi", "int8", 100, 0.25),
         ("zhu2020", "none", 100, 0.25), ("zhu2020", "int8", 100, 0.25),
     ]  # fmt: skip
     folder = tmp_path / "store" / "runs" / "s"
