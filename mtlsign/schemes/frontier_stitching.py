@@ -23,13 +23,17 @@ from mtlsign.tasks import Task
 from mtlsign.tasks.outputs import default_logits
 from mtlsign.tasks.splitting import seeded_generator
 
+#: Sizes of the step that are tried.
+_HALVINGS = 6
+
 
 @dataclass(frozen=True)
 class FrontierStitchingScheme(TriggerMark[TriggerKey]):
     """Scheme of Le Merrer et al.
 
     Attributes:
-        epsilon: size of the fast gradient sign step, in units of the range of pixel values.
+        epsilon: size of the fast gradient sign step, in units of the range of pixel values. It is halved
+            while too few points keep their class.
     """
 
     name: ClassVar[str] = "frontier_stitching"
@@ -42,19 +46,23 @@ class FrontierStitchingScheme(TriggerMark[TriggerKey]):
         generator = seeded_generator("mtlsign/frontier_stitching", seed)
         count = min(task.size("train"), 20 * self.key_size)
         images, classes = training_images(task, count, generator)
-        points = fast_gradient_sign(model, images, classes, self.epsilon, pixel_range(task))
-        with torch.no_grad(), evaluation_mode(model):
-            right = logits_of(model, images).argmax(1).cpu() == classes
-            flips = logits_of(model, points).argmax(1).cpu() != classes
         half = self.key_size // 2
-        chosen = [torch.nonzero(right & group).flatten()[:half] for group in (flips, ~flips)]
-        if min(map(len, chosen)) < max(1, half // 2):
+        for halvings in range(_HALVINGS):
+            epsilon = self.epsilon / 2**halvings
+            points = fast_gradient_sign(model, images, classes, epsilon, pixel_range(task))
+            with torch.no_grad(), evaluation_mode(model):
+                right = logits_of(model, images).argmax(1).cpu() == classes
+                flips = logits_of(model, points).argmax(1).cpu() != classes
+            chosen = [torch.nonzero(right & group).flatten()[:half] for group in (flips, ~flips)]
+            balanced = min(map(len, chosen))
+            if balanced >= max(1, half // 2):
+                break
+        else:
             raise ModelError(
                 f"Only {len(chosen[0])} points flip the class and {len(chosen[1])} do not. Use another "
-                "epsilon.",
+                "epsilon or another network.",
                 field="epsilon",
             )
-        balanced = min(map(len, chosen))
         rows = torch.cat([group[:balanced] for group in chosen])
         return TriggerKey(points[rows], classes[rows], 0.5)
 

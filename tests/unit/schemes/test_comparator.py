@@ -19,7 +19,7 @@ from tests.unit.attacks.helpers import Maker, flat_network
 #: Options with which a scheme fits the tiny network, and steps in which it embeds.
 TINY: dict[str, tuple[dict[str, Any], int]] = {
     "uchida": ({"key_size": 64, "strength": 0.3}, 50),
-    "deepsigns": ({"key_size": 64, "strength": 3.0, "lr": 0.003}, 80),
+    "deepsigns": ({"key_size": 32, "strength": 1.0, "lr": 0.003}, 100),
     "reversible": ({"key_size": 64}, 1),
     "riga": ({"key_size": 64, "strength": 1.0, "lr": 0.003, "extractor_lr": 0.01}, 80),
     "greedy_residuals": ({"key_size": 64, "strength": 2.0}, 80),
@@ -29,7 +29,7 @@ TINY: dict[str, tuple[dict[str, Any], int]] = {
     "zhang_noise": ({"key_size": 30}, 40),
     "zhang_unrelated": ({"key_size": 30}, 40),
     "adi": ({"key_size": 40}, 80),
-    "li2019": ({"key_size": 40, "size": 5.0}, 150),
+    "li2019": ({"key_size": 40, "size": 3.0}, 300),
     "zhu2020": ({"key_size": 40}, 80),
     "frontier_stitching": ({"key_size": 40, "epsilon": 0.1}, 80),
     "new_label": ({"key_size": 30, "intensity": 0.4}, 40),
@@ -39,6 +39,9 @@ QUICK = {"uchida", "reversible", "neuralmark", "riga", "diction", "adi", "new_la
 NAMES = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in TINY]
 #: Schemes whose marked model accepts every key: it answers the new class to any perturbation of this size.
 ANY_KEY = {"new_label"}
+#: Schemes whose key samples share one change and one class, so that they match together or not at all. A
+#: random key passes with a probability of about one in so many classes.
+SHARED = {"zhang_content", "zhang_noise", "zhang_unrelated", "li2019"}
 #: Evidence from which a detection is accepted in these tests.
 BITS = 20.0
 
@@ -104,7 +107,7 @@ def test_comparator_embeds_and_rejects_base_model_and_other_key(
     base = case.scheme.verify(case.base, case.key)
     assert not base.accepted, base
     other = case.scheme.verify(case.marked, case.other_key)
-    assert other.n > 0 and other.accepted == (name in ANY_KEY), other
+    assert other.n > 0 and (name in SHARED or other.accepted == (name in ANY_KEY)), other
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.values != ("reversible",)])
