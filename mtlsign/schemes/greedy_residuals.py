@@ -44,7 +44,7 @@ class SignedWeightKey(WeightKey):
 
     @property
     def is_signed(self) -> bool:
-        """Whether the signature is valid and the bits are its hash."""
+        """True if the signature is valid and the bits are its hash."""
         try:
             Ed25519PublicKey.from_public_bytes(self.public_key).verify(self.signature, self.statement)
         except (InvalidSignature, ValueError):

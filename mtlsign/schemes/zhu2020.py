@@ -37,7 +37,7 @@ class ChainKey(TriggerKey):
 
     @property
     def is_chain(self) -> bool:
-        """Whether images and classes follow from the first image."""
+        """True if images and classes follow from the first image."""
         shape = tuple(self.inputs.shape[1:])
         images, classes = hash_chain(self.first, len(self.classes), shape, self.span, self.class_count)
         return bool(torch.equal(images, self.inputs) and torch.equal(classes, self.classes))
