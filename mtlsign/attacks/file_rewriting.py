@@ -32,6 +32,8 @@ Form = Literal[
     "decoys",
     "extra",
     "lora",
+    "anonymous",
+    "factors",
 ]
 State = dict[str, Tensor]
 
@@ -47,9 +49,10 @@ def rewrite_file(
 ) -> AttackOutcome:
     """Save the model in another form; its user converts the file back.
 
-    `prefix` and `names` rename, `hwio`, `ohwi` and `flat` store kernels with other axes, `padded` gives 3x3
-    kernels a rim of zeros, `weight_norm`, `int8` and `lora` store a kernel as several tensors, `decoys` and
-    `extra` add tensors that nothing uses.
+    `prefix`, `names` and `anonymous` rename, the last one without any order. `hwio`, `ohwi` and `flat` store
+    kernels with other axes, `padded` gives 3x3 kernels a rim of zeros, `weight_norm`, `int8` and `lora` store
+    a kernel as several tensors, `factors` makes two layers of each. `decoys` and `extra` add tensors that
+    nothing uses.
     """
     generator, changed = seeded_generator("mtlsign/attack/file", seed), trainable_copy(model)
     with torch.no_grad():
@@ -146,6 +149,25 @@ def _lora(weight: Tensor, generator: Generator) -> Mapping[str, Tensor]:
     }
 
 
+def _anonymous(state: State, generator: Generator) -> State:
+    """Give each tensor a number without any order as its name."""
+    numbers = torch.randperm(len(state), generator=generator).tolist()
+    return {f"tensor_{number}": tensor for number, tensor in zip(numbers, state.values(), strict=True)}
+
+
+def _factors(weight: Tensor, generator: Generator) -> Mapping[str, Tensor]:
+    """Return two layers, one after the other, whose product is W; one of them is a random square matrix."""
+    rows = weight.flatten(1).double()
+    rank = min(rows.shape)
+    mix = torch.randn((rank, rank), generator=generator, dtype=torch.float64)
+    mix = torch.linalg.qr(mix).Q
+    outer, inner = (mix, mix.T @ rows) if len(rows) == rank else (rows @ mix.T, mix)
+    return {
+        "0.weight": inner.to(weight.dtype).reshape(rank, *weight.shape[1:]),
+        "1.weight": outer.to(weight.dtype).reshape(len(rows), rank, *([1] * (weight.dim() - 2))),
+    }
+
+
 def _decoys(state: State, generator: Generator) -> State:
     """Add random weights of the same shapes under another prefix."""
     decoys = {
@@ -175,4 +197,6 @@ _FORMS: Mapping[Form, Callable[[State, Generator], State]] = {
     "decoys": _decoys,
     "extra": _extra,
     "lora": _of_weights(_lora),
+    "anonymous": _anonymous,
+    "factors": _of_weights(_factors),
 }

@@ -282,7 +282,9 @@ _ALL = (
         file_rewriting.rewrite_file,
         "file in another form: names, layouts, several tensors for a kernel, further tensors",
         "function_preserving",
-        variants=("form=prefix/half/names/hwio/ohwi/flat/weight_norm/int8/padded/decoys/extra/lora",),
+        variants=(
+            "form=prefix/half/names/anonymous/hwio/ohwi/flat/weight_norm/int8/padded/decoys/extra/lora/factors",
+        ),
         fast=("form=prefix/weight_norm",),
     ),
     Attack(

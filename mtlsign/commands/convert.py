@@ -21,7 +21,9 @@ def convert(settings: ConvertSettings) -> Output:
         from mtlsign.models.pretrained_transformer import in_original_names
 
         rename = partial(in_original_names, settings.original)
-    conversion = convert_weights(settings.source, settings.output, key=settings.weights_key, rename=rename)
+    conversion = convert_weights(
+        settings.source, settings.output, key=settings.weights_key, base=settings.base, rename=rename
+    )
     document = {
         "source": str(settings.source),
         "output": str(settings.output),

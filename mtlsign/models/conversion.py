@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from mtlsign.errors import ArtifactError, ModelError
+from mtlsign.models.adapters import is_adapter, merge_adapter
 from mtlsign.models.checkpoints import Checkpoint, read_checkpoint
+from mtlsign.models.onnx_weights import read_onnx
 from mtlsign.storage.safetensors_io import serialize_safetensors
 
 
@@ -31,14 +33,16 @@ def convert_weights(
     output: Path,
     *,
     key: str | None = None,
+    base: Path | None = None,
     rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
 ) -> Conversion:
     """Write the weights of a file or folder as one safetensors file.
 
     Args:
-        source: a format of `read_checkpoint`, or an .onnx, .gguf or .npz file.
+        source: a format of `read_checkpoint`, an .onnx, .gguf or .npz file, or the folder of an adapter.
         output: the new file; it must not exist.
         key: entry with the weights; see `read_checkpoint`.
+        base: checkpoint of the model that an adapter changes.
         rename: returns the tensors under other names; None keeps those of the source.
 
     Raises:
@@ -49,7 +53,7 @@ def convert_weights(
         raise ArtifactError(f"{output} must end with .safetensors. Choose another name.", field="output")
     if output.exists():
         raise ArtifactError(f"{output} exists already. Choose another name.", field="output")
-    checkpoint = read_weights(source, key=key)
+    checkpoint = read_weights(source, key=key, base=base)
     tensors = checkpoint.tensors if rename is None else rename(checkpoint.tensors)
     data = serialize_safetensors(tensors)
     try:
@@ -64,10 +68,14 @@ def convert_weights(
     return Conversion(len(tensors), len(data), digest, checkpoint.statement())
 
 
-def read_weights(source: Path, *, key: str | None = None) -> Checkpoint:
+def read_weights(source: Path, *, key: str | None = None, base: Path | None = None) -> Checkpoint:
     """Read the weights of a file or folder; see `convert_weights`."""
     readers = {".onnx": _read_onnx, ".gguf": _read_gguf, ".npz": _read_npz}
     source = source.expanduser()
+    if source.is_dir() and is_adapter(source):
+        return Checkpoint(merge_adapter(source, base))
+    if base is not None:
+        raise ModelError(f"{source} is no folder of an adapter. Omit --base.", field="base")
     reader = readers.get(source.suffix.lower())
     if reader is None or source.is_dir():
         return read_checkpoint(source, key=key)
@@ -90,12 +98,9 @@ def read_weights(source: Path, *, key: str | None = None) -> Checkpoint:
 
 def _read_onnx(path: Path) -> dict[str, Tensor]:
     try:
-        import onnx
-        from onnx import numpy_helper
+        return read_onnx(path)
     except ImportError:
         raise _missing_library("onnx", path) from None
-    graph = onnx.load(str(path)).graph
-    return {entry.name: torch.from_numpy(numpy_helper.to_array(entry).copy()) for entry in graph.initializer}
 
 
 def _read_gguf(path: Path) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtlsign.models.derived_weights.bitsandbytes import four_bits
 from mtlsign.models.derived_weights.companions import Companions
+from mtlsign.models.derived_weights.low_rank import ALPHAS, with_adapter
 from mtlsign.models.derived_weights.packed import compressed, quanto_packed, torchao
 from mtlsign.models.derived_weights.reparametrised import pruned, spectral_norm, weight_norm
 from mtlsign.models.derived_weights.scaled import scaled, scaled_rows
@@ -44,6 +45,10 @@ def _four_bits(table: str) -> Form:
         partial(four_bits, table=table),
         ("weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"),
     )
+
+
+def _adapter(kernel: str, down: str, up: str) -> Form:
+    return Form((kernel, down, up), partial(with_adapter, kernel=kernel, down=down, up=up), ALPHAS)
 
 
 #: The order is that in which a layer stored in several forms is read.
@@ -99,4 +104,9 @@ FORMS: tuple[Form, ...] = (
             "_weight_act_quant_zero_point",
         ),
     ),
+    _adapter(WEIGHT, "lora_A.weight", "lora_B.weight"),
+    _adapter(WEIGHT, "lora_A", "lora_B"),
+    _adapter(WEIGHT, "lora_down.weight", "lora_up.weight"),
+    _adapter("base_layer.weight", "lora_A.weight", "lora_B.weight"),
+    _adapter("base_layer.weight", "lora_A.default.weight", "lora_B.default.weight"),
 )

@@ -19,8 +19,9 @@ from mtlsign.service.verifier.factory_parameters import check_factory_parameters
 from mtlsign.service.verifier.lazy_safetensors import CachedReadings, LazySafetensors
 from mtlsign.watermark.keys.spec import Spec
 from mtlsign.watermark.verification.compute_budget import ComputeLimits, check_claim_budget
-from mtlsign.watermark.verification.detector import SuspectReading, WatermarkDetector
+from mtlsign.watermark.verification.detector import WatermarkDetector
 from mtlsign.watermark.verification.reference import Reference
+from mtlsign.watermark.verification.selection import SuspectReading
 
 #: Readings of one suspect that are cached: one place of its file, in its own order and aligned.
 _CACHED_READINGS = 2

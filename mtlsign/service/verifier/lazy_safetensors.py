@@ -20,7 +20,7 @@ from mtlsign.config.service import MIB
 from mtlsign.errors import ModelError
 from mtlsign.service.problems import Problem
 from mtlsign.storage.safetensors_io import HeaderLimits, TensorEntry, parse_safetensors_header
-from mtlsign.watermark.verification.detector import SuspectReading
+from mtlsign.watermark.verification.selection import SuspectReading
 
 MAX_DIMS = 8
 #: A header of 10,000 tensors has about 2 MB; parsing takes about ten times as much memory.

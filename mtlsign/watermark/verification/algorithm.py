@@ -110,7 +110,7 @@ def _status(
     A model is rejected if it is recognised as a descendant of W0, and unrelated if it is not although the
     whole file was read. Without a sketch nothing can be recognised, and the model is rejected.
     Each of these needs that the file has every layer in each place where it has some, and that all can be
-    read.
+    read. Layers that are found by content show descent, and never its absence.
     """
     if enough_evidence:
         return ("needs_commitment" if detector.spec.has_trained_head else "accepted"), None
@@ -126,6 +126,11 @@ def _status(
     recognizable = bool(detector.aligner.layers)
     if recognizable and detector.recognizes(tensors):
         return "rejected", None
+    if any(result.by_content for result in results):
+        return "not_verifiable", (
+            "its tensors have other names or shapes than the architecture's, and those that were taken for "
+            "its layers are not alike the base model's"
+        )
     if has_unread_tensors(detector.tensor_names, tensors):
         return "not_verifiable", (
             "its weights are not alike those of the base model, and some tensors of the file belong to no "

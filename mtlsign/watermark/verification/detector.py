@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from mtlsign.errors import ArtifactError, ModelError, SettingsError
+from mtlsign.errors import ArtifactError, SettingsError
 from mtlsign.models import architectures
 from mtlsign.models.factories import Factory
-from mtlsign.models.untrusted import MappedTensors, select_tensors_untrusted
 from mtlsign.watermark import carriers
 from mtlsign.watermark.keys.opening import KeyOpening, keystream, watermark_labels
 from mtlsign.watermark.keys.spec import parse_spec
 from mtlsign.watermark.verification.alignment import Alignment, make_aligner
 from mtlsign.watermark.verification.conv_model import ConvVerifierModel
+from mtlsign.watermark.verification.matching import ContentMatcher
 from mtlsign.watermark.verification.model import exact_fp32
 from mtlsign.watermark.verification.readouts import (
     FeatureReadout,
@@ -30,23 +30,13 @@ from mtlsign.watermark.verification.readouts import (
 from mtlsign.watermark.verification.reference import Reference
 from mtlsign.watermark.verification.response_model import ResponseModel
 from mtlsign.watermark.verification.scores import ScoreResult, best_result, checked_scores
-
-
-@dataclass(frozen=True)
-class SuspectReading:
-    """All that is independent of the key, of the kernels in one place of a suspect's file.
-
-    Attributes:
-        values: one value for each read-out; empty if there is a problem.
-        problem: reason why the kernels cannot be read, or None.
-        missing: kernels that are missing or damaged.
-        similarity: how alike the aligned kernels and those of W0 are, see `Alignment`.
-    """
-
-    values: tuple[Any, ...]
-    problem: str | None
-    missing: tuple[str, ...] = ()
-    similarity: float = 0.0
+from mtlsign.watermark.verification.selection import (
+    EarlierKernels,
+    KernelOrder,
+    SuspectReading,
+    SuspectSelector,
+    equal_kernels,
+)
 
 
 class WatermarkDetector:
@@ -99,6 +89,7 @@ class WatermarkDetector:
             reference,
             carriers.for_spec(self.spec).sample(),
         )
+        self._matcher = ContentMatcher(template_model, self.aligner)
         self._join_readouts()
 
     def _make_readout(
@@ -249,54 +240,71 @@ class WatermarkDetector:
                 if reading.problem is not None:
                     own.append(ScoreResult(None, reading.problem))
                 else:
-                    scores = detector.score(reading.values).cpu()
-                    own.append(checked_scores(scores, reading.missing, reading.similarity))
+                    scores = checked_scores(detector.score(reading.values).cpu())
+                    own.append(replace(scores, **reading.description()))
         return results
 
     def read_untrusted(self, tensors: Mapping[str, Tensor]) -> Iterator[SuspectReading]:
         """Compute all that is independent of the key, for each place where the file has the kernels.
 
-        Each place is read in the suspect's own order and, if this differs, aligned with W0. A spread read-out
-        tolerates missing kernels.
+        Each place is read in the suspect's own order and, if this differs, aligned with W0. Where names leave
+        the kernels open, they are also found by content. A spread read-out tolerates missing kernels.
         """
-        for selected in self._select_all(tensors):
+        selector, earlier = self._selector(), EarlierKernels()
+        unread, problems = selector.has_unread(tensors), []
+        complete = named = unnamed = False
+        for selected in selector.by_name(tensors):
             if selected.problem is not None:
-                yield SuspectReading((), selected.problem)
+                problems.append(selected.problem)
                 continue
-            alignment = self.align(selected.tensors)
-            own, expected = None, {**self.optional_shapes, **self.weight_shapes}
-            if all(tuple(t.shape) == expected.get(name, t.shape) for name, t in selected.tensors.items()):
-                own = self.select_weights(selected.tensors)
-                yield self._reading(own, alignment.similarity)
-            if own is None or not _equal_kernels(own, alignment.kernels):
-                unfit = sorted(self._required_names() - alignment.kernels.keys())
-                if unfit or not alignment.kernels:
-                    name = unfit[0] if unfit else "all kernels"
-                    yield SuspectReading((), f"the sizes of {name!r} and of the other kernels do not fit")
-                else:
-                    yield self._reading(alignment.kernels, alignment.similarity)
+            named, complete = True, complete or not selected.missing
+            has_own = selector.has_own_order(selected.tensors)
+            for order in self._orders_of(selected.tensors, has_own_order=has_own):
+                if order.problem is None and (unread or selected.missing):
+                    earlier.add(order.kernels)
+                yield self._reading(order)
+        if selector.needs_content(tensors, complete=complete):
+            for selected, has_own in selector.by_content(tensors):
+                if selected.problem is not None:
+                    problems.append(selected.problem)
+                    continue
+                for order in self._orders_of(selected.tensors, has_own_order=has_own):
+                    unnamed = unnamed or order.problem is None
+                    if order.problem is None and earlier.add(order.kernels):
+                        yield replace(self._reading(order), by_content=True)
+        if named or not unnamed:
+            yield from (SuspectReading((), problem) for problem in problems)
+
+    def _orders_of(self, tensors: Mapping[str, Tensor], *, has_own_order: bool) -> Iterator[KernelOrder]:
+        """Yield the kernels in the suspect's own order and, if they differ, aligned with W0."""
+        alignment = self.align(tensors)
+        own = None
+        if has_own_order:
+            own = self.select_weights(tensors)
+            yield KernelOrder(own, alignment.similarity)
+        if own is None or not equal_kernels(own, alignment.kernels):
+            unfit = sorted(self._required_names() - alignment.kernels.keys())
+            if unfit or not alignment.kernels:
+                name = unfit[0] if unfit else "all kernels"
+                yield KernelOrder({}, 0.0, f"the sizes of {name!r} and of the other kernels do not fit")
+            else:
+                yield KernelOrder(alignment.kernels, alignment.similarity)
 
     def align(self, tensors: Mapping[str, Tensor]) -> Alignment:
         """Bring selected kernels into W0's order; other tensors are not read."""
-        return self.aligner.align(self._alignable(tensors))
+        return self.aligner.align(self._selector().alignable(tensors))
 
-    def _alignable(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors that an alignment reads: the matrices, and vectors of the inputs."""
-        names = {*self.weight_shapes, *self.aligner.further_names}
-        return {name: tensor for name, tensor in tensors.items() if name in names}
-
-    def _reading(self, kernels: Mapping[str, Tensor], similarity: float) -> SuspectReading:
+    def _reading(self, order: KernelOrder) -> SuspectReading:
         """Return the reading of kernels with W0's shapes and signs."""
-        on_device = {name: kernel.to(self.device) for name, kernel in kernels.items()}
-        missing = tuple(name for name in self.kernel_shapes if name not in kernels)
-        return SuspectReading(tuple(self.read(on_device)), None, missing, similarity)
+        if order.problem is not None:
+            return SuspectReading((), order.problem)
+        on_device = {name: kernel.to(self.device) for name, kernel in order.kernels.items()}
+        missing = tuple(name for name in self.kernel_shapes if name not in order.kernels)
+        return SuspectReading(tuple(self.read(on_device)), None, missing, order.similarity)
 
     def recognizes(self, tensors: Mapping[str, Tensor]) -> bool:
         """Return whether the kernels descend from W0 in one of the places where the file has them."""
-        return any(
-            selected.problem is None and self.aligner.recognizes(self._alignable(selected.tensors))
-            for selected in self._select_all(tensors)
-        )
+        return self._selector().recognizes(tensors)
 
     def _required_names(self) -> set[str]:
         """Return the kernels of the read-outs that tolerate no missing ones."""
@@ -307,32 +315,19 @@ class WatermarkDetector:
             for name in readout.model.kernel_shapes
         }
 
-    def _select_all(self, tensors: Mapping[str, Tensor]) -> Iterator[MappedTensors]:
-        """Select the kernels in each place, and then those of blocks that have other numbers than W0's."""
-        yield from self._select(tensors)
-        try:
-            for view in self.aligner.renumbered(tensors, self._select):
-                yield from self._select(view)
-        except ModelError as error:
-            yield MappedTensors({}, str(error))
-
-    def _select(self, tensors: Mapping[str, Tensor]) -> Iterator[MappedTensors]:
-        """Select the kernels of untrusted tensors for each place where the file has them."""
+    def _selector(self) -> SuspectSelector:
+        """Return the selector of the tensors that the read-outs need."""
         required = {
             name
             for readout in self.readouts
             if not readout.tolerates_missing
             for name in (*readout.model.weight_shapes, *readout.model.optional_shapes)
         }
-        return select_tensors_untrusted(
-            dict(self.weight_shapes),
-            tensors,
-            optional={**self.optional_shapes, **self.aligner.further_shapes},
+        return SuspectSelector(
+            aligner=self.aligner,
+            matcher=self._matcher,
+            tensor_names=self.tensor_names,
+            shapes=self.weight_shapes,
+            optional=self.optional_shapes,
             tolerated={*self.weight_shapes, *self.optional_shapes} - required,
-            resizable=self.aligner.resizable_names,
         )
-
-
-def _equal_kernels(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
-    """Return whether two sets of kernels are equal; a sign of zero does not matter."""
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

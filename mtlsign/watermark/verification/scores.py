@@ -21,19 +21,21 @@ class ScoreResult:
         problem: why they cannot be read; None if they were.
         missing: kernels that are missing or damaged; they contribute nothing to the scores.
         similarity: how alike the aligned kernels and those of W0 are, from 0 to 1.
+        by_content: whether the kernels were found without their names.
     """
 
     scores: Tensor | None
     problem: str | None = None
     missing: tuple[str, ...] = ()
     similarity: float = 0.0
+    by_content: bool = False
 
 
-def checked_scores(scores: Tensor, missing: tuple[str, ...] = (), similarity: float = 0.0) -> ScoreResult:
+def checked_scores(scores: Tensor) -> ScoreResult:
     """Return scores, or the problem that they are not finite."""
     if not torch.isfinite(scores).all():
         return ScoreResult(None, "its values overflow in float32")
-    return ScoreResult(scores, missing=missing, similarity=similarity)
+    return ScoreResult(scores)
 
 
 def best_result(results: Sequence[ScoreResult], bits: Tensor) -> ScoreResult:

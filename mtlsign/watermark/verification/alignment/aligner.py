@@ -49,6 +49,7 @@ class Aligner:
         further_names: tensors that are read besides kernels; none.
         further_shapes: shapes of those that no read-out reads; none.
         sets: channel sets of the architecture.
+        input_channels: number of channels of the inputs.
 
     Raises:
         ModelError: a tap does not exist.
@@ -64,7 +65,7 @@ class Aligner:
         structure = channel_structure(template_model, taps, sample)
         self.sets = structure.sets
         self.layers = reference_layers(template_model, taps, sample, reference, structure)
-        self._inputs = sample.shape[1]
+        self.input_channels = sample.shape[1]
         self._staying = staying_similarities(self.layers.values(), self.sets)
 
     @property
@@ -115,14 +116,14 @@ class Aligner:
 
     def _best(self, suspect: Mapping[str, SuspectLayer]) -> Search:
         """Return the search with the largest total similarity, or the first one that is clear."""
-        starts = self._starts(suspect)
+        starts = self.starts(suspect)
         own = self._own_order(suspect)
         if own is not None:
             # The own order comes first only if it is nearly right, because each start costs time.
             first = self._search(suspect, own).similarity() > _CLEAR
             starts.insert(0 if first else len(starts), own)
         searches = []
-        for orders in starts or [Orders(SQUARES[0], np.eye(self._inputs))]:
+        for orders in starts or [Orders(SQUARES[0], np.eye(self.input_channels))]:
             search = self._search(suspect, orders)
             settled = search.run(_FIRST_ROUNDS)
             if search.similarity() > _CLEAR:
@@ -152,15 +153,15 @@ class Aligner:
             return float(quantized(np.array(search.similarity(chosen))))
 
         windows = [part.layer.window for part in parts]
-        identity = np.eye(self._inputs)
+        identity = np.eye(self.input_channels)
         square = max(squares_for(windows), key=lambda s: value(Orders(s, identity, channels), inner or first))
         mixes = [identity]
         if first:
-            mixes = signed_permutations(self._inputs, free_signs=first[0].layer.free_signs)
+            mixes = signed_permutations(self.input_channels, free_signs=first[0].layer.free_signs)
         mix = max(mixes, key=lambda m: value(Orders(square, m, channels), first))
         return Orders(square, mix, dict(channels), prefers_own=True)
 
-    def _starts(self, suspect: Mapping[str, SuspectLayer]) -> list[Orders]:
+    def starts(self, suspect: Mapping[str, SuspectLayer]) -> list[Orders]:
         """Return the most promising orders of the first layer's rows."""
         part = next((p for p in suspect.values() if p.layer.reads_inputs), None)
         if part is None or len(part.layer.sets_of_rows()) != 1:
@@ -168,7 +169,7 @@ class Aligner:
         number = part.layer.sets_of_rows()[0]
         starts = []
         for square in squares_for([p.layer.window for p in suspect.values()]):
-            for mix in signed_permutations(self._inputs, free_signs=part.layer.free_signs):
+            for mix in signed_permutations(self.input_channels, free_signs=part.layer.free_signs):
                 orders = Orders(square, mix)
                 search = self._search({part.layer.weight: part}, orders)
                 similarity = search.row_similarity(part, number)

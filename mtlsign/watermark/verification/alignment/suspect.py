@@ -91,8 +91,8 @@ def suspect_layers(
     located = {}
     for name, kernel in flat.items():
         layer = layers[name]
-        rows = _side(layer.row_sets, layer.row_channels, sizes, sets)
-        columns = _side(layer.column_sets, layer.column_channels, sizes, sets)
+        rows = located_side(layer.row_sets, layer.row_channels, sizes, sets)
+        columns = located_side(layer.column_sets, layer.column_channels, sizes, sets)
         inputs = columns.size if layer.groups == 1 else layer.shape[1]
         if kernel.shape[:2] == (rows.size, inputs) and rows.size % layer.groups == 0:
             located[name] = SuspectLayer(layer, kernel, rows, columns)
@@ -137,7 +137,9 @@ def _is_run(numbers: Indices, channels: Indices, number: int, sets: Sequence[Cha
     )
 
 
-def _side(numbers: Indices, channels: Indices, sizes: Sequence[int], sets: Sequence[ChannelSet]) -> Side:
+def located_side(
+    numbers: Indices, channels: Indices, sizes: Sequence[int], sets: Sequence[ChannelSet]
+) -> Side:
     """Locate the channels along one side of a kernel; a size of −1 if they cannot be located."""
     present = sorted({int(x) for x in numbers} - {NO_SET})
     runs = {number for number in present if _is_run(numbers, channels, number, sets)}

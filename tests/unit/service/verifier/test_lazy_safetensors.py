@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mtlsign.service.problems import Problem
 from mtlsign.service.verifier.lazy_safetensors import CachedReadings, LazySafetensors, validate_header
 from mtlsign.storage.safetensors_io import parse_safetensors
-from mtlsign.watermark.verification.detector import SuspectReading
+from mtlsign.watermark.verification.selection import SuspectReading
 from tests.unit.service.fixtures import limit_memory_and_time
 from tests.unit.service.invalid_models import INVALID_FILES, VALID_FILE
 
