@@ -7,7 +7,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from mtlsign.claims.ledger.open import open_ledger
 from mtlsign.claims.ledger.rebuild import verify_stored_tree
 from mtlsign.claims.ledger.sqlite import SqliteLedger
 from mtlsign.errors import LedgerError
+from tests.unit.claims.scenario import ClaimScenario
 
 
 def test_sqlite_ledger_appends_entries_once_and_proves_them(tmp_path: Path) -> None:
@@ -58,6 +59,18 @@ def test_sqlite_ledger_copied_without_its_wal_has_every_entry(tmp_path: Path) ->
     with open_ledger(f"sqlite:///{tmp_path}/copy.db") as copied:
         assert copied.size() == 3
         verify_stored_tree(copied)
+
+
+def test_sqlite_ledger_with_cosignature_of_negative_size_is_read_without_it(scenario: ClaimScenario) -> None:
+    """One flipped bit of the file makes such a row, and anyone who can write the file."""
+    view = scenario.cosign_all()
+    with closing(sqlite3.connect(scenario.ledger_path)) as database:
+        database.execute(
+            "INSERT INTO cosignatures (size, root, line) SELECT -size, root, line FROM cosignatures"
+        )
+        database.commit()
+    damaged = scenario.view()
+    assert damaged.confirmed == view.confirmed and view.confirmed
 
 
 @contextmanager
