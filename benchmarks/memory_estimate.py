@@ -24,8 +24,9 @@ from torch import Tensor
 import mtlsign
 from benchmarks.memory import MALLOC, status_bytes
 from mtlsign.config.embed import EmbedSettings
-from mtlsign.models.architectures import architecture_for, build
+from mtlsign.models.architectures import build
 from mtlsign.models.input_spec import ImageSpec, InputSpec, TextSpec
+from mtlsign.models.loading import architecture_from_settings
 from mtlsign.watermark.embedding.memory import estimate_memory
 from mtlsign.watermark.keys.identity import Identity
 
@@ -73,7 +74,7 @@ def _settings(case: Case) -> EmbedSettings:
     options: dict[str, Any] = {
         "task": "custom", "model": case.model, "key_size": 128, "phase1.epochs": 1,
         "phase1.batch": case.batch, "phase2.batch": case.batch, "phase2.steps": 2,
-        "insecure_test_key": True,
+        "insecure_test_key": True, "width": case.width,
     }  # fmt: skip
     if case.options.get("head") == "keyed":
         options["key_size"] = 1024
@@ -83,9 +84,8 @@ def _settings(case: Case) -> EmbedSettings:
 def child(name: str) -> dict[str, float]:
     """Run one embedding; return its estimated and measured bytes and its seconds."""
     case = CASES[name]
-    width = {} if case.width is None else {"width": case.width}
-    architecture = architecture_for(case.model, **case.inputs.architecture_fields, **width)
     settings = _settings(case)
+    architecture = architecture_from_settings(settings, case.inputs)
     checkpointing = settings.activation_checkpointing == "always"
     estimate = estimate_memory(settings, architecture, case.inputs, checkpointing=checkpointing)
     assert estimate is not None

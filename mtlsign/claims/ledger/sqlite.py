@@ -250,8 +250,6 @@ class SqliteLedger(Ledger):
         cosignatures = []
         for size, root, line in rows:
             try:  # a malformed row cannot be a member's co-signature, so it is skipped
-                if int(size) < 0:
-                    continue
                 cosignatures.append((Checkpoint(origin, int(size), _blob(root)), parse_line(str(line))))
             except (ClaimError, ValueError, OverflowError):
                 continue
