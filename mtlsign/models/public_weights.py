@@ -1,6 +1,6 @@
 """Recognition of weights that everybody can download.
 
-Marking them as they are protects nothing: a thief takes the unmarked original, or subtracts it.
+Marking them as they are protects nothing: an attacker takes the unmarked original, or subtracts it.
 
 `public_weights.json` holds `tensor_digests` of the weights in a few packages; most public models are unknown.
 torchvision's files are recognised by the digests in their names.

@@ -68,11 +68,11 @@ class ActivationValues:
     """Numbers of the activations of one sample.
 
     Attributes:
-        kept: numbers that autograd keeps for the backward pass.
+        stored: numbers that autograd keeps for the backward pass.
         largest: numbers of the largest output of a module.
     """
 
-    kept: int
+    stored: int
     largest: int
 
 
@@ -101,7 +101,7 @@ def estimate_memory(
     try:
         with torch.device("meta"):
             network = architectures.build(architecture, factories=factories).to("meta")
-        values = activation_values(network.train(), input_spec, checkpointing=checkpointing).kept
+        values = activation_values(network.train(), input_spec, checkpointing=checkpointing).stored
         key_values, largest_map = _key_values(network, input_spec, settings)
     except Exception:  # a custom network can do anything, and errors of others are raised when they are built
         return None
@@ -128,15 +128,15 @@ def _key_values(network: nn.Module, input_spec: InputSpec, settings: EmbedSettin
     heads = [head for head in (settings.head, *settings.readouts) if head != "spread"]
     key_inputs = carriers.key_input_spec(input_spec, settings.carrier_size)
     sample = input_spec.sample(2, device="meta")
-    kept, largest = 0, 0
+    stored, largest = 0, 0
     for head in heads:
         taps = architectures.default_taps(network, head, sample)
         if settings.taps is not None and head == settings.head:
             taps = tuple(tap.strip() for tap in settings.taps.split(","))
         sizes = activation_values(network, key_inputs, taps=taps)
-        kept, largest = kept + sizes.kept, max(largest, sizes.largest)
+        stored, largest = stored + sizes.stored, max(largest, sizes.largest)
     n = settings.key_size or 1024
-    return kept * n, largest * n
+    return stored * n, largest * n
 
 
 def _covariance_bytes(network: nn.Module) -> int:
@@ -155,21 +155,22 @@ def activation_values(
 ) -> ActivationValues:
     """Return how many numbers autograd keeps for one sample: the outputs of all modules without children.
 
-    Modules that change their input in place keep nothing of their own.
+    Modules that change their input in place add nothing.
 
     Args:
         network: on the meta device.
         input_spec: inputs of the network.
         taps: modules after which the network stops; by default it runs to its end.
-        checkpointing: whether activations of blocks are computed again: the outputs of all blocks are kept,
-            and the activations of the largest one.
+        checkpointing: whether activations of blocks are computed again: the outputs of the blocks before a
+            block are kept while its activations exist.
     """
     blocks = repeated_blocks(network) if checkpointing else {}
     counts: dict[str, int] = defaultdict(int)
-    largest = 0
+    largest, peak = 0, 0
 
     def record(owner: str, module: nn.Module, args: Any, output: Any) -> None:
-        nonlocal largest
+        nonlocal largest, peak
+        peak = max(peak, counts[""] + (counts[owner] if owner else 0))
         first = output[0] if isinstance(output, tuple) else output
         if isinstance(first, Tensor):
             largest = max(largest, first.numel())
@@ -177,7 +178,10 @@ def activation_values(
             factor = _RECURRENT_VALUES if is_recurrent(module) else 1
             counts[owner] += factor * first.numel()
 
-    handles = [block.register_forward_hook(partial(record, "")) for block in blocks.values()]
+    handles = []
+    for name, block in blocks.items():
+        handles.append(block.register_forward_hook(partial(record, name)))
+        handles.append(block.register_forward_hook(partial(record, "")))
     for name, module in network.named_modules():
         if not list(module.children()):
             owner = next((block for block in blocks if name.startswith(f"{block}.")), "")
@@ -192,8 +196,8 @@ def activation_values(
     finally:
         for handle in handles:
             handle.remove()
-    kept = counts.pop("", 0) + max(counts.values(), default=0)
-    return ActivationValues(kept // 2 + _attention_values(network, input_spec, blocks), largest // 2)
+    stored = max(peak, counts[""])
+    return ActivationValues(stored // 2 + _attention_values(network, input_spec, blocks), largest // 2)
 
 
 def _attention_values(network: nn.Module, input_spec: InputSpec, blocks: Mapping[str, nn.Module]) -> int:
@@ -205,8 +209,8 @@ def _attention_values(network: nn.Module, input_spec: InputSpec, blocks: Mapping
         if hasattr(module, "kv_heads"):
             owner = next((block for block in blocks if name.startswith(f"{block}.")), "")
             heads[owner] += int(getattr(module, "heads", 0))
-    kept = heads.pop("", 0)
-    return (kept + max(heads.values(), default=0)) * input_spec.length**2
+    stored = heads.pop("", 0)
+    return (stored + max(heads.values(), default=0)) * input_spec.length**2
 
 
 def available_memory(device: torch.device) -> int | None:

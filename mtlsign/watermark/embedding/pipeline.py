@@ -135,8 +135,7 @@ def run_embedding_job(
         require_kit_owner(settings.base_kit, identity.public_key, endpoint=settings.endpoint)
         phase1 = load_base_weights(settings, architecture, secret), []
     run.reserve_name(settings)
-    if warning := key_size_warning((settings.key_size or 0) * (1 + len(settings.readouts))):
-        log(f"warning: {warning}")
+    _log_warning(log, key_size_warning((settings.key_size or 0) * (1 + len(settings.readouts))))
     log(f"{'new owner identity, back it up:' if created else 'owner identity'} {path}")
     log(f"run {run.name}; if it is interrupted: --resume {run.name}")
     if phase1 is None:
@@ -144,8 +143,7 @@ def run_embedding_job(
     if not phase1_resumed:
         run.save_clean_model(*phase1)
     base_weights, rows = phase1
-    if warning := public_base_warning(base_weights, settings):
-        log(f"warning: {warning}")
+    _log_warning(log, public_base_warning(base_weights, settings))
     commitment = run.load_commitment(secret)
     if commitment is None:
         template_model = architectures.build(architecture, factories=factories)
@@ -163,6 +161,11 @@ def run_embedding_job(
     result.result |= {"run": run.name, "report": report, "result": result_path}
     run.finish(result.result, result.history, result.report(), settings)
     return result
+
+
+def _log_warning(log: Callable[[str], None], warning: str | None) -> None:
+    if warning is not None:
+        log(f"warning: {warning}")
 
 
 def _load_identity(settings: EmbedSettings) -> tuple[Identity, Path, bool]:

@@ -153,8 +153,9 @@ def build_result(
     own_detector = WatermarkDetector(openings[0], reference, head=phase2.head, factories=factories)
     require_equal_readings(verdict, phase2.tensors, own_detector)
     further = [verify(written, detector.with_raw_key(opening.key())) for opening in openings[1:]]
-    network = architectures.build(detector.spec.architecture, factories=factories)
-    ordered = in_network_order(phase2.tensors, network.state_dict())
+    ordered = in_network_order(
+        phase2.tensors, architectures.build(detector.spec.architecture, factories=factories).state_dict()
+    )
     result = {
         **_settings_fields(settings),
         "n": detector.spec.total_bits,
@@ -162,9 +163,7 @@ def build_result(
         **_verdict_fields(verdict),
         **_deviation_fields(parameter_deviation(base_weights, ordered)),
         **_durations(rows, phase2.rows),
-        "model_digest": digest,
-        "data_digest": phase2.data_digest,
-        "kit": None,
+        **{"model_digest": digest, "data_digest": phase2.data_digest, "kit": None},
         "warnings": _warnings(base_weights, phase2, settings, detector.spec.total_bits),
         "problem": rejection([verdict, *further], settings, _trained_share(phase2)),
         **_origin_fields(verdict, openings[0]),

@@ -26,12 +26,12 @@ def bound_convolutions(network: nn.Module) -> None:
 
 def _convolve(conv: nn.Conv2d, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return the convolution of [N, C, H, W] without gradients in parts, otherwise as a whole."""
-    whole: Callable[..., Tensor] = partial(nn.Conv2d._conv_forward, conv)
+    convolve: Callable[..., Tensor] = partial(nn.Conv2d._conv_forward, conv)
     if inputs.dtype != torch.float64 or inputs.dim() != 4 or torch.is_grad_enabled():
-        return whole(inputs, weight, bias)
+        return convolve(inputs, weight, bias)
     positions = inputs.shape[2] * inputs.shape[3] / math.prod(conv.stride)
     numbers = positions * weight[0].numel() * conv.groups
     size = max(1, int(MAX_MATRIX_NUMBERS / max(1.0, numbers)))
     if size >= len(inputs):
-        return whole(inputs, weight, bias)
-    return torch.cat([whole(part, weight, bias) for part in inputs.split(size)])
+        return convolve(inputs, weight, bias)
+    return torch.cat([convolve(part, weight, bias) for part in inputs.split(size)])

@@ -16,7 +16,7 @@ import torch
 
 from mtlsign.config import cli
 from mtlsign.config.verify import VerifySettings
-from mtlsign.experiments.attack_runs import executor
+from mtlsign.experiments.attack_runs import executor, results
 from mtlsign.experiments.attack_runs.results import COLUMNS
 from mtlsign.reports.attacks import render_attack_report
 from mtlsign.storage.locations import open_storage
@@ -297,7 +297,9 @@ class StrictHtmlParser(HTMLParser):
 
 
 @pytest.mark.figures
-def test_report_holds_every_row_and_rule(job: JobRunner) -> None:
+def test_report_holds_every_row_and_rule(job: JobRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Pruning removes this small network's watermark; the accuracy that it costs depends on the processor.
+    monkeypatch.setattr(results, "MAX_POINTS_LOST", 100.0)
     assert job("--attacks", "int8,prune:ratio=0.99,average_models", "--run", "r")[0] == 0
     page = (job.storage / "runs/r/report.html").read_text()
     parser = StrictHtmlParser()
