@@ -148,14 +148,14 @@ def build_result(
     kept_weights = _kept_base_weights(base_weights, detector)
     model_file = serialize_safetensors(phase2.tensors)
     digest, written = model_digest(model_file), parse_safetensors(model_file)
-    controls: dict[str, Any] = {"controls": _CONTROL_KEYS, "base_weights": kept_weights}
-    verdict = verify(written, detector, model_digest=digest, **controls)
+    verdict = verify(
+        written, detector, model_digest=digest, controls=_CONTROL_KEYS, base_weights=kept_weights
+    )
     own_detector = WatermarkDetector(openings[0], reference, head=phase2.head, factories=factories)
     require_equal_readings(verdict, phase2.tensors, own_detector)
     further = [verify(written, detector.with_raw_key(opening.key())) for opening in openings[1:]]
-    ordered = in_network_order(
-        phase2.tensors, architectures.build(detector.spec.architecture, factories=factories).state_dict()
-    )
+    network = architectures.build(detector.spec.architecture, factories=factories)
+    ordered = in_network_order(phase2.tensors, network.state_dict())
     result = {
         **_settings_fields(settings),
         "n": detector.spec.total_bits,
@@ -167,9 +167,8 @@ def build_result(
         "warnings": _warnings(base_weights, phase2, settings, detector.spec.total_bits),
         "problem": rejection([verdict, *further], settings, _trained_share(phase2)),
         **_origin_fields(verdict, openings[0]),
+        **({"further_keys": [_verdict_fields(verdict) for verdict in further]} if further else {}),
     }
-    if further:
-        result["further_keys"] = [_verdict_fields(verdict) for verdict in further]
     base_bytes = serialize_safetensors(kept_weights)
     kits = [
         OwnerKit(key, reference.raw_bytes, base_bytes, phase2.head, _kit_info(settings, phase2, digest, own))
