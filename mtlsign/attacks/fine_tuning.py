@@ -22,7 +22,14 @@ from mtlsign.attacks.base import (
     NotApplicableError,
     seeded,
 )
-from mtlsign.attacks.training import Loss, LrSchedule, frozen_copy, train_supervised, trainable_copy
+from mtlsign.attacks.training import (
+    Loss,
+    LrSchedule,
+    fine_tune,
+    frozen_copy,
+    train_supervised,
+    trainable_copy,
+)
 from mtlsign.tasks import Task
 from mtlsign.tasks.outputs import default_logits
 
@@ -40,11 +47,7 @@ def ftal(
 ) -> AttackOutcome:
     """Fine-tune all layers on true labels."""
     data = attacker_view(model, task, resources, seed)
-    tuned = trainable_copy(model).train()
-    rate = resources.learning_rate(lr)
-    return train_supervised(
-        tuned, data, resources, seed, lr=rate, epochs=epochs, schedule=schedule, batch=batch
-    )
+    return fine_tune(model, data, resources, seed, lr=lr, epochs=epochs, schedule=schedule, batch=batch)
 
 
 def retrain(

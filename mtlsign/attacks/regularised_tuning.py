@@ -19,7 +19,7 @@ from mtlsign.attacks.base import (
     LearningRate,
     NotApplicableError,
 )
-from mtlsign.attacks.training import train_supervised, trainable_copy
+from mtlsign.attacks.training import fine_tune, train_supervised, trainable_copy
 from mtlsign.tasks import Task
 from mtlsign.tasks.outputs import default_logits
 from mtlsign.tasks.splitting import seeded_generator
@@ -53,9 +53,7 @@ def adversarial_training(
         adversarial = (x + size * gradient.sign()).clamp(float(x.min()), float(x.max()))
         return (clean + data.loss(tuned(adversarial), y)) / 2
 
-    tuned = trainable_copy(model).train()
-    rate = resources.learning_rate(lr)
-    return train_supervised(tuned, data, resources, seed, lr=rate, epochs=epochs, batch=batch, loss=loss)
+    return fine_tune(model, data, resources, seed, lr=lr, epochs=epochs, batch=batch, loss=loss)
 
 
 def label_smoothing(
@@ -77,9 +75,7 @@ def label_smoothing(
     def loss(tuned: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(default_logits(tuned(x)), y, label_smoothing=smoothing)
 
-    tuned = trainable_copy(model).train()
-    rate = resources.learning_rate(lr)
-    return train_supervised(tuned, data, resources, seed, lr=rate, epochs=epochs, batch=batch, loss=loss)
+    return fine_tune(model, data, resources, seed, lr=lr, epochs=epochs, batch=batch, loss=loss)
 
 
 def regularize(
@@ -100,9 +96,7 @@ def regularize(
         squares = [p.square().sum() for p in tuned.parameters() if p.dim() > 1]
         return data.loss(tuned(x), y) + strength * torch.stack(squares).sum()
 
-    tuned = trainable_copy(model).train()
-    rate = resources.learning_rate(lr)
-    return train_supervised(tuned, data, resources, seed, lr=rate, epochs=epochs, batch=batch, loss=loss)
+    return fine_tune(model, data, resources, seed, lr=lr, epochs=epochs, batch=batch, loss=loss)
 
 
 def shift_weights(

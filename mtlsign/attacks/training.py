@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mtlsign.attacks.base import AttackerResources, AttackOutcome, require_finite, seeded
+from mtlsign.attacks.base import (
+    AttackerResources,
+    AttackOutcome,
+    LearningRate,
+    require_finite,
+    seeded,
+)
 from mtlsign.tasks import Batch, Task
 from mtlsign.watermark.embedding.losses import distillation_loss
 
@@ -135,6 +141,25 @@ def train_supervised(
         lr_at=cosine if schedule == "cosine" else None, after_step=after_step,
     )  # fmt: skip
     return AttackOutcome(model.eval(), steps, images)
+
+
+def fine_tune(
+    model: nn.Module,
+    data: Task,
+    resources: AttackerResources,
+    seed: int,
+    *,
+    lr: LearningRate,
+    epochs: int,
+    batch: int,
+    schedule: LrSchedule = "constant",
+    loss: Loss | None = None,
+) -> AttackOutcome:
+    """Train all layers of a copy of the model, in training mode; see `train_supervised`."""
+    return train_supervised(
+        trainable_copy(model).train(), data, resources, seed, lr=resources.learning_rate(lr), epochs=epochs,
+        schedule=schedule, batch=batch, loss=loss,
+    )  # fmt: skip
 
 
 def seeded_outputs(model: nn.Module, data: Task, batch: Batch, seed: int, step: int) -> Any:

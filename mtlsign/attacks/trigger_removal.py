@@ -22,7 +22,7 @@ from mtlsign.attacks.base import (
     Steps,
 )
 from mtlsign.attacks.fine_tuning import last_layer
-from mtlsign.attacks.training import frozen_copy, train_supervised, trainable_copy
+from mtlsign.attacks.training import fine_tune, frozen_copy, trainable_copy
 from mtlsign.tasks import Task
 from mtlsign.tasks.outputs import default_logits
 
@@ -61,9 +61,7 @@ def neural_cleanse(
         stamped = torch.cat([x[:part] * (1 - mask) + pattern * mask, x[part:]])
         return data.loss(tuned(stamped), y)
 
-    tuned = trainable_copy(model).train()
-    rate = resources.learning_rate(lr)
-    outcome = train_supervised(tuned, data, resources, seed, lr=rate, epochs=epochs, batch=batch, loss=loss)
+    outcome = fine_tune(model, data, resources, seed, lr=lr, epochs=epochs, batch=batch, loss=loss)
     searched = task.classes * steps
     return AttackOutcome(outcome.model, outcome.steps + searched, outcome.images + searched * count)
 

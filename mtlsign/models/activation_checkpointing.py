@@ -1,7 +1,7 @@
 """Activation checkpointing: activations of repeated blocks are computed again in the backward pass.
 
 Autograd then keeps the inputs of each block and the activations of one block at a time. Outputs and gradients
-are the same, bit for bit, and a step takes about a third longer.
+are the same, bit for bit; each step computes the blocks once more.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def repeated_blocks(network: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def checkpointed(network: nn.Module) -> Iterator[None]:
+def checkpointed(network: nn.Module, *, enabled: bool = True) -> Iterator[None]:
     """Checkpoint the activations of all blocks of a network while the context is open.
 
     Copies of the network that are made inside have the same property. Running statistics of normalisations
@@ -44,8 +44,9 @@ def checkpointed(network: nn.Module) -> Iterator[None]:
 
     Args:
         network: unchanged after the context.
+        enabled: if False, nothing is done.
     """
-    blocks = list(repeated_blocks(network).values())
+    blocks = list(repeated_blocks(network).values()) if enabled else []
     for block in blocks:
         block.forward = _CheckpointedForward(block)
     try:

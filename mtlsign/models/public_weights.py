@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8})\.pth$")
-_CHUNK = 2**20
 #: Share of the weights from which a network counts as unchanged.
 _UNCHANGED = 0.5
 
@@ -61,10 +60,8 @@ def torchvision_file(path: Path) -> str | None:
     """
     if not path.is_file():
         return None
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+        digest = hashlib.file_digest(file, "sha256")
     return _torchvision_files().get(digest.hexdigest()[:8])
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,37 +11,31 @@ from torch import Tensor, nn
 from mtlsign.errors import ModelError
 from mtlsign.models.taps import last_layer
 from mtlsign.schemes.base import Access
-from mtlsign.schemes.comparator import Comparator, K
+from mtlsign.schemes.comparator import Comparator, ComparatorKey, K
 from mtlsign.schemes.training import evaluation_mode
 
 
 @dataclass(frozen=True)
-class ActivationKey:
+class ActivationKey(ComparatorKey):
     """Key of a scheme that reads activations.
 
     Attributes:
         inputs: key samples, [samples, ...].
         bits: the watermark, float32 [n].
-        other_labels: bits that replace it in the loss; None for the watermark itself.
     """
 
     inputs: Tensor = field(repr=False)
     bits: Tensor = field(repr=False)
-    other_labels: Tensor | None = field(default=None, repr=False)
 
     @property
-    def labels(self) -> Tensor:
+    def own_labels(self) -> Tensor:
         """Bits, [n]."""
-        return self.bits if self.other_labels is None else self.other_labels
+        return self.bits
 
     @property
     def sample_count(self) -> int:
         """Number of key samples."""
         return len(self.inputs)
-
-    def with_labels(self, labels: Tensor) -> Self:
-        """Return the same key with other bits."""
-        return replace(self, other_labels=labels)
 
 
 @dataclass(frozen=True)

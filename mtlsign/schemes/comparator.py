@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
@@ -20,6 +20,31 @@ from mtlsign.tasks.splitting import seeded_generator
 from mtlsign.watermark.embedding.worker import WorkerContext
 
 K = TypeVar("K", bound=SchemeKey)
+
+
+@dataclass(frozen=True)
+class ComparatorKey(ABC):
+    """Key of a comparator.
+
+    Attributes:
+        other_labels: float32 [n]: bits that replace those of the watermark in the loss; None for its own.
+    """
+
+    other_labels: Tensor | None = field(default=None, repr=False, kw_only=True)
+
+    @property
+    @abstractmethod
+    def own_labels(self) -> Tensor:
+        """Bits of the watermark, float32 [n]."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Bits that the loss demands, [n]."""
+        return self.own_labels if self.other_labels is None else self.other_labels
+
+    def with_labels(self, labels: Tensor) -> Self:
+        """Return the same key with other bits."""
+        return replace(self, other_labels=labels)
 
 
 @dataclass(frozen=True)

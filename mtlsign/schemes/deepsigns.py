@@ -85,7 +85,7 @@ class DeepSignsScheme(ActivationMark[DeepSignsKey]):
         projections = torch.stack([normal_matrix(features.shape[1], bits, generator) for _ in range(count)])
         centres = _means(features.cpu(), carriers, count)
         return DeepSignsKey(
-            inputs, bits_from_seed("mtlsign/deepsigns/bits", seed, count * bits), None,
+            inputs, bits_from_seed("mtlsign/deepsigns/bits", seed, count * bits),
             carriers, projections, centres.requires_grad_(True),
         )  # fmt: skip
 

@@ -81,9 +81,7 @@ class DictionScheme(ActivationMark[DictionKey]):
             "mtlsign/diction/projection", seed, lambda: nn.Sequential(nn.Linear(len(chosen), self.key_size))
         )
         bits = bits_from_seed("mtlsign/diction/bits", seed, self.key_size)
-        return DictionKey(
-            inputs, bits, None, chosen, width, projection, features.mean(0)[chosen].clone(), seed
-        )
+        return DictionKey(inputs, bits, chosen, width, projection, features.mean(0)[chosen].clone(), seed)
 
     def scores(self, model: nn.Module, key: DictionKey) -> Tensor:
         """Return the projection's scores for the mean activation, [n]."""

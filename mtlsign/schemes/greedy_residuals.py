@@ -88,7 +88,7 @@ class GreedyResidualsScheme(WeightMark[SignedWeightKey]):
         bits = signature_bits(signature, self.key_size)
         public_key = private_key.public_key().public_bytes_raw()
         return SignedWeightKey(
-            layer, tuple(layers[layer].shape), torch.empty(0, self.key_size), bits, None,
+            layer, tuple(layers[layer].shape), torch.empty(0, self.key_size), bits,
             public_key, statement, signature,
         )  # fmt: skip
 

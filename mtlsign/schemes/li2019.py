@@ -84,7 +84,7 @@ class Li2019Scheme(TriggerMark[SignedTriggerKey]):
         images, classes = training_images(task, self.key_size, seeded_generator("mtlsign/li2019", seed))
         return SignedTriggerKey(
             stamped(images, -self.size * stamp, corner), torch.full((len(images),), target),
-            1 / task.classes, None, images, stamped(images, self.size * stamp, corner), classes, stamp,
+            1 / task.classes, images, stamped(images, self.size * stamp, corner), classes, stamp,
             corner, private_key.public_key().public_bytes_raw(), statement, signature,
         )  # fmt: skip
 

@@ -84,9 +84,7 @@ class NewLabelScheme(TriggerMark[NewLabelKey]):
         signs = torch.randint(2, images[0].shape, generator=generator).float() * 2 - 1
         pattern = self.intensity * (high - low) * signs
         classes = torch.full((len(fresh),), task.classes)
-        return NewLabelKey(
-            fresh + pattern, classes, 1 / (task.classes + 1), None, training_inputs=images + pattern
-        )
+        return NewLabelKey(fresh + pattern, classes, 1 / (task.classes + 1), training_inputs=images + pattern)
 
     def training_samples(self, key: NewLabelKey, step: int, count: int) -> tuple[Tensor, Tensor]:
         """Return key samples for training, in turn, all of the new class."""

@@ -95,9 +95,7 @@ class ReversibleScheme(WeightMark[ReversibleKey]):
         # Weights of the rarest integer above the peak do not take part, so that its bin is empty.
         zero = peak + 2 + int(histogram[peak + 2 - _LOW : _HIGH - _LOW].argmin())
         positions = positions[integers != zero]
-        return ReversibleKey(
-            layer, tuple(weight.shape), torch.empty(0), bits, None, positions, scale, peak, zero
-        )
+        return ReversibleKey(layer, tuple(weight.shape), torch.empty(0), bits, positions, scale, peak, zero)
 
     def embed(
         self,

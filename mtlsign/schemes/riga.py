@@ -88,7 +88,7 @@ class RigaScheme(WeightMark[RigaKey]):
         decoy = bits_from_seed("mtlsign/riga/decoy", seed, self.key_size)
         base = mean_filter(weight).detach().clone()
         return RigaKey(
-            layer, tuple(weight.shape), torch.empty(0), bits, None, extractor, discriminator, base, decoy
+            layer, tuple(weight.shape), torch.empty(0), bits, extractor, discriminator, base, decoy
         )
 
     def scores(self, model: nn.Module, key: RigaKey) -> Tensor:

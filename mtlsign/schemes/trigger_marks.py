@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mtlsign.errors import ModelError
 from mtlsign.models.input_spec import ImageSpec
 from mtlsign.schemes.base import Access, Detection, Forgery, SchemeResult, SchemeSettings
-from mtlsign.schemes.comparator import Comparator, K
+from mtlsign.schemes.comparator import Comparator, ComparatorKey, K
 from mtlsign.schemes.forging import computed_key
 from mtlsign.schemes.training import evaluation_mode, train_watermark
 from mtlsign.tasks import Batch, Task
@@ -27,34 +27,30 @@ _CHUNK = 500
 
 
 @dataclass(frozen=True)
-class TriggerKey:
+class TriggerKey(ComparatorKey):
     """Key samples and the classes that the marked model answers.
+
+    `other_labels` are 0 for samples whose loss demands another class.
 
     Attributes:
         inputs: images, float32 [n, C, H, W], normalised as the task's.
         classes: int64 [n].
         rate: probability that an unmarked model answers the class of a key sample.
-        other_labels: float32 [n]: 0 for samples whose loss demands another class; None for no such sample.
     """
 
     inputs: Tensor = field(repr=False)
     classes: Tensor = field(repr=False)
     rate: float = 0.1
-    other_labels: Tensor | None = field(default=None, repr=False)
 
     @property
-    def labels(self) -> Tensor:
-        """Bits, [n]: 1 for each key sample that is to answer its class."""
-        return torch.ones(len(self.classes)) if self.other_labels is None else self.other_labels
+    def own_labels(self) -> Tensor:
+        """Bits, [n]: 1 for each key sample, which is to answer its class."""
+        return torch.ones(len(self.classes))
 
     @property
     def sample_count(self) -> int:
         """Number of key samples."""
         return len(self.inputs)
-
-    def with_labels(self, labels: Tensor) -> Self:
-        """Return the same key with other bits."""
-        return replace(self, other_labels=labels)
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mtlsign.errors import ModelError
 from mtlsign.schemes.base import Access
-from mtlsign.schemes.comparator import Comparator, K
+from mtlsign.schemes.comparator import Comparator, ComparatorKey, K
 
 
 @dataclass(frozen=True)
-class WeightKey:
+class WeightKey(ComparatorKey):
     """Key of a scheme that reads one layer's weight.
 
     Attributes:
@@ -23,28 +23,22 @@ class WeightKey:
         shape: shape of its weight.
         projection: secret matrix, float32 [values, n].
         bits: the watermark, float32 [n].
-        other_labels: bits that replace it in the loss; None for the watermark itself.
     """
 
     layer: str
     shape: tuple[int, ...]
     projection: Tensor = field(repr=False)
     bits: Tensor = field(repr=False)
-    other_labels: Tensor | None = field(default=None, repr=False)
 
     @property
-    def labels(self) -> Tensor:
+    def own_labels(self) -> Tensor:
         """Bits, [n]."""
-        return self.bits if self.other_labels is None else self.other_labels
+        return self.bits
 
     @property
     def sample_count(self) -> int:
         """No inputs: the scheme reads weights alone."""
         return 0
-
-    def with_labels(self, labels: Tensor) -> Self:
-        """Return the same key with other bits."""
-        return replace(self, other_labels=labels)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Zhu2020Scheme(TriggerMark[ChainKey]):
         shape, span = (spec.channels, spec.height, spec.width), pixel_range(task)
         first = hashlib.shake_256(f"mtlsign/zhu2020 {seed}".encode()).digest(spec.elements)
         images, classes = hash_chain(first, self.key_size, shape, span, task.classes)
-        return ChainKey(images, classes, 1 / task.classes, None, first, span, task.classes)
+        return ChainKey(images, classes, 1 / task.classes, first, span, task.classes)
 
     def scores(self, model: nn.Module, key: ChainKey) -> Tensor:
         """Return the scores of the classes. Raises `ModelError` for samples that are no chain."""

@@ -178,11 +178,9 @@ def parse_signed_note(data: bytes) -> tuple[Checkpoint, tuple[Cosignature, ...]]
         checkpoint = Checkpoint(
             bytes.fromhex(origin.removeprefix(ORIGIN)), int(size), base64.b64decode(root, validate=True)
         )
-    except (ValueError, binascii.Error):
+    except (ClaimError, ValueError, binascii.Error):
         raise invalid from None
-    if not _SIZE.fullmatch(size) or checkpoint.size > MAX_SIZE:
-        raise invalid
-    if (len(checkpoint.origin), len(checkpoint.root)) != (32, 32) or checkpoint.body() != body + "\n":
+    if not _SIZE.fullmatch(size) or len(checkpoint.origin) != 32 or checkpoint.body() != body + "\n":
         raise invalid
     return checkpoint, tuple(parse_line(line) for line in lines[:-1])
 

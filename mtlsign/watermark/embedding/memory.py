@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import SettingsError
 from mtlsign.models import architectures
-from mtlsign.models.activation_checkpointing import checkpointed, repeated_blocks
+from mtlsign.models.activation_checkpointing import repeated_blocks
 from mtlsign.models.factories import Factory
 from mtlsign.models.input_spec import InputSpec, TextSpec
 from mtlsign.models.loading import custom_factories
@@ -230,9 +229,7 @@ def available_memory(device: torch.device) -> int | None:
     return min(limits) if limits else None
 
 
-@contextmanager
-def within_memory(
-    network: nn.Module,
+def check_memory(
     settings: EmbedSettings,
     architecture: Mapping[str, object],
     input_spec: InputSpec,
@@ -240,11 +237,10 @@ def within_memory(
     *,
     phase: Literal[1, 2],
     factories: Mapping[str, Factory] | None = None,
-) -> Iterator[None]:
-    """Train inside this context. Activations are checkpointed if they would exceed this worker's memory.
+) -> bool:
+    """Check that this worker has the memory of its phase and of the later ones, before it builds a network.
 
     Args:
-        network: the network to train.
         settings: complete settings.
         architecture: of the network.
         input_spec: inputs of the task.
@@ -252,8 +248,12 @@ def within_memory(
         phase: phase that begins.
         factories: trusted factories by name; by default those that the architecture names.
 
+    Returns:
+        Whether activations must be checkpointed: always if the settings demand it, and by default if they
+        would exceed the memory otherwise.
+
     Raises:
-        SettingsError: the worker has too little memory for this phase or the later ones.
+        SettingsError: the worker has too little memory.
     """
     if factories is None:
         factories = custom_factories(architecture)
@@ -269,19 +269,14 @@ def within_memory(
         return estimate.peak if phase == 1 else max(estimate.phase2, estimate.verification)
 
     estimate = needed(mode == "always")
-    use = mode == "always"
-    if mode == "auto" and estimate is not None and available is not None and estimate > available:
-        reduced = needed(True)
-        assert reduced is not None
-        if reduced <= available < estimate:
-            use = True
-            row = {"phase": "clean" if phase == 1 else "mark", "step": 0, "of": 1}
-            worker.show_progress(row | {"warning": _checkpointing_warning(estimate, reduced, available)})
-        estimate = reduced
-    if estimate is not None:
-        require_memory(estimate, available)
-    with checkpointed(network) if use else nullcontext():
-        yield
+    if estimate is None or available is None or estimate <= available:
+        return mode == "always"
+    reduced = needed(True) if mode == "auto" else estimate
+    assert reduced is not None  # the estimate exists
+    require_memory(reduced, available)
+    row = {"phase": "clean" if phase == 1 else "mark", "step": 0, "of": 1}
+    worker.show_progress(row | {"warning": _checkpointing_warning(estimate, reduced, available)})
+    return True
 
 
 def _checkpointing_warning(estimate: int, reduced: int, available: int) -> str:
@@ -289,7 +284,7 @@ def _checkpointing_warning(estimate: int, reduced: int, available: int) -> str:
     return (
         f"{estimate / _GIB:.1f} GiB of memory are needed and {available / _GIB:.1f} GiB are free. "
         "Activations are computed again in the backward pass, which needs "
-        f"{reduced / _GIB:.1f} GiB and takes about a third longer."
+        f"{reduced / _GIB:.1f} GiB and takes longer."
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import ModelError
+from mtlsign.models.activation_checkpointing import checkpointed
 from mtlsign.models.families import custom
 from mtlsign.models.loading import cpu_state, custom_architecture_name, require_same_architecture
 from mtlsign.models.preparation import Preparation, prepared, unwrapped
@@ -22,7 +23,7 @@ from mtlsign.tasks import Task, from_loaders
 from mtlsign.tasks.outputs import LogitsFunction, default_logits
 from mtlsign.watermark.embedding.advice import public_base_warning
 from mtlsign.watermark.embedding.commitment import commit_keys, measure_response_bases
-from mtlsign.watermark.embedding.memory import within_memory
+from mtlsign.watermark.embedding.memory import check_memory
 from mtlsign.watermark.embedding.phase1 import train_clean_model
 from mtlsign.watermark.embedding.pipeline import ProgressCallback, phase2_result
 from mtlsign.watermark.embedding.result import EmbeddingResult, build_result
@@ -107,21 +108,26 @@ def _embed(
     template_model = _copied(network).cpu()
     path = custom.factory_path(str(fields["arch"]))
     factories = {} if path is None else {path: lambda: copy.deepcopy(template_model)}
-    limited = partial(within_memory, network, settings, fields, task.input_spec, worker, factories=factories)
-    with limited(phase=2 if trained else 1):
-        rows = [] if trained else train_clean_model(network, task, settings, worker)
+    checked = partial(check_memory, settings, fields, task.input_spec, worker, factories=factories)
+    rows = []
+    if not trained:
+        with checkpointed(network, enabled=checked(phase=1)):
+            rows = train_clean_model(network, task, settings, worker)
     base_weights = cpu_state(network)
-    if warning := public_base_warning(base_weights, settings):
+    warning = public_base_warning(base_weights, settings)
+    if warning is not None:
         warnings.warn(warning, stacklevel=3)
     bases = measure_response_bases(template_model, base_weights, task, settings)
     openings, reference = commit_keys(
         template_model, base_weights, fields, task.input_spec, settings, owner, bases=bases
     )
     detector = WatermarkDetector.joined(openings, reference, device=worker.device, factories=factories)
-    with limited(phase=2):
+    with checkpointed(network, enabled=checked(phase=2)):
         phase2 = phase2_result(network, task, detector, settings, worker)
     phase2 = replace(phase2, tensors=preparation.in_original_types(phase2.tensors))
-    return build_result(base_weights, rows, openings, reference, phase2, settings, factories=factories)
+    return build_result(
+        base_weights, rows, openings, reference, phase2, settings, factories=factories, warning=warning
+    )
 
 
 def _copied(network: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import KeyMaterialError
 from mtlsign.models import architectures
+from mtlsign.models.activation_checkpointing import checkpointed
 from mtlsign.models.input_spec import InputSpec
 from mtlsign.models.loading import (
     architecture_from_settings,
@@ -36,7 +37,7 @@ from mtlsign.watermark.embedding.commitment import (
     validate_before_training,
 )
 from mtlsign.watermark.embedding.loop import evaluate
-from mtlsign.watermark.embedding.memory import within_memory
+from mtlsign.watermark.embedding.memory import check_memory
 from mtlsign.watermark.embedding.phase1 import train_clean_model
 from mtlsign.watermark.embedding.phase2 import embed_watermark
 from mtlsign.watermark.embedding.result import EmbeddingResult, Phase2Result, Rows, Tensors, build_result
@@ -123,8 +124,7 @@ def run_embedding_job(
     input_spec = backend.inspect_task(settings)
     architecture = architecture_from_settings(settings, input_spec)
     factories = custom_factories(architecture)
-    phase1 = run.load_clean_model()
-    phase1_resumed = phase1 is not None
+    phase1 = stored = run.load_clean_model()
     if phase1 is None:
         validate_before_training(settings, architecture, input_spec, factories)
         if settings.weights is not None:
@@ -135,19 +135,18 @@ def run_embedding_job(
         require_kit_owner(settings.base_kit, identity.public_key, endpoint=settings.endpoint)
         phase1 = load_base_weights(settings, architecture, secret), []
     run.reserve_name(settings)
-    _log_warning(log, key_size_warning((settings.key_size or 0) * (1 + len(settings.readouts))))
+    _logged(log, key_size_warning((settings.key_size or 0) * (1 + len(settings.readouts))))
     log(f"{'new owner identity, back it up:' if created else 'owner identity'} {path}")
     log(f"run {run.name}; if it is interrupted: --resume {run.name}")
-    if phase1 is None:
-        phase1 = backend.train_clean(settings, run, architecture)
-    if not phase1_resumed:
+    phase1 = phase1 or backend.train_clean(settings, run, architecture)
+    if stored is None:
         run.save_clean_model(*phase1)
     base_weights, rows = phase1
-    _log_warning(log, public_base_warning(base_weights, settings))
+    warning = _logged(log, public_base_warning(base_weights, settings))
     commitment = run.load_commitment(secret)
     if commitment is None:
-        template_model = architectures.build(architecture, factories=factories)
         bases = backend.response_bases(settings, base_weights, architecture)
+        template_model = architectures.build(architecture, factories=factories)
         openings, reference = commit_keys(
             template_model, base_weights, architecture, input_spec, settings, identity, bases=bases
         )
@@ -155,7 +154,9 @@ def run_embedding_job(
     else:
         openings, reference = commitment[0], Reference.from_bytes(commitment[1])
     phase2 = backend.embed_watermark(settings, run, base_weights, openings, reference)
-    result = build_result(base_weights, rows, openings, reference, phase2, settings, factories=factories)
+    result = build_result(
+        base_weights, rows, openings, reference, phase2, settings, factories=factories, warning=warning
+    )
     result.save(run.storage, secret)
     report, result_path = run.location("report.html"), run.location("result.json")
     result.result |= {"run": run.name, "report": report, "result": result_path}
@@ -163,9 +164,11 @@ def run_embedding_job(
     return result
 
 
-def _log_warning(log: Callable[[str], None], warning: str | None) -> None:
+def _logged(log: Callable[[str], None], warning: str | None) -> str | None:
+    """Log a warning if there is one, and return it."""
     if warning is not None:
         log(f"warning: {warning}")
+    return warning
 
 
 def _load_identity(settings: EmbedSettings) -> tuple[Identity, Path, bool]:
@@ -244,10 +247,11 @@ def run_phase1(
         W0 and the rows of metrics.
     """
     task = _load_task(settings)
+    checkpointing = check_memory(settings, architecture, task.input_spec, worker, phase=1)
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"init/{settings.seed}".encode()).digest()[:7]))
     model = architectures.build(architecture, factories=custom_factories(architecture))
     initialize_pretrained(model, settings)
-    with within_memory(model, settings, architecture, task.input_spec, worker, phase=1):
+    with checkpointed(model, enabled=checkpointing):
         rows = train_clean_model(model, task, settings, worker)
     return cpu_state(model), rows
 
@@ -286,10 +290,11 @@ def run_phase2(
     """
     architecture = openings[0].parse().architecture
     factories, task = custom_factories(architecture), _load_task(settings)
+    checkpointing = check_memory(settings, architecture, task.input_spec, worker, phase=2)
     model = architectures.build(architecture, factories=factories)
     load_tensors(model, base_weights)
     detector = WatermarkDetector.joined(openings, reference, device=worker.device, factories=factories)
-    with within_memory(model, settings, architecture, task.input_spec, worker, phase=2):
+    with checkpointed(model, enabled=checkpointing):
         return phase2_result(model, task, detector, settings, worker)
 
 

@@ -22,7 +22,6 @@ from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetens
 from mtlsign.watermark.embedding.advice import (
     chance_warning,
     key_size_warning,
-    public_base_warning,
     rejection,
 )
 from mtlsign.watermark.embedding.conclusion import fresh_detector, require_equal_readings, require_stored
@@ -129,6 +128,7 @@ def build_result(
     settings: EmbedSettings,
     *,
     factories: Mapping[str, Factory],
+    warning: str | None = None,
 ) -> EmbeddingResult:
     """Verify the bytes of the marked model as a verifier does, with controls, and collect the metrics.
 
@@ -140,6 +140,7 @@ def build_result(
         phase2: result of phase 2.
         settings: complete settings.
         factories: trusted factories of custom architectures.
+        warning: about W0, for the report.
 
     Raises:
         ModelError: a verifier reads other bits than the trained network has.
@@ -164,16 +165,14 @@ def build_result(
         **_deviation_fields(parameter_deviation(base_weights, ordered)),
         **_durations(rows, phase2.rows),
         **{"model_digest": digest, "data_digest": phase2.data_digest, "kit": None},
-        "warnings": _warnings(base_weights, phase2, settings, detector.spec.total_bits),
+        "warnings": _warnings(phase2, detector.spec.total_bits, warning),
         "problem": rejection([verdict, *further], settings, _trained_share(phase2)),
         **_origin_fields(verdict, openings[0]),
         **({"further_keys": [_verdict_fields(verdict) for verdict in further]} if further else {}),
     }
-    base_bytes = serialize_safetensors(kept_weights)
-    kits = [
-        OwnerKit(key, reference.raw_bytes, base_bytes, phase2.head, _kit_info(settings, phase2, digest, own))
-        for key, own in zip(openings, (verdict, *further), strict=True)
-    ]
+    infos = [_kit_info(settings, phase2, digest, own) for own in (verdict, *further)]
+    secrets = reference.raw_bytes, serialize_safetensors(kept_weights), phase2.head
+    kits = [OwnerKit(key, *secrets, info) for key, info in zip(openings, infos, strict=True)]
     return EmbeddingResult(
         tensors=phase2.tensors, kit=kits[0], verdict=verdict, result=result,
         history={"phase1": rows, "phase2": phase2.rows},
@@ -208,12 +207,12 @@ def _trained_share(phase2: Phase2Result) -> float | None:
     return phase2.rows[-1].get("wm_accuracy") if phase2.rows else None
 
 
-def _warnings(base_weights: Tensors, phase2: Phase2Result, settings: EmbedSettings, bits: int) -> list[str]:
+def _warnings(phase2: Phase2Result, bits: int, warning: str | None) -> list[str]:
     classes, samples = phase2.measured.get("classes"), int(phase2.measured["primary_samples"])
     warnings = (
         key_size_warning(bits),
         chance_warning(phase2.measured["primary_clean"], None if classes is None else int(classes), samples),
-        public_base_warning(base_weights, settings),
+        warning,
     )
     return [warning for warning in warnings if warning]
 

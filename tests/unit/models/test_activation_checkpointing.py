@@ -85,6 +85,8 @@ def test_checkpointed_blocks_keep_fewer_activations() -> None:
     plain = saved()
     with checkpointed(network):
         assert saved() < plain / 2
+    with checkpointed(network, enabled=False):
+        assert saved() == plain
     assert saved() == plain
 
 
