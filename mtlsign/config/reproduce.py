@@ -23,8 +23,10 @@ Study = Literal[
     "false_claims",
 ]
 
+#: Studies of schemes of other authors.
+SCHEME_STUDIES = ("schemes", "fig6", "false_claims")
 #: Studies that run in this process, without Ray.
-LOCAL_STUDIES = ("random_keys", "schemes", "fig6", "false_claims")
+LOCAL_STUDIES = ("random_keys", *SCHEME_STUDIES)
 
 
 class ReproduceSettings(RunStorage, RunPlacement, TaskData, Settings):

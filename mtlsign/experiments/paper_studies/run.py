@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from mtlsign.config.reproduce import ReproduceSettings
+from mtlsign.config.reproduce import SCHEME_STUDIES, ReproduceSettings
 from mtlsign.errors import ArtifactError, SettingsError
 from mtlsign.experiments.paper_studies import definitions, random_keys, tables
-from mtlsign.experiments.paper_studies.scheme_studies import SCHEME_STUDIES, run_scheme_study
+from mtlsign.experiments.paper_studies.scheme_studies import run_scheme_study
 from mtlsign.experiments.paper_studies.tables import Row
 from mtlsign.experiments.sweeps.backend import LocalSweepBackend, LogCallback, SweepBackend
 from mtlsign.experiments.sweeps.cell import CLEAN, train_shared_clean_model

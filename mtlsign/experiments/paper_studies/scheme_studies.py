@@ -25,7 +25,6 @@ from mtlsign.storage.json_io import read_json_object
 from mtlsign.storage.run_folder import RunFolder
 
 LogCallback = Callable[[str], None]
-SCHEME_STUDIES = ("schemes", "fig6", "false_claims")
 
 #: Attacks of the table that finish within minutes on a small network.
 SCHEME_ATTACKS = (
