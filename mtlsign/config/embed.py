@@ -30,6 +30,7 @@ class Phase1Settings(SettingsGroup):
     """Training of the clean network, eq. (6) of the paper."""
 
     # fmt: off
+    initial_weights: str | None = Field(None, min_length=1, max_length=4096, description="checkpoint of a pretrained network, or of a detector's body, from which phase 1 starts, on every node [random weights]")
     epochs: int | None = Field(None, ge=1, le=10_000, description="epochs of phase 1")
     batch: int | None = Field(None, ge=1, le=65_536, description="primary samples in a step, over all workers [128, texts 64, instances 8]")
     optimizer: Literal["sgd", "adam"] | None = Field(None, description="optimizer of phase 1; sgd has Nesterov momentum 0.9 [texts adam, otherwise sgd]")
@@ -112,7 +113,7 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
     # fmt: off
     # network and task
     task: str = Field("digits", min_length=1, max_length=200, description="digits, mnist, fashion-mnist, cifar10, cifar100, imdb, sst2, sst5, virusshare, files, camvid, pennfudan, voc (NAME@0.1: a tenth of the data), or package.module:factory")
-    model: str | None = Field(None, min_length=1, max_length=200, description="resnet18/34/50, cascade-resnet18/34/50 (instances), bilstm, lstm, bigru, gru, transformer, timm/NAME, hf:FOLDER, or package.module:factory [resnet18, texts bilstm, instances cascade-resnet50]")
+    model: str | None = Field(None, min_length=1, max_length=200, description="resnet18/34/50, cascade-resnet18/34/50 and cascade-timm/NAME (instances), bilstm, lstm, bigru, gru, transformer, timm/NAME, hf:FOLDER, or package.module:factory [resnet18, texts bilstm, instances cascade-resnet50]")
     width: int | None = Field(None, ge=4, le=MAX_WIDTH, description="channels of the first stage; 64 is torchvision's own network")
     stem: Literal["stock", "cifar"] | None = Field(None, description="7x7 stride 2 with pooling, or 3x3 stride 1")
     weights: str | None = Field(None, max_length=4096, description="trained checkpoint (.safetensors, Hugging Face folder, .pt or .ckpt of tensors) or 'pretrained' (timm); skips phase 1")
@@ -191,6 +192,11 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
             raise SettingsError("A free head has one key. Choose --head spread or keyed.", field="keys")
         if self.base_kit is not None and self.weights is not None:
             raise SettingsError("Give either a checkpoint or a kit with W0, not both.", field="base-kit")
+        if self.phase1.initial_weights and (self.weights or self.base_kit):
+            raise SettingsError(
+                "--weights and --base-kit replace phase 1. Omit them, or the weights from which it starts.",
+                field="phase1.initial-weights",
+            )
 
     def _check_tokenizer(self) -> None:
         """Raise `SettingsError` for a pretrained transformer without the tokenizer of its words."""

@@ -223,7 +223,7 @@ def load_checkpoint(
     _require_tied_weights(names, tied)
     _reject_unexpected_tensors(names, tensors, head)
     values = {
-        name: _converted(source, tensors[source], state[name])
+        name: converted(source, tensors[source], state[name])
         for name, source in names.items()
         if _fits(source, tensors[source], state[name], name in optional)
     }
@@ -264,7 +264,7 @@ def _fits(source: str, value: Tensor, target: Tensor, optional: bool) -> bool:
     return value.shape == target.shape
 
 
-def _converted(source: str, value: Tensor, target: Tensor) -> Tensor:
+def converted(source: str, value: Tensor, target: Tensor) -> Tensor:
     """Return the value in the type of `target`. Raises `ModelError` for unsuitable types and values."""
     if target.is_floating_point():
         if value.dtype not in FLOATS:

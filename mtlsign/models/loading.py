@@ -16,6 +16,7 @@ from mtlsign.models import architectures, pretrained_transformer
 from mtlsign.models.checkpoints import load_checkpoint
 from mtlsign.models.factories import Factory, load_factory
 from mtlsign.models.families import custom, family_of
+from mtlsign.models.initial_weights import load_initial_weights_of
 from mtlsign.models.input_spec import ImageSpec, InputSpec, TextSpec
 
 Tensors = dict[str, Tensor]
@@ -75,7 +76,7 @@ def _pretrained_architecture(source: str, input_spec: InputSpec) -> dict[str, ob
 
 
 def initialize_pretrained(model: nn.Module, settings: EmbedSettings) -> None:
-    """Copy the weights of a pretrained transformer into a new network; nothing for other models.
+    """Copy the weights of a pretrained transformer, or of `phase1.initial_weights`, into a new network.
 
     Args:
         model: built from `architecture_from_settings`.
@@ -85,8 +86,13 @@ def initialize_pretrained(model: nn.Module, settings: EmbedSettings) -> None:
         ModelError: the weights are missing, damaged or do not fit.
     """
     name = settings.model or ""
-    if not name.startswith(PRETRAINED):
-        return
+    if name.startswith(PRETRAINED):
+        _initialize_transformer(model, name)
+    if settings.phase1.initial_weights is not None:
+        load_initial_weights_of(settings.phase1.initial_weights, model)
+
+
+def _initialize_transformer(model: nn.Module, name: str) -> None:
     source = name.removeprefix(PRETRAINED)
     has_own_outputs = getattr(getattr(model, "shape", None), "pooling", "") == "tokens"
     loaded = pretrained_transformer.load_pretrained_transformer(

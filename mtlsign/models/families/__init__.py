@@ -5,7 +5,7 @@ from __future__ import annotations
 from mtlsign.errors import ModelError
 from mtlsign.models.families.base import ArchitectureFamily, Translation
 from mtlsign.models.families.custom import PREFIX, RENAMED_PREFIX, CustomFamily
-from mtlsign.models.families.detector import DetectorFamily
+from mtlsign.models.families.detector import DetectorFamily, TimmDetectorFamily
 from mtlsign.models.families.recurrent import RecurrentFamily
 from mtlsign.models.families.resnet import ResNetFamily
 from mtlsign.models.families.timm import TimmFamily
@@ -19,6 +19,7 @@ FAMILIES: tuple[ArchitectureFamily, ...] = (
     RecurrentFamily(),
     TransformerFamily(),
     DetectorFamily(),
+    TimmDetectorFamily(),
     TimmFamily(),
     CustomFamily(),
 )

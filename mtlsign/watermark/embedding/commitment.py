@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from mtlsign.models import architectures
 from mtlsign.models.architectures import HeadKind
 from mtlsign.models.detectors import template_of
 from mtlsign.models.factories import Factory
+from mtlsign.models.initial_weights import load_initial_weights_of
 from mtlsign.models.input_spec import InputSpec
 from mtlsign.models.loading import Tensors, cpu_state, load_tensors
 from mtlsign.models.taps import eval_mode
@@ -83,6 +84,8 @@ def validate_before_training(
     architecture: Mapping[str, object],
     input_spec: InputSpec,
     factories: Mapping[str, Factory],
+    *,
+    log: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Commit to random weights with a temporary identity, so that invalid settings fail before phase 1.
 
@@ -91,11 +94,15 @@ def validate_before_training(
         architecture: fields of the spec's `architecture`.
         input_spec: inputs of the primary task.
         factories: trusted factories of custom architectures.
+        log: called with a sentence on the weights from which phase 1 starts.
 
     Raises:
         CarrierError, KeyMaterialError, ModelError: a setting does not fit the network or its inputs.
     """
     template_model = architectures.build(architecture, factories=factories)
+    if settings.phase1.initial_weights is not None:
+        loaded, count = load_initial_weights_of(settings.phase1.initial_weights, template_model)
+        log(f"phase 1 starts from {loaded} of {count} tensors of {settings.phase1.initial_weights}")
     bases = None
     if needs_response_bases(settings):
         _require_readable(template_model, input_spec, field="task")

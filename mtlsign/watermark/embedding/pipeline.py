@@ -126,7 +126,7 @@ def run_embedding_job(
     factories = custom_factories(architecture)
     phase1 = stored = run.load_clean_model()
     if phase1 is None:
-        validate_before_training(settings, architecture, input_spec, factories)
+        validate_before_training(settings, architecture, input_spec, factories, log=log)
         if settings.weights is not None:
             phase1 = load_initial_weights(settings, architecture, log=log), []
     identity, path, created = _load_identity(settings)
