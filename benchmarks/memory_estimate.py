@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 import mtlsign
 from benchmarks.memory import MALLOC, status_bytes
@@ -54,6 +55,7 @@ class Case:
 
 
 _PHOTOS = ImageSpec(3, 224, 224, 10)
+_SCENES = ImageSpec(3, 180, 240, 3, outputs="instances")
 _ALWAYS = {"activation_checkpointing": "always"}
 CASES = {
     "resnet18-w16-28": Case("resnet18", ImageSpec(1, 28, 28, 10), 16, 128),
@@ -66,6 +68,9 @@ CASES = {
     "resnet50-224-128-checkpointing": Case("resnet50", _PHOTOS, 64, 128, _ALWAYS),
     "bilstm-56": Case("bilstm", _TEXTS, 64, 128),
     "transformer-56": Case("transformer", _TEXTS, 64, 128),
+    "cascade-resnet18-w16-240": Case("cascade-resnet18", _SCENES, 16, 8),
+    "cascade-resnet50-w64-240": Case("cascade-resnet50", _SCENES, 64, 4),
+    "cascade-efficientnet-lite0-240": Case("cascade-timm/tf_efficientnet_lite0", _SCENES, 16, 4),
     "vit-tiny-32": Case("timm/vit_tiny_patch16_224", ImageSpec(3, 32, 32, 10), None, 32),
 }
 
@@ -97,14 +102,38 @@ def child(name: str) -> dict[str, float]:
     before, started = status_bytes("VmRSS"), time.process_time()
     mtlsign.embed(
         network, {"train": loader, "test": loader[:1]}, identity=Identity(bytes(32), bytes(32)),
-        architecture=architecture, classes=10 if isinstance(case.inputs, ImageSpec) else 2, **options,
+        architecture=architecture, classes=case.inputs.classes, **options,
     )  # fmt: skip
     measured = status_bytes("VmHWM") - before
     return {"estimated": estimate.peak, "measured": measured, "seconds": time.process_time() - started}
 
 
-def _batches(case: Case) -> list[tuple[Tensor, Tensor]]:
-    """Return two random batches of the case's inputs."""
+def _objects(spec: ImageSpec, count: int = 8) -> dict[str, Tensor]:
+    """Return the target of an image with some objects."""
+    corners = torch.rand(count, 2) * torch.tensor([spec.width - 60.0, spec.height - 60.0])
+    masks = torch.ones(count, spec.height, spec.width, dtype=torch.uint8)
+    return {
+        "boxes": torch.cat([corners, corners + 50], 1),
+        "labels": torch.ones(count).long(),
+        "masks": masks,
+    }
+
+
+class _Scenes(Dataset[Any]):
+    """Images and targets; a part of it is a dataset as well."""
+
+    def __init__(self, samples: list[Any]) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _Scenes(self._samples[index]) if isinstance(index, slice) else self._samples[index]
+
+
+def _batches(case: Case) -> Any:
+    """Return two random batches of the case's inputs, or a dataset of as many samples."""
     spec = case.inputs
     size = (case.batch,)
     if isinstance(spec, TextSpec):
@@ -112,6 +141,8 @@ def _batches(case: Case) -> list[tuple[Tensor, Tensor]]:
         return [(torch.randint(1, spec.vocabulary, shape), torch.randint(0, 2, size)) for _ in range(2)]
     assert isinstance(spec, ImageSpec)
     shape = (spec.channels, spec.height, spec.width)
+    if spec.outputs == "instances":
+        return _Scenes([(torch.rand(*shape), _objects(spec)) for _ in range(2 * case.batch)])
     return [(torch.rand(*size, *shape), torch.randint(0, 10, size)) for _ in range(2)]
 
 

@@ -157,6 +157,14 @@ def require_images(task: Task) -> ImageSpec:
     raise NotApplicableError(f"The attack changes images, and the task has {task.input_spec}.", field="task")
 
 
+def require_logits(task: Task) -> None:
+    """Raise `NotApplicableError` for detectors, which do not return logits of their inputs."""
+    if task.input_spec.outputs == "instances":
+        raise NotApplicableError(
+            "The attack reads logits, and a detector returns detections. Use tune or relearn.", field="task"
+        )
+
+
 def attacker_view(model: nn.Module, task: Task, resources: AttackerResources, seed: int) -> Task:
     """Return the task with only the attacker's data in every split, on the model's device.
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mtlsign.attacks.attacker_data import attacker_view
+from mtlsign.attacks.attacker_data import attacker_view, require_logits
 from mtlsign.attacks.base import (
     AttackerResources,
     AttackOutcome,
@@ -65,6 +65,7 @@ def decorrelate(
     For each coordinate of the tapped features, r is the correlation between the attacked and the marked model
     over random carrier inputs. Both are read in a verifier model whose canonical form is the marked model's.
     """
+    require_logits(task)
     data = attacker_view(model, task, resources, seed)
     batch = min(batch, data.size("attacker"))
     verifier, pool = _verifier_model(model, data, seed, stages)

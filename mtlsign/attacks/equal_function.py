@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mtlsign.attacks.attacker_data import attacker_sample, attacker_view, transform_inputs
 from mtlsign.attacks.base import AttackerResources, AttackOutcome, InputTransforms, NotApplicableError
+from mtlsign.models.detectors import body_of
 from mtlsign.tasks import Task
 
 #: Largest difference of the outputs, relative to the largest output if that is above 1.
@@ -33,7 +35,7 @@ def attacker_images(model: nn.Module, task: Task, resources: AttackerResources, 
 def function_change(
     model: nn.Module, changed: nn.Module, x: Tensor, transforms: InputTransforms = ()
 ) -> float:
-    """Return the largest difference of two models' outputs in float64.
+    """Return the largest difference of two models' outputs in float64, of detectors of their feature maps.
 
     Args:
         model: the marked model.
@@ -45,9 +47,19 @@ def function_change(
         The difference relative to the largest output, if that is above 1.
     """
     x = x.double() if x.is_floating_point() else x
-    expected = copy.deepcopy(model).eval().double()(x)
-    actual = copy.deepcopy(changed).eval().double()(transform_inputs(x, transforms))
+    expected = _outputs(model, x)
+    actual = _outputs(changed, transform_inputs(x, transforms))
     return float((expected - actual).abs().max() / expected.abs().max().clamp(min=1))
+
+
+def _outputs(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the outputs in float64; of a detector the feature maps that its heads read, as one vector."""
+    network = copy.deepcopy(model).eval().double()
+    if body_of(network) is None:
+        outputs: Tensor = network(x)
+        return outputs
+    maps = tree_leaves(network.backbone(x))  # type: ignore[operator]
+    return torch.cat([own.flatten() for own in maps])
 
 
 def preserved_outcome(

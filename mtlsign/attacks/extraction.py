@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtlsign.attacks.attacker_data import attacker_view, require_images
+from mtlsign.attacks.attacker_data import attacker_view, require_images, require_logits
 from mtlsign.attacks.base import (
     AttackerResources,
     AttackOutcome,
@@ -49,6 +49,7 @@ def extract(
     task, or mixtures of two turned images, as a substitute for other images (knockoff). The network is of
     the same architecture or a small one of two convolutions (cross-architecture).
     """
+    require_logits(task)
     data = attacker_view(model, task, resources, seed)
     if network == "small" or queries == "mixtures":
         require_images(task)

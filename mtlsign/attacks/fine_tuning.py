@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtlsign.attacks.attacker_data import attacker_view
+from mtlsign.attacks.attacker_data import attacker_view, require_logits
 from mtlsign.attacks.base import (
     AttackerResources,
     AttackOutcome,
@@ -94,6 +94,7 @@ def rtll(
     batch: BatchSize = 128,
 ) -> AttackOutcome:
     """Train a new last layer on the marked model's predictions; batch norms follow the attacker's data."""
+    require_logits(task)
     data = attacker_view(model, task, resources, seed)
     tuned = _with_new_last_layer(model, seed).train()
     return train_supervised(
@@ -113,6 +114,7 @@ def rtal(
     batch: BatchSize = 128,
 ) -> AttackOutcome:
     """Train a new last layer and all other layers on the marked model's predictions."""
+    require_logits(task)
     data = attacker_view(model, task, resources, seed)
     tuned = _with_new_last_layer(model, seed).train()
     return train_supervised(

@@ -35,7 +35,8 @@ def turn_input(
     model: nn.Module, task: Task, resources: AttackerResources, seed: int, *, kind: Turn = "rotated"
 ) -> AttackOutcome:
     """Turn or mirror every kernel; a user of the model does so with each image."""
-    require_images(task)
+    if require_images(task).outputs == "instances":
+        raise NotApplicableError("A user would have to turn boxes and masks, too.", field="task")
     changed = trainable_copy(model)
     for m in changed.modules():
         if isinstance(m, nn.Conv2d):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtlsign.attacks.attacker_data import attacker_view, require_images
+from mtlsign.attacks.attacker_data import attacker_view, require_images, require_logits
 from mtlsign.attacks.base import (
     AttackerResources,
     AttackOutcome,
@@ -19,8 +19,8 @@ from mtlsign.attacks.base import (
     LearningRate,
     NotApplicableError,
 )
-from mtlsign.attacks.training import fine_tune, train_supervised, trainable_copy
-from mtlsign.tasks import Task
+from mtlsign.attacks.training import fine_tune, seeded_outputs, train_supervised, trainable_copy
+from mtlsign.tasks import Batch, Task
 from mtlsign.tasks.outputs import default_logits
 from mtlsign.tasks.splitting import seeded_generator
 
@@ -43,6 +43,7 @@ def adversarial_training(
     `epsilon` is the size of the step as a share of the range of pixel values in the batch.
     """
     require_images(task)
+    require_logits(task)
     data = attacker_view(model, task, resources, seed)
 
     def loss(tuned: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -92,9 +93,10 @@ def regularize(
     """Fine-tune all layers with a large penalty, `strength` times the squared norm of the weights."""
     data = attacker_view(model, task, resources, seed)
 
-    def loss(tuned: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def loss(tuned: nn.Module, x: Tensor, y: Any) -> Tensor:
         squares = [p.square().sum() for p in tuned.parameters() if p.dim() > 1]
-        return data.loss(tuned(x), y) + strength * torch.stack(squares).sum()
+        outputs = seeded_outputs(tuned, data, Batch(x, y), seed, step=0)
+        return data.loss(outputs, y) + strength * torch.stack(squares).sum()
 
     return fine_tune(model, data, resources, seed, lr=lr, epochs=epochs, batch=batch, loss=loss)
 

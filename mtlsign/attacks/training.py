@@ -23,8 +23,8 @@ from mtlsign.tasks import Batch, Task
 from mtlsign.watermark.embedding.losses import distillation_loss
 
 LrSchedule = Literal["constant", "cosine"]
-#: (model, images, labels) -> loss.
-Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+#: (model, inputs, targets) -> loss.
+Loss = Callable[[nn.Module, Tensor, Any], Tensor]
 _OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4),
     "adam": torch.optim.Adam,

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtlsign.attacks.attacker_data import attacker_view, require_images
+from mtlsign.attacks.attacker_data import attacker_view, require_images, require_logits
 from mtlsign.attacks.base import (
     AttackerResources,
     AttackOutcome,
@@ -50,6 +50,7 @@ def neural_cleanse(
     batch then carries the trigger under its true label.
     """
     require_images(task)
+    require_logits(task)
     data = attacker_view(model, task, resources, seed)
     count = min(_IMAGES, data.size("attacker"))
     images = data.splits["attacker"].batch(torch.arange(count)).inputs

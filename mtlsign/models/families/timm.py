@@ -165,11 +165,12 @@ def feature_body(name: str) -> nn.Module:
             field="model",
         )
     indices = [described.out_indices[strides.index(stride)] for stride in PYRAMID_STRIDES]
-    body: nn.Module = _create(name, {"features_only": True, "out_indices": indices})
+    body = _create(name, {"features_only": True, "out_indices": indices})
     modules = dict(body.named_modules())
     stages = [n if n in modules else n.replace(".", "_") for n in body.feature_info.module_name()]
-    body.return_layers = {stage: str(index) for index, stage in enumerate(stages)}  # type: ignore[assignment]
-    return body
+    body.return_layers = {stage: str(index) for index, stage in enumerate(stages)}
+    network: nn.Module = body
+    return network
 
 
 class PyramidBackbone(nn.Module):

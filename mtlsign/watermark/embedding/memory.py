@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,13 @@ from mtlsign.errors import SettingsError
 from mtlsign.models import architectures
 from mtlsign.models.activation_checkpointing import repeated_blocks
 from mtlsign.models.factories import Factory
-from mtlsign.models.input_spec import InputSpec, TextSpec
+from mtlsign.models.input_spec import ImageSpec, InputSpec, TextSpec
 from mtlsign.models.loading import custom_factories
 from mtlsign.models.recurrent_layers import is_recurrent
 from mtlsign.models.taps import forward_to_taps
 from mtlsign.watermark import carriers
 from mtlsign.watermark.embedding.commitment import needs_response_bases
+from mtlsign.watermark.embedding.detector_memory import detector_values, is_two_stage_detector
 from mtlsign.watermark.embedding.worker import WorkerContext
 
 _FLOAT = 4
@@ -100,7 +101,13 @@ def estimate_memory(
     try:
         with torch.device("meta"):
             network = architectures.build(architecture, factories=factories).to("meta")
-        values = activation_values(network.train(), input_spec, checkpointing=checkpointing).stored
+        network.train()
+        if isinstance(input_spec, ImageSpec) and is_two_stage_detector(network):
+            values = detector_values(
+                network, input_spec, partial(_stored_values, checkpointing=checkpointing)
+            )
+        else:
+            values = activation_values(network, input_spec, checkpointing=checkpointing).stored
         key_values, largest_map = _key_values(network, input_spec, settings)
     except Exception:  # a custom network can do anything, and errors of others are raised when they are built
         return None
@@ -163,6 +170,22 @@ def activation_values(
         checkpointing: whether activations of blocks are computed again: the outputs of the blocks before a
             block are kept while its activations exist.
     """
+    sample = input_spec.sample(2, device="meta")
+
+    def run() -> object:
+        return forward_to_taps(network, sample, taps) if taps else network(sample)
+
+    stored, largest = _run_values(network, run, checkpointing=checkpointing)
+    blocks = repeated_blocks(network) if checkpointing else {}
+    return ActivationValues(stored // 2 + _attention_values(network, input_spec, blocks), largest // 2)
+
+
+def _stored_values(network: nn.Module, run: Callable[[], object], *, checkpointing: bool = False) -> int:
+    return _run_values(network, run, checkpointing=checkpointing)[0]
+
+
+def _run_values(network: nn.Module, run: Callable[[], object], *, checkpointing: bool) -> tuple[int, int]:
+    """Run a function; return the numbers that autograd would keep of a network's outputs, and the largest."""
     blocks = repeated_blocks(network) if checkpointing else {}
     counts: dict[str, int] = defaultdict(int)
     largest, peak = 0, 0
@@ -185,18 +208,13 @@ def activation_values(
         if not list(module.children()):
             owner = next((block for block in blocks if name.startswith(f"{block}.")), "")
             handles.append(module.register_forward_hook(partial(record, owner)))
-    sample = input_spec.sample(2, device="meta")
     try:
         with torch.no_grad():
-            if taps:
-                forward_to_taps(network, sample, taps)
-            else:
-                network(sample)
+            run()
     finally:
         for handle in handles:
             handle.remove()
-    stored = max(peak, counts[""])
-    return ActivationValues(stored // 2 + _attention_values(network, input_spec, blocks), largest // 2)
+    return max(peak, counts[""]), largest
 
 
 def _attention_values(network: nn.Module, input_spec: InputSpec, blocks: Mapping[str, nn.Module]) -> int:

@@ -63,3 +63,43 @@ def test_attacks_that_mix_or_turn_images_are_not_applicable(detector: nn.Module,
     for attack in ("tune:steps=1,lr=0.001,mixup=0.5", "tune:steps=1,lr=0.001,sam_radius=0.1"):
         with pytest.raises(NotApplicableError, match="A detector cannot be tuned so"):
             run(attack, detector, task)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "bn_reparameterize",
+        "bn_fold",
+        "scale_filters",
+        "scale_inner_channels",
+        "permute_channels",
+        "dummy_channels",
+    ],
+)
+def test_free_changes_keep_the_feature_maps_of_a_detector(
+    attack: str, detector: nn.Module, task: Task
+) -> None:
+    changed = run(attack, detector, task).model
+    before, after = detector.state_dict(), changed.state_dict()
+    assert before.keys() != after.keys() or any(not before[n].equal(after[n]) for n in before)
+    image = torch.rand(1, 3, 64, 64)
+    expected, actual = detector.backbone(image), changed.backbone(image)
+    for level, own in expected.items():
+        assert torch.allclose(own, actual[level], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    ["rtll", "rtal", "extract", "decorrelate", "adversarial_training", "neural_cleanse", "turn_input"],
+)
+def test_attacks_on_logits_are_not_applicable_to_a_detector(
+    attack: str, detector: nn.Module, task: Task
+) -> None:
+    with pytest.raises(NotApplicableError, match=r"detector|boxes"):
+        run(attack, detector, task)
+
+
+def test_regularize_trains_a_detector(detector: nn.Module, task: Task) -> None:
+    assert "backbone.body.stage2.0.weight" in changed_parameters(
+        detector, run("regularize:epochs=1", detector, task).model
+    )

@@ -24,6 +24,40 @@ def test_build_template_has_the_bodys_tensors_of_the_detector(name: str) -> None
     assert default_taps(detector, "spread") == default_taps(template, "spread") == ("backbone.body.layer4",)
 
 
+TIMM = "cascade-timm/mobilenetv3_small_050"
+
+
+def timm_architecture(name: str = TIMM) -> dict[str, object]:
+    return architecture_for(name, channels=3, classes=2, width=4, size=64, outputs="instances")
+
+
+def test_detector_on_a_network_of_timm_detects_and_has_a_template_of_its_body() -> None:
+    architecture = timm_architecture()
+    assert "stem" not in architecture
+    torch.manual_seed(0)
+    detector, template = build(architecture).eval(), build_template(architecture)
+    (result,) = detector([torch.rand(3, 48, 64)])
+    assert result["masks"].shape[1:] == (1, 48, 64)
+    names = {name for name in detector.state_dict() if name.startswith("backbone.body.")}
+    assert set(template.state_dict()) == names
+    assert default_taps(detector, "spread") == default_taps(template, "spread") == ("backbone.body.blocks.5",)
+    maps = detector.backbone.body(torch.rand(1, 3, 64, 64))
+    assert [own.shape[-1] for own in maps] == [16, 8, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cascade-timm/vit_tiny_patch16_224", "strides"),
+        ("cascade-timm/mobilenetv3_smal_050", "similar"),
+        ("cascade-timm/hf-hub:a/b", "Unknown architecture"),
+    ],
+)
+def test_detector_on_an_unsuitable_network_of_timm(name: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        build(timm_architecture(name))
+
+
 def test_architecture_for_refuses_networks_of_other_outputs() -> None:
     with pytest.raises(ModelError, match="returns labels, and the task needs instances") as error:
         architecture_for("resnet18", channels=3, classes=2, outputs="instances")

@@ -10,6 +10,7 @@ from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import SettingsError
 from mtlsign.models.architectures import architecture_for
 from mtlsign.models.input_spec import ImageSpec, InputSpec, TextSpec
+from mtlsign.models.loading import architecture_from_settings
 from mtlsign.watermark.embedding import memory
 from mtlsign.watermark.embedding.pipeline import LocalEmbeddingBackend, run_embedding_job
 from mtlsign.watermark.embedding.worker import SingleProcessContext
@@ -54,6 +55,22 @@ def test_estimate_of_checkpointed_resnet_is_about_half() -> None:
         estimate("transformer", TEXTS, 64, checkpointing=True).phase2
         <= estimate("transformer", TEXTS, 64).phase2
     )
+
+
+def test_estimate_of_detectors_grows_with_batch_and_image_size() -> None:
+    scenes = ImageSpec(3, 96, 128, 3, outputs="instances")
+
+    def detector(spec: ImageSpec, batch: int) -> memory.MemoryEstimate:
+        options = {"task": "custom", "model": "cascade-resnet18", "width": 16, "phase2.batch": batch}
+        settings = EmbedSettings.of(options).with_defaults()
+        result = memory.estimate_memory(settings, architecture_from_settings(settings, spec), spec)
+        assert result is not None
+        return result
+
+    one, four = detector(scenes, 1), detector(scenes, 4)
+    assert four.phase2 - one.phase2 > 3 * 20 * MIB
+    larger = detector(ImageSpec(3, 192, 256, 3, outputs="instances"), 4)
+    assert larger.phase2 > 1.05 * four.phase2 and larger.verification == four.verification
 
 
 def test_estimate_of_head_that_reads_key_images_grows_with_their_number_and_size() -> None:
