@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mtlsign.config.attack import AttackSettings
 from mtlsign.config.embed import EmbedSettings
@@ -16,10 +18,11 @@ from mtlsign.experiments.attack_runs.executor import LocalAttackBackend
 from mtlsign.experiments.attack_runs.run import run_attack_job
 from mtlsign.experiments.sweeps.backend import LocalSweepBackend
 from mtlsign.experiments.sweeps.run import run_sweep_job
+from mtlsign.models import architectures
 from mtlsign.watermark.embedding.pipeline import LocalEmbeddingBackend, run_embedding_job
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.kit import verify_with_kit
-from tests.unit.tasks.segmentation.layouts import write_camvid
+from tests.unit.tasks.segmentation.layouts import write_camvid, write_pennfudan, write_voc
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -59,6 +62,41 @@ def test_jobs_embed_verify_and_attack_a_detector(settings: dict[str, Any]) -> No
         ("none", "ftdet", "prune", "null_space"), "ok"
     )
     assert states["rtll"] != "ok"
+
+
+@pytest.mark.parametrize(
+    ("task", "write"), [("pennfudan", write_pennfudan), ("voc", write_voc)], ids=["pennfudan", "voc"]
+)
+def test_jobs_embed_and_verify_on_other_official_layouts(
+    task: str, write: Callable[[Path], None], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    write(tmp_path / "data")
+    embedded = run_embedding_job(EmbedSettings.of(settings | {"task": task}), LocalEmbeddingBackend())
+    places = {"kit": embedded.result["kit"], "owner": settings["owner"]}
+    (verdict,) = verify_with_kit(VerifySettings.of({"model": [embedded.result["model_path"]], **places}))
+    assert (verdict.status, verdict.matches) == ("accepted", embedded.verdict.matches)
+
+
+def test_job_starts_from_a_pretrained_body(settings: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    body = architectures.build(
+        architectures.architecture_for("timm/mobilenetv3_small_050", channels=3, classes=10)
+    )
+    torch.save(body.state_dict(), tmp_path / "body.pth")
+    lines: list[str] = []
+    embedded = run_embedding_job(
+        EmbedSettings.of(
+            settings
+            | {"model": "cascade-timm/mobilenetv3_small_050", "phase1.lr": 1e-6}
+            | {"phase1.initial_weights": str(tmp_path / "body.pth")}
+        ),
+        LocalEmbeddingBackend(),
+        log=lines.append,
+    )
+    assert embedded.result["status"] == "accepted"
+    assert any("starts from" in line for line in lines)
+    stem = embedded.tensors["backbone.body.conv_stem.weight"]
+    assert torch.nn.functional.cosine_similarity(stem.flatten(), body.conv_stem.weight.flatten(), dim=0) > 0.5
 
 
 def test_job_with_a_classifier_names_the_detectors(settings: dict[str, Any]) -> None:
