@@ -108,8 +108,8 @@ def child(name: str) -> dict[str, float]:
     return {"estimated": estimate.peak, "measured": measured, "seconds": time.process_time() - started}
 
 
-def _objects(spec: ImageSpec, count: int = 8) -> dict[str, Tensor]:
-    """Return the target of an image with some objects."""
+def _objects(spec: ImageSpec, count: int = 40) -> dict[str, Tensor]:
+    """Return the target of an image with more objects than a detector samples for its masks."""
     corners = torch.rand(count, 2) * torch.tensor([spec.width - 60.0, spec.height - 60.0])
     masks = torch.ones(count, spec.height, spec.width, dtype=torch.uint8)
     return {
