@@ -16,6 +16,7 @@ from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import SettingsError
 from mtlsign.models import architectures
 from mtlsign.models.activation_checkpointing import repeated_blocks
+from mtlsign.models.detectors import template_of
 from mtlsign.models.factories import Factory
 from mtlsign.models.input_spec import ImageSpec, InputSpec, TextSpec
 from mtlsign.models.loading import custom_factories
@@ -119,7 +120,8 @@ def estimate_memory(
     # W0's activations are not kept. Its largest ones and those of the loss are much smaller than W's. The
     # gradients of the primary batch and of the key images are computed one after the other.
     phase2 = 2 * parameters + 3 * trained + max(values * second, key_values) + _KERNEL_COPIES * trained
-    bases = _FLOAT * 2 * parameters + (_covariance_bytes(network) if needs_response_bases(settings) else 0)
+    covariances = _covariance_bytes(template_of(network)) if needs_response_bases(settings) else 0
+    bases = _FLOAT * 2 * parameters + covariances
     verification = _FLOAT * 2 * parameters + 2 * _FLOAT * _MAP_COPIES * largest_map
     return MemoryEstimate(
         phase1=_FLOAT * phase1 + _OVERHEAD,

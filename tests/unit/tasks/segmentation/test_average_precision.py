@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,3 +95,42 @@ def test_require_pycocotools_names_the_extra(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"mtlsign\[detection\]"):
         require_pycocotools()
+
+
+#: Program of one rank: it updates the metric with one image of two, and prints the scores.
+RANK = """
+import sys
+from torch import distributed
+from tests.unit.tasks.segmentation.test_average_precision import examples
+from mtlsign.tasks.segmentation.average_precision import InstanceMetric
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+metric = InstanceMetric()
+detected, truth = examples()[rank]
+metric.update([detected], [truth])
+print(sorted(metric.scores().items()), metric.value())
+distributed.destroy_process_group()
+"""
+
+
+def examples() -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Return detections and targets of two images: a right one, and one that misses an object."""
+    first, second = target((2, 2, 20, 20)), target((4, 4, 30, 30), (32, 2, 39, 12))
+    return [(detection(first, (0.6,)), first), (detection(target((4, 4, 28, 30)), (0.8,)), second)]
+
+
+def test_instance_metric_gathers_the_images_of_all_ranks(tmp_path: Path) -> None:
+    metric = InstanceMetric()
+    for detected, truth in examples():
+        metric.update([detected], [truth])
+    expected = f"{sorted(metric.scores().items())} {metric.value()}"
+    assert 0 < metric.value() < 1
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[4],
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == [expected, expected]
