@@ -1,4 +1,4 @@
-"""Pruning of weights and of channels, alone or followed by fine-tuning (fine-pruning)."""
+"""Pruning of weights, and of channels or units, alone or followed by fine-tuning (fine-pruning)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def prune_channels(
     by: Rule = "activity",
     bn: Statistics = "kept",
 ) -> AttackOutcome:
-    """Set the channels of each convolution with the least activity (or norm) to 0."""
+    """Set the least active (or smallest) channels of each convolution and units of each LSTM or GRU to 0."""
     data = attacker_view(model, task, resources, seed)
     pruned = trainable_copy(model)
     prune_units(pruned, data, ratio, by)
@@ -123,7 +123,7 @@ def fine_prune_channels(
     epochs: Epochs = 3,
     batch: BatchSize = 128,
 ) -> AttackOutcome:
-    """Prune channels, then fine-tune the others; pruned channels stay 0."""
+    """Prune channels or units, then fine-tune the others; pruned ones stay 0."""
     return _prune_and_tune(
         model, task, resources, seed, lambda m, d: prune_units(m, d, ratio, by), lr, epochs, batch
     )

@@ -127,7 +127,9 @@ def default_taps(model: nn.Module, kind: HeadKind, sample: Tensor | None = None)
     """Return the names of the modules whose outputs carry the watermark by default.
 
     A keyed head reads the first stage, a free head the first three (paper, section 4.1). A spread head marks
-    everything before the end of the last stage. In networks of texts without stages it marks all layers.
+    everything before the end of the last stage. Networks of texts can have fewer stages: a free head then
+    reads all of them, and in networks without stages a spread head marks all layers. The recurrent layers of
+    a text classifier are one stage, as c_WM reads them in the paper (figure 4).
 
     Args:
         model: the network.
@@ -142,6 +144,8 @@ def default_taps(model: nn.Module, kind: HeadKind, sample: Tensor | None = None)
     is_text = sample is not None and not sample.is_floating_point()
     if not stages and is_text and kind == "spread":
         return (last_layer(model),)
+    if is_text and stages:
+        count = min(count, len(stages))
     if len(stages) < count and sample is not None and not is_text:
         stages = stages_of(model, sample)
         count = 1

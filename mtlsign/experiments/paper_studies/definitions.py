@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from mtlsign.config.embed import FEATURE_DEFAULTS
-from mtlsign.config.reproduce import ReproduceSettings
+from mtlsign.config.reproduce import PAPER_STUDIES, ReproduceSettings
 from mtlsign.config.sweep import SweepSettings
 
 Row = dict[str, Any]
@@ -23,6 +23,10 @@ PRUNING = {"channels": ("prune_channels", "fine_prune_channels"), "weights": ("p
 RATIOS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 #: λ1 and λ2 where they are on: the middle of the paper's grid.
 LAMBDA_ON = 0.1
+#: The preset `paper`, and the spread head, where both regularisers are on. R_func of the spread head is
+#: measured in responses and has its default weight; its R_DA is off by default, here it is on.
+PAPER_ON: Row = {"preset": "paper", "head": "free", "lambda1": LAMBDA_ON, "lambda2": LAMBDA_ON}
+SPREAD_ON: Row = {"head": "spread", "lambda1": 3.0, "lambda2": 1.0}
 
 #: All attacks of docs/attacks.md except `average_models`, which needs other marked models.
 ALL_ATTACKS = ",".join(
@@ -125,13 +129,28 @@ def sweep_settings(settings: ReproduceSettings) -> SweepSettings:
             "num_samples": {"seeds"},
         }
         derived = {name: value for name, value in derived.items() if explicit & sources[name]}
-    space = f"{__name__}:{settings.study}_space"
-    return SweepSettings.of({**values, **derived, "space": space, "json": settings.json_output})
+    return SweepSettings.of(
+        {**values, **derived, "space": _space_name(settings), "json": settings.json_output}
+    )
 
 
 def _overrides(settings: ReproduceSettings) -> list[str]:
-    heads = [f"head={settings.heads}"] if "," not in settings.heads else []
-    return [*heads, *settings.overrides]
+    if "," in settings.heads or settings.heads == "paper":
+        return list(settings.overrides)
+    return [f"head={settings.heads}", *settings.overrides]
+
+
+def _space_name(settings: ReproduceSettings) -> str:
+    """Return the name of the function below that makes a study's space.
+
+    The studies of the paper have further spaces for the preset `paper` and the spread head, whose settings
+    differ from those of the other heads.
+    """
+    name = str(settings.study)
+    if name in PAPER_STUDIES:
+        heads = settings.heads.split(",")
+        name += "".join(f"_{head}" for head in ("paper", "spread") if head in heads)
+    return f"{__name__}:{name}_space"
 
 
 def ablation_space() -> dict[str, Any]:
@@ -145,10 +164,53 @@ def ablation_space() -> dict[str, Any]:
     }
 
 
+def ablation_paper_space() -> dict[str, Any]:
+    """Return the space of Fig. 5 for the preset `paper`."""
+    return _variants(_switched(PAPER_ON))
+
+
+def ablation_spread_space() -> dict[str, Any]:
+    """Return the space of Fig. 5 for the spread head."""
+    return _variants(_switched(SPREAD_ON))
+
+
+def ablation_paper_spread_space() -> dict[str, Any]:
+    """Return the space of Fig. 5 for the preset `paper` and the spread head."""
+    return _variants([*_switched(PAPER_ON), *_switched(SPREAD_ON)])
+
+
+def _switched(variant: Row) -> list[Row]:
+    """Return a variant with each regulariser on or off."""
+    return [
+        {**variant, "lambda1": variant["lambda1"] * r_func, "lambda2": variant["lambda2"] * r_da}
+        for r_func in (0, 1)
+        for r_da in (0, 1)
+    ]
+
+
+def _variants(variants: list[Row]) -> dict[str, Any]:
+    return {"variant": {"grid_search": variants}}
+
+
 def overwriting_space() -> dict[str, Any]:
     """Return the space of Table 3: the paper's regularisers, for both heads."""
     heads = {"grid_search": ["free", "keyed"]}
     return {"head": heads, "perturbation.kinds": "fine_tuned", "lambda1": LAMBDA_ON, "lambda2": LAMBDA_ON}
+
+
+def overwriting_paper_space() -> dict[str, Any]:
+    """Return the space of Table 3 for the preset `paper`."""
+    return _variants([PAPER_ON])
+
+
+def overwriting_spread_space() -> dict[str, Any]:
+    """Return the space of Table 3 for the spread head with its defaults."""
+    return {"head": "spread"}
+
+
+def overwriting_paper_spread_space() -> dict[str, Any]:
+    """Return the space of Table 3 for the preset `paper` and the spread head with its defaults."""
+    return _variants([PAPER_ON, {"head": "spread"}])
 
 
 def attacks_space() -> dict[str, Any]:
@@ -179,4 +241,6 @@ def attacks(settings: ReproduceSettings) -> str:
     if settings.study != "overwriting":
         return ALL_ATTACKS if settings.study == "attacks" else ABLATION_ATTACKS
     heads = settings.heads.split(",")
+    if {"paper", "spread"} & set(heads):
+        return f"overwrite:epochs={settings.epochs}"  # the attacker has the owner's head
     return ",".join(f"overwrite:epochs={settings.epochs},head={head}" for head in heads)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from mtlsign.config.reproduce import SCHEME_STUDIES, ReproduceSettings
+from mtlsign.config.reproduce import PAPER_STUDIES, SCHEME_STUDIES, ReproduceSettings
 from mtlsign.errors import ArtifactError, SettingsError
 from mtlsign.experiments.paper_studies import definitions, random_keys, tables
 from mtlsign.experiments.paper_studies.scheme_studies import run_scheme_study
@@ -46,6 +46,10 @@ def run_study(
     Raises:
         MTLSignError: an input is invalid; then nothing has been written.
     """
+    if "paper" in settings.heads.split(",") and settings.study not in PAPER_STUDIES:
+        raise SettingsError(
+            f"Only {' and '.join(PAPER_STUDIES)} have the preset paper. Use free.", field="heads"
+        )
     if settings.study == "random_keys":
         return _run_random_keys(settings, log)
     if settings.study in SCHEME_STUDIES:

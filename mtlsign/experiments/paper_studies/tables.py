@@ -8,19 +8,13 @@ from typing import Any
 
 from mtlsign.config.reproduce import ReproduceSettings
 from mtlsign.experiments.paper_studies.definitions import DEFAULT_KINDS, PRUNING, RATIOS
+from mtlsign.experiments.paper_studies.paper_values import table_3_row
 from mtlsign.reports.formatting import number
 
 Row = dict[str, Any]
 
 #: Accuracy of the watermark below which the paper calls it removed.
 GAMMA = 0.7
-#: Table 3 of the paper: decrease of f_WM's accuracy in points after 50, 150, 250 and 350 epochs.
-PAPER_TABLE_3 = {
-    "mnist": {50: 1.0, 150: 1.5, 250: 1.5, 350: 2.0},
-    "fashion-mnist": {50: 2.0, 150: 2.5, 250: 2.5, 350: 2.5},
-    "cifar10": {50: 4.5, 150: 4.5, 250: 4.5, 350: 4.5},
-    "cifar100": {50: 0.0, 150: 0.5, 250: 0.9, 350: 0.9},
-}
 
 
 def table(settings: ReproduceSettings, rows: Sequence[Row]) -> list[Row]:
@@ -49,7 +43,8 @@ def _mean_and_sd(name: str, values: Sequence[float | None]) -> Row:
 
 def _ablation_table(rows: Sequence[Row]) -> list[Row]:
     table_rows = []
-    for (head, a, b), group in sorted(_groups(rows, ("head", "lambda1", "lambda2")).items()):
+    named = [row | {"head": head_name(row)} for row in rows]
+    for (head, a, b), group in sorted(_groups(named, ("head", "lambda1", "lambda2")).items()):
         costs = [points_at_gamma(row) for row in group]
         # A watermark that never falls below γ counts with the cost of the last ratio, which is a lower bound.
         bounded_costs = [
@@ -101,8 +96,10 @@ def _column(row: Mapping[str, Any], start: str) -> str:
 
 def _overwriting_table(rows: Sequence[Row], task: str) -> list[Row]:
     table_rows = []
-    paper_values = PAPER_TABLE_3.get(task.partition("@")[0], {})
-    for (head,), group in sorted(_groups(rows, ("head",)).items()):
+    dataset, paper_values = table_3_row(task)
+    for (head,), group in sorted(
+        _groups([row | {"head": head_name(row)} for row in rows], ("head",)).items()
+    ):
         columns = [name for name in group[0] if name.startswith("wm overwrite ")]
         for column in columns:
             parameters = dict(word.split("=", 1) for word in column.split() if "=" in word)
@@ -115,7 +112,8 @@ def _overwriting_table(rows: Sequence[Row], task: str) -> list[Row]:
                 {
                     "owner's head": head, "adversary's head": parameters.get("head"), "epochs": epochs,
                     "n": len(losses), **_mean_and_sd("points of wm accuracy lost", losses),
-                    "the paper": paper_values.get(epochs), **_mean_and_sd("bits left", bits),
+                    "the paper": paper_values.get(epochs), "the paper's data": dataset,
+                    **_mean_and_sd("bits left", bits),
                 }
             )  # fmt: skip
     return table_rows
@@ -160,6 +158,11 @@ def variant_of(row: Mapping[str, Any]) -> Row:
     elif kinds == "noise" and float(row.get("perturbation.noise_sigma", 1)) == 0:
         kinds = "the model itself"
     return {"head": row.get("head", "keyed"), "R_DA": kinds}
+
+
+def head_name(row: Mapping[str, Any]) -> str:
+    """Return the head of a row, or the name of the preset that it belongs to."""
+    return "paper" if row.get("preset") == "paper" else str(row.get("head", "keyed"))
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

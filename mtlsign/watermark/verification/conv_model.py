@@ -1,4 +1,7 @@
-"""Verifier model of networks with convolutions and batch norms (docs/decisions/0003)."""
+"""Verifier model of networks that are run on key inputs (docs/decisions/0003, 0019).
+
+Their convolutions, batch norms and recurrent layers are brought into W0's canonical form.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from mtlsign.models.taps import (
     tapped_parameters,
 )
 from mtlsign.watermark.verification.bounded_convolutions import bound_convolutions
+from mtlsign.watermark.verification.embedding_frame import EmbeddingFrame, embedding_frame
 from mtlsign.watermark.verification.features import Features
 from mtlsign.watermark.verification.model import CanonicalStep, Weights
 from mtlsign.watermark.verification.reference import Reference, reference_tensor
@@ -75,12 +79,18 @@ class ConvVerifierModel:
     Canonicalisation is an ordered list of steps. The sign of γ is applied when kernels are selected, because
     that step needs γ; training perturbs the kernels after it. `canonical_steps` need the kernels alone.
 
+    In a network with recurrent layers after an embedding, W0's word vectors replace the suspect's, and the
+    suspect's matrices are read in W0's coordinates (`EmbeddingFrame`).
+
     Args:
         template_model: the network of the spec's `architecture`; its own values are never used. It is put
             into evaluation mode except for its batch norms, which use the statistics of the batch.
         taps: module names.
         reference: W0's reference.
-        sample: float32 [1, C, H, W] of the carrier's geometry.
+        sample: float32 [1, C, H, W] of the carrier's geometry, or int64 [1, L] token ids.
+
+    Attributes:
+        known_ids: number of token ids with a vector of W0; None if the suspect's vectors are read.
 
     Raises:
         ModelError: a tap does not exist.
@@ -111,15 +121,19 @@ class ConvVerifierModel:
             if parameters[name].dim() < 2:
                 shape = tuple(parameters[name].shape)
                 self._reference_values[name] = self._reference_tensor(reference, f"={name}", shape).float()
-        self.other_weights = [name for name in others if parameters[name].dim() >= 2]
+        self._frame = self._read_frame(template_model, reference, sample)
+        self.other_weights = [
+            name for name in others if parameters[name].dim() >= 2 and name not in self._reference_values
+        ]
         names = [*(conv.weight for conv in self.normalized_convs), *self.other_weights]
-        self.weight_shapes: Mapping[str, tuple[int, ...]] = {
+        self.kernel_shapes: Mapping[str, tuple[int, ...]] = {
             name: tuple(parameters[name].shape) for name in names
         }
-        self.kernel_shapes: Mapping[str, tuple[int, ...]] = self.weight_shapes
+        embedding = {} if self._frame is None else {self._frame.weight: self._frame.shape}
+        self.weight_shapes: Mapping[str, tuple[int, ...]] = {**self.kernel_shapes, **embedding}
         self._bn_weights = {conv.weight: f"{conv.bn}.weight" for conv in self.normalized_convs}
         self.optional_shapes: Mapping[str, tuple[int, ...]] = {
-            bn_weight: (self.weight_shapes[weight][0],) for weight, bn_weight in self._bn_weights.items()
+            bn_weight: (self.kernel_shapes[weight][0],) for weight, bn_weight in self._bn_weights.items()
         }
         self.canonical_steps: tuple[CanonicalStep, ...] = (
             partial(normalize_scales, convs=self.normalized_convs),
@@ -149,6 +163,19 @@ class ConvVerifierModel:
         if conv_bias in parameters:
             self._reference_values[conv_bias] = torch.zeros(rows, device=self._device)
         return {layer.weight, bn_weight, bn_bias, conv_bias}
+
+    def _read_frame(
+        self, template_model: nn.Module, reference: Reference, sample: Tensor
+    ) -> EmbeddingFrame | None:
+        """Return the frame of the word vectors, and take these from the reference; None without any."""
+        self.known_ids: int | None = None
+        frame = embedding_frame(template_model, self.taps, sample, reference.tensors)
+        if frame is None or not frame.readers:
+            return None
+        rows = reference.tensors[f"{frame.weight.removesuffix('.weight')}/rows"]
+        self._reference_values[frame.weight] = rows.float().to(self._device)
+        self.known_ids = len(rows)
+        return frame
 
     def _reference_tensor(self, reference: Reference, name: str, shape: tuple[int, ...]) -> Tensor:
         return reference_tensor(reference, name, shape).to(self._device)
@@ -180,9 +207,15 @@ class ConvVerifierModel:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def select_weights(self, tensors: Weights) -> dict[str, Tensor]:
-        """Return the network's kernels with sign(γ) on their rows; γ may be absent."""
+        """Return the network's kernels with sign(γ) on their rows; γ may be absent.
+
+        Matrices that read word vectors are returned in the coordinates of W0's, and without the embedding.
+        """
         names = (*self.weight_shapes, *(name for name in self.optional_shapes if name in tensors))
-        return apply_bn_signs({name: tensors[name] for name in names}, self._bn_weights)
+        kernels = {name: tensors[name] for name in names}
+        if self._frame is not None:
+            kernels = self._frame.apply(kernels)
+        return apply_bn_signs(kernels, self._bn_weights)
 
     def canonicalize(self, kernels: Weights, *, differentiable_rounds: int = 0) -> dict[str, Tensor]:
         """Bring every convolution that a batch norm follows into canonical form; keep other weights.

@@ -25,6 +25,7 @@ from mtlsign.watermark.verification.readouts import (
     Readout,
     SpreadReadout,
     readout_key,
+    require_known_words,
     watermark_dataset,
 )
 from mtlsign.watermark.verification.reference import Reference
@@ -104,6 +105,7 @@ class WatermarkDetector:
             return SpreadReadout(responses, spec, labels, key)
         inputs, labels = (t.to(self.device) for t in watermark_dataset(self.spec, key, spec.n))
         model = ConvVerifierModel(copy.deepcopy(template_model), spec.taps, reference, inputs[:2])
+        require_known_words(self.spec, model)
         return FeatureReadout(model, spec, inputs, labels, key, head if index == 0 else None)
 
     def _join_readouts(self) -> None:

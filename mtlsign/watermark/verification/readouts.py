@@ -13,9 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mtlsign.errors import ArtifactError
 from mtlsign.watermark import carriers
+from mtlsign.watermark.carriers.words import RESERVED_IDS
 from mtlsign.watermark.keys.opening import keystream, watermark_integers, watermark_labels
-from mtlsign.watermark.keys.spec import ReadoutSpec, Spec
+from mtlsign.watermark.keys.spec import ReadoutSpec, Spec, WordCarrierSpec
+from mtlsign.watermark.verification.conv_model import ConvVerifierModel
 from mtlsign.watermark.verification.heads import Head, KeyDerivedHead, SpreadHead, TrainedHead
 from mtlsign.watermark.verification.model import VerifierModel, Weights
 from mtlsign.watermark.verification.response_model import ResponseModel
@@ -138,7 +141,7 @@ class FeatureReadout:
         """Return the number of features, measured on zero weights."""
         zeros = {
             name: torch.zeros(shape, device=self.labels.device)
-            for name, shape in self.model.weight_shapes.items()
+            for name, shape in self.model.kernel_shapes.items()
         }
         with torch.no_grad():
             return self.model.features(zeros, self.inputs[:2], pooled=self.pooled).inverse_std.shape[0]
@@ -190,6 +193,19 @@ class SpreadReadout:
 def readout_key(key: bytes, index: int) -> bytes:
     """Return the key of read-out `index`: the key itself for the first, else a keystream under it."""
     return key if index == 0 else keystream(key, b"mtlsign/v1/readout/%d" % index, 32)
+
+
+def require_known_words(spec: Spec, model: ConvVerifierModel) -> None:
+    """Raise `ArtifactError` if the carrier has words without a vector in the reference."""
+    carrier = spec.carrier
+    if model.known_ids is None or not isinstance(carrier, WordCarrierSpec):
+        return
+    if carrier.base + RESERVED_IDS > model.known_ids:
+        raise ArtifactError(
+            f"The carrier has {carrier.base:,} words, and the reference vectors of {model.known_ids:,} ids. "
+            "Use the reference of the same kit.",
+            field="reference",
+        )
 
 
 def watermark_dataset(spec: Spec, key: bytes, n: int) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,8 @@ class Reference:
     `C/beta` float32 [O], `C/eps` float64 [1], `C/columns` float64 [groups, I/groups], `C/sketch` float16
     [O, s]. A spread head adds `L/basis`, `L/columns` and `L/sketch` for each layer L that it marks, and
     `E/rows` float16 [r, d] for an embedding E: the vectors of its first r ids; with `E/mean` and `E/axes` of
-    the whole vocabulary. For a transformer it adds rows for every source of the residual stream. Every other
+    the whole vocabulary. A keyed or free head adds the sketches of recurrent matrices and the word vectors.
+    For a transformer a spread head adds rows for every source of the residual stream. Every other
     parameter of the tapped part with fewer than two dimensions (biases, layer norms), and every
     floating-point buffer of it that a state dict has and that belongs to no batch norm, is stored whole as
     `=NAME`.
@@ -154,17 +155,21 @@ def make_reference(
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
     tensors, kernels = _stream_values(model, taps, sample, bases or {})
     handled: set[str] = set()
-    for layer in tapped_layers(model, taps, sample):
+    layers = tapped_layers(model, taps, sample)
+    for layer in layers:
         # A module can have further weights, such as the gains of a scaled convolution.
         if bases and layer.key in bases and layer.kind != "other":
             groups = int(getattr(modules[layer.conv], "groups", 1))
             kernel = kernels.get(layer.weight, parameters[layer.weight]).detach().float().cpu()
             tensors |= _layer_values(layer.key, bases[layer.key], kernel, groups)
+        elif layer.kind == "recurrent" and not kernels:
+            matrix = parameters[layer.weight].detach().float().cpu()
+            tensors[f"{layer.key}/sketch"] = random_projection(matrix)
         if layer.batch_norm is None:
             continue
         tensors |= _conv_values(layer, parameters[layer.weight], modules)
         handled |= {f"{layer.batch_norm}.weight", f"{layer.batch_norm}.bias", f"{layer.conv}.bias"}
-    if bases and not kernels:
+    if not kernels and (bases or any(layer.kind == "recurrent" for layer in layers)):
         tensors |= embedding_rows(model, taps, sample)
     for name in tapped_parameters(model, taps, sample):
         if name not in handled and name in parameters and parameters[name].dim() < 2:
