@@ -63,7 +63,7 @@ _ALL = (
     Attack(
         "prune_channels",
         pruning.prune_channels,
-        "least active channels of each convolution set to 0",
+        "least active channels of each convolution, and units of each LSTM or GRU, set to 0",
         variants=("ratio=0.1/0.2/0.3/0.4/0.5", "ratio=0.3/0.5,by=norm"),
         fast=("ratio=0.2",),
     ),

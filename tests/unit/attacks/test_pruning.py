@@ -4,11 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from mtlsign.attacks import AttackerResources
+from mtlsign.attacks import AttackerResources, NotApplicableError
 from mtlsign.attacks.attacker_data import attacker_view
 from mtlsign.attacks.pruning_masks import accuracy
+from mtlsign.models.recurrent_layers import gate_count
+from mtlsign.models.taps import forward_to_taps
 from mtlsign.tasks import Task
 from tests.unit.attacks.helpers import attacker_images, changed_parameters, run
+from tests.unit.attacks.text_examples import text_network, text_task
 
 
 def pruned_channels(model: nn.Module, name: str) -> set[int]:
@@ -96,3 +99,49 @@ def test_recalibrated_statistics_are_those_of_attacker_images(
     if text != "average_models":
         unchanged = run(f"{text}{join}bn=kept", module, tiny_task).model.state_dict()
         assert all(torch.equal(unchanged[n], t) for n, t in state.items() if "running" in n)
+
+
+def silent_units(model: nn.Module, suffix: str) -> set[int]:
+    """Return the units of one direction of a first layer whose rows and biases are 0 in every gate."""
+    module = model.get_submodule("encoder.rnn")
+    parts = [
+        module.get_parameter(f"{part}_l0{suffix}")
+        for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    ]
+    rows = torch.cat([p.reshape(len(p), -1) for p in parts], 1).reshape(gate_count(module), 16, -1)
+    return set(torch.nonzero((rows == 0).all(2).all(0)).flatten().tolist())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bilstm", "lstm", "gru"])
+@pytest.mark.parametrize("by", ["activity", "norm"])
+def test_prune_channels_silences_least_active_units(name: str, by: str) -> None:
+    model, task = text_network(name), text_task()
+    for suffix in ("", "_reverse")[: 1 + (name == "bilstm")]:
+        model.get_parameter(f"encoder.rnn.weight_ih_l0{suffix}").reshape(-1, 16, 8)[:, [3, 7, 8, 12]] *= 0.01
+        model.get_parameter(f"encoder.rnn.weight_hh_l0{suffix}").reshape(-1, 16, 16)[:, [3, 7, 8, 12]] *= 0.01
+        for part in ("bias_ih", "bias_hh"):
+            model.get_parameter(f"encoder.rnn.{part}_l0{suffix}").reshape(-1, 16)[:, [3, 7, 8, 12]] *= 0.01
+    pruned = run(f"prune_channels:ratio=0.25,by={by}", model, task).model
+    tokens = task.splits["test"].batch(torch.arange(20)).inputs
+    (outputs,) = forward_to_taps(pruned, tokens, ["encoder"])
+    for number, suffix in enumerate(("", "_reverse")[: 1 + (name == "bilstm")]):
+        assert silent_units(pruned, suffix) == {3, 7, 8, 12}
+        silent = torch.tensor([3, 7, 8, 12]) + 16 * number
+        assert (outputs[:, :, silent] == 0).all() and (outputs != 0).any()
+
+
+def test_fine_prune_channels_keeps_units_silent_and_tunes_others() -> None:
+    model, task = text_network(), text_task()
+    pruned = run("prune_channels:ratio=0.25", model, task).model
+    tuned = run("fine_prune_channels:ratio=0.25,epochs=1,batch=16", model, task).model
+    for suffix in ("", "_reverse"):
+        assert silent_units(tuned, suffix) == silent_units(pruned, suffix)
+        assert len(silent_units(tuned, suffix)) == 4
+    assert "encoder.rnn.weight_ih_l0" in changed_parameters(pruned, tuned)
+
+
+def test_prune_channels_of_linear_network_is_not_applicable(tiny_task: Task) -> None:
+    dense = nn.Sequential(nn.Flatten(), nn.Linear(24 * 24, 4)).eval()
+    with pytest.raises(NotApplicableError, match="no recurrent layer"):
+        run("prune_channels", dense, tiny_task)

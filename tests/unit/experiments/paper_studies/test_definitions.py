@@ -46,6 +46,31 @@ def test_overwriting_runs_epochs_of_the_paper_with_both_adversaries() -> None:
     assert len(both) == 8
 
 
+def test_ablation_of_preset_and_spread_head_switches_their_regularisers() -> None:
+    cells = embeddings_of(study(heads="paper,spread", task="sst2", seeds=1))
+    switched = [(c.preset, c.head, c.model, c.lambda1, c.lambda2) for c in cells]
+    assert sorted(switched) == sorted(
+        [("paper", "free", "bilstm", a, b) for a in (0, 0.1) for b in (0, 0.1)]
+        + [("spread", "spread", "bilstm", a, b) for a in (0, 3) for b in (0, 1)]
+    )
+    assert {c.phase2.distillation for c in cells if c.head == "free"} == {0}
+    assert {c.r_func for c in cells if c.head == "spread"} == {"responses"}
+    assert [c.head for c in embeddings_of(study(heads="spread", seeds=1))] == ["spread"] * 4
+
+
+def test_overwriting_of_preset_and_spread_head_equals_their_defaults() -> None:
+    settings = study(study="overwriting", heads="paper,spread", task="files", seeds=1)
+    cells = {cell.head: cell for cell in embeddings_of(settings)}
+    for head, cell in cells.items():
+        preset = "paper" if head == "free" else "spread"
+        same = {"workers": 0, "insecure_test_key": True, "width": 16, "task": "files"}
+        expected = EmbedSettings.of({**same, "preset": preset}).with_defaults()
+        assert cell.flat_dump() == expected.flat_dump(), head
+    plans = parse_attacks(definitions.sweep_settings(settings).attacks)
+    assert [plan.name for plan in plans] == ["overwrite"] * 4
+    assert all("head=same" in plan.parameters for plan in plans), "the attacker has the owner's head"
+
+
 def test_attacks_study_runs_all_attacks_on_both_heads_with_and_without_r_da() -> None:
     settings = study(study="attacks")
     cells = embeddings_of(settings)

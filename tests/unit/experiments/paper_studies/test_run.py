@@ -115,6 +115,13 @@ def test_random_keys_resumed_after_interruption_measure_all_keys(
         run.run_study(study("random_keys", storage=str(tmp_path), resume="t"))
 
 
+@pytest.mark.parametrize("name", ["random_keys", "attacks", "perturbation_ablation"])
+def test_preset_paper_is_refused_by_studies_of_other_heads(name: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="heads: Only ablation and overwriting"):
+        run.run_study(study(name, heads="paper", storage=str(tmp_path / "new")))
+    assert not (tmp_path / "new").exists()
+
+
 def test_random_keys_with_overrides_raises_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="set: This study embeds no watermark"):
         run.run_study(study("random_keys", set=["phase2.steps=3"], storage=str(tmp_path / "new")))

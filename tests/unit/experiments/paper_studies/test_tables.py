@@ -59,6 +59,34 @@ def test_overwriting_table_compares_with_values_of_the_paper() -> None:
     assert table_rows[1]["bits left"] == 250
 
 
+@pytest.mark.parametrize(
+    ("task", "dataset", "values"),
+    [
+        ("sst2@0.5", "SST", [2.5, 2.5]),
+        ("sst5", "SST", [2.5, 2.5]),
+        ("imdb@0.05", "IMDb", [3.0, 3.0]),
+        ("files", "VirusShare", [0.0, 0.5]),
+        ("voc", "VOC", [1.3, 2.1]),
+        ("digits", None, [None, None]),
+    ],
+)
+def test_overwriting_table_names_the_data_of_the_paper(
+    task: str, dataset: str | None, values: list[float | None]
+) -> None:
+    columns = {f"wm overwrite epochs={e} head=same n=0": 0.99 for e in (50, 350)}
+    common = {"status": "ok", "wm_accuracy": 1.0, "seed": 1, "task": task, **columns}
+    rows = [{**common, "head": "free", "preset": "paper"}, {**common, "head": "spread"}]
+    table_rows = table(study("overwriting"), rows)
+    assert [r["owner's head"] for r in table_rows] == ["paper", "paper", "spread", "spread"]
+    assert [r["the paper"] for r in table_rows] == values * 2
+    assert {r["the paper's data"] for r in table_rows} == {dataset}
+
+
+def test_ablation_table_separates_preset_and_heads() -> None:
+    rows = [ablation_row(0.4, head="free", preset="paper"), ablation_row(0.4, head="free")]
+    assert [r["head"] for r in table(study("ablation"), rows)] == ["free", "paper"]
+
+
 def test_attack_table_has_means_per_variant_and_attack() -> None:
     rows = [
         {"status": "ok", "lambda2": 1.0, "seed": i, "wm_accuracy": 1.0, "evidence_bits": 1000.0 + i,
