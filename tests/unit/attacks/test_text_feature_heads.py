@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,11 +13,18 @@ from torch import nn
 import mtlsign
 from mtlsign.attacks import AttackerResources
 from mtlsign.attacks.decorrelation import decorrelate
+from mtlsign.errors import ArtifactError
+from mtlsign.models.architectures import default_taps
 from mtlsign.schemes.mtlsign import MTLSignKey
 from mtlsign.watermark.embedding.result import EmbeddingResult
 from mtlsign.watermark.keys.identity import Identity
+from mtlsign.watermark.keys.spec import WordCarrierSpec
 from mtlsign.watermark.kit import detector_for_kit
 from mtlsign.watermark.verification.algorithm import verify
+from mtlsign.watermark.verification.compute_budget import check_claim_budget
+from mtlsign.watermark.verification.conv_model import ConvVerifierModel
+from mtlsign.watermark.verification.readouts import require_known_words
+from mtlsign.watermark.verification.reference import Reference
 from tests.unit.attacks.helpers import run
 from tests.unit.attacks.text_examples import (
     marked_text_network,
@@ -26,16 +34,16 @@ from tests.unit.attacks.text_examples import (
 )
 
 HEADS: dict[str, dict[str, Any]] = {
-    "keyed": {"preset": "keyed", "lambda2": 1.0, "phase2.steps": 60, "phase2.lr": 0.01},
-    "free": {"preset": "paper", "lambda1": 0.001, "lambda2": 0.1, "phase2.steps": 60, "phase2.lr": 0.01},
+    "keyed": {"preset": "keyed", "lambda2": 1.0, "phase2.steps": 100, "phase2.lr": 0.01},
+    "free": {"preset": "paper", "lambda1": 0.001, "lambda2": 0.1, "phase2.steps": 100, "phase2.lr": 0.01},
 }
 #: Attacks, and the bits of 128 that each leaves at least.
 FEWEST = {
-    "ftal:epochs=1,batch=32,lr=0.001": 115, "prune:ratio=0.3": 110, "prune_channels:ratio=0.1": 90,
-    "fine_prune_channels:ratio=0.1,epochs=1,batch=32": 85, "int8": 125, "recurrent_symmetries": 128,
+    "ftal:epochs=1,batch=32,lr=0.001": 115, "prune:ratio=0.3": 115, "prune_channels:ratio=0.1": 115,
+    "fine_prune_channels:ratio=0.1,epochs=1,batch=32": 115, "int8": 125, "recurrent_symmetries": 128,
     "permute_vocabulary": 128, "recurrent_symmetries+permute_vocabulary": 128,
-    "overwrite:epochs=2,n=128,images=16": 100, "spoil:steps=3,batch=16": 70,
-    "decorrelate:steps=2,codes=16,batch=16": 85,
+    "overwrite:epochs=2,n=128,images=16": 115, "spoil:steps=3,batch=16": 115,
+    "decorrelate:steps=2,codes=16,batch=16": 115,
 }  # fmt: skip
 
 
@@ -48,10 +56,10 @@ def marked(head: str) -> tuple[nn.Module, EmbeddingResult]:
 def test_embedding_is_read_by_verifier_without_owner(head: str) -> None:
     model, result = marked(head)
     assert result.kit.opening.parse().taps == ("encoder",)
-    assert result.verdict.status == ("accepted" if head == "keyed" else "needs_commitment")
     detector = detector_for_kit(result.kit, None)
-    assert verify(model.state_dict(), detector).matches == result.verdict.matches >= 125
-    assert verify(text_network(seed=5).state_dict(), detector).status != "accepted"
+    verdict = verify(model.state_dict(), detector, bits=60)
+    assert verdict.status == ("accepted" if head == "keyed" else "needs_commitment")
+    assert verdict.matches == result.verdict.matches >= 120
     if head == "keyed":
         assert abs(result.verdict.controls["w0"][0] - 0.5) < 0.2
         assert verify(text_network(seed=5).state_dict(), detector).status == "unrelated"
@@ -115,3 +123,30 @@ def test_several_readouts_share_one_network_of_texts() -> None:
     changed = run("recurrent_symmetries", model, text_task(), seed=4).model
     assert result.verdict.n == 256
     assert verify(changed.state_dict(), detector).matches == result.verdict.matches
+
+
+def test_budget_counts_recurrent_layers_on_all_key_sequences() -> None:
+    spec = marked("keyed")[1].kit.opening.parse()
+    length, hidden, inputs = 8, 16, 8
+    directions, gates, operations = 2, 4, 2
+    products = directions * gates * hidden * (inputs + hidden) * operations * length * spec.n
+    assert check_claim_budget(spec) * 1e9 >= products
+
+
+def test_reference_with_fewer_words_than_the_carrier_is_refused() -> None:
+    result = marked("keyed")[1]
+    reference = Reference.from_bytes(result.kit.reference)
+    spec = result.kit.opening.parse()
+    carrier = spec.carrier
+    assert isinstance(carrier, WordCarrierSpec) and carrier.base == 78
+    model = ConvVerifierModel(text_network(), ("encoder",), reference, torch.ones(2, 8, dtype=torch.int64))
+    assert model.known_ids == 80
+    require_known_words(spec, model)
+    with pytest.raises(ArtifactError, match="vectors of 80 ids"):
+        require_known_words(replace(spec, carrier=replace(carrier, base=79)), model)
+
+
+def test_default_taps_of_texts_are_the_recurrent_layers() -> None:
+    sample = torch.ones(2, 8, dtype=torch.int64)
+    for kind in ("spread", "keyed", "free"):
+        assert default_taps(text_network(), kind, sample) == ("encoder",)  # type: ignore[arg-type]
