@@ -54,7 +54,7 @@ class ReproduceSettings(RunStorage, RunPlacement, TaskData, Settings):
     task: str = Field("fashion-mnist", min_length=1, max_length=200, description="primary task")
     model: str | None = Field(None, min_length=1, max_length=200, description="model [resnet18, texts bilstm]")
     width: int | None = Field(16, ge=4, le=MAX_WIDTH, description="channels of the first stage; 64 is full size")
-    heads: str = Field("free,keyed", pattern=r"^(free|keyed|spread|paper|free,keyed|keyed,free|paper,spread|spread,paper)$", description="heads to study: free, keyed, spread, free and keyed; ablation, overwriting: also paper (the preset of this name), or paper and spread; with --resume give these again")
+    heads: str = Field("free,keyed", pattern=r"^(free|keyed|spread|paper|free,keyed|keyed,free|paper,spread|spread,paper)$", description="heads to study: free, keyed, spread, free and keyed; ablation, overwriting: also paper (the preset of this name), or paper and spread")
     seeds: int = Field(3, ge=1, le=1000, description="repetitions, each with its own W0, key and attackers")
     epochs: str = Field("50/150/250/350", pattern=r"^\d{1,4}(/\d{1,4}){0,9}$", description="overwriting: epochs")
     units: Literal["channels", "weights"] = Field("channels", description="ablation: units that NP and FP prune; the paper names neurons")

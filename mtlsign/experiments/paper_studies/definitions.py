@@ -112,10 +112,14 @@ _SHARED_SETTINGS = (
 )
 
 
-def sweep_settings(settings: ReproduceSettings) -> SweepSettings:
+def sweep_settings(settings: ReproduceSettings, *, stored_space: str | None = None) -> SweepSettings:
     """Return the settings of the sweep that a study consists of (all studies but `random_keys`).
 
     For a resumed study only the settings given explicitly are passed on; the others are those of its run.
+
+    Args:
+        settings: the settings.
+        stored_space: the space of the run to resume, which determines its heads.
     """
     values = {name: getattr(settings, name) for name in _SHARED_SETTINGS}
     values = {name: value for name, value in values.items() if value is not None}
@@ -129,9 +133,11 @@ def sweep_settings(settings: ReproduceSettings) -> SweepSettings:
             "num_samples": {"seeds"},
         }
         derived = {name: value for name, value in derived.items() if explicit & sources[name]}
-    return SweepSettings.of(
-        {**values, **derived, "space": _space_name(settings), "json": settings.json_output}
-    )
+    space = _space_name(settings)
+    if stored_space is not None and "heads" not in settings.model_fields_set:
+        is_of_study = stored_space.startswith(f"{__name__}:{settings.study}_")
+        space = stored_space if is_of_study else space
+    return SweepSettings.of({**values, **derived, "space": space, "json": settings.json_output})
 
 
 def _overrides(settings: ReproduceSettings) -> list[str]:

@@ -17,12 +17,14 @@ from mtlsign.experiments.sweeps.cell import CLEAN, train_shared_clean_model
 from mtlsign.experiments.sweeps.run import run_sweep_job
 from mtlsign.experiments.sweeps.space import Cell
 from mtlsign.reports.tables import csv_of
-from mtlsign.storage.json_io import parse_bounded_json
-from mtlsign.storage.run_folder import RunFolder
+from mtlsign.storage.json_io import parse_bounded_json, read_json_object
+from mtlsign.storage.locations import open_storage
+from mtlsign.storage.model_folder import RUNS
+from mtlsign.storage.run_folder import SETTINGS_FILE, RunFolder
 from mtlsign.storage.safetensors_io import parse_safetensors
 
 TABLE, TEXT, STUDY, RESULT = "study.csv", "study.md", "study.json", "result.json"
-_ACCURACIES_LIMIT, _KEYS_LIMIT = 2**26, 2**21
+_ACCURACIES_LIMIT, _KEYS_LIMIT, _SETTINGS_LIMIT = 2**26, 2**21, 2**20
 #: Number of bits of the watermark, by head.
 _BITS = {"spread": 1024, "keyed": 1024, "free": 600}
 
@@ -60,11 +62,22 @@ def run_study(
         table_rows.extend(tables.table(settings, rows))
         return _files(table_rows)
 
-    result = run_sweep_job(
-        definitions.sweep_settings(settings), make_backend(log), log=log, extra_files=extra_files
-    )
+    sweep = definitions.sweep_settings(settings, stored_space=_stored_space(settings))
+    result = run_sweep_job(sweep, make_backend(log), log=log, extra_files=extra_files)
     table_location = result["result"].removesuffix(RESULT) + TABLE
     return _study_result(settings, table_rows, table_location, result["result"])
+
+
+def _stored_space(settings: ReproduceSettings) -> str | None:
+    """Return the space of the run to resume; None for a new or unknown run."""
+    if settings.resume is None:
+        return None
+    runs = open_storage(settings.storage, endpoint=settings.endpoint).child(RUNS, private=True)
+    folder = runs.child(settings.resume)
+    if not folder.exists(SETTINGS_FILE):
+        return None
+    stored = read_json_object(folder.read(SETTINGS_FILE, _SETTINGS_LIMIT), SETTINGS_FILE).get("space")
+    return stored if isinstance(stored, str) else None
 
 
 def _files(rows: Sequence[Row]) -> dict[str, bytes]:

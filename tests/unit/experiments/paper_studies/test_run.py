@@ -75,6 +75,19 @@ def test_run_study_is_resumed_by_name_alone(tmp_path: Path, monkeypatch: pytest.
     ]
 
 
+@pytest.mark.usefixtures("_tiny_task")
+def test_resumed_study_has_the_heads_of_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common: dict[str, Any] = {"storage": str(tmp_path), "workers": 0}
+    options = {"heads": "paper,spread", "seeds": 1, "epochs": "2", "set": TINY, "run": "a"}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mtlsign.experiments.sweeps.backend.LocalSweepBackend.run_cells", _interrupt)
+        run.run_study(study("overwriting", **common, **options))
+    with pytest.raises(SettingsError, match="space"):
+        run.run_study(study("ablation", **common, resume="a"))
+    result = run.run_study(study("overwriting", **common, resume="a"))
+    assert [row["owner's head"] for row in result["rows"]] == ["paper", "spread"]
+
+
 @property  # type: ignore[misc]
 def _short_training(cell: Any) -> EmbedSettings:
     changes = {"phase1.epochs": 1, "phase1.batch": 16, "workers": 0}
