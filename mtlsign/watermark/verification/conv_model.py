@@ -169,6 +169,8 @@ class ConvVerifierModel:
     ) -> EmbeddingFrame | None:
         """Return the frame of the word vectors, and take these from the reference; None without any."""
         self.known_ids: int | None = None
+        if sample.is_floating_point():  # images have no embedding
+            return None
         frame = embedding_frame(template_model, self.taps, sample, reference.tensors)
         if frame is None or not frame.readers:
             return None
