@@ -110,6 +110,8 @@ class AttackerResources:
         training_optimizer: optimizer with which it was trained.
         key: the owner's opened key; only key-aware attacks use it.
         other_models: state dicts of other models marked from the same W0, with the marked model's names.
+        public_base: state dict of a public model from which the marked one was fine-tuned, with its names; it
+            may lack tensors.
         on_step: called with (step, steps) during training.
         scheme: watermarking scheme of `key`, and of the attacker's own keys.
     """
@@ -119,6 +121,7 @@ class AttackerResources:
     training_optimizer: Literal["sgd", "adam"] = "sgd"
     key: SchemeKey | None = field(default=None, repr=False)
     other_models: Sequence[State] = field(default=(), repr=False)
+    public_base: State | None = field(default=None, repr=False)
     on_step: Callable[[int, int], None] = field(default=lambda step, steps: None, repr=False)
     scheme: WatermarkScheme[Any] = field(default_factory=default_scheme, repr=False)
 

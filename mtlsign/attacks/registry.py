@@ -26,6 +26,7 @@ from mtlsign.attacks import (
     weight_noise,
 )
 from mtlsign.attacks.base import Attack, AttackerResources, AttackOutcome
+from mtlsign.attacks.pretrained_attacks import PRETRAINED_ATTACKS
 from mtlsign.attacks.text_attacks import TEXT_ATTACKS
 from mtlsign.attacks.toolbox_attacks import TOOLBOX_ATTACKS
 from mtlsign.tasks import Task
@@ -225,6 +226,7 @@ _ALL = (
         fast=("which=inner/both",),
     ),
     *TEXT_ATTACKS,
+    *PRETRAINED_ATTACKS,
     *TOOLBOX_ATTACKS,
     Attack(
         "transpose_input",

@@ -67,6 +67,7 @@ def run_attack(
         training_optimizer=target.optimizer,
         key=key,
         other_models=[parse_safetensors(data) for data in target.other_marked_models],
+        public_base=None if target.public_base is None else parse_safetensors(target.public_base),
         on_step=on_step or (lambda *_: None),
         scheme=scheme,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from torch import nn
 from mtlsign.config.attack import AttackSettings
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import DataError, ModelError, SettingsError
+from mtlsign.experiments.attack_runs.public_base import load_public_base
 from mtlsign.models import architectures
 from mtlsign.models.factories import trusted_factories
 from mtlsign.models.families.custom import factory_path
@@ -50,6 +51,7 @@ class AttackTarget:
         other_marked_models: safetensors bytes of other models marked from the same W0.
         min_evidence_bits: evidence in bits at which a claim is accepted.
         tokenizer: tokenizer.json of a pretrained model, for text tasks.
+        public_base: safetensors bytes of a public base model that the attacker knows; None without one.
     """
 
     tensors: bytes = field(repr=False)
@@ -66,11 +68,13 @@ class AttackTarget:
     min_evidence_bits: float
     optimizer: Literal["sgd", "adam"] = "sgd"
     tokenizer: Path | None = None
+    public_base: bytes | None = field(default=None, repr=False)
 
     @property
     def digest(self) -> str:
         """Digest of everything that is attacked (64 hex), for stored rows. It does not reveal the key."""
         parts = [self.tensors, self.secret, *self.other_marked_models]
+        parts += [] if self.public_base is None else [b"public base", self.public_base]
         fields = [self.task, self.split_seed, dict(self.architecture)]
         parts.append(json.dumps(fields, sort_keys=True).encode())
         digests = b"".join(hashlib.sha256(part).digest() for part in parts)
@@ -148,7 +152,7 @@ def _cached_task(name: str, data: Path | None, download: bool, tokenizer: Path |
 
 
 def load_target(settings: AttackSettings) -> AttackTarget:
-    """Read the model, its kit and the other marked models; nothing is written.
+    """Read the model, its kit, the other marked models and the public base; nothing is written.
 
     Raises:
         MTLSignError: an input is missing, damaged, not trusted, or does not match the others.
@@ -163,7 +167,7 @@ def load_target(settings: AttackSettings) -> AttackTarget:
     stored = model.config.get("architecture")
     architecture = stored if isinstance(stored, dict) else kit.opening.parse().architecture
     task = settings.task or _task_name(model, kit)
-    return AttackTarget(
+    target = AttackTarget(
         tensors=serialize_safetensors(model.tensors),
         kit=kit,
         architecture=architecture,
@@ -182,6 +186,10 @@ def load_target(settings: AttackSettings) -> AttackTarget:
         optimizer=_training_optimizer(kit, task),
         tokenizer=settings.tokenizer,
     )
+    if settings.public_base is None:
+        return target
+    base = load_public_base(settings.public_base, target.network())
+    return replace(target, public_base=serialize_safetensors(base))
 
 
 def _split_seed(settings: AttackSettings, kit: OwnerKit) -> int:

@@ -25,7 +25,7 @@ QUICK = {
     "ambiguity_trained_head": "steps=5,hidden=4", "average_models": "copies=1",
     "mix_input": "kind=negate", "turn_input": "kind=transposed",
     "prune_to_accuracy_drop": "points=50", "tune": "steps=3,batch=16", "relearn": "epochs=1,batch=16",
-    "neural_cleanse": "steps=1,epochs=1,batch=16",
+    "neural_cleanse": "steps=1,epochs=1,batch=16", "merge_models": "epochs=1,batch=16,weight=0.3",
 }  # fmt: skip
 #: Attacks on networks of texts, on transformers and on detectors.
 NOT_FOR_IMAGES = {
@@ -34,6 +34,9 @@ NOT_FOR_IMAGES = {
     "attention_symmetries",
     "rotate_stream",
     "dummy_block",
+    "lora_tune",
+    "prune_activations",
+    "drop_layers",
     "ftdet",
 }
 #: Attacks on models with outputs besides the task's classes.
@@ -50,6 +53,7 @@ TRAINING = (
         "spoil",
         "decorrelate",
         "reinit_early_layers",
+        "merge_models",
     ),
     "ambiguity_trained_head",
 )
@@ -64,10 +68,11 @@ def test_attack_runs_twice_alike_and_leaves_marked_model_unchanged(
     before = copy.deepcopy(marked_module.state_dict())
     others = [{n: t + 0.01 if t.is_floating_point() else t for n, t in before.items()}]
     rng_state = torch.random.get_rng_state()
-    first = run(text, marked_module, tiny_task, seed=3, key=key, other_models=others)
+    resources = {"key": key, "other_models": others, "public_base": others[0]}
+    first = run(text, marked_module, tiny_task, seed=3, **resources)
     assert torch.equal(rng_state, torch.random.get_rng_state()), "the caller's generator moved"
     assert all(torch.equal(t, before[n]) for n, t in marked_module.state_dict().items())
-    second = run(text, marked_module, tiny_task, seed=3, key=key, other_models=others)
+    second = run(text, marked_module, tiny_task, seed=3, **resources)
     state = first.model.state_dict()
     assert all(torch.equal(t, state[n]) for n, t in second.model.state_dict().items())
     assert not first.model.training and (first.steps, first.images) == (second.steps, second.images)

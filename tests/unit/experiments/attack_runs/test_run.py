@@ -215,6 +215,7 @@ def test_failed_or_diverged_attack_is_a_row(job: JobRunner, monkeypatch: pytest.
         (("--kit", "nowhere"), "nowhere"),
         (("--task", "digits"), "task: The task has 10 classes, the model 4"),
         (("--other-marked-models", "nowhere"), "nowhere"),
+        (("--public-base", "nowhere"), "nowhere"),
         (("--resume", "absent"), "resume: There is no run 'absent'"),
         (("--extra-data-fraction", "2"), "extra-data-fraction"),
         (("--trusted-factory", "x"), "trusted-factory"),
