@@ -118,6 +118,7 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
     stem: Literal["stock", "cifar"] | None = Field(None, description="7x7 stride 2 with pooling, or 3x3 stride 1")
     weights: str | None = Field(None, max_length=4096, description="trained checkpoint (.safetensors, Hugging Face folder, .pt or .ckpt of tensors) or 'pretrained' (timm); skips phase 1")
     weights_key: str | None = Field(None, min_length=1, max_length=200, description="entry of the checkpoint with the weights, such as state_dict_ema, or the prefix of their names [the weights as trained]")
+    adapter: str | None = Field(None, min_length=1, max_length=4096, description="LoRA of the library peft (folder) for the model of --weights or of hf:FOLDER; skips phase 1, and phase 2 trains its factors alone")
     base_kit: str | None = Field(None, max_length=4096, description="owner kit with a spread head whose W0 is marked again, for another recipient; skips phase 1")
     name: str | None = Field(None, min_length=1, max_length=128, description="name of the model in the spec")
     # key set, head, taps
@@ -190,6 +191,8 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
             )
         if self.keys > 1 and self.head == "free":
             raise SettingsError("A free head has one key. Choose --head spread or keyed.", field="keys")
+        if self.base_kit is not None and self.adapter is not None:
+            raise SettingsError("Give either an adapter or a kit with W0, not both.", field="adapter")
         if self.base_kit is not None and self.weights is not None:
             raise SettingsError("Give either a checkpoint or a kit with W0, not both.", field="base-kit")
         if self.phase1.initial_weights and (self.weights or self.base_kit):

@@ -6,16 +6,19 @@ The rules are those of peft for LoRA: W + B·A·alpha/r, or alpha/√r. Nothing 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mtlsign.errors import ModelError
+from mtlsign.errors import ArtifactError, ModelError
 from mtlsign.models.checkpoints import FLOATS, read_checkpoint
 from mtlsign.models.derived_weights.low_rank import adapter_product
+from mtlsign.models.families import translation_of
 from mtlsign.storage.json_io import read_json_object
+from mtlsign.storage.safetensors_io import serialize_safetensors
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -23,6 +26,100 @@ _PREFIX = "base_model.model."
 #: Largest rank and alpha.
 _MAX_RANK, _MAX_ALPHA = 65_536, 1e6
 _DOWN, _UP = "lora_A.weight", "lora_B.weight"
+
+
+@dataclass(frozen=True)
+class LowRankAdapter:
+    """Adapter of low rank for the matrices of a network: W + scale·B·A.
+
+    Attributes:
+        factors: name of a weight in the network -> A float [r, in] and B float [out, r].
+        complete: name in the network -> tensor of a layer that was trained as a whole.
+        sources: name in the network -> name in the adapter's file, without `.lora_A.weight` for factors.
+        scale: factor of the products.
+        config: content of adapter_config.json.
+    """
+
+    factors: Mapping[str, tuple[Tensor, Tensor]] = field(repr=False)
+    complete: Mapping[str, Tensor] = field(repr=False)
+    sources: Mapping[str, str] = field(repr=False)
+    scale: float
+    config: bytes = field(repr=False)
+
+    def merged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of a network that holds the base, with the adapter merged into them.
+
+        Raises:
+            ModelError: the adapter does not fit the network.
+        """
+        merged = {**tensors, **self.complete}
+        for name, (down, up) in self.factors.items():
+            merged[name] = _sum(merged[name], down, up, self.scale)
+        return merged
+
+    def files(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, bytes]:
+        """Return the files of an adapter folder with other factors of the same shapes, by name."""
+        tensors = {self.sources[name]: tensor for name, tensor in self.complete.items()}
+        for name, (down, up) in factors.items():
+            for suffix, factor, original in zip((_DOWN, _UP), (down, up), self.factors[name], strict=True):
+                stored = factor.detach().cpu().to(original.dtype).contiguous()
+                tensors[f"{self.sources[name]}.{suffix}"] = stored
+        return {CONFIG: self.config, _WEIGHTS[0]: serialize_safetensors(tensors)}
+
+
+def read_adapter(folder: Path, names: Collection[str]) -> LowRankAdapter:
+    """Read an adapter of the library peft for a network.
+
+    Args:
+        folder: with `adapter_config.json` and the adapter's weights.
+        names: names of the network's tensors; the adapter may have those of other libraries.
+
+    Raises:
+        ModelError: a file is missing or damaged, or the adapter is of another kind or another model.
+    """
+    folder = folder.expanduser()
+    if not is_adapter(folder):
+        raise ModelError(f"{folder} has no {CONFIG}. Give the folder of an adapter.", field="adapter")
+    try:
+        config = (folder / CONFIG).read_bytes()
+        scale = _scale(read_json_object(config, CONFIG), folder)
+    except (ArtifactError, OSError) as error:
+        raise ModelError(f"{folder / CONFIG} cannot be read ({error}).", field="adapter") from None
+    tensors = dict(read_checkpoint(_weights_file(folder)).tensors)
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    complete: dict[str, Tensor] = {}
+    sources: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        layer = name.removesuffix(f".{_DOWN}")
+        if name.endswith(_UP):
+            continue
+        if layer == name:
+            target = _network_name(name, names)
+            complete[target] = tensor
+        elif f"{layer}.{_UP}" in tensors:
+            target = _network_name(f"{layer}.weight", names)
+            factors[target] = (tensor, tensors[f"{layer}.{_UP}"])
+        else:
+            raise ModelError(f"{name[:80]!r} has no second factor. Save the adapter again.", field="adapter")
+        sources[target] = layer
+    if not factors:
+        raise ModelError(f"{folder} has no factors of low rank. Save the adapter again.", field="adapter")
+    return LowRankAdapter(factors, complete, sources, scale, config)
+
+
+def _network_name(name: str, names: Collection[str]) -> str:
+    """Return the network's name of a tensor that an adapter changes."""
+    plain = name.removeprefix(_PREFIX)
+    translation = translation_of(plain)
+    return _target(plain if translation is None else translation.target, names)
+
+
+def _weights_file(folder: Path) -> Path:
+    """Return the file with an adapter's weights. Raises `ModelError` if there is none."""
+    path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        raise ModelError(f"{folder} has no {_WEIGHTS[0]}. Fetch the adapter again.", field="source")
+    return path
 
 
 def is_adapter(folder: Path) -> bool:
@@ -41,9 +138,7 @@ def merge_adapter(folder: Path, base: Path | None) -> dict[str, Tensor]:
         ModelError: a file is missing or damaged, or the adapter is of another kind or another model.
     """
     scale = _scale(read_json_object((folder / CONFIG).read_bytes(), CONFIG), folder)
-    path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
-    if path is None:
-        raise ModelError(f"{folder} has no {_WEIGHTS[0]}. Fetch the adapter again.", field="source")
+    path = _weights_file(folder)
     if base is None and not any(folder.glob("model*.safetensors*")):
         raise ModelError(
             f"{folder} holds an adapter alone. Pass the model that it changes with --base.", field="base"
@@ -72,7 +167,7 @@ def _sum(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     return (weight.double() + scale * product).to(weight.dtype)
 
 
-def _target(name: str, tensors: Mapping[str, Tensor]) -> str:
+def _target(name: str, tensors: Collection[str]) -> str:
     """Return the name of a model's tensor, which can have a prefix in one of the two files."""
     if name in tensors:
         return name

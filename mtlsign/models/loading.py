@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mtlsign.config.embed import PRETRAINED, EmbedSettings
 from mtlsign.errors import ModelError
 from mtlsign.models import architectures, pretrained_transformer
+from mtlsign.models.adapters import LowRankAdapter, read_adapter
 from mtlsign.models.checkpoints import load_checkpoint
 from mtlsign.models.factories import Factory, load_factory
 from mtlsign.models.families import custom, family_of
@@ -135,7 +136,9 @@ def load_initial_weights(
     *,
     log: Callable[[str], None] = lambda _: None,
 ) -> Tensors:
-    """Load W0 from a trained checkpoint, or from timm's pretrained weights.
+    """Load W0 from a trained checkpoint or from timm's pretrained weights, with the adapter merged into it.
+
+    With an adapter and without `--weights`, the base is that of `--model hf:FOLDER`.
 
     Args:
         settings: settings of the job.
@@ -146,7 +149,9 @@ def load_initial_weights(
         ModelError: the weights are unavailable or do not fit the architecture.
     """
     model = architectures.build(architecture, factories=custom_factories(architecture))
-    if settings.weights == "pretrained":
+    if settings.weights is None:
+        _load_base(model, settings)
+    elif settings.weights == "pretrained":
         load_pretrained(model, architecture)
     else:
         try:
@@ -154,7 +159,25 @@ def load_initial_weights(
         except ModelError as error:
             field = error.field if error.field == "weights-key" else "weights"
             raise ModelError(error.detail, field=field) from None
-    return cpu_state(model)
+    tensors = cpu_state(model)
+    adapter = load_adapter(settings, tensors)
+    return tensors if adapter is None else adapter.merged(tensors)
+
+
+def load_adapter(settings: EmbedSettings, names: Collection[str]) -> LowRankAdapter | None:
+    """Return the adapter of the settings for a network with tensors of these names; None without one."""
+    return None if settings.adapter is None else read_adapter(Path(settings.adapter), names)
+
+
+def _load_base(model: nn.Module, settings: EmbedSettings) -> None:
+    """Load the pretrained base of an adapter. Raises `ModelError` for outputs that it does not have."""
+    has_own_outputs = getattr(getattr(model, "shape", None), "pooling", "") == "tokens"
+    if not (settings.model or "").startswith(PRETRAINED) or not has_own_outputs:
+        raise ModelError(
+            "The adapter changes a model whose weights are not given. Pass them with --weights.",
+            field="adapter",
+        )
+    initialize_pretrained(model, settings)
 
 
 def load_pretrained(model: nn.Module, architecture: Mapping[str, object]) -> None:

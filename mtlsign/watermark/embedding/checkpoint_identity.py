@@ -36,14 +36,19 @@ def phase1_identity(settings: EmbedSettings) -> str:
     return _digest(settings, [name for name in PHASE1_SETTINGS if name not in optional], b"phase 1")
 
 
-def phase2_identity(settings: EmbedSettings, detector: WatermarkDetector) -> str:
+def phase2_identity(settings: EmbedSettings, detector: WatermarkDetector, *, adapter: bytes = b"") -> str:
     """Return the identity of phase 2 (64 hex): its settings and the keys, which it does not reveal.
 
     The first key is hashed itself. Further keys are represented by their bits.
+
+    Args:
+        settings: complete settings.
+        detector: the owner's detector.
+        adapter: digest of the adapter that is trained; empty without one.
     """
     names = [name for name in settings.flat_dump() if name.startswith(_PHASE2_GROUPS)]
     labels = detector.labels.cpu().numpy().tobytes()
-    return _digest(settings, [*_PHASE2_SETTINGS, *names], b"phase 2" + detector.key + labels)
+    return _digest(settings, [*_PHASE2_SETTINGS, *names], b"phase 2" + detector.key + labels + adapter)
 
 
 def with_identity(state: State, identity: str) -> State:

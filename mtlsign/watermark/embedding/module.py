@@ -13,10 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from mtlsign.config.embed import EmbedSettings
-from mtlsign.errors import ModelError
+from mtlsign.errors import ModelError, SettingsError
 from mtlsign.models.activation_checkpointing import checkpointed
 from mtlsign.models.families import custom
-from mtlsign.models.loading import cpu_state, custom_architecture_name, require_same_architecture
+from mtlsign.models.loading import (
+    cpu_state,
+    custom_architecture_name,
+    load_adapter,
+    require_same_architecture,
+)
 from mtlsign.models.preparation import Preparation, prepared, unwrapped
 from mtlsign.models.taps import eval_mode
 from mtlsign.tasks import Task, from_loaders
@@ -56,7 +61,8 @@ def embed(
         module: any network; it is changed in place and holds the marked weights afterwards.
         data: a `Task`, or loaders {"train", "test"[, "validation", "attacker", "inner"]} of (x, y) batches
             or of mappings, such as {"pixel_values", "labels"} or {"input_ids", "labels"}.
-        trained: whether the module is trained already; phase 1 is then skipped.
+        trained: whether the module is trained already; phase 1 is then skipped. With the option `adapter`
+            the module holds the base, and phase 2 trains the factors of the adapter alone.
         identity: the owner; by default that of this machine, created if there is none.
         architecture: one from the allow-list (`architectures.architecture_for`), which any verifier can
             build, or {"arch": "custom/package.module:function"}. By default it has the name of the class.
@@ -110,6 +116,11 @@ def _embed(
     factories = {} if path is None else {path: lambda: copy.deepcopy(template_model)}
     checked = partial(check_memory, settings, fields, task.input_spec, worker, factories=factories)
     rows = []
+    adapter = load_adapter(settings, network.state_dict())
+    if adapter is not None:
+        if not trained:
+            raise SettingsError("The adapter is trained already. Pass trained=True.", field="adapter")
+        network.load_state_dict(adapter.merged(network.state_dict()))
     if not trained:
         with checkpointed(network, enabled=checked(phase=1)):
             rows = train_clean_model(network, task, settings, worker)

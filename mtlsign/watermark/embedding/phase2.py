@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import DivergedError
@@ -53,7 +52,9 @@ from mtlsign.watermark.embedding.losses import (
     relative_change,
     task_distillation,
 )
+from mtlsign.watermark.embedding.low_rank import LowRankTraining
 from mtlsign.watermark.embedding.perturbations import Perturbations
+from mtlsign.watermark.embedding.trained_parameters import freeze_fixed_layers, phase2_optimizer
 from mtlsign.watermark.embedding.worker import State, WorkerContext
 from mtlsign.watermark.verification.detector import WatermarkDetector
 
@@ -64,7 +65,12 @@ _MEANS = ("wm_loss", "wm_accuracy", "snapshot_loss", "snapshot_accuracy", "disti
 
 
 def embed_watermark(
-    model: nn.Module, task: Task, detector: WatermarkDetector, settings: EmbedSettings, worker: WorkerContext
+    model: nn.Module,
+    task: Task,
+    detector: WatermarkDetector,
+    settings: EmbedSettings,
+    worker: WorkerContext,
+    low_rank: LowRankTraining | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Embed the watermark into `model`, which holds W0 at the start and W at the end.
 
@@ -78,6 +84,7 @@ def embed_watermark(
         detector: the owner's detector; a free head is trained in it.
         settings: complete settings.
         worker: this process of the phase.
+        low_rank: the adapter whose factors are trained instead of all weights.
 
     Returns:
         One row of metrics for each 50 steps, and the accuracies of W0 and W.
@@ -85,7 +92,7 @@ def embed_watermark(
     Raises:
         DivergedError: the loss or the weights are not finite.
     """
-    return _Embedding(model, task, detector, settings, worker).run()
+    return _Embedding(model, task, detector, settings, worker, low_rank).run()
 
 
 def gradient_terms(step: int, settings: EmbedSettings) -> list[tuple[float, str]]:
@@ -107,8 +114,10 @@ class _Embedding:
         detector: WatermarkDetector,
         settings: EmbedSettings,
         worker: WorkerContext,
+        low_rank: LowRankTraining | None,
     ) -> None:
         self._detector, self._settings, self._worker = detector, settings, worker
+        self._low_rank = low_rank
         self._model = model.to(worker.device).to(memory_format=memory_format_for(model)).eval()
         self._task = task.to(worker.device)
         self._teacher = copy.deepcopy(model).requires_grad_(False)
@@ -118,11 +127,13 @@ class _Embedding:
         use_batch_statistics(model, True)
         use_batch_statistics(self._teacher, True, momentum=0.0)
         self._tensors = named_tensors(model)
-        self._trained = _freeze_fixed_layers(model, detector)
+        self._trained = freeze_fixed_layers(model, detector)
+        if low_rank is not None:
+            self._trained = low_rank.attach(self._trained)
         self._base_parameters = [p for name, p in self._teacher.named_parameters() if name in self._trained]
         self._head = detector.trained_parameters
         self._steps, self._peak = require_set(settings.phase2.steps), require_set(settings.phase2.lr)
-        self._optimizer = self._make_optimizer()
+        self._optimizer = phase2_optimizer(self._trained, self._head, detector, settings, low_rank)
         self._history: list[dict[str, Any]] = []
         checkpoint = worker.load_checkpoint()
         if checkpoint is not None:
@@ -134,23 +145,11 @@ class _Embedding:
         self._means = RunningMeans(_MEANS, worker.device)
         self._started = time.monotonic()
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        """Create Adam with two groups: watermarked parameters and the head, then all other parameters."""
-        watermarked_parameters: list[Tensor] = []
-        other_parameters: list[Tensor] = []
-        for name, parameter in self._trained.items():
-            in_taps = name in self._detector.weight_shapes
-            (watermarked_parameters if in_taps else other_parameters).append(parameter)
-        scale = self._settings.phase2.other_layers_lr_scale
-        groups = [
-            {"params": [*watermarked_parameters, *self._head], "scale": 1.0},
-            {"params": other_parameters, "scale": scale},
-        ]
-        return torch.optim.Adam(groups, lr=self._peak, fused=True)
-
     def _restore(self, checkpoint: State) -> None:
-        require_identity(checkpoint, phase2_identity(self._settings, self._detector))
+        require_identity(checkpoint, self._identity)
         load_tensors(self._model, checkpoint["model"])
+        if self._low_rank is not None:
+            self._low_rank.load_state(checkpoint["adapter"])
         self._optimizer.load_state_dict(checkpoint["optimizer"])
         for parameter, state in self._optimizer.state.items():
             state |= {
@@ -170,13 +169,18 @@ class _Embedding:
             seed_torch(self._settings.seed, "mark", step, self._worker.rank)
             set_lr(self._optimizer, one_cycle(step, self._steps, self._peak))
             self._optimizer.zero_grad(set_to_none=True)
+            self._model.zero_grad(set_to_none=True)
             self._add_watermark_gradients(step)
             if self._settings.phase2.distillation or self._settings.phase2.task_loss:
                 self._add_primary_gradient(step)
             self._sum_gradients_over_ranks()
             lambda1 = require_set(self._settings.lambda1) if self._settings.r_func == "weights" else 0.0
             deviation = add_r_func_gradient(list(self._trained.values()), self._base_parameters, lambda1)
+            if self._low_rank is not None:
+                self._low_rank.set_gradients()
             self._optimizer.step()
+            if self._low_rank is not None:
+                self._low_rank.update_weights()
             if step % _PROGRESS_STEPS == _PROGRESS_STEPS - 1:
                 self._worker.show_progress(self._row(step))
             if (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == self._steps:
@@ -285,7 +289,15 @@ class _Embedding:
             "history": self._history,
             "head": [parameter.detach().cpu() for parameter in self._head],
         }
-        return with_identity(state, phase2_identity(self._settings, self._detector))
+        if self._low_rank is not None:
+            state["adapter"] = self._low_rank.state()
+        return with_identity(state, self._identity)
+
+    @property
+    def _identity(self) -> str:
+        """Identity of this phase, which its checkpoints name."""
+        adapter = b"" if self._low_rank is None else self._low_rank.digest
+        return phase2_identity(self._settings, self._detector, adapter=adapter)
 
     def _accuracies(self) -> dict[str, float]:
         """Return the metric of W0 and W on the test and validation splits, and further scores on the test."""
@@ -303,24 +315,3 @@ class _Embedding:
         # A binomial interval is meaningful for a mean over samples alone.
         is_mean = isinstance(self._task.metric("cpu"), MeanMetric)
         return accuracies | {"primary_samples": self._task.size("test"), "primary_is_mean": is_mean}
-
-
-def _freeze_fixed_layers(model: nn.Module, detector: WatermarkDetector) -> dict[str, nn.Parameter]:
-    """Freeze batch norms' weights and biases, and embeddings; return the other parameters by name.
-
-    A reference holds vectors of an embedding and of the sources of a transformer's residual stream, which
-    must not change after it is made.
-    """
-    fixed = {
-        f"{name}.{part}"
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm | nn.Embedding)
-        for part in ("weight", "bias")
-    } | set(detector.aligner.further_shapes)
-    trained = {}
-    for name, parameter in model.named_parameters():
-        if name in fixed:
-            parameter.requires_grad_(False)
-        else:
-            trained[name] = parameter
-    return trained

@@ -24,6 +24,7 @@ from mtlsign.models.loading import (
     cpu_state,
     custom_factories,
     initialize_pretrained,
+    load_adapter,
     load_initial_weights,
     load_tensors,
 )
@@ -37,6 +38,7 @@ from mtlsign.watermark.embedding.commitment import (
     validate_before_training,
 )
 from mtlsign.watermark.embedding.loop import evaluate
+from mtlsign.watermark.embedding.low_rank import LowRankTraining
 from mtlsign.watermark.embedding.memory import check_memory
 from mtlsign.watermark.embedding.phase1 import train_clean_model
 from mtlsign.watermark.embedding.phase2 import embed_watermark
@@ -127,7 +129,7 @@ def run_embedding_job(
     phase1 = stored = run.load_clean_model()
     if phase1 is None:
         validate_before_training(settings, architecture, input_spec, factories, log=log)
-        if settings.weights is not None:
+        if settings.weights is not None or settings.adapter is not None:
             phase1 = load_initial_weights(settings, architecture, log=log), []
     identity, path, created = _load_identity(settings)
     secret = EncryptionSecret.from_kit_key(identity.kit_key)
@@ -315,9 +317,12 @@ def phase2_result(
         if warning := chance_warning(accuracy, task.classes, task.size("validation")):
             row = {"phase": "mark", "step": 0, "of": settings.phase2.steps, "warning": warning}
             worker.show_progress(row)
-    rows, measured = embed_watermark(model, task, detector, settings, worker)
+    adapter = load_adapter(settings, model.state_dict())
+    low_rank = None if adapter is None else LowRankTraining(adapter)
+    rows, measured = embed_watermark(model, task, detector, settings, worker, low_rank)
+    files = {} if low_rank is None else low_rank.files()
     return Phase2Result(
-        cpu_state(model), detector.head_bytes(), rows, measured, task.model_files, task.data_digest
+        cpu_state(model), detector.head_bytes(), rows, measured, task.model_files, task.data_digest, files
     )
 
 

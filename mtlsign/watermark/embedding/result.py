@@ -17,6 +17,7 @@ from mtlsign.config.embed import EmbedSettings, public_model_name
 from mtlsign.models import architectures
 from mtlsign.models.factories import Factory
 from mtlsign.storage.base import Storage
+from mtlsign.storage.manifest import write_manifest_folder
 from mtlsign.storage.model_folder import KITS, MODELS, model_digest, write_model
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.watermark.embedding.advice import (
@@ -36,6 +37,8 @@ from mtlsign.watermark.verification.verdict import Verdict
 Tensors = dict[str, Tensor]
 Rows = list[dict[str, Any]]
 _CONTROL_KEYS = 5
+#: Folder of marked adapters in a storage.
+ADAPTERS = "adapters"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Phase2Result:
         measured: accuracies of W0 and W.
         model_files: files of the task for the public model folder.
         data_digest: SHA-256 (hex) of the task's list of samples, if it has one.
+        adapter_files: files of the marked adapter's folder; none if all weights were trained.
     """
 
     tensors: Tensors = field(repr=False)
@@ -57,6 +61,7 @@ class Phase2Result:
     measured: dict[str, float]
     model_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     data_digest: str | None = None
+    adapter_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
 
 @dataclass
@@ -72,6 +77,7 @@ class EmbeddingResult:
         history: rows of metrics of both phases.
         scores: signed scores of the marked model, W0 and an unrelated key.
         model_files: further files of the public model folder, such as a tokenizer.
+        adapter_files: files of the marked adapter's folder, if only an adapter was trained.
     """
 
     tensors: Tensors = field(repr=False)
@@ -82,9 +88,12 @@ class EmbeddingResult:
     scores: dict[str, list[float]] = field(repr=False)
     further_kits: tuple[OwnerKit, ...] = field(default=(), repr=False)
     model_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    adapter_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     def save(self, storage: Storage, secret: EncryptionSecret) -> None:
-        """Write `models/<digest>/` and `kits/<id>/` below `storage`, and add their locations to `result`.
+        """Write `models/<digest>/`, `kits/<id>/` and, if an adapter was trained, `adapters/<digest>/`.
+
+        Their locations below `storage` are added to `result`.
 
         Args:
             storage: where to write.
@@ -109,6 +118,10 @@ class EmbeddingResult:
         self.result["kit"] = first
         if further:
             self.result["further_kits"] = further
+        if self.adapter_files:
+            folder = storage.child(ADAPTERS).child(digest)
+            write_manifest_folder(folder, dict(self.adapter_files), replace_uncommitted=False)
+            self.result["adapter_path"] = folder.uri
         self.result["model_path"] = storage.child(MODELS).child(digest).uri
 
     def report(self) -> str:
@@ -177,7 +190,7 @@ def build_result(
         tensors=phase2.tensors, kit=kits[0], verdict=verdict, result=result,
         history={"phase1": rows, "phase2": phase2.rows},
         scores=_scores(detector, phase2.tensors, kept_weights), further_kits=tuple(kits[1:]),
-        model_files=phase2.model_files,
+        model_files=phase2.model_files, adapter_files=phase2.adapter_files,
     )  # fmt: skip
 
 

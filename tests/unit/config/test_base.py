@@ -220,7 +220,15 @@ def test_with_defaults_of_spread_head_fill_every_setting() -> None:
         "taps",
         "run",
     }
-    open_settings |= {"tokenizer", "carrier_size", "base_kit", "recipient", "resume", "cpus_per_worker"}
+    open_settings |= {
+        "tokenizer",
+        "carrier_size",
+        "base_kit",
+        "adapter",
+        "recipient",
+        "resume",
+        "cpus_per_worker",
+    }
     empty = {name for name, value in settings.flat_dump().items() if value is None}
     assert {name.replace("-", "_") for name in empty} <= open_settings, "a default is missing"
 

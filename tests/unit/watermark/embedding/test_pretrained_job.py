@@ -19,6 +19,7 @@ from mtlsign.config.embed import EmbedSettings, public_model_name
 from mtlsign.errors import DataError, ModelError, SettingsError
 from mtlsign.experiments.attack_runs.target import load_target
 from mtlsign.models.architectures import build
+from mtlsign.models.loading import load_initial_weights
 from mtlsign.models.pretrained_transformer import load_pretrained_transformer
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.tasks import load_task
@@ -159,6 +160,53 @@ def test_job_marks_language_model_and_its_own_file_is_verified(tmp_path: Path, o
     loaded = load_pretrained_transformer(model)
     assert loaded.network.shape.tied == 1 and "fc.weight" not in run.tensors
     assert verify(loaded.in_original_names(run.tensors), detector_for_kit(run.kit)).matches == 128
+
+
+def write_adapter(path: Path, model: Path, rank: int = 4) -> Path:
+    """Write a LoRA with random factors for every matrix of the blocks, under the names of the library."""
+    path.mkdir()
+    generator = torch.Generator().manual_seed(2)
+    tensors = {}
+    for name, tensor in parse_safetensors((model / "model.safetensors").read_bytes()).items():
+        if "_proj" in name:
+            layer = f"base_model.model.{name.removesuffix('.weight')}"
+            rows, columns = tensor.shape
+            tensors[f"{layer}.lora_A.weight"] = 0.3 * torch.randn(rank, columns, generator=generator)
+            tensors[f"{layer}.lora_B.weight"] = 0.05 * torch.randn(rows, rank, generator=generator)
+    (path / "adapter_model.safetensors").write_bytes(serialize_safetensors(tensors))
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_job_marks_adapter_of_language_model(tmp_path: Path, owner: Identity) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    owner.save(tmp_path / "identity.json", None)
+    write_texts(tmp_path)
+    folder(model, "llama", max_position_embeddings=64)
+    adapter = write_adapter(tmp_path / "adapter", model)
+    values: dict[str, Any] = {
+        "task": "lm", "data": tmp_path, "model": f"hf:{model}", "tokenizer": write_tokenizer(model),
+        "adapter": str(adapter), "storage": str(tmp_path / "store"), "workers": 0, "key_size": 128,
+        "owner": str(tmp_path / "identity.json"), "phase2.steps": 150, "phase2.lr": 0.01,
+        "phase2.batch": 4, "insecure_test_key": True,
+    }  # fmt: skip
+    run = run_embedding_job(EmbedSettings.of(values), LocalEmbeddingBackend())
+    assert run.verdict.matches == 128 and not run.history["phase1"]
+    output = tmp_path / "merged.safetensors"
+    with pytest.raises(SystemExit) as ended:
+        convert.run([
+            "--source", run.result["adapter_path"], "--base", str(model), "--output", str(output)
+        ])  # fmt: skip
+    assert not ended.value.code
+    merged = parse_safetensors(output.read_bytes())
+    assert verify(merged, detector_for_kit(run.kit)).matches == 128
+    original = parse_safetensors((model / "model.safetensors").read_bytes())
+    assert all(torch.equal(tensor, original[n]) for n, tensor in merged.items() if "_proj" not in n)
+    unnamed = EmbedSettings.of({"model": "transformer", "adapter": str(adapter)})
+    with pytest.raises(ModelError, match="weights are not given"):
+        load_initial_weights(unnamed, json.loads(run.kit.opening.spec)["architecture"])
 
 
 def test_language_model_has_next_tokens_as_targets(tmp_path: Path) -> None:
