@@ -107,7 +107,7 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
         "resume",
     )
     resumable: ClassVar[frozenset[str]] = (
-        Settings.resumable | RESUMABLE | {"keep_checkpoints", "activation_checkpointing"}
+        Settings.resumable | RESUMABLE | {"keep_checkpoints", "activation_checkpointing", "sharding"}
     )
 
     # fmt: off
@@ -146,6 +146,7 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
     resource_timeout_s: int = Field(0, ge=0, le=86_400, description=RESOURCE_TIMEOUT_S)
     amp: bool = Field(True, description="bf16 for the primary path on GPUs; scores of the verifier remain fp32")
     activation_checkpointing: Literal["auto", "always", "never"] = Field("auto", description="compute activations of blocks again in the backward pass, with equal results; auto: where memory is short")
+    sharding: Literal["none", "fsdp"] = Field("none", description="fsdp: parameters, gradients and moments of the optimizer are divided among the workers (PyTorch's fully_shard), with lambda2 0")
     max_failures: int = Field(3, ge=-1, le=1000, description="restarts of a phase after a lost worker or node; -1: unlimited")
     # outputs
     keep_checkpoints: bool = Field(False, description="keep the (secret) checkpoints of the run after success")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mtlsign.config.embed import PRETRAINED, EmbedSettings
 from mtlsign.errors import ModelError
@@ -199,8 +200,13 @@ def load_pretrained(model: nn.Module, architecture: Mapping[str, object]) -> Non
 
 
 def cpu_state(model: nn.Module) -> Tensors:
-    """Return the state dict: detached, contiguous copies on the CPU."""
-    return {name: t.detach().cpu().clone().contiguous() for name, t in model.state_dict().items()}
+    """Return the state dict: detached, contiguous copies on the CPU.
+
+    Tensors that are divided among ranks are gathered; all ranks must call this then.
+    """
+    state = {name: t.detach() for name, t in model.state_dict().items()}
+    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()}
+    return {name: t.cpu().clone().contiguous() for name, t in whole.items()}
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

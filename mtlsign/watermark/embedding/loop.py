@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,6 +18,7 @@ from mtlsign.config.embed import EmbedSettings
 from mtlsign.models.memory_format import memory_format_for
 from mtlsign.tasks import Batch, Task
 from mtlsign.tasks.metrics import Metric
+from mtlsign.watermark.embedding.sharding import gathered
 from mtlsign.watermark.embedding.worker import WorkerContext
 
 Value = TypeVar("Value")
@@ -46,7 +48,9 @@ def evaluated_metric(
         The metric over the whole split, equal on all ranks.
     """
     modes = [(module, module.training) for module in model.modules()]
-    model.to(worker.device).to(memory_format=memory_format_for(model)).eval()
+    if not isinstance(model, FSDPModule):
+        model.to(worker.device).to(memory_format=memory_format_for(model))
+    model.eval()
     metric = task.metric(worker.device)
     batches = task.batches(
         split,
@@ -57,10 +61,11 @@ def evaluated_metric(
         world=worker.world_size,
         shuffle=False,
     )
-    for batch in to_device(worker.device, batches):
-        with mixed_precision(settings, worker.device):
-            out = task.predictions(model, batch)
-        metric.update(out.float() if isinstance(out, Tensor) else out, batch.targets)
+    with gathered(model):
+        for batch in to_device(worker.device, batches):
+            with mixed_precision(settings, worker.device):
+                out = task.predictions(model, batch)
+            metric.update(out.float() if isinstance(out, Tensor) else out, batch.targets)
     worker.all_reduce_sum([metric.state])
     for module, mode in modes:
         module.training = mode

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from torch.utils._pytree import tree_map_only
 
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import DivergedError
-from mtlsign.models.loading import load_tensors
 from mtlsign.models.memory_format import memory_format_for
 from mtlsign.tasks import Batch, Task
 from mtlsign.tasks.metrics import Metric
@@ -35,6 +35,13 @@ from mtlsign.watermark.embedding.loop import (
     set_lr,
     to_device,
     wrap_ddp,
+)
+from mtlsign.watermark.embedding.sharding import (
+    ShardedNetwork,
+    collective_state,
+    is_sharded,
+    load_whole_state,
+    whole_state,
 )
 from mtlsign.watermark.embedding.worker import State, WorkerContext
 
@@ -75,17 +82,18 @@ class _CleanTraining:
         self._epochs, self._peak = require_set(settings.phase1.epochs), require_set(settings.phase1.lr)
         self._batch_size = require_set(settings.phase1.batch)
         self._steps_per_epoch = task.steps("train", self._batch_size)
-        self._optimizer = _build_optimizer(model, settings)
-        self._history: list[dict[str, Any]] = []
         checkpoint = worker.load_checkpoint()
         if checkpoint is None:
             task.initialize(model)
-        else:
+        self._sharded = ShardedNetwork(model) if is_sharded(settings, worker) else None
+        parameters = model.parameters() if self._sharded is None else self._sharded.local.values()
+        self._optimizer = _build_optimizer(parameters, settings)
+        self._history: list[dict[str, Any]] = []
+        if checkpoint is not None:
             require_identity(checkpoint, phase1_identity(settings))
-            load_tensors(model, checkpoint["model"])
-            self._optimizer.load_state_dict(checkpoint["optimizer"])
+            load_whole_state(model, self._optimizer, self._sharded, checkpoint)
             self._history = list(checkpoint["history"])
-        self._network = wrap_ddp(model, worker)
+        self._network = model if self._sharded is not None else wrap_ddp(model, worker)
 
     def run(self) -> list[dict[str, Any]]:
         """Train the remaining epochs; return the rows of all epochs."""
@@ -96,7 +104,7 @@ class _CleanTraining:
                     "Phase 1 diverged: the loss is not finite. Lower --phase1.lr.", field="phase1.lr"
                 )
             self._history.append(row)
-            self._worker.report(row, self._checkpoint)
+            self._worker.report(row, collective_state(self._checkpoint, self._sharded))
         return self._history
 
     def _train_epoch(self, epoch: int) -> dict[str, Any]:
@@ -146,6 +154,8 @@ class _CleanTraining:
             out = self._task.training_outputs(self._network, batch)
             loss = self._task.loss(out, batch.targets)
         loss.backward()
+        if self._sharded is not None:
+            self._sharded.pull_gradients()
         self._optimizer.step()
         metric.update(tree_map_only(Tensor, Tensor.detach, out), batch.targets)
         return float(loss.detach())
@@ -158,17 +168,13 @@ class _CleanTraining:
         )
 
     def _checkpoint(self) -> State:
-        state = {
-            "model": {name: t.detach().cpu() for name, t in self._model.state_dict().items()},
-            "optimizer": self._optimizer.state_dict(),
-            "history": self._history,
-        }
+        state = {"history": self._history, **whole_state(self._model, self._optimizer, self._sharded)}
         return with_identity(state, phase1_identity(self._settings))
 
 
-def _build_optimizer(model: nn.Module, settings: EmbedSettings) -> torch.optim.Optimizer:
+def _build_optimizer(parameters: Iterable[nn.Parameter], settings: EmbedSettings) -> torch.optim.Optimizer:
     """Return the optimizer of phase 1. Runs of earlier versions name none: they used SGD."""
     peak, decay = require_set(settings.phase1.lr), require_set(settings.phase1.weight_decay)
     if settings.phase1.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=peak, weight_decay=decay)
-    return torch.optim.SGD(model.parameters(), lr=peak, momentum=0.9, nesterov=True, weight_decay=decay)
+        return torch.optim.Adam(parameters, lr=peak, weight_decay=decay)
+    return torch.optim.SGD(parameters, lr=peak, momentum=0.9, nesterov=True, weight_decay=decay)

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import DivergedError
-from mtlsign.models.loading import load_tensors
 from mtlsign.models.memory_format import memory_format_for
 from mtlsign.tasks import MeanMetric, Task
 from mtlsign.watermark.embedding.checkpoint_identity import (
@@ -54,6 +53,14 @@ from mtlsign.watermark.embedding.losses import (
 )
 from mtlsign.watermark.embedding.low_rank import LowRankTraining
 from mtlsign.watermark.embedding.perturbations import Perturbations
+from mtlsign.watermark.embedding.sharding import (
+    ShardedNetwork,
+    collective_state,
+    gathered,
+    is_sharded,
+    load_whole_state,
+    whole_state,
+)
 from mtlsign.watermark.embedding.trained_parameters import freeze_fixed_layers, phase2_optimizer
 from mtlsign.watermark.embedding.worker import State, WorkerContext
 from mtlsign.watermark.verification.detector import WatermarkDetector
@@ -130,7 +137,12 @@ class _Embedding:
         self._trained = freeze_fixed_layers(model, detector)
         if low_rank is not None:
             self._trained = low_rank.attach(self._trained)
-        self._base_parameters = [p for name, p in self._teacher.named_parameters() if name in self._trained]
+        base_parameters: dict[str, Tensor] = dict(self._teacher.named_parameters())
+        self._sharded = self._shard(worker)
+        if self._sharded is not None:
+            base_parameters = dict(ShardedNetwork(self._teacher).local)
+            self._trained = {name: self._sharded.local[name] for name in self._trained}
+        self._base_parameters = [base_parameters[name] for name in self._trained]
         self._head = detector.trained_parameters
         self._steps, self._peak = require_set(settings.phase2.steps), require_set(settings.phase2.lr)
         self._optimizer = phase2_optimizer(self._trained, self._head, detector, settings, low_rank)
@@ -145,12 +157,17 @@ class _Embedding:
         self._means = RunningMeans(_MEANS, worker.device)
         self._started = time.monotonic()
 
+    def _shard(self, worker: WorkerContext) -> ShardedNetwork | None:
+        """Divide the network among the ranks if the settings ask for it."""
+        if not is_sharded(self._settings, worker):
+            return None
+        return ShardedNetwork(self._model, sum_gradients=True)
+
     def _restore(self, checkpoint: State) -> None:
         require_identity(checkpoint, self._identity)
-        load_tensors(self._model, checkpoint["model"])
+        load_whole_state(self._model, self._optimizer, self._sharded, checkpoint)
         if self._low_rank is not None:
             self._low_rank.load_state(checkpoint["adapter"])
-        self._optimizer.load_state_dict(checkpoint["optimizer"])
         for parameter, state in self._optimizer.state.items():
             state |= {
                 name: with_strides_of(parameter, tensor)
@@ -191,6 +208,8 @@ class _Embedding:
     def _add_watermark_gradients(self, step: int) -> None:
         """Add the gradients of this rank's copies: l_WM, and λ2·R_DA on perturbed copies."""
         detector = self._detector
+        if self._sharded is not None:
+            self._tensors = self._sharded.unshard()
         for term, (weight, kind) in enumerate(gradient_terms(step, self._settings)):
             if term % self._worker.world_size != self._worker.rank:
                 continue
@@ -221,8 +240,9 @@ class _Embedding:
         if self._settings.r_func != "responses" or not self._settings.lambda1:
             return {}
         readouts = self._detector.readouts
-        kernels = self._detector.select_weights(named_tensors(self._teacher))
-        readings = self._detector.read(kernels, differentiable=True)
+        with gathered(self._teacher):
+            kernels = self._detector.select_weights(named_tensors(self._teacher))
+            readings = self._detector.read(kernels, differentiable=True)
         spread = [index for index, readout in enumerate(readouts) if readout.spec.head.kind == "spread"]
         one_each = {id(readouts[index].model): index for index in spread}
         return {index: readings[index] for index in one_each.values()}
@@ -256,7 +276,10 @@ class _Embedding:
     def _sum_gradients_over_ranks(self) -> None:
         """Add the gradients of all ranks; a parameter without a gradient gets zeros."""
         gradients = []
-        for parameter in [*self._trained.values(), *self._head]:
+        summed = [] if self._sharded is not None else list(self._trained.values())
+        if self._sharded is not None:
+            self._sharded.pull_gradients()
+        for parameter in [*summed, *self._head]:
             gradient = parameter.grad
             parameter.grad = (
                 torch.zeros_like(parameter) if gradient is None else with_strides_of(parameter, gradient)
@@ -269,6 +292,10 @@ class _Embedding:
 
     def _report(self, step: int, deviation: float) -> None:
         """Report the means since the last report over all ranks, and save a checkpoint."""
+        if self._sharded is not None:
+            square = torch.tensor([deviation**2], dtype=torch.float64, device=self._worker.device)
+            self._worker.all_reduce_sum([square])
+            deviation = float(square.sqrt())
         self._worker.all_reduce_sum([self._means.sums])
         row = self._row(step) | {"deviation_l2": deviation}
         row["seconds"] = time.monotonic() - self._started
@@ -278,14 +305,13 @@ class _Embedding:
                 "Phase 2 diverged: the loss is not finite. Lower --phase2.lr.", field="phase2.lr"
             )
         self._history.append(row)
-        self._worker.report(row, self._checkpoint)
+        self._worker.report(row, collective_state(self._checkpoint, self._sharded))
         self._means.reset()
         self._started = time.monotonic()
 
     def _checkpoint(self) -> State:
         state = {
-            "model": {name: t.detach().cpu() for name, t in self._model.state_dict().items()},
-            "optimizer": self._optimizer.state_dict(),
+            **whole_state(self._model, self._optimizer, self._sharded),
             "history": self._history,
             "head": [parameter.detach().cpu() for parameter in self._head],
         }

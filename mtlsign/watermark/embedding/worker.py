@@ -79,7 +79,7 @@ class SingleProcessContext:
 
 def sum_over_group(tensors: list[Tensor]) -> None:
     """All-reduce in one message, in a fixed order, so that runs of equal world size give equal bits."""
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+    if not tensors or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     distributed.all_reduce(flat)
