@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mtlsign.config.service import MIB, ServiceSettings
@@ -31,6 +32,7 @@ from mtlsign.service.fetch.model_formats import (
     problem_of_folder,
     problem_of_suffix,
 )
+from mtlsign.service.fetch.shards import INDEX, MAX_INDEX, join_shards, shard_names
 from mtlsign.service.problems import NOT_FETCHED, Problem, problem_from_error
 from mtlsign.storage.locations import open_storage
 from mtlsign.storage.manifest import MANIFEST, MANIFEST_LIMIT, parse_manifest
@@ -69,7 +71,7 @@ class ModelFetcher:
         self.downloads = 0
 
     def fetch_model(self, text: str) -> tuple[str, Path, bool]:
-        """Fetch the model at a location: a model folder of this package or one `.safetensors` file.
+        """Fetch the model at a location: a model folder, a `.safetensors` file or a folder of shards.
 
         Returns:
             Its digest, the local file, and whether it was in the cache.
@@ -137,6 +139,8 @@ class ModelFetcher:
         """
         expected = None
         if not _file_name(location).endswith(".safetensors"):
+            if self._has_shards(location):
+                return self._fetch_shards(location)
             location, expected = self._model_in_folder(location)
             if expected == previous and self.cache.has(expected):
                 os.utime(self.cache.path(expected))
@@ -151,6 +155,34 @@ class ModelFetcher:
                 detail = "The model does not have the digest in its manifest. Write the folder again."
                 raise Problem("wrong-digest", detail)
             digest, path = file.digest, file.commit()
+        self.downloads += 1
+        self.cache.evict_to(self.settings.cache_mb * MIB)
+        return digest, path, False
+
+    def _has_shards(self, location: Location) -> bool:
+        """Return whether a location is a Hugging Face folder of several files, not a model folder."""
+        if isinstance(location, HttpsResource) or problem_of_suffix(_file_name(location)) is not None:
+            return False
+        return self._exists(_child(location, INDEX)) and not self._exists(_child(location, MANIFEST))
+
+    def _fetch_shards(self, location: Location) -> tuple[str, Path, bool]:
+        """Fetch the files of a Hugging Face folder and join them; the digest is that of the joined file."""
+        with self._open(_child(location, INDEX), MAX_INDEX) as (_, pieces):
+            names = shard_names(b"".join(pieces))
+        remaining, shards = self.settings.model_limit, []
+        with ExitStack() as stack:
+            for name in names:
+                file = stack.enter_context(tempfile.TemporaryFile(dir=self.cache.folder))
+                with self._open(_child(location, name), remaining) as (size, pieces):
+                    for piece in pieces:
+                        file.write(piece)
+                if file.tell() != size:
+                    raise Problem("unreachable", f"Only {file.tell()} of {size} bytes arrived. Try again.")
+                remaining -= size
+                shards.append((size, file))
+            with self.cache.pending_file() as target:
+                join_shards(shards, target, max_tensors=self.settings.max_tensors)
+                digest, path = target.digest, target.commit()
         self.downloads += 1
         self.cache.evict_to(self.settings.cache_mb * MIB)
         return digest, path, False

@@ -116,10 +116,14 @@ def estimate_memory(
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     first, second = (-(-batch // world) for batch in (settings.phase1.batch or 1, settings.phase2.batch))
     moments = 2 if settings.phase1.optimizer == "adam" else 1
-    phase1 = parameters + trained * (1 + moments) + values * first
+    parts = world if settings.sharding == "fsdp" else 1
+    # A sharded network gathers one block at a time, and in phase 2 all of them with their gradients.
+    gathered = 0 if parts == 1 else 2 * _largest_unit(network)
+    phase1 = (parameters + trained * (1 + moments)) // parts + gathered + values * first
     # W0's activations are not kept. Its largest ones and those of the loss are much smaller than W's. The
     # gradients of the primary batch and of the key images are computed one after the other.
-    phase2 = 2 * parameters + 3 * trained + max(values * second, key_values) + _KERNEL_COPIES * trained
+    phase2 = (2 * parameters + 3 * trained) // parts + (0 if parts == 1 else parameters + trained)
+    phase2 += max(values * second, key_values) + _KERNEL_COPIES * trained
     covariances = _covariance_bytes(template_of(network)) if needs_response_bases(settings) else 0
     bases = _FLOAT * 2 * parameters + covariances
     verification = _FLOAT * 2 * parameters + 2 * _FLOAT * _MAP_COPIES * largest_map
@@ -129,6 +133,12 @@ def estimate_memory(
         phase2=_FLOAT * phase2 + _OVERHEAD,
         verification=verification + _OVERHEAD,
     )
+
+
+def _largest_unit(network: nn.Module) -> int:
+    """Return the numbers of the largest block of a network, or of all that is in no block."""
+    blocks = [sum(p.numel() for p in block.parameters()) for block in repeated_blocks(network).values()]
+    return max([*blocks, sum(p.numel() for p in network.parameters()) - sum(blocks)])
 
 
 def _key_values(network: nn.Module, input_spec: InputSpec, settings: EmbedSettings) -> tuple[int, int]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import SettingsError
@@ -50,9 +51,18 @@ class ShardedNetwork:
     Args:
         model: the network, equal on all ranks; it is sharded in place.
         sum_gradients: whether gradients are added over the ranks instead of averaged.
+
+    Raises:
+        SettingsError: the network has batch norms, whose statistics would differ from those of replicas.
     """
 
     def __init__(self, model: nn.Module, *, sum_gradients: bool = False) -> None:
+        if any(isinstance(module, _BatchNorm) for module in model.modules()):
+            raise SettingsError(
+                "A network with batch norms is not sharded. Omit --sharding, and lower the batch if memory "
+                "is short.",
+                field="sharding",
+            )
         self._model = model.to(memory_format=torch.contiguous_format)  # the only one that can be divided
         for module in (*repeated_blocks(model).values(), model):
             fully_shard(module)

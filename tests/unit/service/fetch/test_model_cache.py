@@ -64,7 +64,7 @@ def test_fetch_model_of_another_format_states_the_format_and_the_fix(tmp_path: P
         ("model.pt", "not-a-model", "names a PyTorch checkpoint"),
         ("a/model.ckpt", "not-a-model", "save_file"),
         ("llm.GGUF", "not-a-model", "names a GGUF model"), ("hf", "not-a-model", "add /model.safetensors"),
-        ("old", "not-a-model", "safe_serialization"), ("split", "not-a-model", "several files"),
+        ("old", "not-a-model", "safe_serialization"), ("split", "not-a-model", "cannot be read"),
         ("empty", "not-a-model", "folder without a manifest.json"),
         ("none", "unreachable", "No file or folder"),
         ("weights", "not-a-model", "does not end in .safetensors"),

@@ -15,6 +15,7 @@ from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import SettingsError
 from mtlsign.models.architectures import build
 from mtlsign.models.loading import cpu_state
+from mtlsign.watermark.embedding.memory import estimate_memory
 from mtlsign.watermark.embedding.phase1 import train_clean_model
 from mtlsign.watermark.embedding.phase2 import embed_watermark
 from mtlsign.watermark.embedding.sharding import ShardedNetwork, is_sharded
@@ -163,3 +164,22 @@ def test_whole_tensors_of_uneven_parts_are_gathered(tmp_path: Path) -> None:
         assert whole["state"][0]["exp_avg"].shape == (5, 3)
     finally:
         distributed.destroy_process_group()
+
+
+def test_network_with_batch_norms_is_refused() -> None:
+    with pytest.raises(SettingsError, match="batch norms"):
+        ShardedNetwork(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2)))
+
+
+def test_estimated_memory_of_shards_is_smaller_than_that_of_replicas() -> None:
+    wide = fields() | {"embedding": 256, "inner": 1024, "layers": 8}
+    spec = text_task().input_spec
+    replicas, shards = (
+        estimate_memory(settings(sharding=sharding), wide, spec, world=4) for sharding in ("none", "fsdp")
+    )
+    assert replicas is not None and shards is not None
+    parameters = sum(p.numel() for p in build(wide).parameters())
+    assert replicas.phase1 - shards.phase1 > 4 * 2 * parameters
+    assert 4 * parameters < replicas.phase2 - shards.phase2 < replicas.phase1
+    alone = estimate_memory(settings(sharding="fsdp"), wide, spec, world=1)
+    assert alone == estimate_memory(settings(), wide, spec, world=1)
