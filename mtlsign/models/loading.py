@@ -205,8 +205,8 @@ def cpu_state(model: nn.Module) -> Tensors:
     Tensors that are divided among ranks are gathered; all ranks must call this then.
     """
     state = {name: t.detach() for name, t in model.state_dict().items()}
-    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()}
-    return {name: t.cpu().clone().contiguous() for name, t in whole.items()}
+    gathered = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()}
+    return {name: t.cpu().clone().contiguous() for name, t in gathered.items()}
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

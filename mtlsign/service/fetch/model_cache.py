@@ -174,10 +174,9 @@ class ModelFetcher:
             for name in names:
                 file = stack.enter_context(tempfile.TemporaryFile(dir=self.cache.folder))
                 with self._open(_child(location, name), remaining) as (size, pieces):
-                    for piece in pieces:
-                        file.write(piece)
-                if file.tell() != size:
-                    raise Problem("unreachable", f"Only {file.tell()} of {size} bytes arrived. Try again.")
+                    received = sum(file.write(piece) for piece in pieces)
+                if received != size:
+                    raise Problem("unreachable", f"Only {received} of {size} bytes arrived. Try again.")
                 remaining -= size
                 shards.append((size, file))
             with self.cache.pending_file() as target:

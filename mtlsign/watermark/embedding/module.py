@@ -61,8 +61,7 @@ def embed(
         module: any network; it is changed in place and holds the marked weights afterwards.
         data: a `Task`, or loaders {"train", "test"[, "validation", "attacker", "inner"]} of (x, y) batches
             or of mappings, such as {"pixel_values", "labels"} or {"input_ids", "labels"}.
-        trained: whether the module is trained already; phase 1 is then skipped. With the option `adapter`
-            the module holds the base, and phase 2 trains the factors of the adapter alone.
+        trained: whether the module is trained already; phase 1 is then skipped. It is the base of `adapter`.
         identity: the owner; by default that of this machine, created if there is none.
         architecture: one from the allow-list (`architectures.architecture_for`), which any verifier can
             build, or {"arch": "custom/package.module:function"}. By default it has the name of the class.

@@ -106,11 +106,11 @@ class ShardedNetwork:
         """Return an optimizer's state dict with whole tensors. All ranks must call it."""
         state = optimizer.state_dict()
         parameters = self._parameters_of(optimizer)
-        whole = {
+        gathered_state = {
             number: {key: _whole(value, parameters.get(number)) for key, value in entries.items()}
             for number, entries in sorted(state["state"].items())
         }
-        return state | {"state": whole}
+        return state | {"state": gathered_state}
 
     def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
         """Load a state dict with whole tensors."""
