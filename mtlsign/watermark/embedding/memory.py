@@ -117,13 +117,16 @@ def estimate_memory(
     first, second = (-(-batch // world) for batch in (settings.phase1.batch or 1, settings.phase2.batch))
     moments = 2 if settings.phase1.optimizer == "adam" else 1
     parts = world if settings.sharding == "fsdp" else 1
-    # A sharded network gathers one block at a time, and in phase 2 all of them with their gradients.
-    gathered = 0 if parts == 1 else 2 * _largest_unit(network)
-    phase1 = (parameters + trained * (1 + moments)) // parts + gathered + values * first
+    # A sharded network gathers one block at a time, and in phase 2 all of them with their gradients. The
+    # first worker gathers the network and its moments for a checkpoint.
+    divided = (parameters + trained * (1 + moments)) // parts
+    phase1 = divided + (0 if parts == 1 else 2 * _largest_unit(network)) + values * first
+    if parts > 1:
+        phase1 = max(phase1, divided + parameters + trained * moments)
     # W0's activations are not kept. Its largest ones and those of the loss are much smaller than W's. The
     # gradients of the primary batch and of the key images are computed one after the other.
     phase2 = (2 * parameters + 3 * trained) // parts + (0 if parts == 1 else parameters + trained)
-    phase2 += max(values * second, key_values) + _KERNEL_COPIES * trained
+    phase2 += max(values * second, key_values) + _KERNEL_COPIES * trained  # over three times the network
     covariances = _covariance_bytes(template_of(network)) if needs_response_bases(settings) else 0
     bases = _FLOAT * 2 * parameters + covariances
     verification = _FLOAT * 2 * parameters + 2 * _FLOAT * _MAP_COPIES * largest_map

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import SettingsError
 from mtlsign.models.activation_checkpointing import repeated_blocks
-from mtlsign.models.loading import cpu_state, load_tensors
+from mtlsign.models.loading import load_tensors
 from mtlsign.watermark.embedding.worker import State, WorkerContext
 
 
@@ -103,7 +103,7 @@ class ShardedNetwork:
                     buffer.copy_(tensors[name])
 
     def whole_optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Return an optimizer's state dict with whole tensors. All ranks must call it."""
+        """Return an optimizer's state dict with whole tensors on rank 0. All ranks must call it."""
         state = optimizer.state_dict()
         parameters = self._parameters_of(optimizer)
         gathered_state = {
@@ -142,12 +142,14 @@ def whole_state(
     Args:
         model: the network.
         optimizer: of its parameters or their local parts.
-        sharded: the division of the network, whose ranks must all call this; None without one.
+        sharded: the division of the network, whose ranks must all call this; None without one. Ranks besides
+            0, which write no checkpoint, then get empty tensors.
     """
     if sharded is None:
         tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
         return {"model": tensors, "optimizer": optimizer.state_dict()}
-    return {"model": cpu_state(model), "optimizer": sharded.whole_optimizer_state(optimizer)}
+    tensors = {name: _gather(tensor.detach()) for name, tensor in model.state_dict().items()}
+    return {"model": tensors, "optimizer": sharded.whole_optimizer_state(optimizer)}
 
 
 def load_whole_state(
@@ -212,7 +214,13 @@ def _whole(value: Any, parameter: nn.Parameter | None) -> Any:
     part = DTensor.from_local(
         value, sharded.device_mesh, sharded.placements, shape=sharded.shape, stride=sharded.stride()
     )
-    return part.full_tensor()
+    return _gather(part)
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    """Return a whole tensor on the CPU of rank 0, and an empty one on the other ranks."""
+    gathered_tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return gathered_tensor.cpu() if distributed.get_rank() == 0 else tensor.new_empty(0)
 
 
 def _local_part(value: Tensor, parameter: Tensor) -> Tensor:

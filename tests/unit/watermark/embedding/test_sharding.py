@@ -179,7 +179,7 @@ def test_estimated_memory_of_shards_is_smaller_than_that_of_replicas() -> None:
     )
     assert replicas is not None and shards is not None
     parameters = sum(p.numel() for p in build(wide).parameters())
-    assert replicas.phase1 - shards.phase1 > 4 * 2 * parameters
+    assert replicas.phase1 > shards.phase1 > 4 * 3 * parameters  # the first worker's checkpoint
     assert 4 * parameters < replicas.phase2 - shards.phase2 < replicas.phase1
     alone = estimate_memory(settings(sharding="fsdp"), wide, spec, world=1)
     assert alone == estimate_memory(settings(), wide, spec, world=1)
