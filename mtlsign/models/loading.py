@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mtlsign.config.embed import PRETRAINED, EmbedSettings
+from mtlsign.config.embed import EmbedSettings
+from mtlsign.config.embed_defaults import PRETRAINED
 from mtlsign.errors import ModelError
 from mtlsign.models import architectures, pretrained_transformer
 from mtlsign.models.adapters import LowRankAdapter, read_adapter

@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from mtlsign.config.embed import TEXT_TASKS
+from mtlsign.config.embed_defaults import TEXT_TASKS
 from mtlsign.errors import DataError
 from mtlsign.tasks.base import Split, Task
 from mtlsign.tasks.batch import Batch

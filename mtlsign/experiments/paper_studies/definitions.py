@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mtlsign.config.embed import FEATURE_DEFAULTS
+from mtlsign.config.embed_defaults import FEATURE_DEFAULTS
 from mtlsign.config.reproduce import PAPER_STUDIES, ReproduceSettings
 from mtlsign.config.sweep import SweepSettings
 

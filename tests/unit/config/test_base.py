@@ -9,7 +9,8 @@ import pytest
 
 from mtlsign.config.attack import AttackSettings
 from mtlsign.config.base import Settings, dump, field_info, setting_names
-from mtlsign.config.embed import RECIPES, EmbedSettings, Phase1Settings
+from mtlsign.config.embed import EmbedSettings, Phase1Settings
+from mtlsign.config.embed_defaults import RECIPES
 from mtlsign.config.service import ServiceSettings
 from mtlsign.config.sources import command_line
 from mtlsign.config.verify import VerifySettings
@@ -222,6 +223,7 @@ def test_with_defaults_of_spread_head_fill_every_setting() -> None:
     }
     open_settings |= {
         "tokenizer",
+        "phase1.initial_weights",
         "carrier_size",
         "base_kit",
         "adapter",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from mtlsign.config.embed import TEXT_TASKS
+from mtlsign.config.embed_defaults import TEXT_TASKS
 from mtlsign.errors import DataError
 from mtlsign.models.input_spec import TextSpec
 from mtlsign.tasks import NAMES, SPLITS, load_task, text
