@@ -53,6 +53,7 @@ class AttackSettings(RunStorage, RunPlacement, TaskData, Settings):
     kit: str | None = Field(None, min_length=1, max_length=4096, description="owner kit folder")
     kit_passphrase_file: Path | None = Field(None, description=KIT_PASSPHRASE_FILE)
     attacks: str = Field("fast", min_length=1, max_length=20_000, description="list (prints them), all, fast, standard, or names with parameters: ftal:lr=quarter/full,epochs=3,prune:ratio=0.5+ftal")
+    pairs: int = Field(0, ge=0, le=500, description="then also run so many pairs of these attacks, those first that should leave the fewest bits for an accepted loss of accuracy")
     task: str | None = Field(None, min_length=1, max_length=200, description="primary task [that of the model]; required where it is code, package.module:factory")
     split_seed: int | None = Field(None, ge=0, lt=2**31, description="seed of the data splits of the embedding [that of the kit, else 0]")
     extra_data_fraction: float = Field(0.0, ge=0, le=1, description="fraction of the owner's training split that attackers have in addition to their tenth")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mtlsign.attacks.expressions import AttackPlan
 from mtlsign.config.attack import AttackSettings
 from mtlsign.experiments.attack_runs.executor import AttackBackend, plans_with_baseline, run_all
+from mtlsign.experiments.attack_runs.pairs import promising_pairs
 from mtlsign.experiments.attack_runs.results import MAX_POINTS_LOST, Row, summary_counts
 from mtlsign.experiments.attack_runs.run_folder import AttackRun
 from mtlsign.experiments.attack_runs.scheme_target import mark_base, prepare_base
@@ -56,18 +58,23 @@ def run_attack_job(
     finished_rows = run.rows(target)
     if finished_rows:
         log(f"{len(finished_rows)} of them are finished already")
-    rows = list(finished_rows)
+    rows, total = list(finished_rows), len(plans)
 
     def store_row(row: Row, model: bytes | None) -> Row:
         row = run.save_row(row, model if settings.keep_models else None, target)
         rows.append(row)
         run.write_table(rows)
-        on_progress(row, len(rows), len(plans))
+        on_progress(row, len(rows), total)
         return row
 
-    all_rows = run_all(
-        target, plans, settings.seed, backend, finished_rows=finished_rows, store_row=store_row
-    )
+    def run_plans(plans: Sequence[AttackPlan]) -> list[Row]:
+        return run_all(target, plans, settings.seed, backend, finished_rows=list(rows), store_row=store_row)
+
+    all_rows = run_plans(plans)
+    if settings.pairs:
+        pairs = [p for p in promising_pairs(plans, all_rows, settings.pairs) if p not in plans]
+        total += len(pairs)
+        all_rows = run_plans([*plans, *pairs])
     result = _result(settings, target, all_rows)
     if embedding is not None:
         result |= {"model": f"marked with {settings.scheme}", "embedding": embedding}

@@ -129,6 +129,28 @@ def test_run_attack_job_writes_all_results(job: JobRunner) -> None:
     }  # fmt: skip
 
 
+def test_pairs_follow_the_list_and_survive_an_interruption(
+    job: JobRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, attack_names = executor.run_attack, []
+
+    def interrupted(target: Any, plan: Any, *rest: Any) -> Any:
+        attack_names.append(plan.name)
+        if sum("+" in name for name in attack_names) == 2:
+            raise KeyboardInterrupt
+        return original(target, plan, *rest)
+
+    monkeypatch.setattr(executor, "run_attack", interrupted)
+    attacks = ("--attacks", "prune:ratio=0.3,int8,noise:sigma=0.1,bn_fold")
+    assert job(*attacks, "--pairs", "2", "--run", "p")[0] == 130
+    monkeypatch.setattr(executor, "run_attack", original)
+    code, _, err = job("--resume", "p")
+    assert code == 0 and "7/7" in err.splitlines()[-1]
+    names = [row["attack"] for row in table(job.storage, "p")]
+    assert names == ["none", "prune", "int8", "noise", "bn_fold", *attack_names[-2:]]
+    assert all(name.count("+") == 1 and "bn_fold" not in name for name in attack_names[-2:])
+
+
 def test_stored_attacked_models_are_read_by_verifier(job: JobRunner) -> None:
     attacks = "bn_fold,permute_channels,int8,rewrite_file:form=weight_norm"
     assert job("--attacks", attacks, "--run", "two")[0] == 0
