@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mtlsign.config.service import MIB, ServiceSettings
-from mtlsign.errors import MTLSignError, TooLargeError
+from mtlsign.errors import ModelError, MTLSignError, TooLargeError
 from mtlsign.service import metrics
 from mtlsign.service.fetch.content_store import ContentStore
 from mtlsign.service.fetch.https import Resolver, Transport, open_https, system_resolver
@@ -34,6 +34,7 @@ from mtlsign.service.fetch.model_formats import (
 )
 from mtlsign.service.fetch.shards import INDEX, MAX_INDEX, join_shards, shard_names
 from mtlsign.service.problems import NOT_FETCHED, Problem, problem_from_error
+from mtlsign.storage.gguf_format import write_as_safetensors
 from mtlsign.storage.locations import open_storage
 from mtlsign.storage.manifest import MANIFEST, MANIFEST_LIMIT, parse_manifest
 from mtlsign.storage.model_folder import MODEL_FILE
@@ -71,7 +72,7 @@ class ModelFetcher:
         self.downloads = 0
 
     def fetch_model(self, text: str) -> tuple[str, Path, bool]:
-        """Fetch the model at a location: a model folder, a `.safetensors` file or a folder of shards.
+        """Fetch the model at a location: a model folder, a folder of shards, a `.safetensors` or GGUF file.
 
         Returns:
             Its digest, the local file, and whether it was in the cache.
@@ -138,6 +139,8 @@ class ModelFetcher:
         that he does not have, and could otherwise use another client's model from the cache.
         """
         expected = None
+        if _file_name(location).lower().endswith(".gguf"):
+            return self._fetch_gguf(location)
         if not _file_name(location).endswith(".safetensors"):
             if self._has_shards(location):
                 return self._fetch_shards(location)
@@ -181,6 +184,27 @@ class ModelFetcher:
                 shards.append((size, file))
             with self.cache.pending_file() as target:
                 join_shards(shards, target, max_tensors=self.settings.max_tensors)
+                digest, path = target.digest, target.commit()
+        self.downloads += 1
+        self.cache.evict_to(self.settings.cache_mb * MIB)
+        return digest, path, False
+
+    def _fetch_gguf(self, location: Location) -> tuple[str, Path, bool]:
+        """Fetch a GGUF file and rewrite it; the digest is that of the safetensors file."""
+        limit = self.settings.model_limit
+        with tempfile.TemporaryFile(dir=self.cache.folder) as file:
+            with self._open(location, limit) as (size, pieces):
+                received = sum(file.write(piece) for piece in pieces)
+            if received != size:
+                raise Problem("unreachable", f"Only {received} of {size} bytes arrived. Try again.")
+            file.seek(0)
+            with self.cache.pending_file() as target:
+                try:
+                    write_as_safetensors(
+                        file, size, target.write, max_bytes=limit, max_tensors=self.settings.max_tensors
+                    )
+                except ModelError as error:
+                    raise Problem("not-a-model", error.detail) from None
                 digest, path = target.digest, target.commit()
         self.downloads += 1
         self.cache.evict_to(self.settings.cache_mb * MIB)

@@ -56,14 +56,14 @@ def test_fetch_model_checks_size_first_and_bounds_cache(tmp_path: Path) -> None:
 def test_fetch_model_of_another_format_states_the_format_and_the_fix(tmp_path: Path) -> None:
     inside = tmp_path / "in"
     for name in ("hf/config.json", "hf/model.safetensors", "old/config.json", "old/pytorch_model.bin",
-                 "split/model.safetensors.index.json", "empty/README.md", "weights"):  # fmt: skip
+                 "split/model.safetensors.index.json", "empty/README.md", "weights", "llm.GGUF"):  # fmt: skip
         (inside / name).parent.mkdir(parents=True, exist_ok=True)
-        (inside / name).write_bytes(b"x")
+        (inside / name).write_bytes(b"x" * 30)
     fetcher = make_fetcher(tmp_path)
     for name, kind, words in (
         ("model.pt", "not-a-model", "names a PyTorch checkpoint"),
         ("a/model.ckpt", "not-a-model", "save_file"),
-        ("llm.GGUF", "not-a-model", "names a GGUF model"), ("hf", "not-a-model", "add /model.safetensors"),
+        ("llm.GGUF", "not-a-model", "no little-endian GGUF"), ("hf", "not-a-model", "add /model.safetensors"),
         ("old", "not-a-model", "safe_serialization"), ("split", "not-a-model", "cannot be read"),
         ("empty", "not-a-model", "folder without a manifest.json"),
         ("none", "unreachable", "No file or folder"),

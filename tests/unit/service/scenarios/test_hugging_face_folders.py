@@ -67,7 +67,7 @@ def test_sharded_folder_of_marked_transformer_is_accepted(
     assert service.verifier.fetcher.downloads == 2  # the second claim on the same folder is cached
 
 
-def test_gguf_of_marked_transformer_is_accepted_after_conversion(
+def test_gguf_of_marked_transformer_is_accepted_directly_and_after_conversion(
     service: ServiceHarness, claim_fixtures: ClaimFixtures, tmp_path: Path
 ) -> None:
     model = marked_transformer("rms")[0]
@@ -89,8 +89,8 @@ def test_gguf_of_marked_transformer_is_accepted_after_conversion(
     writer.close()
     claim = claim_on(claim_fixtures, "gguf", {"marked.gguf": path.read_bytes()})
     claim["model"] += "/marked.gguf"
-    problem = service.verify(claim).json()["results"][0]["problem"]
-    assert problem["type"].endswith("not-a-model") and "mtlsign convert" in problem["detail"]
+    verdict = service.verify(claim).json()["results"][0]["verdict"]
+    assert verdict["status"] == "accepted" and verdict["matches"] == 128
     convert_weights(path, tmp_path / "marked.safetensors")
     data = (tmp_path / "marked.safetensors").read_bytes()
     claim["model"] = claim_fixtures.write("gguf/marked.safetensors", data)
