@@ -2,7 +2,7 @@
 
 The header is parsed here, within limits, because the library `gguf` reads every value of the metadata before
 anything can be checked. Blocks of quantised numbers are computed by the library. Nothing is executed.
-See the specification of GGUF in the repository of ggml (docs/gguf.md).
+The form is that of the specification of GGUF in the repository of ggml.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def problem_of_content(head: bytes) -> Problem | None:
 
 
 def _other_format(finding: str) -> Problem:
-    reason = "The service reads safetensors only, which hold no code."
+    reason = "The service reads safetensors and, below its locations, GGUF files, which hold no code."
     fix = "Convert it on your machine (mtlsign convert, or safetensors.torch.save_file) and give that file."
     return Problem("not-a-model", f"{finding} {reason} {fix}")
 
