@@ -30,9 +30,9 @@ def test_features_depend_neither_on_order_of_values_nor_of_tensors() -> None:
 
 
 def test_separation_of_different_groups_is_complete_and_interval_is_exact() -> None:
-    value = separation(networks(6, scale=1.0, seed=1), networks(6, scale=3.0, seed=2))
-    assert (value.correct, value.n, value.accuracy, value.high) == (12, 12, 1.0, 1.0)
-    assert value.low == pytest.approx(0.025 ** (1 / 12))
+    value = separation(networks(20, scale=1.0, seed=1), networks(20, scale=3.0, seed=2))
+    assert (value.correct, value.n, value.accuracy, value.high) == (40, 40, 1.0, 1.0)
+    assert value.low == pytest.approx(0.025 ** (1 / 40))
 
 
 def test_separation_of_equal_groups_is_near_one_half() -> None:
