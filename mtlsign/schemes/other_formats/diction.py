@@ -196,7 +196,7 @@ def write_diction_file(path: str | Path, tensors: Mapping[str, Tensor], *, accur
     """Write a model as that code stores unmarked ones, for `path_model` of its configurations.
 
     Its embeddings start from such a file, and so write a second mark over a first one. Its other attacks
-    read a pickled module of its own classes from `supplementary`, which is empty here.
+    read a pickled module of that code's classes from `supplementary`, which is empty here.
 
     Args:
         path: the file to write.
