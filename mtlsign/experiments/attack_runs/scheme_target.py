@@ -179,20 +179,21 @@ def base_tensors(plan: BasePlan, folder: Storage) -> State:
     return cpu_state(_base_model(plan, folder)[0])
 
 
-def tune_base(plan: BasePlan, settings: SchemeSettings, folder: Storage) -> State:
+def tune_base(plan: BasePlan, settings: SchemeSettings, folder: Storage, optimizer: Optimizer) -> State:
     """Return the weights of the unmarked network after training like an embedding, without a watermark.
 
     Args:
         plan: result of `prepare_base`.
         settings: steps, batch and seed.
         folder: folder of the network.
+        optimizer: optimiser of the embedding.
 
     Raises:
         DivergedError: training diverged.
     """
     model, task, device = _base_model(plan, folder)
     train_watermark(
-        model, task, settings, SingleProcessContext(device), optimizer=Optimizer(),
+        model, task, settings, SingleProcessContext(device), optimizer=optimizer,
         objective=lambda step, batch: task.loss(model(batch.inputs), batch.targets),
     )  # fmt: skip
     return cpu_state(model)

@@ -1,7 +1,8 @@
 """Property inference: can a classifier of weights detect that a network carries a mark, without the key?
 
-Two groups of networks are trained from different seeds. The networks of the first group stay unmarked: once
-as trained, and once tuned for as many steps as an embedding takes, without a watermark. Those of the second
+Two groups of networks are trained from different seeds. The networks of the first group stay unmarked: as
+trained, and tuned without a watermark for as many steps as an embedding takes, once with the SGD of the
+comparators and once with an Adam of the rate with which the spread head is embedded. Those of the second
 group are marked, each with a key of its seed. Further rows show what the classifier makes of two unmarked
 groups, and of tuning alone. Features of finished networks are stored, so that an interrupted study repeats
 none of them.
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mtlsign.config.attack import AttackSettings
+from mtlsign.config.embed import learning_rates
 from mtlsign.config.reproduce import ReproduceSettings
 from mtlsign.errors import SettingsError
 from mtlsign.experiments.attack_runs.results import Row
@@ -29,6 +31,7 @@ from mtlsign.experiments.paper_studies.scheme_studies import (
 )
 from mtlsign.experiments.paper_studies.weight_features import separation, weight_features
 from mtlsign.schemes.base import SchemeSettings
+from mtlsign.schemes.training import Optimizer
 from mtlsign.storage.base import Storage
 from mtlsign.storage.safetensors_io import parse_safetensors
 
@@ -36,7 +39,7 @@ LogCallback = Callable[[str], None]
 Result = dict[str, Any]
 
 #: Groups without a mark: as trained, and tuned for as many steps as an embedding takes.
-UNMARKED, TUNED = "unmarked", "tuned"
+UNMARKED, TUNED, TUNED_ADAM = "unmarked", "tuned", "tuned_adam"
 #: Scheme with whose settings the networks without a mark are prepared; it changes no layer.
 _PLAIN_SCHEME = "uchida"
 #: Steps of every embedding and of the tuning by default.
@@ -64,7 +67,13 @@ def run_property_inference(settings: ReproduceSettings, log: LogCallback) -> tup
     log(f"run {run.name}; if it is interrupted: --resume {run.name}")
     first = range(settings.seed, settings.seed + settings.seeds)
     second = range(first.stop, first.stop + settings.seeds)
-    networks = [(UNMARKED, first), (UNMARKED, second), (TUNED, first), *((name, second) for name in names)]
+    networks = [
+        (UNMARKED, first),
+        (UNMARKED, second),
+        (TUNED, first),
+        (TUNED_ADAM, first),
+        *((name, second) for name in names),
+    ]
     results: dict[str, dict[int, Result]] = {}
     for group, seeds in networks:
         for seed in seeds:
@@ -79,17 +88,26 @@ def run_property_inference(settings: ReproduceSettings, log: LogCallback) -> tup
 
 def _network(settings: ReproduceSettings, group: str, seed: int, folder: Storage) -> Result:
     """Return the features of one network, and of a marked one its evidence."""
-    scheme = _PLAIN_SCHEME if group in (UNMARKED, TUNED) else group
+    scheme = _PLAIN_SCHEME if group in (UNMARKED, TUNED, TUNED_ADAM) else group
     attack_settings = attack_settings_of(settings, scheme, seed)
     steps = settings.embed_steps or DEFAULT_STEPS
     plan = prepare_base(attack_settings)
     if group == UNMARKED:
         return {"features": weight_features(base_tensors(plan, folder))}
-    if group == TUNED:
+    if group in (TUNED, TUNED_ADAM):
         tuning = SchemeSettings(steps, attack_settings.embed_batch, plan.settings.phase1.lr or 0.1, seed)
-        return {"features": weight_features(tune_base(plan, tuning, folder))}
+        return {
+            "features": weight_features(tune_base(plan, tuning, folder, _optimizer(group, settings.width)))
+        }
     target, embedding = mark_base(plan, _with_steps(attack_settings, steps), folder, lambda _: None)
     return {"features": weight_features(parse_safetensors(target.tensors)), "embedding": embedding}
+
+
+def _optimizer(group: str, width: int | None) -> Optimizer:
+    """Return the comparators' SGD, or Adam with the rate of phase 2 and no weight decay."""
+    if group == TUNED:
+        return Optimizer()
+    return Optimizer("adam", learning_rates(width or 16)[1], 0.0)
 
 
 def _with_steps(settings: AttackSettings, steps: int) -> AttackSettings:
@@ -104,8 +122,8 @@ def _table(
     def features(group: str, seeds: range) -> list[list[float]]:
         return [results[group][seed]["features"] for seed in seeds]
 
-    pairs = [(UNMARKED, UNMARKED), (UNMARKED, TUNED)]
-    pairs += [(name, against) for name in names for against in (UNMARKED, TUNED)]
+    pairs = [(UNMARKED, group) for group in (UNMARKED, TUNED, TUNED_ADAM)]
+    pairs += [(name, against) for name in names for against in (UNMARKED, TUNED, TUNED_ADAM)]
     rows: list[Row] = []
     for group, against in pairs:
         value = separation(features(against, first), features(group, second))

@@ -42,14 +42,21 @@ def test_study_compares_groups_of_other_seeds_and_resumes(
     assert seeds == [7, 8, 8], "the networks of the marked group; the finished one is not repeated"
     pairs = [(row["group"], row["against"], row["n"]) for row in result["rows"]]
     assert pairs == [
-        ("unmarked", "unmarked", 4), ("unmarked", "tuned", 4),
-        ("uchida", "unmarked", 4), ("uchida", "tuned", 4),
+        (group, against, 4)
+        for group in ("unmarked", "uchida") for against in ("unmarked", "tuned", "tuned_adam")
     ]  # fmt: skip
     assert all(row["low"] <= row["accuracy"] <= row["high"] for row in result["rows"])
-    assert [row["of"] for row in result["rows"]] == [0, 0, 2, 2]
+    assert [row["of"] for row in result["rows"]] == [0, 0, 0, 2, 2, 2]
     folder = tmp_path / "store" / "runs" / "s"
     assert sorted(path.name for path in (folder / "schemes").iterdir()) == [
-        *("tuned-5.json", "tuned-6.json", "uchida-7.json", "uchida-8.json"),
+        *(
+            "tuned-5.json",
+            "tuned-6.json",
+            "tuned_adam-5.json",
+            "tuned_adam-6.json",
+            "uchida-7.json",
+            "uchida-8.json",
+        ),
         *(f"unmarked-{seed}.json" for seed in (5, 6, 7, 8)),
     ]
     assert not list(folder.rglob("base.safetensors"))
