@@ -16,6 +16,7 @@ from mtlsign.schemes.li2019 import Li2019Scheme
 from mtlsign.schemes.mtlsign import MTLSignScheme
 from mtlsign.schemes.neuralmark import NeuralMarkScheme
 from mtlsign.schemes.new_label import NewLabelScheme
+from mtlsign.schemes.passports import PassportScheme
 from mtlsign.schemes.reversible import ReversibleScheme
 from mtlsign.schemes.riga import RigaScheme
 from mtlsign.schemes.uchida import UchidaScheme
@@ -31,6 +32,7 @@ _SCHEMES: tuple[Any, ...] = (
     GreedyResidualsScheme,
     DictionScheme,
     NeuralMarkScheme,
+    PassportScheme,
     ZhangContentScheme,
     ZhangNoiseScheme,
     ZhangUnrelatedScheme,

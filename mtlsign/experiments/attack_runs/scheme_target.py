@@ -27,6 +27,7 @@ from mtlsign.models.loading import (
 from mtlsign.schemes import SchemeSettings, WatermarkScheme
 from mtlsign.schemes.base import Detection
 from mtlsign.schemes.options import scheme_from_texts
+from mtlsign.schemes.training import Optimizer, train_watermark
 from mtlsign.storage.base import Storage
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.tasks import Task, load_task
@@ -166,6 +167,36 @@ def mark_base(
     }  # fmt: skip
     log(f"marked with {scheme.name}")
     return _target(plan, settings, model, key), record
+
+
+def base_tensors(plan: BasePlan, folder: Storage) -> State:
+    """Return the weights of the unmarked network: name -> tensor on the CPU.
+
+    Args:
+        plan: result of `prepare_base`.
+        folder: folder of the network, which is trained if it is not stored there.
+    """
+    return cpu_state(_base_model(plan, folder)[0])
+
+
+def tune_base(plan: BasePlan, settings: SchemeSettings, folder: Storage, optimizer: Optimizer) -> State:
+    """Return the weights of the unmarked network after training like an embedding, without a watermark.
+
+    Args:
+        plan: result of `prepare_base`.
+        settings: steps, batch and seed.
+        folder: folder of the network.
+        optimizer: optimiser of the embedding.
+
+    Raises:
+        DivergedError: training diverged.
+    """
+    model, task, device = _base_model(plan, folder)
+    train_watermark(
+        model, task, settings, SingleProcessContext(device), optimizer=optimizer,
+        objective=lambda step, batch: task.loss(model(batch.inputs), batch.targets),
+    )  # fmt: skip
+    return cpu_state(model)
 
 
 def forge_on_base(plan: BasePlan, seed: int, folder: Storage) -> dict[str, Any] | None:

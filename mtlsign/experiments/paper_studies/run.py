@@ -10,6 +10,7 @@ from typing import Any
 from mtlsign.config.reproduce import PAPER_STUDIES, SCHEME_STUDIES, ReproduceSettings
 from mtlsign.errors import ArtifactError, SettingsError
 from mtlsign.experiments.paper_studies import definitions, random_keys, tables
+from mtlsign.experiments.paper_studies.property_inference import run_property_inference
 from mtlsign.experiments.paper_studies.scheme_studies import run_scheme_study
 from mtlsign.experiments.paper_studies.tables import Row
 from mtlsign.experiments.sweeps.backend import LocalSweepBackend, LogCallback, SweepBackend
@@ -185,7 +186,8 @@ def _run_scheme_study(settings: ReproduceSettings, log: LogCallback) -> dict[str
     """Run a study of several schemes and write its table."""
     if settings.overrides:
         raise SettingsError("This study has no settings of embeddings. Omit --set.", field="set")
-    run, rows = run_scheme_study(settings, log)
+    study = run_property_inference if settings.study == "property_inference" else run_scheme_study
+    run, rows = study(settings, log)
     result = _study_result(settings, rows, run.location(TABLE), run.location(RESULT))
     run.commit({**_files(rows), RESULT: json.dumps(result, indent=1).encode()}, settings)
     return result

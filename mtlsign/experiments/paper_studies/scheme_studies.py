@@ -120,21 +120,26 @@ def run_scheme_study(settings: ReproduceSettings, log: LogCallback) -> tuple[Sch
     return run, _TABLES[settings.study](results)
 
 
-def _result(settings: ReproduceSettings, name: str, seed: int, folder: Storage) -> dict[str, Any]:
-    """Return the result of one scheme and seed; its `status` is "ok", "not_supported" or "diverged"."""
+def attack_settings_of(settings: ReproduceSettings, scheme: str, seed: int) -> AttackSettings:
+    """Return the settings of an attack run that marks its own network with a scheme."""
     values = {
         "task": settings.task, "data": settings.data, "tokenizer": settings.tokenizer,
         "network": settings.model, "width": settings.width, "embed_steps": settings.embed_steps,
     }  # fmt: skip
-    attack_settings = AttackSettings.of(
+    return AttackSettings.of(
         {
-            "scheme": name,
+            "scheme": scheme,
             "seed": seed,
             "download": settings.download,
             "min_evidence_bits": DEFAULT_EVIDENCE_BITS,
             **{key: value for key, value in values.items() if value is not None},
         }
     )
+
+
+def _result(settings: ReproduceSettings, name: str, seed: int, folder: Storage) -> dict[str, Any]:
+    """Return the result of one scheme and seed; its `status` is "ok", "not_supported" or "diverged"."""
+    attack_settings = attack_settings_of(settings, name, seed)
     header = {"scheme": name, "seed": seed}
     try:
         plan = prepare_base(attack_settings)

@@ -25,6 +25,7 @@ TINY: dict[str, tuple[dict[str, Any], int]] = {
     "greedy_residuals": ({"key_size": 64, "strength": 2.0}, 80),
     "diction": ({"key_size": 64, "lr": 0.003}, 80),
     "neuralmark": ({"key_size": 64, "pooled": 128, "strength": 10.0}, 60),
+    "passports": ({"key_size": 64, "passport_images": 8, "samples": 20, "tolerance": 0.2}, 80),
     "zhang_content": ({"key_size": 30}, 40),
     "zhang_noise": ({"key_size": 30}, 40),
     "zhang_unrelated": ({"key_size": 30}, 40),
@@ -35,7 +36,7 @@ TINY: dict[str, tuple[dict[str, Any], int]] = {
     "new_label": ({"key_size": 30, "intensity": 0.4}, 40),
 }
 #: Schemes that are tested in every run; the others are slow tests.
-QUICK = {"uchida", "reversible", "neuralmark", "riga", "diction", "adi", "new_label"}
+QUICK = {"uchida", "reversible", "neuralmark", "riga", "diction", "adi", "new_label", "passports"}
 NAMES = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in TINY]
 #: Schemes whose marked model accepts every key: it answers the new class to any perturbation of this size,
 #: or all adversarial points of this size right.
