@@ -84,9 +84,15 @@ def save_result(embedding: Any, store: Path | str, owner: Identity) -> tuple[Pat
 
 
 def write_noisy_copy(embedding: Any, path: Path) -> None:
-    """Write the marked model with small noise and prefixed names, as a suspect."""
-    noise = {n: 0.01 * torch.randn_like(t) for n, t in embedding.tensors.items() if t.is_floating_point()}
-    noisy = {n: t + noise[n] if n in noise else t for n, t in embedding.tensors.items()}
+    """Write the marked model with small noise and prefixed names, as a suspect.
+
+    The key has 128 bits, of which one may be lost, so that the noise is the same in every run and very small.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noisy = {
+        n: t + 0.001 * torch.randn(t.shape, generator=generator) if t.is_floating_point() else t
+        for n, t in embedding.tensors.items()
+    }
     path.write_bytes(serialize_safetensors({f"module.{n}": t for n, t in noisy.items()}))
 
 
