@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Any
 
 import torch
@@ -91,11 +92,11 @@ def regularize(
     batch: BatchSize = 128,
 ) -> AttackOutcome:
     """Fine-tune all layers with a large penalty, `strength` times the squared norm of the weights."""
-    data = attacker_view(model, task, resources, seed)
+    data, steps = attacker_view(model, task, resources, seed), itertools.count()
 
     def loss(tuned: nn.Module, x: Tensor, y: Any) -> Tensor:
         squares = [p.square().sum() for p in tuned.parameters() if p.dim() > 1]
-        outputs = seeded_outputs(tuned, data, Batch(x, y), seed, step=0)
+        outputs = seeded_outputs(tuned, data, Batch(x, y), seed, next(steps))
         return data.loss(outputs, y) + strength * torch.stack(squares).sum()
 
     return fine_tune(model, data, resources, seed, lr=lr, epochs=epochs, batch=batch, loss=loss)

@@ -108,10 +108,11 @@ def read_adapter(folder: Path, names: Collection[str]) -> LowRankAdapter:
 
 
 def _network_name(name: str, names: Collection[str]) -> str:
-    """Return the network's name of a tensor that an adapter changes."""
+    """Return the network's name of a tensor that an adapter changes, as it is or in another spelling."""
     plain = name.removeprefix(_PREFIX)
     translation = translation_of(plain)
-    return _target(plain if translation is None else translation.target, names)
+    translated = plain if translation is None else translation.target
+    return _target(plain if _matches(plain, names) else translated, names)
 
 
 def _weights_file(folder: Path) -> Path:
@@ -137,22 +138,17 @@ def merge_adapter(folder: Path, base: Path | None) -> dict[str, Tensor]:
     Raises:
         ModelError: a file is missing or damaged, or the adapter is of another kind or another model.
     """
-    scale = _scale(read_json_object((folder / CONFIG).read_bytes(), CONFIG), folder)
-    path = _weights_file(folder)
+    _weights_file(folder)
     if base is None and not any(folder.glob("model*.safetensors*")):
         raise ModelError(
             f"{folder} holds an adapter alone. Pass the model that it changes with --base.", field="base"
         )
-    merged = dict(read_checkpoint(base or folder).tensors)
-    adapter = {name.removeprefix(_PREFIX): t for name, t in read_checkpoint(path).tensors.items()}
-    for name, tensor in adapter.items():
-        layer = name.removesuffix(_DOWN)
-        if name.endswith(_DOWN) and layer + _UP in adapter:
-            target = _target(f"{layer}weight", merged)
-            merged[target] = _sum(merged[target], tensor, adapter[layer + _UP], scale)
-        elif not name.endswith((_DOWN, _UP)):
-            merged[_target(name, merged)] = tensor  # a layer that was trained as a whole
-    return merged
+    tensors = read_checkpoint(base or folder).tensors
+    try:
+        return read_adapter(folder, tensors).merged(tensors)
+    except ModelError as error:
+        field = "source" if error.field == "adapter" else error.field
+        raise ModelError(error.detail, field=field) from None
 
 
 def _sum(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -169,9 +165,7 @@ def _sum(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
 
 def _target(name: str, tensors: Collection[str]) -> str:
     """Return the name of a model's tensor, which can have a prefix in one of the two files."""
-    if name in tensors:
-        return name
-    matches = [other for other in tensors if other.endswith(f".{name}") or name.endswith(f".{other}")]
+    matches = _matches(name, tensors)
     if len(matches) != 1:
         raise ModelError(
             f"The model has {len(matches)} tensors for {name[:80]!r} of the adapter. Pass the model that it "
@@ -179,6 +173,13 @@ def _target(name: str, tensors: Collection[str]) -> str:
             field="base",
         )
     return matches[0]
+
+
+def _matches(name: str, tensors: Collection[str]) -> list[str]:
+    """Return the names that equal `name` or, if there is none, differ from it by a prefix."""
+    if name in tensors:
+        return [name]
+    return [other for other in tensors if other.endswith(f".{name}") or name.endswith(f".{other}")]
 
 
 def _scale(config: Mapping[str, Any], folder: Path) -> float:

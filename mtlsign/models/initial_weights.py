@@ -18,7 +18,7 @@ FIELD = "phase1.initial-weights"
 _REQUIRED_SHARE = 0.8
 
 
-def load_initial_weights_of(path: str | Path, model: nn.Module) -> tuple[int, int]:
+def initialize_from_checkpoint(path: str | Path, model: nn.Module) -> tuple[int, int]:
     """Load the tensors of a checkpoint that fit a network, or its body if it is a detector.
 
     Tensors are compared by name and shape, under any common prefix of the file's names. If the names are

@@ -19,7 +19,7 @@ from mtlsign.models.adapters import LowRankAdapter, read_adapter
 from mtlsign.models.checkpoints import load_checkpoint
 from mtlsign.models.factories import Factory, load_factory
 from mtlsign.models.families import custom, family_of
-from mtlsign.models.initial_weights import load_initial_weights_of
+from mtlsign.models.initial_weights import initialize_from_checkpoint
 from mtlsign.models.input_spec import ImageSpec, InputSpec, TextSpec
 
 Tensors = dict[str, Tensor]
@@ -92,7 +92,7 @@ def initialize_pretrained(model: nn.Module, settings: EmbedSettings) -> None:
     if name.startswith(PRETRAINED):
         _initialize_transformer(model, name)
     if settings.phase1.initial_weights is not None:
-        load_initial_weights_of(settings.phase1.initial_weights, model)
+        initialize_from_checkpoint(settings.phase1.initial_weights, model)
 
 
 def _initialize_transformer(model: nn.Module, name: str) -> None:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from mtlsign.errors import ModelError
 from mtlsign.models.taps import last_layer
 from mtlsign.schemes.base import Access
-from mtlsign.schemes.comparator import Comparator, ComparatorKey, K
+from mtlsign.schemes.comparator import BitsKey, Comparator, K
 from mtlsign.schemes.training import evaluation_mode
 
 
 @dataclass(frozen=True)
-class ActivationKey(ComparatorKey):
+class ActivationKey(BitsKey):
     """Key of a scheme that reads activations.
 
     Attributes:
@@ -26,11 +26,6 @@ class ActivationKey(ComparatorKey):
 
     inputs: Tensor = field(repr=False)
     bits: Tensor = field(repr=False)
-
-    @property
-    def own_labels(self) -> Tensor:
-        """Bits, [n]."""
-        return self.bits
 
     @property
     def sample_count(self) -> int:
@@ -75,14 +70,19 @@ def features_of(model: nn.Module, inputs: Tensor) -> Tensor:
     except _FeaturesReadError:
         return features[0].flatten(1)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"The model does not accept the key samples ({reason}). Pass a copy of the marked model.",
-            field="model",
-        ) from None
+        raise refused_samples(error) from None
     finally:
         handle.remove()
     raise ModelError("The model does not use its last linear layer. Use a classifier.", field="model")
+
+
+def refused_samples(error: RuntimeError) -> ModelError:
+    """Return the error of a model that cannot run on the key samples."""
+    reason = " ".join(str(error).split())[:200]
+    return ModelError(
+        f"The model does not accept the key samples ({reason}). Pass a copy of the marked model.",
+        field="model",
+    )
 
 
 def require_features(features: Tensor, count: int) -> Tensor:

@@ -47,6 +47,21 @@ class ComparatorKey(ABC):
         return replace(self, other_labels=labels)
 
 
+class BitsKey(ComparatorKey, ABC):
+    """Key that holds the watermark.
+
+    Attributes:
+        bits: the watermark, float32 [n]; a field of the subclasses.
+    """
+
+    bits: Tensor
+
+    @property
+    def own_labels(self) -> Tensor:
+        """Bits, [n]."""
+        return self.bits
+
+
 @dataclass(frozen=True)
 class Comparator(ABC, Generic[K]):
     """Scheme whose bits are signs of scores, embedded by a loss next to the primary one.

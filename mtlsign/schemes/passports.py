@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from mtlsign.errors import ModelError
 from mtlsign.models.input_spec import ImageSpec
 from mtlsign.schemes.base import Access, Detection, Forgery, SchemeResult, SchemeSettings
-from mtlsign.schemes.comparator import Comparator, ComparatorKey, bits_from_seed
+from mtlsign.schemes.comparator import BitsKey, Comparator, bits_from_seed
 from mtlsign.schemes.detection import unreadable
 from mtlsign.schemes.forging import computed_key
 from mtlsign.schemes.passport_layers import PassportLayer, draw_passports, passport_layers
@@ -39,7 +39,7 @@ _FORGING_BATCH = 64
 
 
 @dataclass(frozen=True)
-class PassportKey(ComparatorKey):
+class PassportKey(BitsKey):
     """Passports of some layers, the signature, and samples that measure the private branch.
 
     Attributes:
@@ -57,11 +57,6 @@ class PassportKey(ComparatorKey):
     bits: Tensor = field(repr=False)
     inputs: Tensor = field(repr=False)
     classes: Tensor = field(repr=False)
-
-    @property
-    def own_labels(self) -> Tensor:
-        """Bits, [n]."""
-        return self.bits
 
     @property
     def sample_count(self) -> int:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from mtlsign.errors import ModelError
 from mtlsign.schemes.base import Access
-from mtlsign.schemes.comparator import Comparator, ComparatorKey, K
+from mtlsign.schemes.comparator import BitsKey, Comparator, K
 
 
 @dataclass(frozen=True)
-class WeightKey(ComparatorKey):
+class WeightKey(BitsKey):
     """Key of a scheme that reads one layer's weight.
 
     Attributes:
@@ -29,11 +29,6 @@ class WeightKey(ComparatorKey):
     shape: tuple[int, ...]
     projection: Tensor = field(repr=False)
     bits: Tensor = field(repr=False)
-
-    @property
-    def own_labels(self) -> Tensor:
-        """Bits, [n]."""
-        return self.bits
 
     @property
     def sample_count(self) -> int:

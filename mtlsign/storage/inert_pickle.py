@@ -23,7 +23,7 @@ from mtlsign.errors import ModelError
 
 #: Bytes of all entries of a file together, at most.
 MAX_BYTES = 4 * 1024**3
-_MAX_PICKLE = 64 * 1024**2
+_MAX_PICKLE, _MAX_DEPTH = 64 * 1024**2, 100
 _DTYPES = {
     "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -78,8 +78,11 @@ def module_tensors(module: object, prefix: str = "") -> dict[str, Tensor]:
         prefix: text before each name, with a dot at its end.
 
     Raises:
-        ModelError: the object is no record of a module.
+        ModelError: the object is no record of a module, or its modules are nested too deeply, as in a module
+            that contains itself.
     """
+    if prefix.count(".") > _MAX_DEPTH:
+        raise ModelError("The file's modules are nested too deeply. Save it again.", field="file")
     if not isinstance(module, Record) or not isinstance(module.state.get("_modules"), dict):
         raise ModelError("The file holds no network where one is expected. Save it again.", field="file")
     tensors: dict[str, Tensor] = {}

@@ -128,7 +128,7 @@ def train_shared_clean_model(
         return _read_clean_model(clean, model_file)
     settings = cell.settings
     architecture = architecture_from_settings(settings, _task(settings).input_spec)
-    if settings.weights is not None:
+    if settings.weights is not None or settings.adapter is not None:
         base_weights = load_initial_weights(settings, architecture)
     else:
         context = _context(clean, checkpoint_file, on_progress)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlsign.errors import ModelError
-from mtlsign.schemes.activation_marks import ActivationKey, ActivationMark
+from mtlsign.schemes.activation_marks import ActivationKey, ActivationMark, refused_samples
 from mtlsign.schemes.other_formats.marked_file import (
     MarkedFile,
     checked_bits,
@@ -92,11 +92,7 @@ def _outputs(model: nn.Module, layers: Sequence[str], inputs: Tensor) -> Tensor:
         with evaluation_mode(model):
             model(inputs.to(next(model.parameters()).device))
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"The model does not accept the key samples ({reason}). Pass a copy of the marked model.",
-            field="model",
-        ) from None
+        raise refused_samples(error) from None
     finally:
         for handle in handles:
             handle.remove()

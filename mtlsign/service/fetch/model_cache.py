@@ -9,11 +9,12 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import IO
 
 from mtlsign.config.service import MIB, ServiceSettings
 from mtlsign.errors import ModelError, MTLSignError, TooLargeError
 from mtlsign.service import metrics
-from mtlsign.service.fetch.content_store import ContentStore
+from mtlsign.service.fetch.content_store import ContentStore, PendingFile
 from mtlsign.service.fetch.https import Resolver, Transport, open_https, system_resolver
 from mtlsign.service.fetch.local_files import MissingFile, open_below
 from mtlsign.service.fetch.locations import (
@@ -157,10 +158,22 @@ class ModelFetcher:
             if expected is not None and file.digest != expected:
                 detail = "The model does not have the digest in its manifest. Write the folder again."
                 raise Problem("wrong-digest", detail)
-            digest, path = file.digest, file.commit()
+            return self._stored(file)
+
+    def _stored(self, file: PendingFile) -> tuple[str, Path, bool]:
+        """Move a complete file into the cache; return its digest and place, and that it was not there."""
+        digest, path = file.digest, file.commit()
         self.downloads += 1
         self.cache.evict_to(self.settings.cache_mb * MIB)
         return digest, path, False
+
+    def _download(self, location: Location, file: IO[bytes], limit: int) -> int:
+        """Write a file of at most `limit` bytes to a local one; return its size."""
+        with self._open(location, limit) as (size, pieces):
+            received = sum(file.write(piece) for piece in pieces)
+        if received != size:
+            raise Problem("unreachable", f"Only {received} of {size} bytes arrived. Try again.")
+        return size
 
     def _has_shards(self, location: Location) -> bool:
         """Return whether a location is a Hugging Face folder of several files, not a model folder."""
@@ -176,27 +189,18 @@ class ModelFetcher:
         with ExitStack() as stack:
             for name in names:
                 file = stack.enter_context(tempfile.TemporaryFile(dir=self.cache.folder))
-                with self._open(_child(location, name), remaining) as (size, pieces):
-                    received = sum(file.write(piece) for piece in pieces)
-                if received != size:
-                    raise Problem("unreachable", f"Only {received} of {size} bytes arrived. Try again.")
+                size = self._download(_child(location, name), file, remaining)
                 remaining -= size
                 shards.append((size, file))
             with self.cache.pending_file() as target:
                 join_shards(shards, target, max_tensors=self.settings.max_tensors)
-                digest, path = target.digest, target.commit()
-        self.downloads += 1
-        self.cache.evict_to(self.settings.cache_mb * MIB)
-        return digest, path, False
+                return self._stored(target)
 
     def _fetch_gguf(self, location: Location) -> tuple[str, Path, bool]:
         """Fetch a GGUF file and rewrite it; the digest is that of the safetensors file."""
         limit = self.settings.model_limit
         with tempfile.TemporaryFile(dir=self.cache.folder) as file:
-            with self._open(location, limit) as (size, pieces):
-                received = sum(file.write(piece) for piece in pieces)
-            if received != size:
-                raise Problem("unreachable", f"Only {received} of {size} bytes arrived. Try again.")
+            size = self._download(location, file, limit)
             file.seek(0)
             with self.cache.pending_file() as target:
                 try:
@@ -205,10 +209,7 @@ class ModelFetcher:
                     )
                 except ModelError as error:
                     raise Problem("not-a-model", error.detail) from None
-                digest, path = target.digest, target.commit()
-        self.downloads += 1
-        self.cache.evict_to(self.settings.cache_mb * MIB)
-        return digest, path, False
+                return self._stored(target)
 
     def _model_in_folder(self, location: Location) -> tuple[Location, str]:
         """Return the location of the model file in a model folder, and its digest in the manifest."""

@@ -16,10 +16,12 @@ from mtlsign.watermark.verification.detector import WatermarkDetector
 
 #: Settings that phase 1 depends on: runs that agree in them have the same W0.
 PHASE1_SETTINGS = (
-    *("task", "data", "tokenizer", "model", "width", "stem", "weights", "weights_key", "phase1.epochs"),
-    *("phase1.batch", "phase1.optimizer", "phase1.lr", "phase1.weight_decay"),
-    *("amp", "seed"),
+    *("task", "data", "tokenizer", "model", "width", "stem", "weights", "weights_key", "adapter"),
+    *("phase1.initial_weights", "phase1.epochs", "phase1.batch", "phase1.optimizer", "phase1.lr"),
+    *("phase1.weight_decay", "amp", "seed"),
 )
+#: Those that earlier versions did not have.
+_ADDED = ("tokenizer", "adapter", "phase1.initial_weights")
 _PHASE2_SETTINGS = ("task", "lambda1", "lambda2", "r_func", "amp", "seed")
 _PHASE2_GROUPS = ("phase2.", "perturbation.")
 _FIELD = "belongs_to"
@@ -28,11 +30,11 @@ _FIELD = "belongs_to"
 def phase1_identity(settings: EmbedSettings) -> str:
     """Return the identity of phase 1 (64 hex); the folder of the data is not part of it.
 
-    SGD and the words of GloVe, the only choices of earlier versions, are not part of it either, so that their
-    runs can be resumed.
+    SGD, the words of GloVe and random weights, the only choices of earlier versions, are not part of it
+    either, so that their runs can be resumed.
     """
     optional = {"data"} if settings.phase1.optimizer == "adam" else {"data", "phase1.optimizer"}
-    optional |= {"tokenizer"} if settings.tokenizer is None else set()
+    optional |= {name for name in _ADDED if settings.value_of(name) is None}
     return _digest(settings, [name for name in PHASE1_SETTINGS if name not in optional], b"phase 1")
 
 

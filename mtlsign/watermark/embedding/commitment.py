@@ -15,7 +15,7 @@ from mtlsign.models import architectures
 from mtlsign.models.architectures import HeadKind
 from mtlsign.models.detectors import template_of
 from mtlsign.models.factories import Factory
-from mtlsign.models.initial_weights import load_initial_weights_of
+from mtlsign.models.initial_weights import initialize_from_checkpoint
 from mtlsign.models.input_spec import InputSpec
 from mtlsign.models.loading import Tensors, cpu_state, load_tensors
 from mtlsign.models.taps import eval_mode
@@ -101,7 +101,7 @@ def validate_before_training(
     """
     template_model = architectures.build(architecture, factories=factories)
     if settings.phase1.initial_weights is not None:
-        loaded, count = load_initial_weights_of(settings.phase1.initial_weights, template_model)
+        loaded, count = initialize_from_checkpoint(settings.phase1.initial_weights, template_model)
         log(f"phase 1 starts from {loaded} of {count} tensors of {settings.phase1.initial_weights}")
     bases = None
     if needs_response_bases(settings):

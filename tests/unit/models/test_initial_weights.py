@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.errors import ModelError, SettingsError
 from mtlsign.models import architectures
-from mtlsign.models.initial_weights import load_initial_weights_of
+from mtlsign.models.initial_weights import initialize_from_checkpoint
 from mtlsign.models.loading import initialize_pretrained
 from tests.unit.models.detector_examples import cascade_architecture
 
@@ -30,7 +30,7 @@ def test_layers_of_other_classes_stay_random(tmp_path: Path, prefix: str) -> Non
     source, target = resnet(classes=10, seed=1), resnet()
     head = target.fc.weight.clone()
     file = write(tmp_path / "w.safetensors", {prefix + n: t for n, t in source.state_dict().items()})
-    loaded, count = load_initial_weights_of(file, target)
+    loaded, count = initialize_from_checkpoint(file, target)
     assert (loaded, count) == (100, 102)
     assert torch.equal(target.conv1.weight, source.conv1.weight)
     assert torch.equal(target.layer4[1].bn2.running_var, source.layer4[1].bn2.running_var)
@@ -42,7 +42,7 @@ def test_names_of_another_library_are_taken_in_order(tmp_path: Path, counters: b
     source, target = resnet(seed=1), resnet()
     tensors = [t for n, t in source.state_dict().items() if counters or not n.endswith("batches_tracked")]
     torch.save({f"t{index}": t for index, t in enumerate(tensors)}, tmp_path / "w.pth")
-    assert load_initial_weights_of(tmp_path / "w.pth", target) == (102, 102)
+    assert initialize_from_checkpoint(tmp_path / "w.pth", target) == (102, 102)
     assert torch.equal(target.layer4[1].bn2.bias, source.layer4[1].bn2.bias)
 
 
@@ -50,7 +50,9 @@ def test_body_of_a_detector(tmp_path: Path) -> None:
     torch.manual_seed(0)
     detector = architectures.build(cascade_architecture())
     source = resnet(seed=1)
-    loaded, count = load_initial_weights_of(write(tmp_path / "w.safetensors", source.state_dict()), detector)
+    loaded, count = initialize_from_checkpoint(
+        write(tmp_path / "w.safetensors", source.state_dict()), detector
+    )
     assert (loaded, count) == (100, 100)
     assert torch.equal(detector.backbone.body.conv1.weight, source.conv1.weight)
 
@@ -60,10 +62,10 @@ def test_other_network_is_rejected_and_changes_nothing(tmp_path: Path) -> None:
     before = {n: t.clone() for n, t in target.state_dict().items()}
     other = architectures.build({**ARCHITECTURE, "width": 8})
     with pytest.raises(ModelError, match=r"1 of the 102 tensors.*--model") as error:
-        load_initial_weights_of(write(tmp_path / "w.safetensors", other.state_dict()), target)
+        initialize_from_checkpoint(write(tmp_path / "w.safetensors", other.state_dict()), target)
     assert error.value.field == "phase1.initial-weights"
     with pytest.raises(ModelError) as error:
-        load_initial_weights_of(tmp_path / "absent.pth", target)
+        initialize_from_checkpoint(tmp_path / "absent.pth", target)
     assert error.value.field == "phase1.initial-weights"
     assert all(torch.equal(before[n], t) for n, t in target.state_dict().items())
 

@@ -84,3 +84,10 @@ def test_damaged_files_raise_model_error(tmp_path: Path) -> None:
 def test_module_tensors_of_other_object_raises() -> None:
     with pytest.raises(ModelError, match="no network"):
         module_tensors({"a": torch.ones(1)})
+
+
+def test_module_that_contains_itself_raises() -> None:
+    module = Record()
+    module.state = {"_modules": {"self": module}}
+    with pytest.raises(ModelError, match="too deeply"):
+        module_tensors(module)

@@ -106,3 +106,10 @@ def test_load_space_invalid_variant_raises(
     monkeypatch.setattr("tune_spaces.smoke", lambda: {"variant": {"grid_search": [variant]}})
     with pytest.raises(SettingsError, match=message):
         load_space(tiny_sweep(set=TINY))
+
+
+def test_cells_with_other_initial_weights_or_adapters_share_no_clean_model() -> None:
+    starts = [(name, value) for name in ("phase1.initial_weights", "adapter") for value in ("a", "b")]
+    cells = [Cell({"task": "digits", **dict([start])}, None, False) for start in starts]
+    cells.append(Cell({"task": "digits"}, None, False))
+    assert len({cell.clean_name for cell in cells}) == 5

@@ -58,3 +58,9 @@ def test_phase1_identity_depends_on_adam_and_omits_sgd() -> None:
     sgd, adam = (EmbedSettings.of({"phase1.optimizer": name, "phase1.lr": 0.1}) for name in ("sgd", "adam"))
     earlier = sgd.updated({"phase1.optimizer": None})
     assert phase1_identity(earlier) == phase1_identity(sgd) != phase1_identity(adam)
+
+
+@pytest.mark.parametrize("name", ["phase1.initial_weights", "adapter", "tokenizer"])
+def test_phase1_identity_names_what_w0_starts_from(name: str) -> None:
+    plain, first, second = (EmbedSettings.of({name: value}) for value in (None, "a", "b"))
+    assert len({phase1_identity(settings) for settings in (plain, first, second)}) == 3
