@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 #: Rows of the gate that a change of a unit's sign negates; the other gates keep theirs.
 CANDIDATE_GATE = 2
@@ -28,6 +29,44 @@ class RecurrentWeight:
     layer: int
     is_reverse: bool
     reads_outputs: bool
+
+
+class PaddedBatch(NamedTuple):
+    """Sequences of different lengths with padding at their ends.
+
+    Attributes:
+        vectors: float [n, L, d].
+        lengths: int64 [n], at least 1, on the device of the vectors.
+    """
+
+    vectors: Tensor
+    lengths: Tensor
+
+
+class PaddedLSTM(nn.LSTM):
+    """LSTM that takes a `PaddedBatch` as well; batches come first, without projections.
+
+    PyTorch's backward pass of packed sequences on CPUs takes time that grows with the square of the length:
+    a step of 128 texts of 200 words takes eight times as long as with padded ones, with equal results.
+    """
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Return outputs [n, L, directions * hidden], zeros after the last token, of a `PaddedBatch`.
+
+        Other inputs are those of `torch.nn.LSTM`.
+        """
+        return _padded_outputs(self, input) if isinstance(input, PaddedBatch) else super().forward(input, hx)
+
+
+class PaddedGRU(nn.GRU):
+    """GRU that takes a `PaddedBatch` as well; see `PaddedLSTM`."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Return outputs [n, L, directions * hidden], zeros after the last token, of a `PaddedBatch`.
+
+        Other inputs are those of `torch.nn.GRU`.
+        """
+        return _padded_outputs(self, input) if isinstance(input, PaddedBatch) else super().forward(input, hx)
 
 
 def is_recurrent(module: nn.Module) -> bool:
@@ -53,12 +92,14 @@ def weight_place(leaf: str) -> RecurrentWeight:
 
 
 @torch.no_grad()
-def step_inputs(module: nn.LSTM | nn.GRU, inputs: Tensor | PackedSequence) -> Mapping[str, Tensor]:
+def step_inputs(
+    module: nn.LSTM | nn.GRU, inputs: Tensor | PackedSequence | PaddedBatch
+) -> Mapping[str, Tensor]:
     """Compute the vectors that every matrix is multiplied with, over all steps of a batch.
 
     Args:
         module: the recurrent module, in any mode; dropout between its layers is left out.
-        inputs: as the module takes them; padding of a packed batch is left out.
+        inputs: as the module takes them; padding of a packed or padded batch is left out.
 
     Returns:
         Name of a matrix in the module -> [steps, in].
@@ -80,8 +121,40 @@ def step_inputs(module: nn.LSTM | nn.GRU, inputs: Tensor | PackedSequence) -> Ma
     return read
 
 
-def _padded(module: nn.LSTM | nn.GRU, inputs: Tensor | PackedSequence) -> tuple[Tensor, Tensor]:
+def _padded_outputs(module: PaddedLSTM | PaddedGRU, batch: PaddedBatch) -> Tensor:
+    """Return the outputs of the last layer, [n, L, directions * hidden]; zeros after the last token."""
+    vectors, lengths = batch
+    if vectors.device.type != "cpu":  # cuDNN reads packed sequences at once
+        packed = pack_padded_sequence(vectors, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        outputs, _ = pad_packed_sequence(module(packed)[0], batch_first=True, total_length=vectors.shape[1])
+        return outputs
+    mask = torch.arange(vectors.shape[1], device=vectors.device) < lengths[:, None]
+    turned = _reversal(mask, lengths)
+    for layer in range(module.num_layers):
+        directions = []
+        for suffix in ("", "_reverse")[: 1 + module.bidirectional]:
+            inputs = _gather(vectors, turned) if suffix else vectors
+            hidden = _one_direction(module, f"l{layer}{suffix}", inputs)
+            directions.append(_gather(hidden, turned) if suffix else hidden)
+        vectors = torch.cat(directions, 2)
+    return vectors.masked_fill(~mask[:, :, None], 0.0)
+
+
+def _one_direction(module: PaddedLSTM | PaddedGRU, name: str, inputs: Tensor) -> Tensor:
+    """Return the outputs [n, L, hidden] of one direction of one layer, from zero states."""
+    parts = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if module.bias else 2]
+    weights = [getattr(module, f"{part}_{name}") for part in parts]
+    state = inputs.new_zeros(1, len(inputs), module.hidden_size)
+    options = (weights, module.bias, 1, 0.0, module.training, False, True)
+    if isinstance(module, PaddedLSTM):
+        return torch.lstm(inputs, (state, state), *options)[0]
+    return torch.gru(inputs, state, *options)[0]
+
+
+def _padded(module: nn.LSTM | nn.GRU, inputs: Tensor | PackedSequence | PaddedBatch) -> tuple[Tensor, Tensor]:
     """Return inputs as [n, L, d] with the length of each sequence."""
+    if isinstance(inputs, PaddedBatch):
+        return inputs.vectors, inputs.lengths
     if isinstance(inputs, PackedSequence):
         vectors, lengths = pad_packed_sequence(inputs, batch_first=True)
         return vectors, lengths.to(vectors.device)

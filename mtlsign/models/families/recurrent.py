@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from mtlsign.config.embed import MAX_WIDTH
 from mtlsign.models.factories import Factory
@@ -19,8 +18,9 @@ from mtlsign.models.families.base import (
     Field,
     IntegerField,
 )
+from mtlsign.models.recurrent_layers import PaddedBatch, PaddedGRU, PaddedLSTM
 
-CELLS: Mapping[str, type[nn.LSTM | nn.GRU]] = {"lstm": nn.LSTM, "gru": nn.GRU}
+CELLS: Mapping[str, type[PaddedLSTM | PaddedGRU]] = {"lstm": PaddedLSTM, "gru": PaddedGRU}
 #: Architecture name -> cell and number of directions.
 NETWORKS = {"lstm": ("lstm", 1), "bilstm": ("lstm", 2), "gru": ("gru", 1), "bigru": ("gru", 2)}
 ENCODER = "encoder"
@@ -46,9 +46,7 @@ class RecurrentEncoder(nn.Module):
         """
         if vectors.is_meta:  # only shapes matter
             return self.rnn(vectors)[0]  # type: ignore[no-any-return]
-        packed = pack_padded_sequence(vectors, lengths.cpu(), batch_first=True, enforce_sorted=False)
-        outputs, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=vectors.shape[1])
-        return outputs
+        return self.rnn(PaddedBatch(vectors, lengths))  # type: ignore[no-any-return]
 
 
 class RecurrentClassifier(nn.Module):

@@ -3,9 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from mtlsign.models.recurrent_layers import is_recurrent, step_inputs, weight_place
+from mtlsign.models.recurrent_layers import (
+    PaddedBatch,
+    PaddedGRU,
+    PaddedLSTM,
+    is_recurrent,
+    step_inputs,
+    weight_place,
+)
 
 LENGTHS = torch.tensor([7, 3, 1, 5])
 
@@ -41,6 +48,38 @@ def test_step_inputs_repeat_the_steps_of_pytorch(cell: type[nn.LSTM | nn.GRU]) -
         state = single_cell(inputs[step : step + 1], state)  # type: ignore[arg-type]
         output = state[0] if isinstance(state, tuple) else state
         torch.testing.assert_close(output[0], alone[0, 2 - step, 4:])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("cell", [PaddedLSTM, PaddedGRU])
+@pytest.mark.parametrize("options", [{}, {"bias": False}])
+def test_padded_layers_repeat_outputs_and_gradients_of_packed_sequences(
+    cell: type[PaddedLSTM | PaddedGRU], options: dict[str, bool]
+) -> None:
+    rnn, gradients = module(cell, **options), []
+    packed = pack_padded_sequence(sequences(), LENGTHS, batch_first=True, enforce_sorted=False)
+    expected = pad_packed_sequence(rnn(packed)[0], batch_first=True)[0]
+    outputs = rnn(PaddedBatch(sequences(), LENGTHS))
+    torch.testing.assert_close(outputs, expected)
+    assert not outputs[2, 1:].any() and bool(outputs[2, 0].all())
+    for result in (expected, outputs):
+        rnn.zero_grad()
+        (result * torch.arange(7.0)[:, None]).square().sum().backward()
+        gradients.append([p.grad.clone() for p in rnn.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(list(rnn.parameters()))
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_padded_layers_take_other_inputs_as_pytorch_does() -> None:
+    rnn = module(PaddedLSTM)
+    outputs, (hidden, _) = rnn(sequences())
+    torch.testing.assert_close(outputs[:, -1, :4], hidden[2])
+
+
+def test_step_inputs_are_equal_for_padded_and_packed_sequences() -> None:
+    packed = pack_padded_sequence(sequences(), LENGTHS, batch_first=True, enforce_sorted=False)
+    padded = step_inputs(module(PaddedGRU), PaddedBatch(sequences(), LENGTHS))
+    for name, vectors in step_inputs(module(nn.GRU), packed).items():
+        torch.testing.assert_close(padded[name], vectors)
 
 
 def test_step_inputs_leave_out_padding() -> None:
