@@ -77,6 +77,7 @@ _INSTANCE_RECIPE: dict[str, Any] = {
 }
 #: Settings of built-in tasks that replace defaults of all tasks.
 TASK_OVERRIDES: dict[str, dict[str, Any]] = {
+    "imdb": {"phase2.margin": 3.0},
     "camvid": {"phase2.batch": 8},
     "pennfudan": {"phase2.batch": 8},
     "voc": {"phase2.batch": 8},

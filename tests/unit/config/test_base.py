@@ -170,6 +170,13 @@ def test_with_defaults_of_text_tasks_use_adam(task: str, epochs: int) -> None:
     assert "--phase1.batch" in chosen.flags() and "--phase1.weight-decay" in chosen.flags()
 
 
+def test_with_defaults_of_imdb_have_a_smaller_margin() -> None:
+    assert EmbedSettings.of({"task": "imdb@0.3"}).with_defaults().phase2.margin == 3.0
+    assert EmbedSettings.of({"task": "sst2"}).with_defaults().phase2.margin == 4.0
+    own = EmbedSettings.of({"task": "imdb", "phase2.margin": 4.0}).with_defaults()
+    assert own.phase2.margin == 4.0 and own.with_defaults() == own
+
+
 @pytest.mark.parametrize("task", ["files", "virusshare@0.5"])
 def test_with_defaults_of_byte_images_are_a_narrow_network(task: str) -> None:
     settings = EmbedSettings.of({"task": task}).with_defaults()
