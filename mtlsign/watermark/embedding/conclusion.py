@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +43,9 @@ def fresh_detector(
 
 
 def _with_other_values(factory: Factory) -> Factory:
-    def build() -> nn.Module:
-        network = factory()
+    @functools.wraps(factory)  # with its signature, by which the builder chooses the options to pass
+    def build(**options: Any) -> nn.Module:
+        network = factory(**options)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for tensor in network.state_dict().values():

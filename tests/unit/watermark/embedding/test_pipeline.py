@@ -224,6 +224,12 @@ def task(seed):
     y = torch.arange(120) % 4
     x = torch.rand(4, 1, 24, 24, generator=g)[y] + 0.3 * torch.randn(120, 1, 24, 24, generator=g)
     return from_tensors(x, y, seed=seed)
+def network(channels: int, classes: int, width: int = 4):
+    nn = torch.nn
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3), nn.ReLU(), nn.Conv2d(width, 8, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
+    )
 """
 
 
@@ -264,6 +270,15 @@ def kill_at(phase: str, at: int) -> Callable[[Any], None]:
             raise SimulatedKill
 
     return show
+
+
+@pytest.mark.usefixtures("empty_figures")
+def test_job_with_a_factory_that_needs_channels_and_classes_is_verified(job: dict[str, Any]) -> None:
+    result = start(job, model="tinyfactory:network", taps="3", width=None, lambda2=0.0)
+    arch = result.kit.opening.parse().architecture
+    assert (arch["arch"], arch["channels"], arch["classes"]) == ("custom/tinyfactory:network", 1, 4)
+    detector = detector_for_kit(result.kit, "tinyfactory:network")
+    assert verify(result.tensors, detector).matches == result.verdict.matches
 
 
 @pytest.mark.usefixtures("empty_figures")
