@@ -155,6 +155,33 @@ class MTLSignScheme:
         Raises:
             ModelError: training diverged.
         """
+        return self._train(model, task, key, settings, worker, watermark_weight=1.0)
+
+    def train_without_mark(
+        self,
+        model: nn.Module,
+        task: Task,
+        key: MTLSignKey,
+        settings: SchemeSettings,
+        worker: WorkerContext,
+    ) -> SchemeResult:
+        """Run phase 2 like `embed`, without the losses of the key's bits.
+
+        Distillation, R_func, the frozen batch norms and the optimiser stay, so that the network is a control
+        for studies of the mark's traces. The arguments are those of `embed`.
+        """
+        return self._train(model, task, key, settings, worker, watermark_weight=0.0)
+
+    def _train(
+        self,
+        model: nn.Module,
+        task: Task,
+        key: MTLSignKey,
+        settings: SchemeSettings,
+        worker: WorkerContext,
+        *,
+        watermark_weight: float,
+    ) -> SchemeResult:
         _, lr = learning_rates(_width(model), self.head)
         embed_settings = self._embed_settings(
             seed=settings.seed,
@@ -166,7 +193,9 @@ class MTLSignScheme:
                 **settings.options,
             },
         )
-        rows, measured = embed_watermark(model, task, key.detector, embed_settings, worker)
+        rows, measured = embed_watermark(
+            model, task, key.detector, embed_settings, worker, watermark_weight=watermark_weight
+        )
         key_images = key.sample_count * len(gradient_terms(0, embed_settings))
         images = settings.steps * (key_images + settings.batch)
         return SchemeResult(settings.steps, images, rows, measured)
