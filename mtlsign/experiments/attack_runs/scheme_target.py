@@ -123,6 +123,11 @@ def prepare_base(settings: AttackSettings) -> BasePlan:
     reason = scheme.unsupported_reason(network, task)
     if reason is not None:
         raise SettingsError(f"The scheme cannot mark this network: {reason}", field="scheme")
+    if settings.transfer_task is not None:
+        load_task(
+            settings.transfer_task, data=training.data, download=training.download,
+            tokenizer=training.tokenizer, seed=split_seed,
+        )  # fmt: skip
     return BasePlan(scheme, training, task, architecture)
 
 
@@ -272,6 +277,7 @@ def _target(plan: BasePlan, settings: AttackSettings, model: nn.Module, key: Any
         min_evidence_bits=settings.min_evidence_bits,
         optimizer=plan.settings.phase1.optimizer or "sgd",
         tokenizer=settings.tokenizer,
+        transfer_task=settings.transfer_task,
         scheme=plan.scheme,
         key=key,
     )
