@@ -26,7 +26,7 @@ from mtlsign.attacks.base import (
 )
 from mtlsign.attacks.fine_tuning import last_layer
 from mtlsign.attacks.training import train_supervised, trainable_copy
-from mtlsign.models.input_spec import ImageSpec
+from mtlsign.models.input_spec import ImageSpec, InputSpec, LatentSpec
 from mtlsign.tasks import Batch, Split, Task
 from mtlsign.tasks.splitting import seeded_generator
 
@@ -78,8 +78,8 @@ def transfer(
 ) -> AttackOutcome:
     """Replace the last layer and train on another task.
 
-    The other task is that of `--transfer-task` with its whole training split (`to=task`), or to tell apart
-    half of the owner's classes on the attacker's data (`to=half`). The outcome names the new task.
+    The other task is that of `--transfer-task` with its whole training split (`to=task`), or half of the
+    owner's classes on the attacker's data (`to=half`). The outcome holds the new task.
     """
     require_logits(task)
     if task.targets != "labels" or task.input_spec.outputs == "tokens":
@@ -118,7 +118,13 @@ def _half_of_classes(model: nn.Module, task: Task, resources: AttackerResources,
         name: ChangedSplit(ConcatSplit([(split, rows[id(split)])]), numbers)
         for name, split in sources.items()
     }
-    return replace(task, input_spec=replace(task.input_spec, classes=count), splits=splits)
+    return replace(task, input_spec=_with_classes(task.input_spec, count), splits=splits)
+
+
+def _with_classes(spec: InputSpec, classes: int) -> InputSpec:
+    """Return the description of the same inputs with another number of classes."""
+    assert not isinstance(spec, LatentSpec)
+    return replace(spec, classes=classes)
 
 
 def _rows_of_classes(split: Split, classes: Tensor) -> Tensor:
@@ -140,7 +146,7 @@ def _other_task(task: Task, resources: AttackerResources) -> Task:
     if isinstance(spec, ImageSpec) and isinstance(own, ImageSpec) and spec.channels == own.channels:
         size = None if (spec.height, spec.width) == (own.height, own.width) else (own.height, own.width)
         spec = replace(spec, height=own.height, width=own.width)
-    if other.targets != "labels" or replace(spec, classes=own.classes) != own:
+    if other.targets != "labels" or _with_classes(spec, own.classes) != own:
         raise NotApplicableError(
             f"The other task has {other.input_spec}, and the model reads {own}. Give a task of the same kind "
             "of inputs with classes.",

@@ -2,7 +2,7 @@
 
 Nearest-neighbour upsampling and 3x3 convolutions take the place of transposed convolutions. Attacks and
 schemes therefore find the layers that they act on in other networks. The network holds generator and
-discriminator, because whoever tunes a generator needs both.
+discriminator, because an attacker who tunes a generator needs both.
 """
 
 from __future__ import annotations
@@ -104,8 +104,9 @@ class DCGAN(nn.Module):
     def __init__(self, *, channels: int, classes: int, width: int) -> None:
         super().__init__()
         side = image_side(channels, classes)
-        self.generator = Generator(channels, side, width)
+        # The generator is the last part, because attacks take the last layers for those of the outputs.
         self.discriminator = Discriminator(channels, side, width)
+        self.generator = Generator(channels, side, width)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)

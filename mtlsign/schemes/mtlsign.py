@@ -19,6 +19,7 @@ from mtlsign.models.loading import cpu_state
 from mtlsign.schemes.base import Access, Detection, Forgery, SchemeResult, SchemeSettings
 from mtlsign.schemes.forging import best_of_keys
 from mtlsign.tasks import Task
+from mtlsign.watermark.carriers import registry
 from mtlsign.watermark.embedding.commitment import commit_keys, measure_response_bases
 from mtlsign.watermark.embedding.losses import readout_loss
 from mtlsign.watermark.embedding.phase2 import embed_watermark, gradient_terms
@@ -101,8 +102,9 @@ class MTLSignScheme:
         return replace(self, **options)
 
     def unsupported_reason(self, model: nn.Module, task: Task) -> str | None:
-        """Return why the model's default taps are unknown; None if they are known."""
+        """Return why the task has no carrier, or the model's default taps are unknown; None otherwise."""
         try:
+            registry.kind_for(task.input_spec)
             default_taps(model, self.head, task.input_spec.sample())
         except ModelError as error:
             return error.detail

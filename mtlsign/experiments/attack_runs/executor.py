@@ -118,11 +118,11 @@ def _measure(
     data = serialize_safetensors(cpu_state(outcome.model) if outcome.tensors is None else outcome.tensors)
     exact = EmbedSettings.of({"amp": False})
     evaluated = outcome.task or transform_task(task, outcome.input_transforms)
-    after = loop.evaluate(outcome.model, evaluated, "test", exact, SingleProcessContext(device))
-    reason = detection.reason
+    metric = loop.evaluate(outcome.model, evaluated, "test", exact, SingleProcessContext(device))
+    after, reason = metric if outcome.task is None else None, detection.reason
     if outcome.task is not None:
-        own = f"The model has another task of {evaluated.classes} classes, with a metric of {after:.3f}."
-        reason, after = f"{reason} {own}" if reason else own, None
+        other = f"The model has another task of {evaluated.classes} classes, with a metric of {metric:.3f}."
+        reason = f"{reason} {other}" if reason else other
     row = row | {
         "wm_accuracy": detection.accuracy, "evidence_bits": detection.evidence_bits,
         "accepted": detection.accepted, "verdict": detection.status, "matches": detection.matched,

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from mtlsign.attacks import NotApplicableError
 from mtlsign.errors import ModelError
 from mtlsign.models.dcgan import DCGAN
-from mtlsign.schemes import SchemeSettings
+from mtlsign.schemes import SchemeSettings, default_scheme
 from mtlsign.schemes.image_similarity import structural_similarity
 from mtlsign.schemes.ipr_gan import GeneratorKey, IprGanScheme
 from mtlsign.schemes.training import Optimizer, train_watermark
@@ -117,9 +118,22 @@ def test_forged_claim_reads_bits_from_unmarked_model(example: Example, task: Tas
 
 
 def test_generator_is_attacked_through_protocol(example: Example, task: Task) -> None:
-    for text in ("ftal:epochs=1,lr=0.0005,batch=32", "prune:ratio=0.2", "int8"):
+    for text in ("ftal:epochs=1,lr=0.0005,batch=32", "prune_channels:ratio=0.2", "int8"):
         outcome = run(text, example.marked, task, training_lr=0.002, training_optimizer="adam")
         assert SCHEME.verify(outcome.model, example.key).n == 32, text
+    with pytest.raises(NotApplicableError, match="a generator returns images"):
+        run("extract", example.marked, task)
+
+
+def test_signs_do_not_survive_scaled_filters(example: Example, task: Task) -> None:
+    attacked = run("scale_filters", example.marked, task).model
+    vectors = example.key.latents
+    with torch.no_grad():
+        assert torch.allclose(attacked(vectors), example.marked(vectors), atol=1e-4), "the function is kept"
+    scheme = replace(SCHEME, part="signs")
+    key = scheme.generate_key(example.base, task, 1)
+    before, after = (scheme.verify(model, key).matched for model in (example.marked, attacked))
+    assert after <= before - 2, "negated filters negate the scales of the second batch norm"
 
 
 def test_classifier_small_network_and_small_images_are_not_supported(
@@ -132,6 +146,9 @@ def test_classifier_small_network_and_small_images_are_not_supported(
     wide = DCGAN(channels=1, classes=64, width=8)
     assert "Choose fewer cells" in str(replace(SCHEME, cells=5).unsupported_reason(wide, task))
     assert SCHEME.unsupported_reason(wide, task) is None
+    assert "No carrier has random vectors of 64 numbers" in str(
+        default_scheme().unsupported_reason(wide, task)
+    )
 
 
 def test_similarity_is_one_for_equal_images() -> None:
