@@ -158,7 +158,11 @@ def require_images(task: Task) -> ImageSpec:
 
 
 def require_logits(task: Task) -> None:
-    """Raise `NotApplicableError` for detectors, which do not return logits of their inputs."""
+    """Raise `NotApplicableError` for detectors and generators, which return no logits of their inputs."""
+    if task.input_spec.outputs == "images":
+        raise NotApplicableError(
+            "The attack reads logits, and a generator returns images. Use tune or relearn.", field="task"
+        )
     if task.input_spec.outputs == "instances":
         raise NotApplicableError(
             "The attack reads logits, and a detector returns detections. Use tune or relearn.", field="task"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mtlsign.errors import MTLSignError
 from mtlsign.schemes.base import Detection, SchemeKey, WatermarkScheme
 from mtlsign.schemes.registry import default_scheme
+from mtlsign.tasks import Task
 from mtlsign.tasks.splitting import seeded_generator
 
 State = Mapping[str, Tensor]
@@ -112,6 +113,7 @@ class AttackerResources:
         other_models: state dicts of other models marked from the same W0, with the marked model's names.
         public_base: state dict of a public model from which the marked one was fine-tuned, with its names; it
             may lack tensors.
+        transfer_task: another task with data of the attacker's own, for transfer learning.
         on_step: called with (step, steps) during training.
         scheme: watermarking scheme of `key`, and of the attacker's own keys.
     """
@@ -122,6 +124,7 @@ class AttackerResources:
     key: SchemeKey | None = field(default=None, repr=False)
     other_models: Sequence[State] = field(default=(), repr=False)
     public_base: State | None = field(default=None, repr=False)
+    transfer_task: Task | None = field(default=None, repr=False)
     on_step: Callable[[int, int], None] = field(default=lambda step, steps: None, repr=False)
     scheme: WatermarkScheme[Any] = field(default_factory=default_scheme, repr=False)
 
@@ -141,6 +144,7 @@ class AttackOutcome:
         input_transforms: changes that a user of the model applies to every input.
         detection: for an ambiguity attack, the verifier's result for the attacker's claim.
         tensors: content of the model's file, if it is not the state dict; a verifier reads this file.
+        task: task of the attacked model, if it is not the owner's.
     """
 
     model: nn.Module = field(repr=False)
@@ -149,6 +153,7 @@ class AttackOutcome:
     input_transforms: InputTransforms = ()
     detection: Detection | None = None
     tensors: State | None = field(default=None, repr=False)
+    task: Task | None = field(default=None, repr=False)
 
 
 #: (model, task, resources, seed, **parameters) -> AttackOutcome

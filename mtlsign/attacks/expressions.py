@@ -107,7 +107,7 @@ class AttackPlan:
         transformed = task
         for step in self.steps:
             outcome = ATTACKS[step.name].run(total.model, transformed, resources, seed, **dict(step.values))
-            transformed = transform_task(transformed, outcome.input_transforms)
+            transformed = transform_task(outcome.task or transformed, outcome.input_transforms)
             total = AttackOutcome(
                 outcome.model,
                 total.steps + outcome.steps,
@@ -115,6 +115,7 @@ class AttackPlan:
                 total.input_transforms + outcome.input_transforms,
                 outcome.detection,
                 outcome.tensors,
+                outcome.task or total.task,
             )
         return total
 

@@ -68,6 +68,8 @@ def prune_units(model: nn.Module, data: Task, ratio: float, by: Rule) -> None:
     if by == "activity":
         importance = _activity(model, data, {norms.get(n, n): n for n in convolutions})
     for name, conv in convolutions.items():
+        if name not in importance:  # never called, such as those of a discriminator
+            continue
         parts = [conv.weight, conv.bias]
         if name in norms:
             norm = modules[norms[name]]

@@ -1,8 +1,8 @@
-"""Attacks of the Watermark-Robustness-Toolbox in the registry: extraction, other objectives, triggers."""
+"""Attacks of the Watermark-Robustness-Toolbox: extraction, transfer, other objectives, triggers."""
 
 from __future__ import annotations
 
-from mtlsign.attacks import extraction, regularised_tuning, trigger_removal
+from mtlsign.attacks import extraction, regularised_tuning, transfer, trigger_removal
 from mtlsign.attacks.base import Attack
 
 TOOLBOX_ATTACKS = (
@@ -15,6 +15,13 @@ TOOLBOX_ATTACKS = (
             "queries=mixtures",
             "network=small",
         ),
+    ),
+    Attack(
+        "transfer",
+        transfer.transfer,
+        "new last layer, trained on half of the classes or on another task (--transfer-task)",
+        variants=("to=half", "to=half,lr=full", "to=task"),
+        fast=("epochs=1",),
     ),
     Attack(
         "adversarial_training",

@@ -60,6 +60,7 @@ class AttackSettings(RunStorage, RunPlacement, TaskData, Settings):
     lr: float | None = Field(None, gt=0, le=100, description="peak learning rate of the model's training [that of the kit, else by task and width]")
     other_marked_models: Texts = Field((), max_length=100, description="average_models: other models marked from the same W0; repeat the flag")
     public_base: str | None = Field(None, min_length=1, max_length=4096, description="subtract_public_base, merge_models: public model from which the marked one was fine-tuned (Hugging Face folder, GGUF or checkpoint)")
+    transfer_task: str | None = Field(None, min_length=1, max_length=200, description="transfer:to=task: task of the attacker's own data, such as fashion-mnist@0.1; images are scaled to the size of the model's")
     trusted_factory: str | None = Field(None, max_length=200, description=TRUSTED_FACTORY)
     min_evidence_bits: float = Field(POLICY_BITS, ge=0, le=4096, description=MIN_EVIDENCE_BITS)
     # a scheme of other authors

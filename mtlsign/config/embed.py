@@ -123,8 +123,8 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
 
     # fmt: off
     # network and task
-    task: str = Field("digits", min_length=1, max_length=200, description="digits, mnist, fashion-mnist, cifar10, cifar100, imdb, sst2, sst5, virusshare, files, camvid, pennfudan, voc (NAME@0.1: a tenth of the data), or package.module:factory")
-    model: str | None = Field(None, min_length=1, max_length=200, description="resnet18/34/50, cascade-resnet18/34/50 and cascade-timm/NAME (instances), bilstm, lstm, bigru, gru, transformer, timm/NAME, hf:FOLDER, or package.module:factory [resnet18, texts bilstm, instances cascade-resnet50]")
+    task: str = Field("digits", min_length=1, max_length=200, description="digits, mnist, fashion-mnist, cifar10, cifar100, imdb, sst2, sst5, virusshare, files, camvid, pennfudan, voc, gan-digits and gan-NAME of other images (NAME@0.1: a tenth of the data), or package.module:factory")
+    model: str | None = Field(None, min_length=1, max_length=200, description="resnet18/34/50, cascade-resnet18/34/50 and cascade-timm/NAME (instances), bilstm, lstm, bigru, gru, transformer, dcgan (generated images), timm/NAME, hf:FOLDER, or package.module:factory [resnet18, texts bilstm, instances cascade-resnet50, generated images dcgan]")
     width: int | None = Field(None, ge=4, le=MAX_WIDTH, description="channels of the first stage; 64 is torchvision's own network")
     stem: Literal["stock", "cifar"] | None = Field(None, description="7x7 stride 2 with pooling, or 3x3 stride 1")
     weights: str | None = Field(None, max_length=4096, description="trained checkpoint (.safetensors, Hugging Face folder, .pt or .ckpt of tensors) or 'pretrained' (timm); skips phase 1")

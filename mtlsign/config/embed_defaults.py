@@ -75,6 +75,15 @@ _INSTANCE_RECIPE: dict[str, Any] = {
     "phase1.lr": 1e-3,
     "phase1.weight_decay": 0.0,
 }
+#: Defaults of phase 1 for tasks of generated images.
+_GENERATION_RECIPE: dict[str, Any] = {
+    "model": "dcgan",
+    "width": 16,
+    "phase1.batch": 64,
+    "phase1.optimizer": "adam",
+    "phase1.lr": 1e-3,
+    "phase1.weight_decay": 0.0,
+}
 #: Settings of built-in tasks that replace defaults of all tasks.
 TASK_OVERRIDES: dict[str, dict[str, Any]] = {
     "imdb": {"phase2.margin": 3.0},
@@ -97,4 +106,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "camvid": _INSTANCE_RECIPE,
     "pennfudan": _INSTANCE_RECIPE,
     "voc": _INSTANCE_RECIPE,
+    "gan-digits": {**_GENERATION_RECIPE, "width": 32, "phase1.epochs": 60},
+    "gan-mnist": {**_GENERATION_RECIPE, "phase1.epochs": 4},
+    "gan-fashion-mnist": {**_GENERATION_RECIPE, "phase1.epochs": 4},
+    "gan-cifar10": {**_GENERATION_RECIPE, "phase1.epochs": 8},
+    "gan-cifar100": {**_GENERATION_RECIPE, "phase1.epochs": 8},
 }

@@ -68,7 +68,7 @@ class RayAttackBackend:
         self._resources = cluster.worker_resources(self._settings)
         cluster.wait_for_resources(self._settings, self._resources)
         secret = ray.put(target)
-        cluster.run_on_each_node(lambda: len(ray.get(secret).load_task().splits), self._resources)
+        cluster.run_on_each_node(lambda: ray.get(secret).load_data(), self._resources)
 
     def run_attacks(
         self, target: AttackTarget, plans: Sequence[AttackPlan], seed: int

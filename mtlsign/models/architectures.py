@@ -32,13 +32,13 @@ def architecture_for(
     width: int = 64,
     stem: str = "stock",
     size: int | None = None,
-    outputs: Literal["labels", "instances"] = "labels",
+    outputs: Literal["labels", "instances", "images"] = "labels",
 ) -> dict[str, object]:
     """Return the checked architecture of a model name.
 
     Args:
         model_name: resnet18, resnet34, resnet50, the same after `cascade-`, lstm, bilstm, gru, bigru,
-            `timm/NAME` or `custom/package.module:function`.
+            dcgan, `timm/NAME` or `custom/package.module:function`.
         classes: outputs of the network.
         channels: image channels; None for texts.
         vocabulary: number of token ids; None for images.
@@ -46,7 +46,7 @@ def architecture_for(
         width: channels of the first stage of a ResNet, or units of a recurrent layer in each direction.
         stem: "stock" or "cifar", for ResNets.
         size: image size in pixels, only for timm networks with a fixed one and for detectors.
-        outputs: whether the task needs labels of whole inputs or instances of objects.
+        outputs: whether the task needs labels of whole inputs, instances of objects, or new images.
 
     Returns:
         The JSON object that the spec stores under `architecture`.

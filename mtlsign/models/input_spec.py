@@ -86,4 +86,47 @@ class TextSpec:
         return f"texts of {self.length} tokens"
 
 
-InputSpec = ImageSpec | TextSpec
+@dataclass(frozen=True)
+class LatentSpec:
+    """Random vectors from which a generator makes images.
+
+    Attributes:
+        length: numbers of one vector.
+        channels: channels of the generated images.
+        height: their height in pixels.
+        width: their width in pixels.
+        outputs: whole images.
+    """
+
+    length: int
+    channels: int
+    height: int
+    width: int
+    outputs: Literal["images"] = "images"
+    kind: ClassVar[Literal["latent"]] = "latent"
+
+    @property
+    def classes(self) -> int:
+        """Outputs of the network: the values of one image."""
+        return self.channels * self.height * self.width
+
+    @property
+    def elements(self) -> int:
+        """Numbers in one input."""
+        return self.length
+
+    @property
+    def architecture_fields(self) -> dict[str, int]:
+        """Fields of an architecture that follow from inputs and outputs."""
+        return {"channels": self.channels, "classes": self.classes}
+
+    def sample(self, count: int = 2, device: torch.device | str = "cpu") -> Tensor:
+        """Return vectors of zeros: float32 [count, length]."""
+        return torch.zeros(count, self.length, device=device)
+
+    def __str__(self) -> str:
+        """Return the words of messages, such as "random vectors of 64 numbers"."""
+        return f"random vectors of {self.length} numbers"
+
+
+InputSpec = ImageSpec | TextSpec | LatentSpec

@@ -50,7 +50,7 @@ def architecture_from_settings(settings: EmbedSettings, input_spec: InputSpec) -
         width=settings.width or 64,
         stem=settings.stem or "stock",
         size=_image_size(name, input_spec),
-        outputs="instances" if input_spec.outputs == "instances" else "labels",
+        outputs=input_spec.outputs if input_spec.outputs in ("instances", "images") else "labels",
     )
 
 

@@ -142,7 +142,8 @@ class Comparator(ABC, Generic[K]):
         """Train on the primary loss and the watermark term; see `WatermarkScheme.embed`."""
 
         def objective(step: int, batch: Batch) -> Tensor:
-            return task.loss(model(batch.inputs), batch.targets) + self.term(model, key, step)
+            primary = task.loss(task.training_outputs(model, batch), batch.targets)
+            return primary + self.term(model, key, step)
 
         return train_watermark(
             model, task, settings, worker, objective=objective, optimizer=self.optimizer(settings),

@@ -19,6 +19,7 @@ from mtlsign.models.loading import cpu_state
 from mtlsign.schemes.base import Access, Detection, Forgery, SchemeResult, SchemeSettings
 from mtlsign.schemes.forging import best_of_keys
 from mtlsign.tasks import Task
+from mtlsign.watermark.carriers import registry
 from mtlsign.watermark.embedding.commitment import commit_keys, measure_response_bases
 from mtlsign.watermark.embedding.losses import readout_loss
 from mtlsign.watermark.embedding.phase2 import embed_watermark, gradient_terms
@@ -101,8 +102,9 @@ class MTLSignScheme:
         return replace(self, **options)
 
     def unsupported_reason(self, model: nn.Module, task: Task) -> str | None:
-        """Return why the model's default taps are unknown; None if they are known."""
+        """Return why the task has no carrier, or the model's default taps are unknown; None otherwise."""
         try:
+            registry.kind_for(task.input_spec)
             default_taps(model, self.head, task.input_spec.sample())
         except ModelError as error:
             return error.detail
@@ -155,6 +157,33 @@ class MTLSignScheme:
         Raises:
             ModelError: training diverged.
         """
+        return self._train(model, task, key, settings, worker, watermark_weight=1.0)
+
+    def train_without_mark(
+        self,
+        model: nn.Module,
+        task: Task,
+        key: MTLSignKey,
+        settings: SchemeSettings,
+        worker: WorkerContext,
+    ) -> SchemeResult:
+        """Run phase 2 like `embed`, without the losses of the key's bits.
+
+        Distillation, R_func, the frozen batch norms and the optimiser stay, so that the network is a control
+        for studies of the mark's traces. The arguments are those of `embed`.
+        """
+        return self._train(model, task, key, settings, worker, watermark_weight=0.0)
+
+    def _train(
+        self,
+        model: nn.Module,
+        task: Task,
+        key: MTLSignKey,
+        settings: SchemeSettings,
+        worker: WorkerContext,
+        *,
+        watermark_weight: float,
+    ) -> SchemeResult:
         _, lr = learning_rates(_width(model), self.head)
         embed_settings = self._embed_settings(
             seed=settings.seed,
@@ -166,7 +195,9 @@ class MTLSignScheme:
                 **settings.options,
             },
         )
-        rows, measured = embed_watermark(model, task, key.detector, embed_settings, worker)
+        rows, measured = embed_watermark(
+            model, task, key.detector, embed_settings, worker, watermark_weight=watermark_weight
+        )
         key_images = key.sample_count * len(gradient_terms(0, embed_settings))
         images = settings.steps * (key_images + settings.batch)
         return SchemeResult(settings.steps, images, rows, measured)

@@ -12,6 +12,7 @@ from mtlsign.schemes.deepsigns import DeepSignsScheme
 from mtlsign.schemes.diction import DictionScheme
 from mtlsign.schemes.frontier_stitching import FrontierStitchingScheme
 from mtlsign.schemes.greedy_residuals import GreedyResidualsScheme
+from mtlsign.schemes.ipr_gan import IprGanScheme
 from mtlsign.schemes.li2019 import Li2019Scheme
 from mtlsign.schemes.mtlsign import MTLSignScheme
 from mtlsign.schemes.neuralmark import NeuralMarkScheme
@@ -33,6 +34,7 @@ _SCHEMES: tuple[Any, ...] = (
     DictionScheme,
     NeuralMarkScheme,
     PassportScheme,
+    IprGanScheme,
     ZhangContentScheme,
     ZhangNoiseScheme,
     ZhangUnrelatedScheme,

@@ -1,7 +1,8 @@
 """Primary tasks: data, loss and metric behind one class, with splits fixed by a seed.
 
 Names are "digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imdb", "sst2", "sst5", "virusshare",
-"files", "lm", "camvid", "pennfudan", "voc" and `package.module:factory`.
+"files", "lm", "camvid", "pennfudan", "voc", "gan-digits" and others of `generation`, and
+`package.module:factory`.
 `"fashion-mnist@0.2"` is a fifth of both official parts, for studies on small machines.
 """
 
@@ -11,6 +12,7 @@ import difflib
 import math
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from mtlsign.config.embed_defaults import TEXT_TASKS
@@ -20,6 +22,8 @@ from mtlsign.tasks.batch import Batch
 from mtlsign.tasks.byte_images import NAMES as BYTE_IMAGE_NAMES
 from mtlsign.tasks.byte_images import load_byte_images
 from mtlsign.tasks.digits import load_digits
+from mtlsign.tasks.generation import NAMES as GENERATION_NAMES
+from mtlsign.tasks.generation import load_generation
 from mtlsign.tasks.metrics import MeanMetric, Metric
 from mtlsign.tasks.segmentation import NAMES as SEGMENTATION_NAMES
 from mtlsign.tasks.segmentation import load_segmentation
@@ -34,7 +38,10 @@ from mtlsign.tasks.user_task import from_loaders, from_tensors, load_user_task
 
 #: Name of a task that a caller makes of tensors or loaders. `load_task` cannot load it.
 CUSTOM, _RENAMED_CUSTOM = "custom", "own"
-NAMES = ("digits", *SOURCES, *TEXT_NAMES, *BYTE_IMAGE_NAMES, LANGUAGE_MODEL, *SEGMENTATION_NAMES)
+NAMES = (
+    *("digits", *SOURCES, *TEXT_NAMES, *BYTE_IMAGE_NAMES, LANGUAGE_MODEL, *SEGMENTATION_NAMES),
+    *GENERATION_NAMES,
+)
 
 __all__ = [
     "NAMES",
@@ -91,6 +98,8 @@ def load_task(
     if name == "digits":
         return load_digits(seed=seed)
     base, at, text = name.partition("@")
+    if base in GENERATION_NAMES:
+        return load_generation(name, partial(load_task, data=data, download=download, seed=seed))
     if base in NAMES and base != "digits":
         root, share = data_root(data), _share(name, text) if at else 1.0
         if base == LANGUAGE_MODEL:

@@ -68,6 +68,7 @@ def run_attack(
         key=key,
         other_models=[parse_safetensors(data) for data in target.other_marked_models],
         public_base=None if target.public_base is None else parse_safetensors(target.public_base),
+        transfer_task=target.load_transfer_task(),
         on_step=on_step or (lambda *_: None),
         scheme=scheme,
     )
@@ -110,18 +111,25 @@ def _measure(
     detection: Detection,
     device: torch.device | str,
 ) -> AttackResult:
-    """Add the detection and the accuracy on the test split to the row."""
+    """Add the detection and the accuracy on the test split to the row.
+
+    A model of another task has no accuracy on the owner's. The reason then states that on its task.
+    """
     data = serialize_safetensors(cpu_state(outcome.model) if outcome.tensors is None else outcome.tensors)
     exact = EmbedSettings.of({"amp": False})
-    transformed = transform_task(task, outcome.input_transforms)
-    after = loop.evaluate(outcome.model, transformed, "test", exact, SingleProcessContext(device))
+    evaluated = outcome.task or transform_task(task, outcome.input_transforms)
+    metric = loop.evaluate(outcome.model, evaluated, "test", exact, SingleProcessContext(device))
+    after, reason = metric if outcome.task is None else None, detection.reason
+    if outcome.task is not None:
+        other = f"The model has another task of {evaluated.classes} classes, with a metric of {metric:.3f}."
+        reason = f"{reason} {other}" if reason else other
     row = row | {
         "wm_accuracy": detection.accuracy, "evidence_bits": detection.evidence_bits,
         "accepted": detection.accepted, "verdict": detection.status, "matches": detection.matched,
         "n": detection.n, "null_rate": detection.null_rate,
         "primary_after": after, "steps": outcome.steps, "images": outcome.images,
         "inputs": "+".join(map(str, outcome.input_transforms)), "model_digest": model_digest(data),
-        "reason": detection.reason,
+        "reason": reason,
     }  # fmt: skip
     return AttackResult(row, data)
 
@@ -147,7 +155,7 @@ class LocalAttackBackend:
 
     def preflight(self, target: AttackTarget) -> None:
         """Load the data."""
-        target.load_task()
+        target.load_data()
 
     def run_attacks(
         self, target: AttackTarget, plans: Sequence[AttackPlan], seed: int

@@ -24,7 +24,7 @@ from mtlsign.models.loading import (
     load_initial_weights,
     load_tensors,
 )
-from mtlsign.schemes import SchemeSettings, WatermarkScheme
+from mtlsign.schemes import SchemeSettings, WatermarkScheme, default_scheme
 from mtlsign.schemes.base import Detection
 from mtlsign.schemes.options import scheme_from_texts
 from mtlsign.schemes.training import Optimizer, train_watermark
@@ -123,6 +123,11 @@ def prepare_base(settings: AttackSettings) -> BasePlan:
     reason = scheme.unsupported_reason(network, task)
     if reason is not None:
         raise SettingsError(f"The scheme cannot mark this network: {reason}", field="scheme")
+    if settings.transfer_task is not None:
+        load_task(
+            settings.transfer_task, data=training.data, download=training.download,
+            tokenizer=training.tokenizer, seed=split_seed,
+        )  # fmt: skip
     return BasePlan(scheme, training, task, architecture)
 
 
@@ -194,8 +199,26 @@ def tune_base(plan: BasePlan, settings: SchemeSettings, folder: Storage, optimiz
     model, task, device = _base_model(plan, folder)
     train_watermark(
         model, task, settings, SingleProcessContext(device), optimizer=optimizer,
-        objective=lambda step, batch: task.loss(model(batch.inputs), batch.targets),
+        objective=lambda step, batch: task.loss(task.training_outputs(model, batch), batch.targets),
     )  # fmt: skip
+    return cpu_state(model)
+
+
+def train_base_without_mark(plan: BasePlan, settings: SchemeSettings, folder: Storage) -> State:
+    """Return the weights of the unmarked network after phase 2 without the losses of the key's bits.
+
+    Args:
+        plan: result of `prepare_base`.
+        settings: steps, batch and seed.
+        folder: folder of the network.
+
+    Raises:
+        ModelError: the spread head cannot mark the network, or training diverged.
+    """
+    model, task, device = _base_model(plan, folder)
+    scheme = default_scheme()
+    key = scheme.generate_key(model, task, settings.seed)
+    scheme.train_without_mark(model, task, key, settings, SingleProcessContext(device))
     return cpu_state(model)
 
 
@@ -254,6 +277,7 @@ def _target(plan: BasePlan, settings: AttackSettings, model: nn.Module, key: Any
         min_evidence_bits=settings.min_evidence_bits,
         optimizer=plan.settings.phase1.optimizer or "sgd",
         tokenizer=settings.tokenizer,
+        transfer_task=settings.transfer_task,
         scheme=plan.scheme,
         key=key,
     )

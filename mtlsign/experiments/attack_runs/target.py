@@ -52,6 +52,7 @@ class AttackTarget:
         min_evidence_bits: evidence in bits at which a claim is accepted.
         tokenizer: tokenizer.json of a pretrained model, for text tasks.
         public_base: safetensors bytes of a public base model that the attacker knows; None without one.
+        transfer_task: name of another task whose data the attacker has; None without one.
     """
 
     tensors: bytes = field(repr=False)
@@ -69,13 +70,15 @@ class AttackTarget:
     optimizer: Literal["sgd", "adam"] = "sgd"
     tokenizer: Path | None = None
     public_base: bytes | None = field(default=None, repr=False)
+    transfer_task: str | None = None
 
     @property
     def digest(self) -> str:
         """Digest of everything that is attacked (64 hex), for stored rows. It does not reveal the key."""
         parts = [self.tensors, self.secret, *self.other_marked_models]
         parts += [] if self.public_base is None else [b"public base", self.public_base]
-        fields = [self.task, self.split_seed, dict(self.architecture)]
+        fields: list[Any] = [self.task, self.split_seed, dict(self.architecture)]
+        fields += [] if self.transfer_task is None else [self.transfer_task]
         parts.append(json.dumps(fields, sort_keys=True).encode())
         digests = b"".join(hashlib.sha256(part).digest() for part in parts)
         return hashlib.sha256(b"mtlsign/v1/attack target" + digests).hexdigest()
@@ -145,8 +148,19 @@ class AttackTarget:
                 )
         return task
 
+    def load_transfer_task(self) -> Task | None:
+        """Load the attacker's other task; None without one. Raises `DataError` if its data are missing."""
+        if self.transfer_task is None:
+            return None
+        return _cached_task(self.transfer_task, self.data, self.download, self.tokenizer, self.split_seed)
 
-@lru_cache(maxsize=1)  # a warm process runs many attacks on the same task
+    def load_data(self) -> int:
+        """Load all tasks; return the number of splits. Raises `DataError` if data are missing."""
+        tasks = self.load_task(), self.load_transfer_task()
+        return sum(len(task.splits) for task in tasks if task is not None)
+
+
+@lru_cache(maxsize=2)  # a warm process runs many attacks on the same tasks
 def _cached_task(name: str, data: Path | None, download: bool, tokenizer: Path | None, seed: int) -> Task:
     return load_task(name, data=data, download=download, tokenizer=tokenizer, seed=seed)
 
@@ -185,6 +199,7 @@ def load_target(settings: AttackSettings) -> AttackTarget:
         min_evidence_bits=settings.min_evidence_bits,
         optimizer=_training_optimizer(kit, task),
         tokenizer=settings.tokenizer,
+        transfer_task=settings.transfer_task,
     )
     if settings.public_base is None:
         return target

@@ -52,6 +52,7 @@ ALL_ATTACKS = ",".join(
         "tune:steps=1500,lr=0.01,weight_decay=0.005",
         "relearn:epochs=20",
         "extract",
+        "transfer",
         "adversarial_training",
         "label_smoothing",
         "regularize",

@@ -2,10 +2,11 @@
 
 Two groups of networks are trained from different seeds. The networks of the first group stay unmarked: as
 trained, and tuned without a watermark for as many steps as an embedding takes, once with the SGD of the
-comparators and once with an Adam of the rate with which the spread head is embedded. Those of the second
-group are marked, each with a key of its seed. Further rows show what the classifier makes of two unmarked
-groups, and of tuning alone. Features of finished networks are stored, so that an interrupted study repeats
-none of them.
+comparators and once with an Adam of the rate with which the spread head is embedded. A further control runs
+phase 2 of the spread head without the losses of the key's bits: with distillation, R_func and frozen batch
+norms. Those of the second group are marked, each with a key of its seed. Further rows show what the
+classifier makes of two unmarked groups, and of tuning alone. Features of finished networks are stored, so
+that an interrupted study repeats none of them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from mtlsign.experiments.attack_runs.scheme_target import (
     base_tensors,
     mark_base,
     prepare_base,
+    train_base_without_mark,
     tune_base,
 )
 from mtlsign.experiments.paper_studies.scheme_studies import (
@@ -38,8 +40,9 @@ from mtlsign.storage.safetensors_io import parse_safetensors
 LogCallback = Callable[[str], None]
 Result = dict[str, Any]
 
-#: Groups without a mark: as trained, and tuned for as many steps as an embedding takes.
-UNMARKED, TUNED, TUNED_ADAM = "unmarked", "tuned", "tuned_adam"
+#: Groups without a mark: as trained, and trained further for as many steps as an embedding takes.
+UNMARKED, TUNED, TUNED_ADAM, PHASE2 = "unmarked", "tuned", "tuned_adam", "phase2_without_mark"
+_WITHOUT_MARK = (UNMARKED, TUNED, TUNED_ADAM, PHASE2)
 #: Scheme with whose settings the networks without a mark are prepared; it changes no layer.
 _PLAIN_SCHEME = "uchida"
 #: Steps of every embedding and of the tuning by default.
@@ -70,8 +73,7 @@ def run_property_inference(settings: ReproduceSettings, log: LogCallback) -> tup
     networks = [
         (UNMARKED, first),
         (UNMARKED, second),
-        (TUNED, first),
-        (TUNED_ADAM, first),
+        *((group, first) for group in _WITHOUT_MARK[1:]),
         *((name, second) for name in names),
     ]
     results: dict[str, dict[int, Result]] = {}
@@ -88,14 +90,16 @@ def run_property_inference(settings: ReproduceSettings, log: LogCallback) -> tup
 
 def _network(settings: ReproduceSettings, group: str, seed: int, folder: Storage) -> Result:
     """Return the features of one network, and of a marked one its evidence."""
-    scheme = _PLAIN_SCHEME if group in (UNMARKED, TUNED, TUNED_ADAM) else group
+    scheme = _PLAIN_SCHEME if group in _WITHOUT_MARK else group
     attack_settings = attack_settings_of(settings, scheme, seed)
     steps = settings.embed_steps or DEFAULT_STEPS
     plan = prepare_base(attack_settings)
     if group == UNMARKED:
         return {"features": weight_features(base_tensors(plan, folder))}
-    if group in (TUNED, TUNED_ADAM):
+    if group in _WITHOUT_MARK:
         tuning = SchemeSettings(steps, attack_settings.embed_batch, plan.settings.phase1.lr or 0.1, seed)
+        if group == PHASE2:
+            return {"features": weight_features(train_base_without_mark(plan, tuning, folder))}
         return {
             "features": weight_features(tune_base(plan, tuning, folder, _optimizer(group, settings.width)))
         }
@@ -122,8 +126,8 @@ def _table(
     def features(group: str, seeds: range) -> list[list[float]]:
         return [results[group][seed]["features"] for seed in seeds]
 
-    pairs = [(UNMARKED, group) for group in (UNMARKED, TUNED, TUNED_ADAM)]
-    pairs += [(name, against) for name in names for against in (UNMARKED, TUNED, TUNED_ADAM)]
+    pairs = [(UNMARKED, group) for group in _WITHOUT_MARK]
+    pairs += [(name, against) for name in names for against in _WITHOUT_MARK]
     rows: list[Row] = []
     for group, against in pairs:
         value = separation(features(against, first), features(group, second))

@@ -31,7 +31,7 @@ SCHEME_ATTACKS = (
     "ftal:lr=full,retrain,prune:ratio=0.5,fine_prune:ratio=0.5,prune_channels:ratio=0.3,int8,"
     "noise:sigma=0.4,low_rank:share=0.25,overwrite:epochs=50,spoil:steps=60,null_space:energy=0.97,noise=1,"
     "adversarial_training,label_smoothing,regularize,shift_weights,neural_cleanse,preprocess_input,"
-    "remove_outputs,extract,extract:network=small,relearn:epochs=20,scale_filters,scale_inner_channels,"
+    "remove_outputs,extract,extract:network=small,transfer,relearn:epochs=20,scale_filters,scale_inner_channels,"
     "scale_residual_channels,bn_fold,permute_channels:which=both"
 )
 #: Attacks of Fig. 6: fine-pruning, pruning of neurons and spoiling.

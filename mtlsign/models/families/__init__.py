@@ -6,6 +6,7 @@ from mtlsign.errors import ModelError
 from mtlsign.models.families.base import ArchitectureFamily, Translation
 from mtlsign.models.families.custom import PREFIX, RENAMED_PREFIX, CustomFamily
 from mtlsign.models.families.detector import DetectorFamily, TimmDetectorFamily
+from mtlsign.models.families.generator import GeneratorFamily
 from mtlsign.models.families.recurrent import RecurrentFamily
 from mtlsign.models.families.resnet import ResNetFamily
 from mtlsign.models.families.timm import TimmFamily
@@ -21,6 +22,7 @@ FAMILIES: tuple[ArchitectureFamily, ...] = (
     DetectorFamily(),
     TimmDetectorFamily(),
     TimmFamily(),
+    GeneratorFamily(),
     CustomFamily(),
 )
 

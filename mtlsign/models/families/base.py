@@ -76,13 +76,13 @@ class ArchitectureFamily(Protocol):
         usage: names of the family's architectures, as error messages show them.
         fields: the fields besides `arch`, in the order in which they are checked; None if any are allowed.
         inputs: kind of inputs that the networks read.
-        outputs: labels of a whole input (or of its tokens), or the instances of objects in it.
+        outputs: labels of a whole input (or of its tokens), the instances of objects in it, or new images.
     """
 
     usage: str
     fields: Mapping[str, Field] | None
     inputs: Literal["image", "text", "any"] = "image"
-    outputs: Literal["labels", "instances", "any"] = "labels"
+    outputs: Literal["labels", "instances", "images", "any"] = "labels"
 
     def includes(self, arch: str) -> bool:
         """Return whether `arch` names a network of this family."""

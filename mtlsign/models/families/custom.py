@@ -31,7 +31,7 @@ class CustomFamily(ArchitectureFamily):
     usage = f"{PREFIX}package.module:function"
     fields: Mapping[str, Field] | None = None
     inputs: Literal["image", "text", "any"] = "any"
-    outputs: Literal["labels", "instances", "any"] = "any"
+    outputs: Literal["labels", "instances", "images", "any"] = "any"
 
     def includes(self, arch: str) -> bool:
         """Return whether `arch` has the form of a custom architecture name."""

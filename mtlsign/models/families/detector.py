@@ -28,7 +28,7 @@ class DetectorFamily(ArchitectureFamily):
     """`cascade-resnet18`, `-resnet34` and `-resnet50`: three box stages, and masks."""
 
     usage = ", ".join(PREFIX + name for name in RESNETS)
-    outputs: Literal["labels", "instances", "any"] = "instances"
+    outputs: Literal["labels", "instances", "images", "any"] = "instances"
     fields: Mapping[str, Field] | None = {
         "channels": IntegerField(3, 3),
         "classes": IntegerField(1, 1000),
@@ -69,7 +69,7 @@ class TimmDetectorFamily(ArchitectureFamily):
     """`cascade-timm/NAME`: the same detector on the convolutional network `NAME` of timm."""
 
     usage = f"{PREFIX}{TIMM_PREFIX}NAME"
-    outputs: Literal["labels", "instances", "any"] = "instances"
+    outputs: Literal["labels", "instances", "images", "any"] = "instances"
     fields: Mapping[str, Field] | None = {
         "channels": IntegerField(3, 3),
         "classes": IntegerField(1, 1000),

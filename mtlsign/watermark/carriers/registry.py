@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from mtlsign.errors import ModelError
 from mtlsign.models.input_spec import ImageSpec, InputSpec
 from mtlsign.storage.strict_json import raise_invalid
 from mtlsign.watermark.carriers.base import Carrier
@@ -49,8 +50,15 @@ def make(kind: str, n: int, input_spec: InputSpec) -> dict[str, int | str]:
 
 
 def kind_for(input_spec: InputSpec) -> str:
-    """Return the name of the carrier for a task's inputs."""
-    return {"image": "qr", "text": "words"}[input_spec.kind]
+    """Return the name of the carrier for a task's inputs. Raises `ModelError` if there is none."""
+    kinds = {"image": "qr", "text": "words"}
+    if input_spec.kind not in kinds:
+        raise ModelError(
+            f"No carrier has {input_spec} as inputs. Use a task of images or texts; the scheme ipr_gan marks "
+            "generators.",
+            field="task",
+        )
+    return kinds[input_spec.kind]
 
 
 def key_input_spec(input_spec: InputSpec, side: int | None = None) -> InputSpec:

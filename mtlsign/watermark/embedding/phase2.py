@@ -78,6 +78,7 @@ def embed_watermark(
     settings: EmbedSettings,
     worker: WorkerContext,
     low_rank: LowRankTraining | None = None,
+    watermark_weight: float = 1.0,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Embed the watermark into `model`, which holds W0 at the start and W at the end.
 
@@ -92,6 +93,7 @@ def embed_watermark(
         settings: complete settings.
         worker: this process of the phase.
         low_rank: the adapter whose factors are trained instead of all weights.
+        watermark_weight: factor of l_WM and R_DA; 0 trains alike without a mark, as a control.
 
     Returns:
         One row of metrics for each 50 steps, and the accuracies of W0 and W.
@@ -99,7 +101,7 @@ def embed_watermark(
     Raises:
         DivergedError: the loss or the weights are not finite.
     """
-    return _Embedding(model, task, detector, settings, worker, low_rank).run()
+    return _Embedding(model, task, detector, settings, worker, low_rank, watermark_weight).run()
 
 
 def gradient_terms(step: int, settings: EmbedSettings) -> list[tuple[float, str]]:
@@ -122,9 +124,10 @@ class _Embedding:
         settings: EmbedSettings,
         worker: WorkerContext,
         low_rank: LowRankTraining | None,
+        watermark_weight: float,
     ) -> None:
         self._detector, self._settings, self._worker = detector, settings, worker
-        self._low_rank = low_rank
+        self._low_rank, self._watermark_weight = low_rank, watermark_weight
         self._model = model.to(worker.device).to(memory_format=memory_format_for(model)).eval()
         self._task = task.to(worker.device)
         self._teacher = copy.deepcopy(model).requires_grad_(False)
@@ -218,7 +221,7 @@ class _Embedding:
             readings = detector.read(copy_kernels, differentiable=True)
             scores = detector.score(readings)
             loss = readout_loss(detector.readouts, scores, detector.labels, self._settings.phase2.margin)
-            total = weight * loss
+            total = self._watermark_weight * weight * loss
             if kind == "clean" and self._base_responses:
                 total = total + self._response_change(readings)
             total.backward()

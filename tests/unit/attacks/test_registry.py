@@ -42,7 +42,10 @@ NOT_FOR_IMAGES = {
 #: Attacks on models with outputs besides the task's classes.
 NOT_FOR_CLASSES = {"remove_outputs"}
 TOOLBOX = ("extract", "adversarial_training", "label_smoothing", "regularize", "shift_weights")
-TUNING = ("ftll", "ftal", "rtll", "rtal", "retrain", "fine_prune", "fine_prune_channels", *TOOLBOX)
+TUNING = (
+    *("ftll", "ftal", "rtll", "rtal", "retrain", "transfer", "fine_prune", "fine_prune_channels"),
+    *TOOLBOX,
+)
 TRAINING = (
     *(
         *TUNING,

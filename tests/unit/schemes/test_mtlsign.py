@@ -84,3 +84,19 @@ def test_unsupported_reason_names_unknown_stages(tiny_task: Task, tiny_model: Ma
     without_pixels = nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, 4))
     reason = MTLSignScheme(head="keyed").unsupported_reason(without_pixels, tiny_task)
     assert reason is not None and "Sequential" in reason
+
+
+def test_train_without_mark_changes_weights_and_embeds_no_bits(tiny_task: Task, tiny_model: Maker) -> None:
+    settings = SchemeSettings(steps=30, batch=16, training_lr=0.02, seed=0)
+    changed, accuracies = {}, {}
+    for name in ("embed", "train_without_mark"):
+        model, scheme = tiny_model(), MTLSignScheme(key_size=128)
+        key = scheme.generate_key(model, tiny_task, 0)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        with torch.random.fork_rng(devices=[]):
+            getattr(scheme, name)(model, tiny_task, key, settings, SingleProcessContext())
+        changed[name] = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+        accuracies[name] = scheme.verify(model, key).accuracy
+    assert changed["train_without_mark"] == changed["embed"], "the same layers are trained or frozen"
+    assert changed["embed"]
+    assert accuracies["embed"] > 0.8 and abs(accuracies["train_without_mark"] - 0.5) < 0.2

@@ -88,8 +88,9 @@ def test_rows_with_damaged_file_raise(damage: Callable[[bytes], bytes], message:
         replace(TARGET, kit=replace(TARGET.kit, opening=replace(OPENING, signature=bytes(64)))),
         replace(TARGET, other_marked_models=(b"copy",)),
         replace(TARGET, public_base=b"base"),
+        replace(TARGET, transfer_task="mnist"),
     ],
-    ids=["model", "task", "split", "key", "other models", "public base"],
+    ids=["model", "task", "split", "key", "other models", "public base", "transfer task"],
 )
 def test_rows_of_other_target_raise(target: AttackTarget, run: AttackRun) -> None:
     with pytest.raises(ArtifactError, match="belongs to another model, key or task"):

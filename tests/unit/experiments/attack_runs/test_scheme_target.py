@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mtlsign.config.attack import AttackSettings
-from mtlsign.errors import SettingsError
+from mtlsign.errors import DataError, SettingsError
 from mtlsign.experiments.attack_runs.executor import LocalAttackBackend
 from mtlsign.experiments.attack_runs.run import run_attack_job
 from tests.unit.experiments.attack_runs.test_run import FACTORY
@@ -78,3 +78,23 @@ def test_invalid_scheme_settings_write_nothing(
         run(values, **others)
     assert message in str(raised.value)
     assert not list((tmp_path / "store").rglob("settings.json"))
+
+
+def test_transfer_reports_bits_and_no_loss_on_owners_task(values: dict[str, Any]) -> None:
+    options = ("key_size=64", "strength=0.1")
+    result = run(
+        values, scheme="uchida", scheme_options=options, embed_steps=60, transfer_task=values["task"],
+        attacks="transfer:epochs=1,batch=16,to=half/task",
+    )  # fmt: skip
+    rows = {row["parameters"].partition(" ")[0]: row for row in result["rows"]}
+    for to, classes in (("to=half", 2), ("to=task", 4)):
+        row = rows[to]
+        assert row["status"] == "ok" and row["n"] == 64 and row["evidence_bits"] > 0, row
+        assert row["primary_after"] is None and row["points_lost"] is None and row["removed"] is None
+        assert f"another task of {classes} classes, with a metric of" in row["reason"]
+
+
+def test_unknown_transfer_task_is_refused_before_training(values: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="Unknown task 'mnits'"):
+        run(values, scheme="uchida", transfer_task="mnits", attacks="transfer:to=task")
+    assert not (tmp_path / "store").exists()

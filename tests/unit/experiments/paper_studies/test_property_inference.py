@@ -43,13 +43,16 @@ def test_study_compares_groups_of_other_seeds_and_resumes(
     pairs = [(row["group"], row["against"], row["n"]) for row in result["rows"]]
     assert pairs == [
         (group, against, 4)
-        for group in ("unmarked", "uchida") for against in ("unmarked", "tuned", "tuned_adam")
+        for group in ("unmarked", "uchida")
+        for against in ("unmarked", "tuned", "tuned_adam", "phase2_without_mark")
     ]  # fmt: skip
     assert all(row["low"] <= row["accuracy"] <= row["high"] for row in result["rows"])
-    assert [row["of"] for row in result["rows"]] == [0, 0, 0, 2, 2, 2]
+    assert [row["of"] for row in result["rows"]] == [0, 0, 0, 0, 2, 2, 2, 2]
     folder = tmp_path / "store" / "runs" / "s"
     assert sorted(path.name for path in (folder / "schemes").iterdir()) == [
         *(
+            "phase2_without_mark-5.json",
+            "phase2_without_mark-6.json",
             "tuned-5.json",
             "tuned-6.json",
             "tuned_adam-5.json",
