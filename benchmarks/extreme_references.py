@@ -168,7 +168,7 @@ def _foreign_sketch(forger: Forger, generator: Generator) -> Tensors:
 
 
 def _foreign_basis(forger: Forger, generator: Generator) -> Tensors:
-    """Return the suspect's sketch and columns with the bases of its owner."""
+    """Return the suspect's sketch and columns with the bases of the marked network's owner."""
     owner = forger.reference.tensors
     return {n: owner[n] if n.endswith("/basis") else t for n, t in forger.own.tensors.items()}
 
