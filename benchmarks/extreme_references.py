@@ -83,9 +83,9 @@ def _with_first(tensor: Tensor, value: float) -> Tensor:
 
 def extremes(forger: Forger) -> Iterator[Attempt]:
     """Yield references with replaced numbers, without end; every fourth key has a keyed read-out as well."""
-    index = 0
+    index, kinds = 0, [kind for kind in _KINDS if any(_is_kind(name, kind) for name in forger.own.tensors)]
     while True:
-        for kind in _KINDS:
+        for kind in kinds:
             for filling in (*_FILLINGS, *_INVALID):
                 generator = torch.Generator().manual_seed(index)
                 yield _extreme(forger, kind, filling, index, generator)
