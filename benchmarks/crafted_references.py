@@ -103,7 +103,7 @@ def attempts(forger: Forger, family: str, start: int, count: int) -> Iterator[At
             yield LabelFitter(forger, index).attempt(FITS[index % len(FITS)])
     elif family == "layers":
         for index in range(start, count):
-            attempt = choose_layers(forger, index, tries=32)
+            attempt = choose_layers(forger, index, tries=8)
             assert attempt is not None
             yield attempt
     else:
