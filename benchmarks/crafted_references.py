@@ -16,8 +16,10 @@ import copy
 import csv
 import hashlib
 import itertools
+import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,7 +55,10 @@ COLUMNS = (
     *("family", "number", "method", "status", "matches", "n", "evidence_bits", "tries"),
     *("target_bits", "reason", "seconds"),
 )
+STATUSES = ("inadmissible", "rejected", "unrelated", "not_verifiable", "needs_commitment", "accepted")
 REQUIRED_BITS = 120
+#: The families take turns, so that a study that was stopped has references of all of them.
+TURNS = 4
 _OWNER, _OTHERS = "owner of the study", 3
 
 
@@ -235,24 +240,58 @@ def main() -> None:
     )
     parser.add_argument("output", type=Path)
     parser.add_argument("--share", type=float, default=1.0, help="share of the 1,000 references")
+    parser.add_argument("--summary", type=Path, help="write a table of the rows in the file, and stop")
     options, embed_flags = parser.parse_known_args()
+    if options.summary is not None:
+        write_summary(options.output, options.summary)
+        return
     settings = cli.parse(EmbedSettings, embed_flags, description="").with_defaults()
     torch.set_num_threads(1)
     forger = make_forger(settings.updated({"insecure_test_key": True}))
-    present: dict[str, int] = {}
-    if options.output.exists():
-        with options.output.open(newline="") as file:
-            for row in csv.DictReader(file):
-                present[row["family"]] = present.get(row["family"], 0) + 1
-    counts = {family: max(1, round(count * options.share)) for family, count in COUNTS.items()}
-    new = not options.output.exists()
-    with options.output.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        for row in rows(forger, present, counts):
-            writer.writerow(row)
-            file.flush()
+    if not options.output.exists():
+        options.output.write_text(",".join(COLUMNS) + "\n")
+    for turn in range(1, TURNS + 1):
+        share = options.share * turn / TURNS
+        counts = {family: max(1, round(count * share)) for family, count in COUNTS.items()}
+        present = dict(Counter(row["family"] for row in read_rows(options.output)))
+        with options.output.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            for row in rows(forger, present, counts):
+                writer.writerow(row)
+                file.flush()
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a file of the study."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_summary(rows_path: Path, path: Path) -> None:
+    """Write a table with a row for each family: how many references, their verdicts, most evidence.
+
+    Args:
+        rows_path: file of the study.
+        path: CSV file.
+    """
+    groups: dict[str, list[dict[str, str]]] = {}
+    for row in read_rows(rows_path):
+        groups.setdefault(row["family"], []).append(row)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        columns = ("references", *STATUSES, "most evidence", "tries of it", "evidence without the digest")
+        writer.writerow(("family", *columns, "CPU seconds (most)"))
+        for family, own in groups.items():
+            statuses = Counter(row["status"] for row in own)
+            best = max(own, key=lambda row: float(row["evidence_bits"]))
+            targets = [float(row["target_bits"]) for row in own if row["target_bits"]]
+            seconds = [float(row["seconds"]) for row in own]
+            writer.writerow((
+                family, len(own), *(statuses[status] for status in STATUSES),
+                f"{float(best['evidence_bits']):.1f}", best["tries"],
+                f"{min(targets):.0f} … {max(targets):.0f}" if targets else "",
+                f"{statistics.mean(seconds):.2f} ({max(seconds):.2f})",
+            ))  # fmt: skip
 
 
 if __name__ == "__main__":

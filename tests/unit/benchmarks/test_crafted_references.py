@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from benchmarks import crafted_references
-from benchmarks.crafted_references import COUNTS, attempts, judge, ledger_reason, make_forger
+from benchmarks.crafted_references import (
+    COLUMNS,
+    COUNTS,
+    attempts,
+    judge,
+    ledger_reason,
+    make_forger,
+    write_summary,
+)
 from benchmarks.reference_forger import Forger, LabelFitter
 from mtlsign.config import cli
 from mtlsign.config.embed import EmbedSettings
@@ -74,9 +82,23 @@ def test_study_continues_after_its_last_row(tmp_path: Path, monkeypatch: pytest.
     assert "accepted" not in {row["status"] for row in rows[1:]}
     path.write_text("".join(lines[:-3]))
     crafted_references.main()
-    kept_columns = [name for name in rows[0] if name != "seconds"]
-    again = list(csv.DictReader(path.open()))
-    assert [[row[name] for name in kept_columns] for row in again] == [
-        [row[name] for name in kept_columns] for row in rows
-    ]
+    continued = list(csv.DictReader(path.open()))
+    timeless = [[{**row, "seconds": ""} for row in part] for part in (rows, continued)]
+    assert timeless[0] == timeless[1]
     assert torch.get_num_threads() == 1
+
+
+def test_summary_counts_verdicts_and_names_the_most_evidence(tmp_path: Path) -> None:
+    values = [("fitted", "rejected", "9.5", "16", "980.0"), ("fitted", "inadmissible", "0.0", "1", "1024.0")]
+    path, table = tmp_path / "rows.csv", tmp_path / "table.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="0.5")
+        writer.writeheader()
+        for row in values:
+            columns = ("family", "status", "evidence_bits", "tries", "target_bits")
+            writer.writerow(dict(zip(columns, row, strict=True)))
+    write_summary(path, table)
+    (summary,) = csv.DictReader(table.open())
+    assert (summary["references"], summary["rejected"], summary["inadmissible"]) == ("2", "1", "1")
+    assert (summary["accepted"], summary["most evidence"], summary["tries of it"]) == ("0", "9.5", "16")
+    assert summary["evidence without the digest"] == "980 … 1024"
