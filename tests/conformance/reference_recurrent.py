@@ -238,16 +238,17 @@ def evaluate_readings(
     Args:
         opening: the key opening.
         reference: tensors of W0's reference.
-        readings: kernels [rows, inputs] by name, for each reading.
+        readings: kernels [rows, inputs] or [groups, rows, inputs, places] by name, for each reading.
         keys: name of a kernel -> key of its layer, in the order of the network.
     """
     spec, results = json.loads(base64.b64decode(opening["spec"])), []
     for reading in readings:
         z = np.concatenate([
             responses(
-                reading[name][None, :, :, None], reference[f"{key}/columns"], reference[f"{key}/basis"]
+                kernel[None, :, :, None] if kernel.ndim == 2 else kernel,
+                reference[f"{key}/columns"], reference[f"{key}/basis"],
             )
-            for name, key in keys.items()
+            for key, kernel in ((key, reading[name]) for name, key in keys.items())
         ])  # fmt: skip
         readouts = expand_key(opening, len(z))
         scores = np.concatenate([group_scores(z, readout) for readout in readouts])

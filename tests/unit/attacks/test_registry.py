@@ -27,8 +27,9 @@ QUICK = {
     "prune_to_accuracy_drop": "points=50", "tune": "steps=3,batch=16", "relearn": "epochs=1,batch=16",
     "neural_cleanse": "steps=1,epochs=1,batch=16", "merge_models": "epochs=1,batch=16,weight=0.3",
 }  # fmt: skip
-#: Attacks on networks of texts, on transformers and on detectors.
+#: Attacks on networks of texts, on transformers, on detectors and on linear bottlenecks.
 NOT_FOR_IMAGES = {
+    "mix_linear_channels",
     "recurrent_symmetries",
     "permute_vocabulary",
     "attention_symmetries",

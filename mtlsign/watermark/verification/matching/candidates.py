@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from mtlsign.models.channel_sets import ChannelSet
@@ -13,9 +13,19 @@ from mtlsign.models.unnamed_tensors import FileTensor, axis_orders, in_axis_orde
 from mtlsign.models.untrusted import MAX_GROWTH
 from mtlsign.watermark.verification.alignment.layers import ReferenceLayer
 from mtlsign.watermark.verification.alignment.suspect import Side, located_side
+from mtlsign.watermark.verification.matching.composed import ComposedShape, composed_kernel
 
-#: Pairs of tensors that are multiplied for one layer, and largest ratio of their rank to the layer's size.
-MAX_PAIRS, MAX_RANK = 32, 4
+#: Largest ratio of the rank of two layers to the size of the kernel that they make.
+MAX_RANK = 4
+#: Multiplications of a product of matrices that take the time of one other.
+_MATRIX_SPEED = 32
+
+
+class Work(Protocol):
+    """Limit of a computation."""
+
+    def use(self, count: int) -> None:
+        """Subtract multiplications. Raises `ModelError` if none are left."""
 
 
 @dataclass(frozen=True)
@@ -84,30 +94,24 @@ class Slot:
                     if is_stored_as(tuple(values.shape), shape, order):
                         yield Candidate(frozenset({tensor.place}), in_axis_order(values, shape, order))
 
-    def products(self, tensors: Sequence[FileTensor]) -> Iterator[Candidate]:
+    def products(self, tensors: Sequence[FileTensor], work: Work) -> Iterator[Candidate]:
         """Yield the kernels that two tensors make, which a file may hold as two layers.
 
         The second layer reads the r outputs of the first one; at each position axis at least one of them has
         length 1. Of many pairs those with the nearest names count.
+
+        Args:
+            tensors: of the file, those in use left out.
+            work: limit of the multiplications.
         """
         if self.layer.groups != 1 or (self.layer.positions > 1 and len(self.layer.shape) == 2):
             return
-        width, window = self.columns.size, self.layer.shape[2:]
+        width, window = self.columns.size, tuple(self.layer.shape[2:])
         largest = MAX_RANK * min(self.layer.shape[0], width * self.layer.positions)
-        firsts = [t for t in tensors if _windowed(t.values, window) and t.values.shape[1] == width]
-        seconds = [t for t in tensors if _windowed(t.values, window) and self._allows(t.values.shape[0])]
-        pairs = [
-            (abs(first.place - second.place), first.place, first, second)
-            for first in firsts
-            for second in seconds
-            if first.place != second.place
-            and first.values.shape[0] == second.values.shape[1] <= largest
-            and _joined_window(first.values, second.values) == tuple(window)
-        ]
-        pairs.sort(key=lambda pair: (pair[0], pair[1], pair[3].place))
-        for _, _, first, second in pairs[:MAX_PAIRS]:
-            places = frozenset({first.place, second.place})
-            yield Candidate(places, _product(first.values, second.values, tuple(window)))
+        for first, second in ComposedShape(width, self._allows, window, largest).pairs(tensors):
+            work.use(len(second.values) * first.values.numel() * second.values[0, 0].numel() // _MATRIX_SPEED)
+            kernel = composed_kernel(first.values, second.values, window)
+            yield Candidate(frozenset({first.place, second.place}), kernel)
 
     def _allows(self, rows: int) -> bool:
         if self.rows is not None:
@@ -134,28 +138,3 @@ def _distinct_orders(shape: Sequence[int]) -> list[tuple[int, ...]]:
     for order in axis_orders(len(shape)):
         distinct.setdefault(tuple(axis for axis in order if shape[axis] > 1), order)
     return list(distinct.values())
-
-
-def _windowed(values: Tensor, window: Sequence[int]) -> bool:
-    """Return whether a tensor has rows, columns and positions; positions of 1 may be absent."""
-    return values.dim() == 2 + len(window) or (values.dim() == 2 and len(window) == 2)
-
-
-def _positions(values: Tensor) -> tuple[int, ...]:
-    return tuple(values.shape[2:]) if values.dim() == 4 else (1, 1)
-
-
-def _joined_window(first: Tensor, second: Tensor) -> tuple[int, ...] | None:
-    """Return the window of two layers, one after the other; None if both have positions along one axis."""
-    if first.dim() == second.dim() == 2:
-        return ()
-    sizes = list(zip(_positions(first), _positions(second), strict=True))
-    return tuple(max(pair) for pair in sizes) if all(min(pair) == 1 for pair in sizes) else None
-
-
-def _product(first: Tensor, second: Tensor, window: tuple[int, ...]) -> Tensor:
-    """Return the kernel of two layers, one after the other, [O, I, ...]."""
-    inner = first.reshape(*first.shape[:2], *_positions(first))
-    outer = second.reshape(*second.shape[:2], *_positions(second))
-    joined = torch.einsum("orcd,riab->oiacbd", outer, inner)
-    return joined.reshape(len(outer), inner.shape[1], *window)

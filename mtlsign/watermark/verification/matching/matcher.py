@@ -134,7 +134,7 @@ def _first_candidates(
 ) -> list[Candidate]:
     """Return candidates for the layer that reads the inputs; the most similar ones of many."""
     slot = Slot.of(layer, aligner.sets, {})
-    candidates = [*slot.candidates(tensors), *slot.products(tensors)]
+    candidates = [*slot.candidates(tensors), *slot.products(tensors, work)]
     if len(candidates) <= _FIRST_CANDIDATES:
         return candidates
     best: dict[int, float] = {}

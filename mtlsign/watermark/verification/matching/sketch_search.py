@@ -37,6 +37,8 @@ _NEAR = 0.3
 CLEAR = 0.8
 #: Most multiplications of one search: about ten seconds of one core.
 MAX_WORK = 2**35
+#: Multiplications that take the time of looking at a tensor, and of comparing a small candidate.
+_TENSOR_WORK, _CANDIDATE_WORK = 2**13, 2**17
 
 
 class WorkLimit:
@@ -146,10 +148,11 @@ def _options(
     """Return candidates for a layer that are more alike W0's kernel than chance, the most similar first."""
     used, slot = match.used(), Slot.of(layer, sets, match.sizes)
     free = [tensor for tensor in tensors if tensor.place not in used]
+    work.use(_TENSOR_WORK * len(free))
     candidates = list(slot.candidates(free))
     options = _assigned(slot, candidates, sets, match, work)
     if not options or options[0].cosine < CLEAR:
-        options = [*options, *_assigned(slot, slot.products(free), sets, match, work)]
+        options = [*options, *_assigned(slot, slot.products(free, work), sets, match, work)]
         options.sort(key=lambda option: -option.cosine)
     if _has_blocks(layer, sets) and len({candidate.places for candidate in candidates}) == 1:
         return options
@@ -242,7 +245,9 @@ def ranked(
     projection = ordered_projection(slot, match.orders, sets)
     for number, candidate in enumerate(candidates):
         kernel = candidate.kernel
-        work.use(kernel.numel() * (projection.shape[2] + 16) + layer.sketch.size * len(kernel))
+        work.use(
+            _CANDIDATE_WORK + kernel.numel() * (projection.shape[2] + 16) + layer.sketch.size * len(kernel)
+        )
         rows = projected_rows(layer, kernel, projection)
         side = slot.row_side(len(rows), sets, match.sizes)
         entries.append((-upper_bound(layer, rows, side, match.orders.channels), number, candidate, rows))
