@@ -140,6 +140,12 @@ class Settings(BaseModel):
                     words += [f"--{flag}", str(item)]
         return words
 
+    def resume_flags(self, run: str) -> str:
+        """Return the flags that continue a run: its name, and the number of workers if it is not the default."""
+        field, workers = type(self).model_fields.get("workers"), getattr(self, "workers", None)
+        extra = "" if field is None or workers == field.default else f" --workers {workers}"
+        return f"--resume {run}{extra}"
+
     def updated(self, changes: Mapping[str, Any]) -> Self:
         """Return a copy with other values for some dotted field names. The values are not validated again."""
         update: dict[str, Any] = {}

@@ -42,7 +42,7 @@ def run_attack_job(
     """
     run, settings = AttackRun.open(settings)
     plans = plans_with_baseline(settings.attacks)
-    started = f"run {run.name}: {len(plans)} rows; if it is interrupted: --resume {run.name}"
+    started = f"run {run.name}: {len(plans)} rows; if it is interrupted: {settings.resume_flags(run.name)}"
     if settings.scheme is None:
         target, embedding = load_target(settings), None
         target.model()  # raises before anything is written

@@ -67,7 +67,7 @@ def run_property_inference(settings: ReproduceSettings, log: LogCallback) -> tup
     if settings.seeds < 2:
         raise SettingsError("Each group needs at least two networks. Use --seeds 2 or more.", field="seeds")
     run.reserve_name(settings)
-    log(f"run {run.name}; if it is interrupted: --resume {run.name}")
+    log(f"run {run.name}; if it is interrupted: {settings.resume_flags(run.name)}")
     first = range(settings.seed, settings.seed + settings.seeds)
     second = range(first.stop, first.stop + settings.seeds)
     networks = [

@@ -149,7 +149,7 @@ def _run_random_keys(settings: ReproduceSettings, log: LogCallback) -> dict[str,
         raise SettingsError("This study embeds no watermark. Omit --set.", field="set")
     run, settings = StudyRun.open(settings)
     run.reserve_name(settings)
-    log(f"run {run.name}; if it is interrupted: --resume {run.name}")
+    log(f"run {run.name}; if it is interrupted: {settings.resume_flags(run.name)}")
     accuracies: dict[str, list[float]] = {head: [] for head in settings.heads.split(",")}
     for seed in range(settings.seed, settings.seed + settings.seeds):
         config = {"task": settings.task, "model": settings.model, "width": settings.width, "seed": seed}

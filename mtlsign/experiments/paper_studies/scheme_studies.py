@@ -107,7 +107,7 @@ def run_scheme_study(settings: ReproduceSettings, log: LogCallback) -> tuple[Sch
     run, settings = SchemeStudyRun.open(settings)
     names = scheme_names(settings)
     run.reserve_name(settings)
-    log(f"run {run.name}; if it is interrupted: --resume {run.name}")
+    log(f"run {run.name}; if it is interrupted: {settings.resume_flags(run.name)}")
     results = []
     for seed in range(settings.seed, settings.seed + settings.seeds):
         for name in names:

@@ -41,7 +41,7 @@ def run_sweep_job(
     run.reserve_name(settings)
     run.bind_space(settings.space, space)
     finished = len(rows_of(run.folder))
-    log(f"run {run.name}; if it is interrupted: --resume {run.name}")
+    log(f"run {run.name}; if it is interrupted: {settings.resume_flags(run.name)}")
     log(
         f"{count_of(space, settings)} cells of {settings.space}, "
         f"{len({cell.clean_name for cell in cells})} phase 1, {len(plans)} attacks per cell"

@@ -139,7 +139,7 @@ def run_embedding_job(
     run.reserve_name(settings)
     _logged(log, key_size_warning((settings.key_size or 0) * (1 + len(settings.readouts))))
     log(f"{'new owner identity, back it up:' if created else 'owner identity'} {path}")
-    log(f"run {run.name}; if it is interrupted: --resume {run.name}")
+    log(f"run {run.name}; if it is interrupted: {settings.resume_flags(run.name)}")
     phase1 = phase1 or backend.train_clean(settings, run, architecture)
     if stored is None:
         run.save_clean_model(*phase1)

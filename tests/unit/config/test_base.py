@@ -170,6 +170,11 @@ def test_with_defaults_of_text_tasks_use_adam(task: str, epochs: int) -> None:
     assert "--phase1.batch" in chosen.flags() and "--phase1.weight-decay" in chosen.flags()
 
 
+def test_resume_flags_name_workers_that_are_not_the_default() -> None:
+    assert EmbedSettings.of({}).resume_flags("a1") == "--resume a1"
+    assert EmbedSettings.of({"workers": 0}).resume_flags("a1") == "--resume a1 --workers 0"
+
+
 def test_with_defaults_of_imdb_have_a_smaller_margin() -> None:
     assert EmbedSettings.of({"task": "imdb@0.3"}).with_defaults().phase2.margin == 3.0
     assert EmbedSettings.of({"task": "sst2"}).with_defaults().phase2.margin == 4.0
