@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated
@@ -14,6 +13,7 @@ from torch import Generator, Tensor, nn
 from mtlsign.attacks.attacker_data import attacker_sample, attacker_view
 from mtlsign.attacks.base import AttackerResources, AttackOutcome, NotApplicableError
 from mtlsign.attacks.equal_function import preserved_outcome
+from mtlsign.attacks.named_stream import insert_named_block, orthogonal_matrix, turn_named_stream
 from mtlsign.attacks.recurrent_symmetries import random_invertible_matrix
 from mtlsign.attacks.training import trainable_copy
 from mtlsign.models.attention_layers import AttentionLayer, MatrixRows
@@ -53,14 +53,14 @@ def rotate_stream(model: nn.Module, task: Task, resources: AttackerResources, se
     A matrix of outputs that was tied to the token vectors becomes one by itself.
 
     Raises:
-        NotApplicableError: the network is no transformer of this package, or its matrices have no biases
-            that could take those of the norms.
+        NotApplicableError: the network has no attention layers, its matrices have no biases that could take
+            those of the norms, or (networks of other libraries) its function changes.
     """
-    if not isinstance(model, Transformer):
-        raise NotApplicableError("The attack needs a transformer of this package.", field="model")
     attacked = trainable_copy(model)
-    assert isinstance(attacked, Transformer)
     generator = seeded_generator("mtlsign/attack/stream", seed)
+    if not isinstance(attacked, Transformer):
+        turn_named_stream(attacked, _stream(model, task, resources, seed), generator)
+        return preserved_outcome(model, attacked, task, resources, seed)
     if attacked.fc is None:
         _untie(attacked)
     with torch.no_grad():
@@ -69,7 +69,7 @@ def rotate_stream(model: nn.Module, task: Task, resources: AttackerResources, se
             _turn(attacked, torch.eye(attacked.shape.embedding)[order])
         else:
             _move_gains(attacked)
-            _turn(attacked, _orthogonal_matrix(attacked.shape.embedding, attacked.shape.norm, generator))
+            _turn(attacked, _turning_matrix(attacked, generator))
     return preserved_outcome(model, attacked, task, resources, seed)
 
 
@@ -147,15 +147,9 @@ def _scaled_rotation(size: int, generator: Generator) -> Tensor:
     return torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])
 
 
-def _orthogonal_matrix(size: int, norm: str, generator: Generator) -> Tensor:
-    """Return a random orthogonal matrix, float64; for layer norms one that keeps the vector of ones."""
-    free = torch.randn(size, size, generator=generator, dtype=torch.float64)
-    if norm == "rms":
-        return torch.as_tensor(torch.linalg.qr(free)[0])
-    basis = torch.linalg.qr(torch.cat([torch.ones(size, 1, dtype=torch.float64), free[:, 1:]], 1))[0]
-    inner = torch.linalg.qr(torch.randn(size - 1, size - 1, generator=generator, dtype=torch.float64))[0]
-    turn = torch.block_diag(torch.ones(1, 1, dtype=torch.float64), inner)
-    return torch.as_tensor(basis @ turn @ basis.T)
+def _turning_matrix(model: Transformer, generator: Generator) -> Tensor:
+    shape = model.shape
+    return orthogonal_matrix(shape.embedding, generator, keeps_mean=shape.norm != "rms")
 
 
 def _move_gains(model: Transformer) -> None:
@@ -232,23 +226,10 @@ def dummy_block(
         place: number of the new block; at most the number of blocks.
 
     Raises:
-        NotApplicableError: the network is no transformer of this package with norms before its sub-layers.
+        NotApplicableError: the network has no attention layers or no list of blocks, or its function changes,
+            as with norms after the sub-layers.
     """
-    if not isinstance(model, Transformer) or model.shape.order != "pre" or place > len(model.blocks):
-        raise NotApplicableError(
-            "The attack needs a transformer of this package with norms before its sub-layers.", field="model"
-        )
     attacked = trainable_copy(model)
-    assert isinstance(attacked, Transformer)
     generator = seeded_generator("mtlsign/attack/block", seed)
-    block = copy.deepcopy(attacked.block_list()[min(place, len(attacked.blocks) - 1)])
-    with torch.no_grad():
-        for parameter in block.parameters():
-            if parameter.dim() > 1:
-                noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
-                parameter.copy_(parameter.std() * noise)
-        for layer in (block.attention.output, block.mlp.down):
-            for parameter in layer.parameters():
-                parameter.zero_()
-    attacked.blocks.insert(place, block)
+    insert_named_block(attacked, _stream(model, task, resources, seed), generator, place)
     return preserved_outcome(model, attacked, task, resources, seed)
