@@ -20,6 +20,7 @@ from mtlsign.config.embed_defaults import (
     PRESETS,
     PRETRAINED,
     PRETRAINED_DEFAULTS,
+    PRETRAINED_OVERRIDES,
     RECIPES,
     SPREAD_DEFAULTS,
     TASK_OVERRIDES,
@@ -56,7 +57,7 @@ class Phase2Settings(SettingsGroup):
     # fmt: off
     steps: int | None = Field(None, ge=1, le=1_000_000, description="optimiser steps [spread 500; otherwise 800, digits 600]")
     lr: float | None = Field(None, gt=0, le=10, description="peak learning rate (Adam, one-cycle) [spread 0.0005, otherwise 0.002 at width 16, divided by the root of the width ratio]")
-    margin: float = Field(DEFAULT_MARGIN, gt=0, le=1000, description="spread head: score that the loss demands, in standard deviations of an unmarked network's scores; 3 for imdb")
+    margin: float = Field(DEFAULT_MARGIN, gt=0, le=1000, description="spread head: score that the loss demands, in standard deviations of an unmarked network's scores; 3 for imdb, 8 for hf:")
     task_loss: float | None = Field(None, ge=0, le=1e6, description="weight of the primary loss with labels [spread 1, otherwise 0]")
     other_layers_lr_scale: float = Field(0.3, ge=0, le=100, description="learning rate of the layers after the taps, as a multiple of phase2.lr")
     distillation: float = Field(4.0, ge=0, le=1e6, description="weight of KL(W0 || W) on primary data")
@@ -177,6 +178,8 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
         """Fill in the preset, then the settings that depend on the task or head."""
         explicit = self.given_values()
         overrides = PRESETS[self.preset] | TASK_OVERRIDES.get(self.task.partition("@")[0], {})
+        if (self.model or "").startswith(PRETRAINED):
+            overrides |= PRETRAINED_OVERRIDES
         preset = {name: value for name, value in overrides.items() if name not in explicit}
         complete = self.updated(preset)._with_task_defaults()
         complete._check_heads()

@@ -47,7 +47,7 @@ class PaddedLSTM(nn.LSTM):
     """LSTM that takes a `PaddedBatch` as well; batches come first, without projections.
 
     PyTorch's backward pass of packed sequences on CPUs takes time that grows with the square of the length:
-    a step of 128 texts of 200 words takes eight times as long as with padded ones, with equal results.
+    a step of 128 texts of 200 words takes seven times as long as with padded ones, with equal results.
     """
 
     def forward(self, input: Any, hx: Any = None) -> Any:

@@ -175,9 +175,11 @@ def test_resume_flags_name_workers_that_are_not_the_default() -> None:
     assert EmbedSettings.of({"workers": 0}).resume_flags("a1") == "--resume a1 --workers 0"
 
 
-def test_with_defaults_of_imdb_have_a_smaller_margin() -> None:
+def test_with_defaults_of_imdb_and_pretrained_models_have_other_margins() -> None:
     assert EmbedSettings.of({"task": "imdb@0.3"}).with_defaults().phase2.margin == 3.0
     assert EmbedSettings.of({"task": "sst2"}).with_defaults().phase2.margin == 4.0
+    pretrained = EmbedSettings.of({"task": "imdb", "model": "hf:base", "tokenizer": "t.json"})
+    assert pretrained.with_defaults().phase2.margin == 8.0
     own = EmbedSettings.of({"task": "imdb", "phase2.margin": 4.0}).with_defaults()
     assert own.phase2.margin == 4.0 and own.with_defaults() == own
 
