@@ -95,7 +95,11 @@ def test_verify_accepts_for_this_owner_only(
 
 def test_embedding_on_ray_prints_only_lines_of_the_job(baseline_run: FinishedRun) -> None:
     job_lines = "|".join(
-        (r"owner identity .*", r"run base; .*: --resume base", r"phase (1, task training|2, watermark) .*")
+        (
+            r"owner identity .*",
+            r"run base; .*: --resume base --workers 2",
+            r"phase (1, task training|2, watermark) .*",
+        )
     )
     lines = baseline_run.job.err.splitlines()
     assert lines and all(re.fullmatch(job_lines, line) for line in lines), baseline_run.job.err
