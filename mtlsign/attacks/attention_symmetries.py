@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from mtlsign.attacks.attacker_data import attacker_sample, attacker_view
 from mtlsign.attacks.base import AttackerResources, AttackOutcome, NotApplicableError
 from mtlsign.attacks.equal_function import preserved_outcome
-from mtlsign.attacks.named_stream import insert_named_block, orthogonal_matrix, turn_named_stream
+from mtlsign.attacks.named_stream import insert_named_block, turn_named_stream
 from mtlsign.attacks.recurrent_symmetries import random_invertible_matrix
 from mtlsign.attacks.training import trainable_copy
 from mtlsign.models.attention_layers import AttentionLayer, MatrixRows
@@ -54,22 +54,18 @@ def rotate_stream(model: nn.Module, task: Task, resources: AttackerResources, se
 
     Raises:
         NotApplicableError: the network has no attention layers, its matrices have no biases that could take
-            those of the norms, or (networks of other libraries) its function changes.
+            those of the norms, or its function changes.
     """
     attacked = trainable_copy(model)
     generator = seeded_generator("mtlsign/attack/stream", seed)
-    if not isinstance(attacked, Transformer):
-        turn_named_stream(attacked, _stream(model, task, resources, seed), generator)
-        return preserved_outcome(model, attacked, task, resources, seed)
-    if attacked.fc is None:
+    if isinstance(attacked, Transformer) and attacked.fc is None:
         _untie(attacked)
-    with torch.no_grad():
-        if attacked.shape.order == "post":
+    if isinstance(attacked, Transformer) and attacked.shape.order == "post":
+        with torch.no_grad():
             order = torch.randperm(attacked.shape.embedding, generator=generator)
             _turn(attacked, torch.eye(attacked.shape.embedding)[order])
-        else:
-            _move_gains(attacked)
-            _turn(attacked, _turning_matrix(attacked, generator))
+    else:
+        turn_named_stream(attacked, _stream(attacked, task, resources, seed), generator)
     return preserved_outcome(model, attacked, task, resources, seed)
 
 
@@ -147,35 +143,8 @@ def _scaled_rotation(size: int, generator: Generator) -> Tensor:
     return torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])
 
 
-def _turning_matrix(model: Transformer, generator: Generator) -> Tensor:
-    shape = model.shape
-    return orthogonal_matrix(shape.embedding, generator, keeps_mean=shape.norm != "rms")
-
-
-def _move_gains(model: Transformer) -> None:
-    """Move gains and biases of norms into the matrices after them."""
-    pairs: list[tuple[nn.Module, list[nn.Linear]]] = []
-    if model.fc is not None:
-        pairs.append((model.final_norm, [model.fc]))
-    for block in model.block_list():
-        attention, mlp = block.attention, block.mlp
-        pairs.append((block.attention_norm, [attention.query, attention.key, attention.value]))
-        pairs.append((block.mlp_norm, [layer for layer in (mlp.gate, mlp.up) if layer is not None]))
-    for norm, layers in pairs:
-        gain, offset = norm.get_parameter("weight"), getattr(norm, "bias", None)
-        for layer in layers:
-            if offset is not None:
-                if layer.bias is None:
-                    raise NotApplicableError("The matrices have no biases.", field="model")
-                layer.bias.add_(layer.weight @ offset)
-            layer.weight.mul_(gain)
-        gain.fill_(1)
-        if offset is not None:
-            offset.zero_()
-
-
 def _turn(model: Transformer, matrix: Tensor) -> None:
-    """Multiply the vectors of the stream with an orthogonal matrix: x becomes matrix @ x."""
+    """Multiply the vectors of a stream with norms after the sub-layers: x becomes matrix @ x, in place."""
     matrix = matrix.to(model.embedding.weight.device, torch.float64)
 
     def read(weight: Tensor) -> None:
@@ -198,14 +167,10 @@ def _turn(model: Transformer, matrix: Tensor) -> None:
         write(block.mlp.down)
     if model.fc is not None:
         read(model.fc.weight)
-    if model.shape.order == "post":
-        norms = [
-            model.embedding_norm,
-            *(n for b in model.block_list() for n in (b.attention_norm, b.mlp_norm)),
-        ]
-        for norm in norms:
-            for vector in norm.parameters():
-                vector.copy_(matrix @ vector.double())
+    block_norms = (n for b in model.block_list() for n in (b.attention_norm, b.mlp_norm))
+    for norm in (model.embedding_norm, *block_norms):
+        for vector in norm.parameters():
+            vector.copy_(matrix @ vector.double())
 
 
 def dummy_block(
