@@ -28,16 +28,16 @@ def sweep(settings: SweepSettings) -> Output:
         from mtlsign.distributed.tune import sweep_on_ray
 
         result = sweep_on_ray(settings, log=line.log)
-    return Output(result, _summary(result), problem=_problem(result))
+    return Output(result, _summary(result), problem=_problem(result, settings))
 
 
-def _problem(result: dict[str, Any]) -> str | None:
+def _problem(result: dict[str, Any], settings: SweepSettings) -> str | None:
     """Return the reason why no combination is recommended, with the fix; None if one is."""
     if result["recommended"] is not None:
         return None
     reason = f"The sweep recommends nothing: {result['why']}."
     if result["try_again"]:
-        return f"{reason} Retry the failed cells with --resume {result['run']}."
+        return f"{reason} Retry the failed cells with {settings.resume_flags(result['run'])}."
     if not result["groups"]:
         return f"{reason} Read the column reason of {result['csv']}."
     return f"{reason} With --force, a new sweep recommends the best of the rejected combinations."

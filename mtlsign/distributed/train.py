@@ -208,7 +208,7 @@ class RayEmbeddingBackend:
         except TrainingFailedError as error:
             raise ClusterError(
                 f"It failed after {settings.max_failures} restarts ({_cause(error)}). "
-                f"Remove the cause, then continue with --resume {run.name}.",
+                f"Remove the cause, then continue with {settings.resume_flags(run.name)}.",
                 field=f"phase {name!r}",
             ) from error
         except Exception as error:

@@ -50,5 +50,6 @@ def run_sweep_job(
     rows = backend.run_cells(settings, space, run)
     result = run.finish(settings, space, rows, extra_files(rows))
     if retryable_cells := result["try_again"]:
-        log(f"{retryable_cells} of {result['cells']} cells failed; --resume {run.name} retries them")
+        flags = settings.resume_flags(run.name)
+        log(f"{retryable_cells} of {result['cells']} cells failed; {flags} retries them")
     return result

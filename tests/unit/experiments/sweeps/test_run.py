@@ -127,7 +127,7 @@ def test_run_sweep_job_with_failed_cell_stays_resumable(
     settings = tiny_sweep(storage=str(tmp_path), run="s", set=SHORT)
     first = run_sweep_job(settings, LocalSweepBackend(), log=lines.append)
     assert (first["failed"], first["try_again"], first["ok"]) == (1, 1, 3)
-    assert lines[-1] == "1 of 4 cells failed; --resume s retries them"
+    assert lines[-1] == "1 of 4 cells failed; --resume s --workers 0 retries them"
     folder = tmp_path / "runs/s"
     assert (folder / "report.html").exists() and (folder / "clean").exists()
     assert not (folder / "manifest.json").exists()
