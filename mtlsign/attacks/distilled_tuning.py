@@ -28,7 +28,7 @@ from mtlsign.attacks.base import (
     Steps,
     seeded,
 )
-from mtlsign.attacks.training import frozen_copy, optimize, seeded_outputs, trainable_copy
+from mtlsign.attacks.training import frozen_copy, optimize, reset_parameters, seeded_outputs, trainable_copy
 from mtlsign.tasks import Batch, Task
 from mtlsign.tasks.splitting import seeded_generator
 from mtlsign.watermark.embedding.loop import one_cycle
@@ -148,18 +148,8 @@ def reset_weights(model: nn.Module, seed: int) -> None:
     """Draw all weights at random; word vectors stay, because they are public or in the stolen file."""
     with seeded("relearn", seed):
         for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                continue
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
-            elif list(module.parameters(recurse=False)):
-                raise NotApplicableError(
-                    f"{type(module).__name__} cannot be reinitialised, because its weights are no layer.",
-                    field="model",
-                )
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if not isinstance(module, nn.Embedding):
+                reset_parameters(module)
 
 
 def tune_by_distillation(

@@ -25,6 +25,7 @@ from mtlsign.attacks.training import (
     frozen_copy,
     optimize,
     recalibrate_batch_norm,
+    reset_parameters,
     trainable_copy,
 )
 from mtlsign.errors import ModelError
@@ -88,15 +89,7 @@ def _reinitialise(modules: Sequence[nn.Module], seed: int) -> None:
     """Draw new weights and switch to training mode."""
     with seeded("fresh", seed):
         for module in modules:
-            reset = getattr(module, "reset_parameters", None)
-            if not callable(reset):
-                raise NotApplicableError(
-                    f"{type(module).__name__} cannot be reinitialised, because its weights are no layer.",
-                    field="model",
-                )
-            reset()
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            reset_parameters(module)
             module.train()
 
 

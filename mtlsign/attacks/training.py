@@ -231,3 +231,25 @@ def recalibrate_batch_norm(
     for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
     return model.eval()
+
+
+@torch.no_grad()
+def reset_parameters(module: nn.Module) -> None:
+    """Draw a module's parameters at random, without those of its submodules, in place.
+
+    Parameters of a module without `reset_parameters`, such as the tokens and positions of a vision
+    transformer, get usual initial values. A vector or scalar becomes 1 if its mean is nearer to 1 than to 0,
+    as a gain, and 0 otherwise. Tensors of more dimensions get a normal distribution with a standard
+    deviation of .02, as in ViT (arXiv 2010.11929) and Swin (arXiv 2103.14030).
+    """
+    reset = getattr(module, "reset_parameters", None)
+    if callable(reset):
+        reset()
+    else:
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() > 1:
+                nn.init.trunc_normal_(parameter, std=0.02)
+            else:
+                parameter.fill_(float(parameter.double().mean() > 0.5))
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,4 +1,4 @@
-"""Fixture: a head node to which jobs are submitted, as on a cluster."""
+"""Fixtures: a head node to which jobs are submitted, and one process for jobs that may share a cluster."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.helpers.job_harness import Job, JobLauncher
+from tests.helpers.job_session import JobSession
 
 
 @pytest.fixture
@@ -15,3 +16,10 @@ def head(jobs: JobLauncher) -> Iterator[tuple[Job, str, str]]:
     node, gcs, dashboard = jobs.head()
     yield node, gcs, dashboard
     node.end()
+
+
+@pytest.fixture(scope="package")
+def session(jobs: JobLauncher) -> Iterator[JobSession]:
+    """Run a process for several jobs, with one cluster of two CPUs that the first job on Ray starts."""
+    with jobs.session() as session:
+        yield session

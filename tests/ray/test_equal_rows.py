@@ -1,6 +1,6 @@
 """Attacks and sweeps on Ray give the rows of one process, and leave no secret in logs.
 
-All jobs run in one process, with one cluster of two CPUs that the first job on Ray starts.
+All jobs run in the process of the fixture `session`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,6 @@ TWO_CELLS = (
     *("--set", "phase2.steps=10", "--set", "perturbation.kinds=noise,fine_tuned", "--attacks", "int8"),
     "--force",
 )
-
-
-@pytest.fixture(scope="module")
-def session(jobs: JobLauncher) -> Iterator[JobSession]:
-    with jobs.session() as session:
-        yield session
 
 
 def table(file: Path) -> list[dict[str, str]]:

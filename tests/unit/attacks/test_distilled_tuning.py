@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtlsign.attacks import NotApplicableError
 from mtlsign.attacks.distilled_tuning import _ascended
 from mtlsign.tasks import Task
 from mtlsign.watermark.embedding.losses import distillation_loss
@@ -123,15 +122,19 @@ def test_relearn_starts_from_random_weights(marked_module: nn.Module, tiny_task:
     )
 
 
-def test_relearn_of_network_with_free_parameters_is_not_applicable(tiny_task: Task) -> None:
+def test_relearn_draws_parameters_that_belong_to_no_layer(tiny_task: Task) -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net, self.scale = flat_network(), nn.Parameter(torch.ones(()))
+            self.net, self.scale = flat_network(), nn.Parameter(torch.tensor(1.3))
+            self.offset, self.positions = nn.Parameter(torch.full((4,), 0.3)), nn.Parameter(torch.ones(1, 4))
 
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.net(x) * self.scale
+            out: Tensor = self.net(x) * self.scale + self.offset + self.positions
             return out
 
-    with pytest.raises(NotApplicableError, match="Scaled cannot be reinitialised"):
-        run("relearn:epochs=1,batch=8", Scaled().eval(), tiny_task)
+    student = run("relearn:epochs=1,batch=8,lr=1e-9", Scaled().eval(), tiny_task).model
+    values = {name: parameter.detach() for name, parameter in student.named_parameters()}
+    assert float(values["scale"]) == pytest.approx(1, abs=1e-4)
+    assert float(values["offset"].abs().max()) < 1e-4
+    assert 0 < float(values["positions"].abs().max()) <= 2
