@@ -79,7 +79,7 @@ def _untie(model: Transformer) -> None:
 
 def _stream(model: nn.Module, task: Task, resources: AttackerResources, seed: int) -> ResidualStream:
     sample = attacker_sample(attacker_view(model, task, resources, seed), 2)
-    stream = residual_stream(model, (last_layer(model),), sample)
+    stream = residual_stream(model, (last_layer(model, sample),), sample)
     if stream is None:
         raise NotApplicableError("The network has no attention layers.", field="model")
     return stream

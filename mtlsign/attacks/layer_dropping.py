@@ -66,7 +66,7 @@ def drop_layers(
 
 def _blocks(model: nn.Module, sample: torch.Tensor) -> list[tuple[nn.ModuleList | nn.Sequential, int]]:
     """Return the container and number of each block with one attention layer, in execution order."""
-    attentions = attention_layers(model, (last_layer(model),), sample)
+    attentions = attention_layers(model, (last_layer(model, sample),), sample)
     modules = dict(model.named_modules())
     blocks: list[tuple[nn.ModuleList | nn.Sequential, int]] = []
     for layer in attentions:

@@ -46,7 +46,7 @@ class _Layers:
         self.model = trainable_copy(model)
         modules = dict(self.model.named_modules())
         images = attacker_sample(data, _COVARIANCE_IMAGES)
-        end = _tap_of_stage(model, stages) if stages else last_layer(model)
+        end = _tap_of_stage(model, stages) if stages else last_layer(model, images[:2])
         layers = tapped_layers(self.model, (end,), images[:2])
         kinds = ["conv", "recurrent"]
         if attention_layers(self.model, (end,), images[:2]):

@@ -143,7 +143,7 @@ def default_taps(model: nn.Module, kind: HeadKind, sample: Tensor | None = None)
     stages = next((stages for family in FAMILIES if (stages := family.stages(model))), ())
     is_text = sample is not None and not sample.is_floating_point()
     if not stages and is_text and kind == "spread":
-        return (last_layer(model),)
+        return (last_layer(model, sample),)
     if is_text and stages:
         count = min(count, len(stages))
     if len(stages) < count and sample is not None and not is_text:

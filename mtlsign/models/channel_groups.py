@@ -16,17 +16,17 @@ from mtlsign.models.taps import last_layer, tapped_layers
 
 
 def network_channels(model: nn.Module, sample: Tensor) -> ChannelStructure:
-    """Return the channels of a whole network, up to its last layer.
+    """Return the channels of a whole network, up to the last layer that it calls.
 
     Args:
         model: any network.
         sample: images [n, C, H, W] that the network accepts; only their shape matters.
 
     Raises:
-        ModelError: the forward pass does not reach the last layer.
+        ModelError: the forward pass calls no module.
     """
-    on_cpu = copy.deepcopy(model).cpu()
-    return channel_structure(on_cpu, (last_layer(on_cpu),), sample.cpu())
+    on_cpu, sample = copy.deepcopy(model).cpu(), sample.cpu()
+    return channel_structure(on_cpu, (last_layer(on_cpu, sample),), sample)
 
 
 def batch_norm_of_conv(model: nn.Module, sample: Tensor) -> dict[str, str]:
@@ -36,7 +36,7 @@ def batch_norm_of_conv(model: nn.Module, sample: Tensor) -> dict[str, str]:
         model: any network.
         sample: float32 [1, C, H, W], an input that the network accepts.
     """
-    layers = tapped_layers(model, (last_layer(model),), sample)
+    layers = tapped_layers(model, (last_layer(model, sample),), sample)
     return {layer.conv: layer.batch_norm for layer in layers if layer.batch_norm is not None}
 
 

@@ -88,12 +88,37 @@ def _unknown_tap(tap: str, modules: Mapping[str, nn.Module], reason: str) -> Mod
     return ModelError(f"{reason} {tap[:80]!r}. The nearest names are {', '.join(near)}.", field="taps")
 
 
-def last_layer(model: nn.Module) -> str:
-    """Return the name of the last linear layer, or of the last module without children if there is none."""
+def last_layer(model: nn.Module, sample: Tensor | None = None) -> str:
+    """Return the name of the last linear layer, or of the last module without children if there is none.
+
+    Args:
+        model: the network, in any mode.
+        sample: one batch; with it, modules that the forward pass never calls are left out.
+    """
     leaves = [name for name, module in model.named_modules() if name and not list(module.children())]
+    if sample is not None:
+        called = _called_modules(model, leaves, sample)
+        leaves = [name for name in leaves if name in called] or leaves
     linear = [name for name in leaves if isinstance(model.get_submodule(name), nn.Linear)]
     name: str = (linear or leaves)[-1]
     return name
+
+
+def _called_modules(model: nn.Module, names: Sequence[str], sample: Tensor) -> set[str]:
+    """Return the modules that a forward pass calls."""
+    called: set[str] = set()
+
+    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, output: called.add(name)
+
+    handles = [model.get_submodule(name).register_forward_hook(note(name)) for name in names]
+    try:
+        with eval_mode(model):
+            model(sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return called
 
 
 LayerKind = Literal["conv", "linear", "recurrent", "attention", "other"]

@@ -44,18 +44,30 @@ def test_network_channels_of_resnet_are_inner_and_residual_sets(arch: str, inner
         assert all(tensors[name].shape[1] == channels.size for name in channels.columns)
 
 
-def test_network_channels_of_unreached_last_layer_raises_model_error() -> None:
-    class Unused(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.fc = nn.Conv2d(1, 2, 3), nn.Linear(2, 2)
+class Unused(nn.Module):
+    """Network whose last layer is never called."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.conv(x)
-            return y
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 3, 3), nn.Conv2d(3, 2, 3)
+        self.fc = nn.Linear(2, 2)
 
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.first(x).relu())
+        return y
+
+
+def test_network_channels_end_at_the_last_layer_that_is_called() -> None:
+    (channels,) = network_channels(Unused(), X).sets
+    assert channels.size == 3
+    assert set(channels.rows) == {"first.weight"} and set(channels.columns) == {"second.weight"}
+
+
+def test_network_channels_of_a_network_that_calls_no_module_raises_model_error() -> None:
+    model = Unused()
+    model.forward = lambda x: x  # type: ignore[method-assign]
     with pytest.raises(ModelError, match="never calls"):
-        network_channels(Unused(), X)
+        network_channels(model, X)
 
 
 def test_depthwise_kernel_is_no_writing_kernel() -> None:
