@@ -75,7 +75,12 @@ def input_moments(
     """
     modules = dict(model.named_modules())
     tokens: list[Tensor] = []
-    sums = {name: _Sums() for name in names}
+    # Layers that read the same inputs, such as the attention's products behind one norm, share their sums.
+    sources: dict[str, tuple[nn.Module, str, bool]] = {
+        name: (*_hooked_module(modules, name, stream), stream is not None and name in stream.norms)
+        for name in names
+    }
+    sums = {source: _Sums() for source in sources.values()}
 
     def collect(name: str, leaf: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -84,14 +89,15 @@ def input_moments(
                 vectors = _input_vectors(module, leaf, values, tokens[-1])
             else:
                 vectors = _stream_vectors(module, name, values, stream, tokens[-1])
-            sums[name].add(vectors.double())
+            sums[sources[name]].add(vectors.double())
 
         return hook
 
-    handles = []
-    for name in names:
-        module, leaf = _hooked_module(modules, name, stream)
-        handles.append(module.register_forward_pre_hook(collect(name, leaf), with_kwargs=True))
+    firsts = {source: name for name, source in reversed(sources.items())}
+    handles = [
+        source[0].register_forward_pre_hook(collect(name, source[1]), with_kwargs=True)
+        for source, name in firsts.items()
+    ]
     try:
         with eval_mode(model):
             for batch in inputs.split(_PASS):
@@ -100,7 +106,8 @@ def input_moments(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: sums.pop(name).moments() for name in names}  # a large layer has gigabytes of sums
+    moments = {source: sums.pop(source).moments() for source in firsts}  # a large layer has gigabytes of sums
+    return {name: moments[source] for name, source in sources.items()}
 
 
 def module_of_key(modules: Mapping[str, nn.Module], key: str) -> tuple[nn.Module, str]:

@@ -15,12 +15,17 @@ from mtlsign.attacks.recurrent_symmetries import permute_vocabulary
 from mtlsign.errors import ArtifactError
 from mtlsign.models.architectures import architecture_for, build
 from mtlsign.models.attention_layers import AttentionLayer, MatrixRows
-from mtlsign.models.residual_stream import ResidualStream
+from mtlsign.models.residual_stream import ResidualStream, residual_stream
 from mtlsign.tasks import from_tensors
 from mtlsign.watermark.verification.alignment import TransformerAligner, make_aligner
 from mtlsign.watermark.verification.attention_products import AttentionProducts
+from mtlsign.watermark.verification.input_moments import input_moments
 from mtlsign.watermark.verification.reference import Reference, make_reference
-from mtlsign.watermark.verification.response_bases import placeholder_bases, response_bases
+from mtlsign.watermark.verification.response_bases import (
+    placeholder_bases,
+    readable_layers,
+    response_bases,
+)
 from mtlsign.watermark.verification.response_model import ResponseModel
 from tests.unit.attacks.text_examples import SPEC, text_task
 
@@ -210,6 +215,21 @@ def test_placeholder_bases_have_the_layers_of_measured_ones() -> None:
     for name, basis in measured.items():
         assert basis.shape[:2] == placeholder[name].shape[:2]
         assert basis.shape[2] <= placeholder[name].shape[2]
+
+
+@ALL_KINDS
+def test_layers_with_equal_inputs_share_moments_equal_to_their_own(kind: str) -> None:
+    model, sample = network(kind), SPEC.sample()
+    tokens = text_task().splits["train"].tokens  # type: ignore[attr-defined]
+    stream = residual_stream(model, TAPS, sample)
+    assert stream is not None
+    names = [layer.key for layer in readable_layers(model, TAPS, sample, stream)]
+    together = input_moments(model, TAPS, tokens, names, stream=stream)
+    assert list(together) == names and len({id(m) for m in together.values()}) < len(names)
+    for name in names:
+        alone = input_moments(model, TAPS, tokens, [name], stream=stream)[name]
+        assert torch.equal(alone.covariance, together[name].covariance), name
+        assert torch.equal(alone.mean, together[name].mean), name
 
 
 def test_align_undoes_changes_of_a_vision_transformer_of_timm() -> None:
