@@ -23,6 +23,9 @@ from mtlsign.models.transformer import Transformer
 from mtlsign.tasks import Task
 from mtlsign.tasks.splitting import seeded_generator
 
+#: Parameter of windowed attention in timm and torchvision: relative positions [..., heads].
+_POSITION_TABLE = "relative_position_bias_table"
+
 
 def attention_symmetries(
     model: nn.Module, task: Task, resources: AttackerResources, seed: int
@@ -119,6 +122,9 @@ def _permute_heads(
             part.copy_(part.unflatten(0, (-1, size))[order].flatten(0, 1))
     output = parameters[layer.output]
     output.copy_(output.unflatten(1, (-1, size))[:, heads].flatten(1))
+    table = parameters.get(f"{layer.module}.{_POSITION_TABLE}")
+    if table is not None and table.shape[-1] == layer.heads:
+        table.copy_(table[..., heads])
 
 
 def _parts(rows: MatrixRows, parameters: dict[str, Tensor]) -> Iterator[Tensor]:

@@ -170,8 +170,8 @@ def permute_channels(model: nn.Module, sets: Sequence[ChannelSet], orders: Mappi
         for name, places in (*sets[index].rows.items(), *sets[index].vectors.items()):
             tensor, old = tensors[name], torch.from_numpy(places)
             axis = channel_axis(tensor) if name in sets[index].vectors else 0
-            new = tensor.index_select(axis, old[order].to(tensor.device))
-            tensor.index_copy_(axis, old.to(tensor.device), new)
+            new = tensor.index_select(axis, old[order].flatten().to(tensor.device))
+            tensor.index_copy_(axis, old.flatten().to(tensor.device), new)
 
 
 def channel_axis(vector: Tensor) -> int:

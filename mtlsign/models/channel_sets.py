@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,7 +25,8 @@ class ChannelSet:
         rows: kernel name -> index of each channel's row, [size].
         columns: kernel name -> indices of each channel's input columns, [size, r]; r is above 1 where
             positions were flattened. Columns of a grouped convolution are counted over all its groups.
-        vectors: name -> index of each channel's number in a vector parameter or buffer, [size].
+        vectors: name -> index of each channel's number in a vector parameter or buffer, [size]; [size, r] if
+            a channel has several, as in a norm over the channels of neighbouring positions.
         blocks: number of blocks of neighbouring channels that stay together, because a grouped convolution
             reads or writes them.
         partner: index of the set whose blocks change places in the same way; None without one.
@@ -73,7 +74,7 @@ def channel_structure(model: nn.Module, taps: Sequence[str], sample: Tensor) -> 
             signature = (
                 tuple((name, len(places)) for name, places in uses.rows.items()),
                 tuple((name, len(places)) for name, places in uses.columns.items()),
-                tuple(uses.vectors),
+                tuple((name, len(places)) for name, places in uses.vectors.items()),
             )
             members[signature].append(label)
     sets = [_channel_set(group, channels) for group in members.values()]
@@ -82,6 +83,21 @@ def channel_structure(model: nn.Module, taps: Sequence[str], sample: Tensor) -> 
         sets=_with_blocks(sets, list(members.values()), blocks),
         input_kernels=frozenset(n for n, k in labels.kernels.items() if k.columns.tolist() == inputs),
     )
+
+
+def without_rows(structure: ChannelStructure, kernels: Collection[str]) -> ChannelStructure:
+    """Return the channels of a network without the sets that have rows in one of the kernels.
+
+    Args:
+        structure: the channels.
+        kernels: names of kernels.
+    """
+    remaining = [index for index, own in enumerate(structure.sets) if not own.rows.keys() & set(kernels)]
+    places = {index: place for place, index in enumerate(remaining)}
+    sets = [structure.sets[index] for index in remaining]
+    partners = [None if own.partner is None else places.get(own.partner) for own in sets]
+    pairs = zip(sets, partners, strict=True)
+    return replace(structure, sets=[replace(own, partner=partner) for own, partner in pairs])
 
 
 @dataclass
@@ -141,7 +157,10 @@ def _channel_set(group: Sequence[int], channels: Mapping[int, _Uses]) -> Channel
         size=len(group),
         rows={name: places("rows", name)[:, 0] for name in first.rows},
         columns={name: places("columns", name) for name in first.columns},
-        vectors={name: places("vectors", name)[:, 0] for name in first.vectors},
+        vectors={
+            name: places("vectors", name).squeeze(1) if len(own) == 1 else places("vectors", name)
+            for name, own in first.vectors.items()
+        },
     )
 
 

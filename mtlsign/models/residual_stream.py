@@ -14,12 +14,15 @@ from mtlsign.models.attention_layers import (
     centres,
     preceding_norms,
 )
+from mtlsign.models.stream_stages import StagedParts, StreamStage, first_sources, inputs, staged_parts
 from mtlsign.models.taps import TappedLayer, tapped_layers
 
 
 @dataclass(frozen=True)
 class ResidualStream:
     """Residual stream of a network with attention layers.
+
+    With stages the other attributes are those of all of them together, and `size` is that of the first one.
 
     Attributes:
         size: numbers of one vector.
@@ -30,6 +33,7 @@ class ResidualStream:
         readers: names of the matrices that read the stream, [out, size].
         writers: names of the matrices whose output is added to it, [size, in].
         subtracts_mean: whether the norms subtract the mean of each vector.
+        stages: stages of different sizes, in execution order; empty for a stream of one size.
     """
 
     size: int
@@ -40,6 +44,22 @@ class ResidualStream:
     readers: frozenset[str]
     writers: frozenset[str]
     subtracts_mean: bool
+    stages: tuple[StreamStage, ...] = ()
+
+    @property
+    def parts(self) -> tuple[StreamStage, ...]:
+        """Stages, or the whole stream as one."""
+        only = StreamStage(self.size, self.attentions, self.sources, self.readers, self.writers)
+        return self.stages or (only,)
+
+    @property
+    def mergings(self) -> tuple[str, ...]:
+        """Names of the matrices between stages, whose columns are the vectors that start the next one."""
+        return tuple(source for stage in self.stages[1:] for source in stage.sources)
+
+    def size_of(self, layer: AttentionLayer) -> int:
+        """Return the numbers of one vector at an attention layer."""
+        return next((stage.size for stage in self.stages if layer in stage.attentions), self.size)
 
     @property
     def attention_weights(self) -> frozenset[str]:
@@ -60,16 +80,20 @@ class ResidualStream:
         return layers
 
 
-def residual_stream(model: nn.Module, taps: Sequence[str], sample: Tensor) -> ResidualStream | None:
+def residual_stream(
+    model: nn.Module, taps: Sequence[str], sample: Tensor, *, staged: bool = True
+) -> ResidualStream | None:
     """Return the residual stream of a network; None for networks without attention layers.
 
-    Attention layers of another input size than the first one, as in networks with stages of several
-    resolutions, are left out; their matrices are read as those of linear layers.
+    If the stream has several sizes but not the stages of `stream_stages`, attention layers of another input
+    size than the first one are left out, and their matrices are read as those of linear layers.
 
     Args:
         model: the network, in any mode; its values have no influence.
         taps: module names.
         sample: one batch.
+        staged: whether to look for stages. Verifiers read references that were made before there were
+            stages without them.
 
     Raises:
         ModelError: a tap does not exist, or is not reached.
@@ -77,6 +101,10 @@ def residual_stream(model: nn.Module, taps: Sequence[str], sample: Tensor) -> Re
     candidates = attention_layers(model, taps, sample)
     if not candidates:
         return None
+    tapped = tapped_layers(model, taps, sample)
+    parts = staged_parts(model, taps, sample, tapped, candidates) if staged else None
+    if parts is not None:
+        return _staged_stream(model, tapped, parts)
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     size = parameters[candidates[0].query.weight].shape[1]
     attentions = tuple(
@@ -84,11 +112,10 @@ def residual_stream(model: nn.Module, taps: Sequence[str], sample: Tensor) -> Re
         for layer in candidates
         if parameters[layer.query.weight].shape[1] == size == parameters[layer.output].shape[0]
     )
-    tapped = tapped_layers(model, taps, sample)
     before = preceding_norms(model, taps, sample)
     inner = {weight for layer in attentions for weight in layer.weights}
     linear = [layer for layer in tapped if layer.kind == "linear" and layer.weight not in inner]
-    reading = {weight: weight.rpartition(".")[0] for layer in attentions for weight in _inputs(layer)}
+    reading = {weight: weight.rpartition(".")[0] for layer in attentions for weight in inputs(layer)}
     reading |= {
         layer.weight: layer.conv
         for layer in linear
@@ -100,15 +127,10 @@ def residual_stream(model: nn.Module, taps: Sequence[str], sample: Tensor) -> Re
         if layer.weight not in reading and parameters[layer.weight].shape[0] == size
     }
     norms = {owner: before[owner] for owner in reading.values() if owner in before}
-    first = min(index for index, layer in enumerate(tapped) if layer.weight == attentions[0].query.weight)
     return ResidualStream(
         size=size,
         attentions=attentions,
-        sources=tuple(
-            layer.weight
-            for layer in tapped[:first]
-            if _starts_stream(layer, modules[layer.conv] if layer.conv else model, parameters, size)
-        ),
+        sources=tuple(first_sources(model, tapped, attentions[0], size)),
         gains={weight: f"{norms[owner]}.weight" for weight, owner in reading.items() if owner in norms},
         norms=_norms_by_key(attentions, linear, norms),
         readers=frozenset(reading),
@@ -117,8 +139,25 @@ def residual_stream(model: nn.Module, taps: Sequence[str], sample: Tensor) -> Re
     )
 
 
-def _inputs(layer: AttentionLayer) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((layer.query.weight, layer.key.weight, layer.value.weight)))
+def _staged_stream(model: nn.Module, tapped: Sequence[TappedLayer], parts: StagedParts) -> ResidualStream:
+    """Return the stream of a network with stages."""
+    stages, modules = parts.stages, dict(model.named_modules())
+    attentions = tuple(layer for stage in stages for layer in stage.attentions)
+    by_key = {layer.conv: parts.norms[layer.weight] for layer in tapped if layer.weight in parts.norms}
+    for layer in attentions:
+        norm = parts.norms[layer.query.weight]
+        by_key |= {layer.query_key: norm, layer.value_output: norm}
+    return ResidualStream(
+        size=stages[0].size,
+        attentions=attentions,
+        sources=tuple(source for stage in stages for source in stage.sources),
+        gains={weight: f"{norm}.weight" for weight, norm in parts.norms.items()},
+        norms=by_key,
+        readers=frozenset().union(*(stage.readers for stage in stages)),
+        writers=frozenset().union(*(stage.writers for stage in stages)),
+        subtracts_mean=any(centres(modules[norm]) for norm in parts.norms.values()),
+        stages=stages,
+    )
 
 
 def _norms_by_key(
@@ -131,18 +170,6 @@ def _norms_by_key(
         if owner in norms:
             by_key |= {layer.query_key: norms[owner], layer.value_output: norms[owner]}
     return by_key
-
-
-def _starts_stream(
-    layer: TappedLayer, module: nn.Module, parameters: Mapping[str, Tensor], size: int
-) -> bool:
-    """Return whether a weight holds vectors of the stream: an embedding, positions, or a patch kernel."""
-    weight = parameters[layer.weight]
-    if layer.kind == "conv":
-        return weight.shape[0] == size
-    return (
-        layer.kind == "other" and weight.shape[-1] == size and not isinstance(module, nn.MultiheadAttention)
-    )
 
 
 def source_vectors(tensor: Tensor, size: int) -> Tensor | None:

@@ -53,8 +53,9 @@ class AttentionProducts:
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Shapes of all products of W0 by name."""
-        size, shapes = self.stream.size, {}
+        shapes = {}
         for layer in self.stream.attentions:
+            size = self.stream.size_of(layer)
             if layer.query_key in self.bases:
                 shapes[layer.query_key] = (layer.heads * self.bases[layer.query_key].shape[1], size)
             shapes[layer.value_output] = (layer.heads * size, size)
@@ -84,7 +85,8 @@ class AttentionProducts:
     def normalized(self, kernels: Weights) -> dict[str, Tensor]:
         """Multiply gains into the matrices after their norms; a gain may be absent.
 
-        Where norms subtract the mean of each vector, so do the matrices that write the stream.
+        Where norms subtract the mean of each vector, so do the matrices that write the stream. In a network
+        with stages the readers subtract the mean of their columns, which no input of theirs excites.
         """
         gains = set(self.stream.gains.values())
         matrices = {}
@@ -94,6 +96,8 @@ class AttentionProducts:
             gain, matrix = kernels.get(self.stream.gains.get(name, "")), _computed(kernel)
             if gain is not None and gain.shape == kernel.shape[1:]:
                 matrix = matrix * gain
+            if self.stream.stages and self.stream.subtracts_mean and name in self.stream.readers:
+                matrix = matrix - matrix.mean(1, keepdim=True)
             if self.stream.subtracts_mean and name in self.stream.writers:
                 matrix = matrix - matrix.mean(0, keepdim=True)
             matrices[name] = rounded(matrix, kernel.dtype)
@@ -102,7 +106,8 @@ class AttentionProducts:
     def _products(self, layer: AttentionLayer, matrices: Weights) -> dict[str, Tensor]:
         """Return the two products of one layer, as far as its matrices are present and fit."""
         basis, size = self.bases.get(layer.query_key), self.head_sizes[layer.module]
-        if layer.output not in matrices or len(matrices[layer.output]) != self.stream.size:
+        stream_size = self.stream.size_of(layer)
+        if layer.output not in matrices or len(matrices[layer.output]) != stream_size:
             return {}
         output = _computed(matrices[layer.output])
         heads, rest = divmod(output.shape[1], size)
@@ -110,7 +115,7 @@ class AttentionProducts:
             name: part
             for name, rows in (("query", layer.query), ("key", layer.key), ("value", layer.value))
             if (part := _heads(rows, layer, matrices, heads, size)) is not None
-            and part.shape[2] == self.stream.size
+            and part.shape[2] == stream_size
         }
         products = {}
         if basis is not None and "query" in parts and "key" in parts:

@@ -92,16 +92,18 @@ def _attention_cost(network: nn.Module, taps: Sequence[str], inputs: torch.Tenso
     parameters = dict(network.named_parameters())
     operations, largest = 0.0, 0
     for layer in stream.attentions:
-        elements = layer.heads * stream.size**2
+        size = stream.size_of(layer)
+        elements = layer.heads * size**2
         head_size = parameters[layer.output].shape[1] // layer.heads
         # Both products, their rows in the basis, their sketches, and the comparison of all pairs of heads.
         per_element = 4 * head_size + 2 * MAX_DIRECTIONS + 4 * MAX_SKETCH_SIZE
-        operations += elements * per_element + 4.0 * layer.heads * elements / stream.size * MAX_SKETCH_SIZE
+        operations += elements * per_element + 4.0 * layer.heads * elements / size * MAX_SKETCH_SIZE
         # Up to four times as many blocks are compared with each of W0's, head by head.
         pairs = len(stream.attentions) * 4.0 * layer.heads**2
-        operations += 2 * pairs * stream.size * MAX_SKETCH_SIZE
+        operations += 2 * pairs * size * MAX_SKETCH_SIZE
         largest = max(largest, elements)
-    turns = 60.0 * stream.size**3 + 4.0 * stream.size * sum(p.numel() for p in parameters.values())
+    widths, count = [stage.size for stage in stream.parts], sum(p.numel() for p in parameters.values())
+    turns = sum(60.0 * width**3 for width in widths) + 4.0 * max(widths) * count
     return operations + turns, largest
 
 

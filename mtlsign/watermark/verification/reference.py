@@ -23,7 +23,7 @@ from mtlsign.watermark.verification.attention_products import AttentionProducts
 from mtlsign.watermark.verification.embedding_frame import embedding_rows
 from mtlsign.watermark.verification.scaling import apply_bn_sign, column_norms
 from mtlsign.watermark.verification.sketches import random_projection
-from mtlsign.watermark.verification.stream_frame import stream_tensors
+from mtlsign.watermark.verification.stream_sources import stream_tensors
 
 MAX_REFERENCE_BYTES = 64 * 1024 * 1024
 

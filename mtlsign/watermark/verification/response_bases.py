@@ -133,9 +133,15 @@ def placeholder_bases(
     modules = dict(model.named_modules())
     stream, bases = residual_stream(model, taps, sample), {}
     chosen = _marked_layers(model, taps, sample, layers, stream)
+    sizes = {
+        key: stream.size_of(layer)
+        for layer in (() if stream is None else stream.attentions)
+        for key in (layer.query_key, layer.value_output)
+        if stream is not None
+    }
     for layer in chosen:
         if layer.kind == "attention" and stream is not None:
-            bases[layer.key] = torch.eye(stream.size)[:, :MAX_ATTENTION_DIRECTIONS].half()[None].clone()
+            bases[layer.key] = torch.eye(sizes[layer.key])[:, :MAX_ATTENTION_DIRECTIONS].half()[None].clone()
             continue
         module, leaf = module_of_key(modules, layer.key)
         groups, fan_in = int(getattr(module, "groups", 1)), getattr(module, leaf)[0].numel()

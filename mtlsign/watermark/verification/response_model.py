@@ -221,6 +221,8 @@ def attention_products(
     if not any(name.endswith((".query_key/basis", ".value_output/basis")) for name in reference.tensors):
         return None
     stream = residual_stream(template_model, taps, sample)
+    if stream is not None and not all(f"{name}/rows" in reference.tensors for name in stream.mergings):
+        stream = residual_stream(template_model, taps, sample, staged=False)  # an older reference
     if stream is None:
         return None
     bases: dict[str, Tensor] = {}
@@ -228,7 +230,8 @@ def attention_products(
         basis = reference.tensors.get(f"{layer.query_key}/basis")
         if basis is None:
             continue
-        if basis.dim() != 3 or basis.shape[:2] != (1, stream.size) or basis.shape[2] > MAX_DIRECTIONS:
+        size = stream.size_of(layer)
+        if basis.dim() != 3 or basis.shape[:2] != (1, size) or basis.shape[2] > MAX_DIRECTIONS:
             raise _misfit(f"{layer.query_key}/basis")
         bases[layer.query_key] = basis.to(sample.device)
     return AttentionProducts.of(stream, bases, dict(template_model.named_parameters()))

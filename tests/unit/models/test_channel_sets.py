@@ -7,7 +7,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from mtlsign.models.channel_sets import ChannelSet, ChannelStructure, channel_structure
+from mtlsign.models.channel_groups import permute_channels
+from mtlsign.models.channel_sets import ChannelSet, ChannelStructure, channel_structure, without_rows
 from mtlsign.models.taps import last_layer
 from tests.unit.models.channel_permutation import permuted_copy
 
@@ -116,6 +117,37 @@ def test_channel_structure_of_mixed_network_joins_what_belongs_together() -> Non
     with torch.no_grad():
         changed = permuted_copy(model, structure.sets)(images)
         torch.testing.assert_close(changed, model(images), rtol=1e-9, atol=1e-9)
+
+
+class Merging(nn.Module):
+    """Norm over the channels of four neighbouring positions, as in patch merging."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.reduction = nn.Conv2d(3, 6, 1), nn.LayerNorm(24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return features."""
+        x = self.first(x)
+        patches = torch.cat([x[:, :, i::2, j::2] for i in range(2) for j in range(2)], 1)
+        result: Tensor = self.reduction(self.norm(patches.permute(0, 2, 3, 1)))
+        return result
+
+
+def test_channel_with_several_numbers_in_a_norm_moves_all_of_them() -> None:
+    model, sample = prepared(Merging()), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    (channels,) = channel_structure(model, ("reduction",), sample).sets
+    assert channels.vectors["first.bias"].shape == (6,)
+    places = torch.arange(24).reshape(4, 6).T
+    assert torch.equal(torch.from_numpy(channels.vectors["norm.weight"]), places)
+    permuted = copy.deepcopy(model)
+    order = torch.tensor([3, 0, 5, 1, 2, 4])
+    permute_channels(permuted, [channels], {0: order})
+    assert torch.equal(permuted.norm.weight[6:12], model.norm.weight[6:12][order])  # type: ignore[union-attr, index]
+    torch.testing.assert_close(permuted(sample), model(sample))
+    structure = channel_structure(model, ("reduction",), sample)
+    assert without_rows(structure, ["first.weight"]).sets == []
+    assert without_rows(structure, ["reduction.weight"]).sets == structure.sets
 
 
 def test_channels_that_pass_an_unknown_operation_are_in_no_set() -> None:

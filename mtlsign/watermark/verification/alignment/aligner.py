@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mtlsign.models.channel_sets import channel_structure
+from mtlsign.models.channel_sets import channel_structure, without_rows
 from mtlsign.watermark.verification.alignment.assignment import best_assignment, quantized
 from mtlsign.watermark.verification.alignment.extra_channels import without_extra_channels
 from mtlsign.watermark.verification.alignment.inputs import SQUARES, signed_permutations, squares_for
@@ -43,6 +43,7 @@ class Aligner:
         taps: module names; layers up to the last one are aligned.
         reference: W0's reference.
         sample: float32 [n, C, H, W] of the network's input geometry.
+        ordered_kernels: kernels whose rows have W0's order already; the channels of such rows stay.
 
     Attributes:
         layers: W0's layers by name of the kernel.
@@ -60,9 +61,15 @@ class Aligner:
     further_shapes: Mapping[str, tuple[int, ...]] = {}
 
     def __init__(
-        self, template_model: nn.Module, taps: Sequence[str], reference: Reference, sample: Tensor
+        self,
+        template_model: nn.Module,
+        taps: Sequence[str],
+        reference: Reference,
+        sample: Tensor,
+        *,
+        ordered_kernels: Collection[str] = (),
     ) -> None:
-        structure = channel_structure(template_model, taps, sample)
+        structure = without_rows(channel_structure(template_model, taps, sample), ordered_kernels)
         self.sets = structure.sets
         self.layers = reference_layers(template_model, taps, sample, reference, structure)
         self.input_channels = sample.shape[1]

@@ -10,17 +10,17 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from torch import Tensor
 
 from mtlsign.errors import ModelError
+from mtlsign.models.attention_layers import AttentionLayer
 from mtlsign.models.families import translation_of
-from mtlsign.models.residual_stream import ResidualStream
 from mtlsign.models.tensor_names import MAX_MAPPINGS
 from mtlsign.watermark.verification.alignment.assignment import Floats, Indices, best_assignment
 
-#: A name with a number between dots: text before it, the number, text after it.
-_NUMBERED = re.compile(r"((?:[^.]+\.)*?[^.]+)\.(0|[1-9][0-9]{0,3})\.(.+)")
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,3}")
 #: Largest ratio of a suspect's blocks to those of W0.
 _MAX_GROWTH = 4
 
@@ -40,17 +40,19 @@ class BlockNames:
     outputs: frozenset[str]
 
     @classmethod
-    def of(cls, stream: ResidualStream) -> BlockNames | None:
-        """Return the names of blocks with one attention layer each; None if they are not numbered from 0."""
-        matches = [_NUMBERED.fullmatch(layer.output) for layer in stream.attentions]
-        places = [(match[1], int(match[2])) for match in matches if match is not None]
-        prefixes = {prefix for prefix, _ in places}
-        if len(places) != len(matches) or len(prefixes) != 1:
-            return None
-        if [number for _, number in places] != list(range(len(places))):
-            return None
-        outputs = frozenset(match[3] for match in matches if match is not None)
-        return cls(prefixes.pop(), len(places), outputs)
+    def of(cls, attentions: Sequence[AttentionLayer]) -> BlockNames | None:
+        """Return the names of blocks with one attention layer each; None if they are not numbered from 0.
+
+        Args:
+            attentions: attention layers of the blocks, in execution order.
+        """
+        splits = [numbered_parts(layer.output) for layer in attentions]
+        for depth in range(min(map(len, splits), default=0)):
+            parts = [split[-1 - depth] for split in splits]
+            numbers = [number for _, number, _ in parts]
+            if len({prefix for prefix, _, _ in parts}) == 1 and numbers == list(range(len(parts))):
+                return cls(parts[0][0], len(parts), frozenset(rest for _, _, rest in parts))
+        return None
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,13 @@ class RenumberedTensors(Mapping[str, Tensor]):
         for name in tensors:
             if not isinstance(name, str) or not name.startswith(group.place):
                 continue
-            match = _NUMBERED.fullmatch(name)
-            if match is None or match[1] != prefix:
+            parts = [part for part in numbered_parts(name) if part[0] == prefix]
+            if not parts:
                 self._sources[name] = name
-            elif int(match[2]) in numbers:
-                self._sources[f"{prefix}.{numbers[int(match[2])]}.{match[3]}"] = name
+                continue
+            _, number, rest = parts[0]
+            if number in numbers:
+                self._sources[f"{prefix}.{numbers[number]}.{rest}"] = name
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a tensor of the file by its new name."""
@@ -120,15 +124,17 @@ def block_groups(tensors: Mapping[str, Tensor], blocks: BlockNames) -> list[Bloc
     """
     numbers: dict[tuple[str, str], set[int]] = defaultdict(set)
     for name in tensors:
-        match = _NUMBERED.fullmatch(name) if isinstance(name, str) else None
-        if match is None:
+        parts = numbered_parts(name) if isinstance(name, str) else []
+        if not parts:
             continue
         translation = translation_of(name)
         own = name if translation is None else translation.target
-        for output in blocks.outputs:
-            tail = f"{blocks.prefix}.{match[2]}.{output}"
+        for (prefix, number, rest), output in product(parts, blocks.outputs):
+            if translation is None and rest != output:
+                continue
+            tail = f"{blocks.prefix}.{number}.{output}"
             if own == tail or own.endswith(f".{tail}"):
-                numbers[match[1], own.removesuffix(tail)].add(int(match[2]))
+                numbers[prefix, own.removesuffix(tail)].add(number)
     count = blocks.count
     groups = [
         BlockGroup(prefix, place, tuple(sorted(group)))
@@ -136,11 +142,25 @@ def block_groups(tensors: Mapping[str, Tensor], blocks: BlockNames) -> list[Bloc
         if group != set(range(count)) and count <= 2 * len(group) and len(group) <= _MAX_GROWTH * count
     ]
     if len(groups) > MAX_MAPPINGS:
-        raise ModelError(
-            f"The blocks exist in over {MAX_MAPPINGS} places of the file. Keep one of them.",
-            field="checkpoint",
-        )
+        raise too_many_places()
     return groups
+
+
+def too_many_places() -> ModelError:
+    """Return the error for blocks with other numbers in more than `MAX_MAPPINGS` places."""
+    return ModelError(
+        f"The blocks exist in over {MAX_MAPPINGS} places of the file. Keep one of them.", field="checkpoint"
+    )
+
+
+def numbered_parts(name: str) -> list[tuple[str, int, str]]:
+    """Return text before, number and text after each number of up to four digits between dots."""
+    words = name.split(".")
+    return [
+        (".".join(words[:place]), int(word), ".".join(words[place + 1 :]))
+        for place, word in enumerate(words[1:-1], 1)
+        if _NUMBER.fullmatch(word)
+    ]
 
 
 def windows(numbers: Sequence[int], count: int) -> Iterator[dict[int, int]]:

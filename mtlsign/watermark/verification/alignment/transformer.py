@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mtlsign.models.stream_stages import StreamStage
+from mtlsign.models.tensor_names import MAX_MAPPINGS
 from mtlsign.models.untrusted import MappedTensors
 from mtlsign.watermark.verification.alignment.aligner import Aligner
 from mtlsign.watermark.verification.alignment.assignment import Floats, Indices, best_assignment
@@ -24,6 +26,7 @@ from mtlsign.watermark.verification.alignment.blocks import (
     RenumberedTensors,
     block_groups,
     new_numbers,
+    too_many_places,
     windows,
 )
 from mtlsign.watermark.verification.alignment.layers import ReferenceLayer, unit_rows
@@ -32,10 +35,10 @@ from mtlsign.watermark.verification.alignment.result import (
     recognition_margin,
     with_random_sketches,
 )
+from mtlsign.watermark.verification.alignment.stream_frame import StreamFrame
 from mtlsign.watermark.verification.attention_products import AttentionProducts
 from mtlsign.watermark.verification.reference import Reference, reference_tensor
 from mtlsign.watermark.verification.sketches import MAX_SKETCH_SIZE, projection_matrix
-from mtlsign.watermark.verification.stream_frame import StreamFrame
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,11 @@ class TransformerAligner:
         products: AttentionProducts,
     ) -> None:
         self.products = products
-        self._neurons = Aligner(template_model, taps, reference, sample)
+        ordered = [n for stage in products.stream.stages for n in (*stage.sources, *stage.writers)]
+        self._neurons = Aligner(template_model, taps, reference, sample, ordered_kernels=ordered)
         self._frame = StreamFrame.of(template_model, products.stream, reference.tensors)
         self.heads = {
-            name: HeadProducts(heads, products.stream.size, sketch)
+            name: HeadProducts(heads, products.shapes[name][1], sketch)
             for name, (heads, sketch) in _head_sketches(products, reference).items()
         }
         self.further_shapes = dict(self._frame.shapes)
@@ -160,28 +164,46 @@ class TransformerAligner:
         Raises:
             ModelError: the file has blocks with other numbers in more than `MAX_MAPPINGS` places.
         """
-        blocks = BlockNames.of(self.products.stream)
-        if blocks is None:
-            return
+        views = [tensors]
+        for stage in self.products.stream.parts:
+            blocks = BlockNames.of(stage.attentions)
+            if blocks is None:
+                continue
+            own = [self._renumbered_stage(view, blocks, stage, select) for view in views]
+            if sum(len(renumbered) for renumbered in own) > MAX_MAPPINGS:
+                raise too_many_places()
+            views = [new for view, renumbered in zip(views, own, strict=True) for new in renumbered or [view]]
+        yield from (view for view in views if view is not tensors)
+
+    def _renumbered_stage(
+        self,
+        tensors: Mapping[str, Tensor],
+        blocks: BlockNames,
+        stage: StreamStage,
+        select: Callable[[Mapping[str, Tensor]], Iterable[MappedTensors]],
+    ) -> list[Mapping[str, Tensor]]:
+        """Return views of a file with W0's numbers of one stage's blocks, one for each place."""
+        views: list[Mapping[str, Tensor]] = []
         for group in block_groups(tensors, blocks):
             numbers = group.numbers
             similarities = np.zeros((blocks.count, len(numbers)))
             for window in windows(numbers, blocks.count):
                 for selected in select(RenumberedTensors(tensors, group, window)):
                     columns = [numbers.index(number) for number in window]
-                    own = self._block_similarities(selected.tensors)[:, : len(columns)]
+                    own = self._block_similarities(selected.tensors, stage)[:, : len(columns)]
                     similarities[:, columns] = np.maximum(similarities[:, columns], own)
             if similarities.any():  # otherwise no block can be read
-                yield RenumberedTensors(tensors, group, new_numbers(similarities, numbers))
+                views.append(RenumberedTensors(tensors, group, new_numbers(similarities, numbers)))
+        return views
 
-    def _block_similarities(self, kernels: Mapping[str, Tensor]) -> Floats:
+    def _block_similarities(self, kernels: Mapping[str, Tensor], stage: StreamStage) -> Floats:
         """Compare the heads of W0's blocks with those of a suspect's: [blocks, blocks]; 0 for missing ones.
 
         The bases of queries differ between blocks, so that only values and outputs are compared.
         """
         turned = self._frame.apply(self.products.normalized(kernels))
         products = self.products.multiplied(turned)
-        names = [layer.value_output for layer in self.products.stream.attentions]
+        names = [layer.value_output for layer in stage.attentions]
         similarities = np.zeros((len(names), len(names)))
         for row, column in np.ndindex(*similarities.shape):
             layer, kernel = self.heads.get(names[row]), products.get(names[column])
