@@ -63,6 +63,7 @@ class ReproduceSettings(RunStorage, RunPlacement, TaskData, Settings):
     attacks: str | None = Field(None, min_length=1, max_length=20_000, description="attacks, perturbation_ablation, overwriting, schemes, fig6: attacks on every embedding, as for jobs/attack.py [those of the study]")
     schemes: str = Field("all", min_length=1, max_length=1000, description="schemes, fig6, false_claims, property_inference: all, or names separated by commas")
     embed_steps: int | None = Field(None, ge=1, le=1_000_000, description="schemes, fig6, property_inference: optimiser steps of every embedding [those of each scheme; property_inference 200]")
+    embed_batch: int = Field(128, ge=2, le=65_536, description="schemes, fig6, property_inference: primary samples in a step of the embedding")
     overrides: Texts = Field((), alias="set", max_length=200, description="further setting of every embedding, NAME=VALUE such as phase1.epochs=6; repeat the flag")
     # resources
     workers: int | None = Field(None, ge=0, le=4096, description="concurrent embeddings [as many as the resources allow]; 0: this process alone, without Ray")

@@ -13,7 +13,8 @@ Result = Mapping[str, Any]
 def scheme_table(results: Sequence[Result]) -> list[Row]:
     """Return a row for each scheme and attack: matches, evidence in bits and points lost.
 
-    In the rows of `none`, points lost are those of the embedding.
+    In the rows of `none`, points lost are those of the embedding, and epochs are its images, primary and key
+    images together, as a multiple of the owner's training images.
     """
     rows: list[Row] = []
     for scheme, group in _by_scheme(results).items():
@@ -26,7 +27,11 @@ def scheme_table(results: Sequence[Result]) -> list[Row]:
             cells = [result["rows"][index] for result in finished]
             if index == 0:
                 lost = [points_of_embedding(result) for result in finished]
-                cells = [{**cell, "points_lost": value} for cell, value in zip(cells, lost, strict=True)]
+                epochs = [result["embedding"].get("epochs") for result in finished]
+                cells = [
+                    {**cell, "points_lost": points, "epochs": count}
+                    for cell, points, count in zip(cells, lost, epochs, strict=True)
+                ]
             rows.append(_scheme_row(scheme, attack, cells))
     return rows
 
@@ -44,6 +49,7 @@ def _scheme_row(scheme: str, attack: str, cells: Sequence[Result], *, reason: st
         "null rate": measured[0]["null_rate"] if measured else None,
         **_mean_and_sd("bits", (cell["evidence_bits"] for cell in measured)),
         **_mean_and_sd("points lost", (cell["points_lost"] for cell in measured)),
+        "epochs": next((cell["epochs"] for cell in measured if "epochs" in cell), None),
         "reason": reason,
     }  # fmt: skip
 
