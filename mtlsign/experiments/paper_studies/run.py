@@ -11,6 +11,7 @@ from mtlsign.config.reproduce import PAPER_STUDIES, SCHEME_STUDIES, ReproduceSet
 from mtlsign.errors import ArtifactError, SettingsError
 from mtlsign.experiments.origin import origin
 from mtlsign.experiments.paper_studies import definitions, random_keys, tables
+from mtlsign.experiments.paper_studies.new_label import run_new_label_study
 from mtlsign.experiments.paper_studies.property_inference import run_property_inference
 from mtlsign.experiments.paper_studies.scheme_studies import run_scheme_study
 from mtlsign.experiments.paper_studies.tables import Row
@@ -190,7 +191,9 @@ def _run_scheme_study(settings: ReproduceSettings, log: LogCallback) -> dict[str
     """Run a study of several schemes and write its table; `schemes` has a page as well."""
     if settings.overrides:
         raise SettingsError("This study has no settings of embeddings. Omit --set.", field="set")
-    study = run_property_inference if settings.study == "property_inference" else run_scheme_study
+    study = {"property_inference": run_property_inference, "new_label": run_new_label_study}.get(
+        settings.study, run_scheme_study
+    )
     run, rows = study(settings, log)
     result = _study_result(settings, rows, run.location(TABLE), run.location(RESULT))
     result |= {"run": run.name, "bits_required": DEFAULT_EVIDENCE_BITS, **origin("reproduce", settings)}

@@ -44,11 +44,11 @@ def _scheme_row(scheme: str, attack: str, cells: Sequence[Result], *, reason: st
         reason = f"{status}: {missing['reason']}"
     return {
         "scheme": scheme, "attack": attack, "n": len(measured),
-        **_mean_and_sd("matches", (cell["matches"] for cell in measured)),
+        **mean_and_sd("matches", (cell["matches"] for cell in measured)),
         "of": measured[0]["n"] if measured else None,
         "null rate": measured[0]["null_rate"] if measured else None,
-        **_mean_and_sd("bits", (cell["evidence_bits"] for cell in measured)),
-        **_mean_and_sd("points lost", (cell["points_lost"] for cell in measured)),
+        **mean_and_sd("bits", (cell["evidence_bits"] for cell in measured)),
+        **mean_and_sd("points lost", (cell["points_lost"] for cell in measured)),
         "epochs": next((cell["epochs"] for cell in measured if "epochs" in cell), None),
         "reason": reason,
     }  # fmt: skip
@@ -68,12 +68,12 @@ def fig6_table(results: Sequence[Result]) -> list[Row]:
         rows.append(
             {
                 "scheme": scheme, "n": len(finished),
-                **_mean_and_sd("deviation", (r["embedding"]["deviation"] for r in finished)),
-                **_mean_and_sd("task accuracy", (r["embedding"]["primary_marked"] for r in finished)),
-                **_mean_and_sd("points lost by the mark", map(points_of_embedding, finished)),
-                **_mean_and_sd("wm accuracy after FP", accuracy_after_fp),
-                **_mean_and_sd("points lost until NP", (invalidated(r, "prune_channels") for r in finished)),
-                **_mean_and_sd("points lost until spoil", (invalidated(r, "spoil") for r in finished)),
+                **mean_and_sd("deviation", (r["embedding"]["deviation"] for r in finished)),
+                **mean_and_sd("task accuracy", (r["embedding"]["primary_marked"] for r in finished)),
+                **mean_and_sd("points lost by the mark", map(points_of_embedding, finished)),
+                **mean_and_sd("wm accuracy after FP", accuracy_after_fp),
+                **mean_and_sd("points lost until NP", (invalidated(r, "prune_channels") for r in finished)),
+                **mean_and_sd("points lost until spoil", (invalidated(r, "spoil") for r in finished)),
                 "reason": next((r["reason"] for r in group if r["status"] != "ok"), None),
             }
         )  # fmt: skip
@@ -90,10 +90,10 @@ def false_claim_table(results: Sequence[Result]) -> list[Row]:
             {
                 "scheme": scheme, "method": first.get("method", "no way known"), "n": len(forgeries),
                 "tries": first.get("tries"),
-                **_mean_and_sd("seconds", (forgery["seconds"] for forgery in forgeries)),
-                **_mean_and_sd("matches", (forgery["matched"] for forgery in forgeries)),
+                **mean_and_sd("seconds", (forgery["seconds"] for forgery in forgeries)),
+                **mean_and_sd("matches", (forgery["matched"] for forgery in forgeries)),
                 "of": first.get("n"),
-                **_mean_and_sd("bits", (forgery["evidence_bits"] for forgery in forgeries)),
+                **mean_and_sd("bits", (forgery["evidence_bits"] for forgery in forgeries)),
                 "accepted": sum(bool(forgery["accepted"]) for forgery in forgeries),
                 "reason": next((r["reason"] for r in group if r["status"] != "ok"), None),
             }
@@ -131,7 +131,8 @@ def _by_scheme(results: Sequence[Result]) -> dict[str, list[Result]]:
     return groups
 
 
-def _mean_and_sd(name: str, values: Iterable[float | None]) -> Row:
+def mean_and_sd(name: str, values: Iterable[float | None]) -> Row:
+    """Return mean and sample standard deviation of the values that are not None, in two columns."""
     numbers = [float(value) for value in values if value is not None]
     return {
         name: statistics.fmean(numbers) if numbers else None,
