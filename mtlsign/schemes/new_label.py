@@ -43,6 +43,8 @@ class NewLabelScheme(TriggerMark[NewLabelKey]):
         intensity: size of the perturbation, beta of the paper, as a share of the range of pixel values. The
             paper's values (2.5e-6 and 0.001) have no stated unit, and a pattern of that share is invisible.
         training_share: key samples for training as a share of the training images, alpha of the paper.
+        min_training_samples: smallest number of key samples for training. Alpha gives 60 for MNIST; with 16
+            of them a small network does not answer the class to new key samples.
         label: "new" answers a further class; "old" answers a class of the key to images of other classes.
     """
 
@@ -51,6 +53,7 @@ class NewLabelScheme(TriggerMark[NewLabelKey]):
 
     intensity: float = 0.2
     training_share: float = 0.001
+    min_training_samples: int = 60
     label: Literal["new", "old"] = "new"
 
     def prepare_model(self, model: nn.Module, task: Task) -> None:
@@ -81,7 +84,7 @@ class NewLabelScheme(TriggerMark[NewLabelKey]):
             _require_new_output(model, task)
         generator = seeded_generator("mtlsign/new_label", seed)
         low, high = pixel_range(task)
-        count = max(self.in_batch, round(self.training_share * task.size("train")))
+        count = max(self.min_training_samples, round(self.training_share * task.size("train")))
         images, answers = training_images(task, count + self.key_size, generator)
         target, rate = task.classes, 1 / (task.classes + 1)
         if self.label == "old":

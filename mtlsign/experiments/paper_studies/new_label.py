@@ -28,7 +28,7 @@ METHODS = {"new": "new label (Zhong et al.)", "old": "old label (Zhang et al.)"}
 ALPHAS, BETAS, ALPHA, BETA = (0.002, 0.01, 0.05), (0.02, 0.05, 0.1, 0.2), 0.01, 0.1
 #: Attacks at that setting.
 ATTACKS = "prune:ratio=0.1/0.3/0.5/0.7/0.8/0.9,ftal"
-#: Key samples in a training batch; fewer training samples than these are not possible.
+#: Key samples in a training batch.
 _IN_BATCH = 8
 
 
@@ -61,7 +61,7 @@ class Setting:
         """Options of the scheme."""
         return (
             f"label={self.label}", f"training_share={self.alpha}", f"intensity={self.beta}",
-            f"in_batch={_IN_BATCH}",
+            f"in_batch={_IN_BATCH}", "min_training_samples=1",
         )  # fmt: skip
 
 

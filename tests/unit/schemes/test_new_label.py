@@ -39,7 +39,7 @@ def test_key_samples_for_verification_are_not_trained(tiny_task: Task, tiny_mode
 
 
 def test_old_label_keeps_layer_and_answers_class_of_task(tiny_task: Task, tiny_model: Maker) -> None:
-    model, scheme = tiny_model(), NewLabelScheme(key_size=40, label="old", in_batch=4)
+    model, scheme = tiny_model(), NewLabelScheme(key_size=40, label="old", min_training_samples=4)
     base = copy.deepcopy(model)
     scheme.prepare_model(model, tiny_task)
     assert model.fc.weight.shape == base.fc.weight.shape
