@@ -22,10 +22,9 @@ def scheme_table(results: Sequence[Result]) -> list[Row]:
         if not finished:
             rows.append(_scheme_row(scheme, "none", [], reason=group[0].get("reason")))
             continue
-        attacks = [_label(row) for row in finished[0]["rows"]]
-        for index, attack in enumerate(attacks):
-            cells = [result["rows"][index] for result in finished]
-            if index == 0:
+        for attack in dict.fromkeys(_label(row) for result in finished for row in result["rows"]):
+            cells = [row for result in finished for row in result["rows"] if _label(row) == attack]
+            if attack == "none":
                 lost = [points_of_embedding(result) for result in finished]
                 epochs = [result["embedding"].get("epochs") for result in finished]
                 cells = [

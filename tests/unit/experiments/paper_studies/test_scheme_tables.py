@@ -40,6 +40,12 @@ def test_scheme_table_has_means_over_seeds_and_reasons() -> None:
     assert (adi["scheme"], adi["n"], adi["bits"], adi["reason"]) == ("adi", 0, None, "No images.")
 
 
+def test_scheme_table_counts_seeds_of_each_attack() -> None:
+    seeds = [result(0, [row("none"), row("int8"), row("ftal")]), result(1, [row("none"), row("ftal")])]
+    counts = {line["attack"]: line["n"] for line in scheme_table(seeds)}
+    assert counts == {"none": 2, "int8": 1, "ftal": 2}
+
+
 def test_fig6_table_takes_first_ratio_that_invalidates() -> None:
     rows = [
         row("none"),
