@@ -56,6 +56,20 @@ def rows_by_scheme(rows: Sequence[Row]) -> list[SchemeRows]:
     return [SchemeRows(name, group[0], group[1:]) for name, group in groups.items()]
 
 
+def short_labels(attacks: Sequence[str]) -> dict[str, str]:
+    """Return attack with parameters -> label, without the parameters that all its variants share."""
+    variants: dict[str, list[list[str]]] = {}
+    for attack in attacks:
+        name, *parameters = attack.split()
+        variants.setdefault(name, []).append(parameters)
+    labels = {}
+    for attack in attacks:
+        name, *parameters = attack.split()
+        own = [text for text in parameters if not all(text in others for others in variants[name])]
+        labels[attack] = " ".join([name, *own])
+    return labels
+
+
 def cheapest_removals(scheme: SchemeRows) -> list[tuple[float, float, str]]:
     """Return the Pareto front of the attacks on a scheme.
 
@@ -84,6 +98,7 @@ def render_comparison_report(result: Mapping[str, Any]) -> str:
     marked = [scheme for scheme in schemes if scheme.bits is not None]
     seeds = max((int(scheme.embedding["n"]) for scheme in marked), default=0)
     attacks = list(dict.fromkeys(str(row["attack"]) for scheme in marked for row in scheme.attacks))
+    labels = short_labels(attacks)
     return render_page(
         "comparison.html.j2",
         kind="MTLSign comparison of schemes",
@@ -96,9 +111,9 @@ def render_comparison_report(result: Mapping[str, Any]) -> str:
             ("Attacks", words(", ".join(attacks), 3000)),
         ],
         provenance=provenance(result),
-        heat_map=Markup(_heat_map(marked, attacks)) if attacks else None,
+        heat_map=Markup(_heat_map(marked, labels)) if attacks else None,
         panels=[
-            (words(scheme.name), Markup(_panel(scheme)), _front_text(scheme))
+            (words(scheme.name), Markup(_panel(scheme, labels)), _front_text(scheme, labels))
             for scheme in marked
             if cheapest_removals(scheme)
         ],
@@ -111,27 +126,27 @@ def render_comparison_report(result: Mapping[str, Any]) -> str:
     )
 
 
-def _front_text(scheme: SchemeRows) -> str:
+def _front_text(scheme: SchemeRows, labels: Mapping[str, str]) -> str:
     """Return the attacks on the front in one text, the cheapest first."""
     return "; ".join(
-        f"{words(attack)}: {bits:,.0f} bits at {lost:.1f} points"
+        f"{words(labels[attack])}: {bits:,.0f} bits at {lost:.1f} points"
         for lost, bits, attack in cheapest_removals(scheme)
     )
 
 
-def _heat_map(schemes: Sequence[SchemeRows], attacks: Sequence[str]) -> str:
-    size = (3.0 + 0.62 * len(schemes), 2.2 + 0.34 * len(attacks))
+def _heat_map(schemes: Sequence[SchemeRows], labels: Mapping[str, str]) -> str:
+    size = (3.0 + 0.62 * len(schemes), 2.2 + 0.34 * len(labels))
     description = (
-        f"Evidence left in bits, by scheme and attack, for {len(schemes)} schemes and {len(attacks)} attacks."
+        f"Evidence left in bits, by scheme and attack, for {len(schemes)} schemes and {len(labels)} attacks."
     )
-    return render_svg("heat-map", description, lambda ax: _draw_heat_map(ax, schemes, attacks), size=size)
+    return render_svg("heat-map", description, lambda ax: _draw_heat_map(ax, schemes, labels), size=size)
 
 
-def _draw_heat_map(ax: Axes, schemes: Sequence[SchemeRows], attacks: Sequence[str]) -> None:
+def _draw_heat_map(ax: Axes, schemes: Sequence[SchemeRows], labels: Mapping[str, str]) -> None:
     """Draw one square for each attack (row) and scheme (column), with the mean bits as text."""
     cells = [{str(row["attack"]): row for row in scheme.attacks} for scheme in schemes]
     grid: list[list[float]] = []
-    for y, attack in enumerate(attacks):
+    for y, attack in enumerate(labels):
         line: list[float] = []
         for x, scheme in enumerate(schemes):
             row = cells[x].get(attack)
@@ -142,21 +157,21 @@ def _draw_heat_map(ax: Axes, schemes: Sequence[SchemeRows], attacks: Sequence[st
             ax.text(x, y, text, ha="center", va="center", color=colour, fontsize=9)
         grid.append(line)
     # Drawn as squares: an image would be a data: URI, which the page's Content-Security-Policy forbids.
-    edges = [[i - 0.5 for i in range(count + 1)] for count in (len(schemes), len(attacks))]
+    edges = [[i - 0.5 for i in range(count + 1)] for count in (len(schemes), len(labels))]
     ax.pcolormesh(*edges, grid, cmap="viridis", vmin=0, vmax=1)
     ax.set_xticks(range(len(schemes)))
     ax.set_xticklabels([s.name for s in schemes], rotation=45, ha="left", parse_math=False, fontsize=9)
-    ax.set_yticks(range(len(attacks)))
-    ax.set_yticklabels([words(attack, 60) for attack in attacks], parse_math=False, fontsize=9)
+    ax.set_yticks(range(len(labels)))
+    ax.set_yticklabels([words(label, 60) for label in labels.values()], parse_math=False, fontsize=9)
     ax.xaxis.tick_top()
     ax.invert_yaxis()
     ax.grid(False)
 
 
-def _panel(scheme: SchemeRows) -> str:
+def _panel(scheme: SchemeRows, labels: Mapping[str, str]) -> str:
     return render_svg(
         f"front-{scheme.name}",
-        f"{scheme.name}: evidence left against points lost. On the front: {_front_text(scheme)}.",
+        f"{scheme.name}: evidence left against points lost. On the front: {_front_text(scheme, labels)}.",
         lambda ax: _draw_panel(ax, scheme),
         size=(4.2, 2.7),
     )
@@ -184,7 +199,7 @@ def _draw_panel(ax: Axes, scheme: SchemeRows) -> None:
         color=ORANGE, drawstyle="steps-post", linewidth=1.6,
     )  # fmt: skip
     ax.set_xlim(-3, MAX_POINTS_SHOWN + 1)
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(bottom=-0.05 * ax.get_ylim()[1])  # otherwise the axis hides attacks that leave nothing
     ax.set_xlabel("points lost")
     ax.set_ylabel("bits left")
 

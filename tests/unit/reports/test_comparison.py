@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 
-from mtlsign.reports.comparison import cheapest_removals, render_comparison_report, rows_by_scheme
+from mtlsign.reports.comparison import (
+    cheapest_removals,
+    render_comparison_report,
+    rows_by_scheme,
+    short_labels,
+)
 
 
 def row(scheme: str, attack: str, bits: float | None, lost: float | None, **values: Any) -> dict[str, Any]:
@@ -37,6 +42,11 @@ def test_front_has_attacks_that_no_cheaper_one_beats() -> None:
     assert cheapest_removals(adi) == [(0.0, 100.0, "scale_filters"), (2.0, 10.0, "ftal lr=full")]
     assert gan.bits is None and cheapest_removals(gan) == []
     assert adi.share_left(ROWS[5]) == pytest.approx(0.1) and gan.share_left(ROWS[8]) is None
+
+
+def test_labels_keep_parameters_that_differ() -> None:
+    attacks = ["prune ratio=0.5 bn=kept", "prune ratio=0.7 bn=kept", "ftal lr=full", "int8"]
+    assert list(short_labels(attacks).values()) == ["prune ratio=0.5", "prune ratio=0.7", "ftal", "int8"]
 
 
 def test_page_has_spread_reasons_and_escapes_names() -> None:
