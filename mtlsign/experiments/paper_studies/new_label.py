@@ -25,7 +25,7 @@ LogCallback = Callable[[str], None]
 
 METHODS = {"new": "new label (Zhong et al.)", "old": "old label (Zhang et al.)"}
 #: Values of the panels, and the setting of pruning and fine-tuning. The paper's axes have no printed values.
-ALPHAS, BETAS, ALPHA, BETA = (0.002, 0.01, 0.05), (0.02, 0.05, 0.1, 0.2), 0.01, 0.1
+ALPHAS, BETAS, ALPHA, BETA = (0.002, 0.01, 0.05), (0.05, 0.1, 0.2), 0.01, 0.1
 #: Attacks at that setting.
 ATTACKS = "prune:ratio=0.1/0.3/0.5/0.7/0.8/0.9,ftal"
 #: Key samples in a training batch.
