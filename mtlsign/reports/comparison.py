@@ -152,7 +152,7 @@ def _draw_heat_map(ax: Axes, schemes: Sequence[SchemeRows], labels: Mapping[str,
             row = cells[x].get(attack)
             share = None if row is None else scheme.share_left(row)
             line.append(float("nan") if share is None else share)
-            text = "–" if row is None or share is None else f"{float(row['bits']):,.0f}"
+            text = "–" if row is None or share is None else _bits_text(row)
             colour = GREY if share is None else "black" if share > _BRIGHT else "white"
             ax.text(x, y, text, ha="center", va="center", color=colour, fontsize=9)
         grid.append(line)
@@ -166,6 +166,12 @@ def _draw_heat_map(ax: Axes, schemes: Sequence[SchemeRows], labels: Mapping[str,
     ax.xaxis.tick_top()
     ax.invert_yaxis()
     ax.grid(False)
+
+
+def _bits_text(row: Row) -> str:
+    """Return the mean bits, in brackets if the claim was rejected with every seed."""
+    text = f"{float(row['bits']):,.0f}"
+    return text if row["accepted"] else f"({text})"
 
 
 def _panel(scheme: SchemeRows, labels: Mapping[str, str]) -> str:
@@ -221,6 +227,7 @@ def _embedding_cells(scheme: SchemeRows) -> dict[str, str]:
         "bits": _spread(row, "bits", "{:,.0f}"),
         "lost": _spread(row, "points lost", "{:.2f}"),
         "epochs": "–" if epochs is None else f"{epochs:.1f}",
+        "accepted": f"{row['accepted']} of {row['n']}",
         "reason": words(row["reason"] or "", 300),
     }
 
@@ -232,5 +239,6 @@ def _cells(row: Row) -> dict[str, str]:
         "matches": "–" if row["of"] is None else f"{_spread(row, 'matches', '{:.1f}')} of {row['of']}",
         "bits": _spread(row, "bits", "{:,.0f}"),
         "lost": _spread(row, "points lost", "{:.1f}"),
+        "accepted": f"{row['accepted']} of {row['n']}",
         "reason": words(row["reason"] or "", 300),
     }

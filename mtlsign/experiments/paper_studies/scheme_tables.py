@@ -13,6 +13,9 @@ Result = Mapping[str, Any]
 def scheme_table(results: Sequence[Result]) -> list[Row]:
     """Return a row for each scheme and attack: matches, evidence in bits and points lost.
 
+    `accepted` counts the seeds whose claim the verifier accepts. A scheme can reject a claim for another
+    reason than its bits, such as the accuracy with passports.
+
     In the rows of `none`, points lost are those of the embedding, and epochs are its images, primary and key
     images together, as a multiple of the owner's training images.
     """
@@ -48,6 +51,7 @@ def _scheme_row(scheme: str, attack: str, cells: Sequence[Result], *, reason: st
         "null rate": measured[0]["null_rate"] if measured else None,
         **mean_and_sd("bits", (cell["evidence_bits"] for cell in measured)),
         **mean_and_sd("points lost", (cell["points_lost"] for cell in measured)),
+        "accepted": sum(bool(cell["accepted"]) for cell in measured),
         "epochs": next((cell["epochs"] for cell in measured if "epochs" in cell), None),
         "reason": reason,
     }  # fmt: skip

@@ -19,7 +19,8 @@ def row(scheme: str, attack: str, bits: float | None, lost: float | None, **valu
     return {
         "scheme": scheme, "attack": attack, "n": 0 if bits is None else 3, "matches": bits,
         "sd matches": 1.0, "of": None if bits is None else 256, "null rate": 0.5, "bits": bits,
-        "sd bits": 2.0, "points lost": lost, "sd points lost": 0.5, "epochs": None, "reason": None, **values,
+        "sd bits": 2.0, "points lost": lost, "sd points lost": 0.5, "epochs": None, "reason": None,
+        "accepted": int(bits is not None and bits >= 40), **values,
     }  # fmt: skip
 
 
@@ -57,5 +58,5 @@ def test_page_has_spread_reasons_and_escapes_names() -> None:
     assert "A classifier generates no images." in page
     assert page.count("<svg") == 3, "a heat map and a panel for each scheme with attacks"
     assert "a claim is accepted from 40 bits" in page
-    cells = re.findall(r">(\d+|–)</text>", page)
-    assert "190" in cells and "–" in cells
+    cells = re.findall(r">(\(?\d+\)?|–)</text>", page)
+    assert {"190", "(10)", "(0)", "–"} <= set(cells), "brackets mark rejected claims"

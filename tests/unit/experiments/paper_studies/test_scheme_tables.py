@@ -34,6 +34,7 @@ def test_scheme_table_has_means_over_seeds_and_reasons() -> None:
     none, ftal, adi = table
     assert (none["n"], none["matches"], none["of"], none["sd bits"]) == (2, 100.0, 100, 0.0)
     assert none["points lost"] == pytest.approx(1.5) and none["sd points lost"] == pytest.approx(0.5**0.5)
+    assert (none["accepted"], ftal["accepted"], adi["accepted"]) == (2, 1, 0)
     assert (none["epochs"], ftal["epochs"]) == (5.5, None)
     assert (ftal["n"], ftal["bits"], ftal["sd bits"]) == (1, 30.0, None)
     assert ftal["reason"] == "diverged: the loss"
