@@ -25,11 +25,11 @@ LogCallback = Callable[[str], None]
 
 METHODS = {"new": "new label (Zhong et al.)", "old": "old label (Zhang et al.)"}
 #: Values of the panels, and the setting of pruning and fine-tuning. The paper's axes have no printed values.
-ALPHAS, BETAS, ALPHA, BETA = (0.002, 0.01, 0.05), (0.05, 0.1, 0.2), 0.01, 0.1
+ALPHAS, BETAS, ALPHA, BETA = (0.01, 0.05), (0.1, 0.2, 0.4), 0.05, 0.2
 #: Attacks at that setting.
 ATTACKS = "prune:ratio=0.1/0.3/0.5/0.7/0.8/0.9,ftal"
 #: Key samples in a training batch.
-_IN_BATCH = 8
+_IN_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,9 @@ class Setting:
 
 
 def panel_settings() -> list[Setting]:
-    """Return all settings: those of the alpha panels, then those of the beta panels, for both labels."""
-    pairs = dict.fromkeys([*((alpha, BETA) for alpha in ALPHAS), *((ALPHA, beta) for beta in BETAS)])
+    """Return all settings for both labels: that of the attacks, then those of the alpha and beta panels."""
+    alphas, betas = [(alpha, BETA) for alpha in ALPHAS], [(ALPHA, beta) for beta in BETAS]
+    pairs = dict.fromkeys([(ALPHA, BETA), *alphas, *betas])
     return [Setting(label, alpha, beta) for alpha, beta in pairs for label in METHODS]
 
 
@@ -85,8 +86,8 @@ def run_new_label_study(settings: ReproduceSettings, log: LogCallback) -> tuple[
     run.reserve_name(settings)
     log(f"run {run.name}; if it is interrupted: {settings.resume_flags(run.name)}")
     results = []
-    for seed in range(settings.seed, settings.seed + settings.seeds):
-        for setting in panel_settings():
+    for setting in panel_settings():
+        for seed in range(settings.seed, settings.seed + settings.seeds):
             result = run.stored(setting.name, seed)
             if result is None:
                 result = _result(settings, setting, seed, run.base_folder(seed))

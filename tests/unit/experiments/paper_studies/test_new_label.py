@@ -25,21 +25,21 @@ def test_settings_cross_at_attacked_one_for_both_labels() -> None:
     settings = new_label.panel_settings()
     assert len(settings) == len(set(settings)) == 2 * (len(new_label.ALPHAS) + len(new_label.BETAS) - 1)
     assert [s.label for s in settings if s.is_attacked] == ["new", "old"]
-    assert settings[0].name == "new-0.002-0.1"
+    assert settings[0].is_attacked and settings[0].name == "new-0.05-0.2"
 
 
 def test_table_has_panels_pruning_and_paper_values() -> None:
     centre = (new_label.ALPHA, new_label.BETA)
     rows = [attacked("prune", "ratio=0.5", 0.8, 0.7), attacked("ftal", "lr=quarter", 0.95, 0.6)]
     results = [result(0, "new", *centre, rows=rows), result(1, "new", *centre, rows=rows),
-               result(0, "new", 0.05, new_label.BETA), result(0, "old", *centre)]  # fmt: skip
+               result(0, "new", 0.01, new_label.BETA), result(0, "old", *centre)]  # fmt: skip
     table = new_label.new_label_table(results, "mnist@0.1")
     new = [row for row in table if row["method"].startswith("new")]
     assert [(row["panel"], row["value"], row["n"]) for row in new] == [
-        ("alpha", 0.01, 2), ("alpha", 0.05, 1), ("beta", 0.1, 2), ("prune", "ratio=0.5", 2),
+        ("alpha", 0.01, 1), ("alpha", 0.05, 2), ("beta", 0.2, 2), ("prune", "ratio=0.5", 2),
         ("ftal", "lr=quarter", 2), ("before fine-tuning", "", 2),
     ]  # fmt: skip
-    assert new[0]["key"] == pytest.approx(90) and new[0]["sd key"] == pytest.approx(20 * 0.5**0.5)
+    assert new[1]["key"] == pytest.approx(90) and new[1]["sd key"] == pytest.approx(20 * 0.5**0.5)
     assert (new[4]["normal"], new[4]["paper: normal"], new[4]["paper: key"]) == (95.0, 99.09, 99.92)
     assert (new[5]["paper: normal"], new[5]["paper: key"]) == (97.94, 99.89)
     old = [row for row in table if row["method"].startswith("old")]
