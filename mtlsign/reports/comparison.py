@@ -96,7 +96,8 @@ def render_comparison_report(result: Mapping[str, Any]) -> str:
     """Render the page from the content of ``result.json``: one self-contained HTML text, all escaped."""
     schemes = rows_by_scheme(result["rows"])
     marked = [scheme for scheme in schemes if scheme.bits is not None]
-    seeds = max((int(scheme.embedding["n"]) for scheme in marked), default=0)
+    counts = sorted({int(scheme.embedding["n"]) for scheme in marked}) or [0]
+    seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     attacks = list(dict.fromkeys(str(row["attack"]) for scheme in marked for row in scheme.attacks))
     labels = short_labels(attacks)
     return render_page(
@@ -104,10 +105,10 @@ def render_comparison_report(result: Mapping[str, Any]) -> str:
         kind="MTLSign comparison of schemes",
         subject=" · ".join(words(result[name]) for name in ("task", "run") if result.get(name)),
         headline=f"{len(marked)} of {len(schemes)} schemes marked the network. {len(attacks)} attacks ran on "
-        f"each, with {seeds} {'seed' if seeds == 1 else 'seeds'}.",
+        f"each, with {seeds} {'seed' if seeds == '1' else 'seeds'}.",
         facts=[
             ("Task", words(result["task"])),
-            ("Seeds, each with its own network, key and attackers", str(seeds)),
+            ("Seeds, each with its own network, key and attackers", seeds),
             ("Attacks", words(", ".join(attacks), 3000)),
         ],
         provenance=provenance(result),

@@ -53,6 +53,8 @@ def test_labels_keep_parameters_that_differ() -> None:
 def test_page_has_spread_reasons_and_escapes_names() -> None:
     page = render_comparison_report({"task": "digits", "run": "r", "rows": ROWS, "bits_required": 40.0})
     assert "2 of 3 schemes marked the network. 3 attacks ran on each, with 3 seeds." in page
+    fewer = [{**line, "n": 1} if line["scheme"] == "uchida" else line for line in ROWS]
+    assert "on each, with 1 to 3 seeds." in render_comparison_report({"task": "digits", "rows": fewer})
     assert "<adi>" not in page and "&lt;adi&gt;" in page
     assert "200 ± 2" in page and "11.1" in page and "diverged: the loss" in page
     assert "A classifier generates no images." in page
