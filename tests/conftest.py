@@ -196,7 +196,7 @@ def empty_figure(name: str, description: str, painter: object, size: object = No
 
 def replace_figures(patch: pytest.MonkeyPatch) -> None:
     """Draw no curves in reports; they take longer than a tiny run. `tests/unit/reports` draws them."""
-    for module in ("attacks", "figures", "sweeps"):
+    for module in ("attacks", "comparison", "figures", "sweeps"):
         patch.setattr(f"mtlsign.reports.{module}.render_svg", empty_figure)
 
 

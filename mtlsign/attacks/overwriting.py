@@ -54,7 +54,11 @@ def overwrite(
         raise NotApplicableError(f"{resources.scheme.name} has no heads. Omit head.", field="head")
     options = {} if head == "same" else {"head": head}
     scheme = resources.scheme.with_key_options(key_size=n or None, **options)
-    key = scheme.generate_key(model, data, seed)
+    try:
+        key = scheme.generate_key(model, data, seed)
+    except ModelError as error:
+        reason = f"The attacker's data give no key: {error.detail}"
+        raise NotApplicableError(reason, field=error.field) from None
     settings = SchemeSettings(
         steps=epochs,
         batch=min(images or key.sample_count or 128, data.size("attacker")),

@@ -20,4 +20,5 @@ def reproduce(settings: ReproduceSettings) -> Output:
         from mtlsign.distributed.tune import study_on_ray
 
         result = study_on_ray(settings, log=line.log)
-    return Output(result, f"{result['text']}\ntable: {result['table']}\nresult: {result['result']}")
+    places = [f"{name}: {result[name]}" for name in ("table", "result", "report") if name in result]
+    return Output(result, "\n".join([result["text"], *places]))

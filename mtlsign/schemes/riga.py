@@ -57,7 +57,9 @@ class RigaScheme(WeightMark[RigaKey]):
     """Scheme of Wang and Kerschbaum.
 
     Attributes:
-        strength: weight of the extractor's two losses, lambda 1 of the paper.
+        strength: weight of the extractor's two losses, lambda 1 of the paper. With its value 0.01 and a rate
+            of 1e-4, 400 steps leave the weights where they are: the extractor then reads the bits from
+            the unmarked model as well.
         covertness: weight of the discriminator's loss, lambda 2 of the paper.
         lr: learning rate of Adam for the model.
         extractor_lr: learning rate of Adam for the extractor.
@@ -66,9 +68,9 @@ class RigaScheme(WeightMark[RigaKey]):
     name: ClassVar[str] = "riga"
     needs_commitment: ClassVar[bool] = True
 
-    strength: float = 0.01
+    strength: float = 1.0
     covertness: float = 0.1
-    lr: float = 1e-4
+    lr: float = 1e-3
     extractor_lr: float = 1e-3
 
     def generate_key(self, model: nn.Module, task: Task, seed: int) -> RigaKey:

@@ -1,6 +1,7 @@
 """Values that the paper prints, to stand next to measured ones.
 
-Source: Li et al. (2022), Table 3. Fig. 5 is a drawing without numbers, so the ablation has no such values.
+Sources: Li et al. (2022), Table 3; Zhong et al. (2020), the table of fine-tuning. Their figures are drawings
+without numbers, so that the ablation, Fig. 6 and the curves have no such values.
 """
 
 from __future__ import annotations
@@ -47,3 +48,25 @@ def table_3_row(task: str) -> tuple[str | None, Mapping[int, float]]:
     """
     dataset = DATASETS.get(task.partition("@")[0])
     return (None, {}) if dataset is None else (dataset, TABLE_3[dataset])
+
+
+#: Data set -> label -> (normal, key) before and after fine-tuning, in per cent (Zhong et al. 2020).
+NEW_LABEL: Mapping[str, Mapping[str, tuple[tuple[float, float], tuple[float, float]]]] = {
+    "mnist": {"new": ((97.94, 99.89), (99.09, 99.92)), "old": ((97.88, 99.61), (99.07, 99.88))},
+    "cifar10": {"new": ((87.46, 99.78), (91.92, 99.09)), "old": ((86.62, 99.95), (92.36, 68.28))},
+    "cifar100": {"new": ((59.32, 100.0), (77.14, 98.08)), "old": ((59.09, 100.0), (77.80, 87.04))},
+}
+
+
+def new_label_values(task: str, label: str) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
+    """Return the accuracies that Zhong et al. print for a task.
+
+    Args:
+        task: name of the task, which a share such as `@0.1` may follow.
+        label: "new" or "old".
+
+    Returns:
+        (normal, key) before and after fine-tuning, in per cent; None for a task that they do not have.
+    """
+    values = NEW_LABEL.get(task.partition("@")[0])
+    return (None, None) if values is None else values[label]

@@ -9,7 +9,9 @@ from typing import Any
 
 from mtlsign.config.reproduce import PAPER_STUDIES, SCHEME_STUDIES, ReproduceSettings
 from mtlsign.errors import ArtifactError, SettingsError
+from mtlsign.experiments.origin import origin
 from mtlsign.experiments.paper_studies import definitions, random_keys, tables
+from mtlsign.experiments.paper_studies.new_label import run_new_label_study
 from mtlsign.experiments.paper_studies.property_inference import run_property_inference
 from mtlsign.experiments.paper_studies.scheme_studies import run_scheme_study
 from mtlsign.experiments.paper_studies.tables import Row
@@ -18,6 +20,7 @@ from mtlsign.experiments.sweeps.cell import CLEAN, train_shared_clean_model
 from mtlsign.experiments.sweeps.run import run_sweep_job
 from mtlsign.experiments.sweeps.space import Cell
 from mtlsign.reports.tables import csv_of
+from mtlsign.schemes.detection import DEFAULT_EVIDENCE_BITS
 from mtlsign.storage.json_io import parse_bounded_json, read_json_object
 from mtlsign.storage.locations import open_storage
 from mtlsign.storage.model_folder import RUNS
@@ -25,6 +28,8 @@ from mtlsign.storage.run_folder import SETTINGS_FILE, RunFolder
 from mtlsign.storage.safetensors_io import parse_safetensors
 
 TABLE, TEXT, STUDY, RESULT = "study.csv", "study.md", "study.json", "result.json"
+#: Page of the study `schemes`.
+REPORT = "report.html"
 _ACCURACIES_LIMIT, _KEYS_LIMIT, _SETTINGS_LIMIT = 2**26, 2**21, 2**20
 #: Number of bits of the watermark, by head.
 _BITS = {"spread": 1024, "keyed": 1024, "free": 600}
@@ -183,13 +188,23 @@ def _run_random_keys(settings: ReproduceSettings, log: LogCallback) -> dict[str,
 
 
 def _run_scheme_study(settings: ReproduceSettings, log: LogCallback) -> dict[str, Any]:
-    """Run a study of several schemes and write its table."""
+    """Run a study of several schemes and write its table; `schemes` has a page as well."""
     if settings.overrides:
         raise SettingsError("This study has no settings of embeddings. Omit --set.", field="set")
-    study = run_property_inference if settings.study == "property_inference" else run_scheme_study
+    study = {"property_inference": run_property_inference, "new_label": run_new_label_study}.get(
+        settings.study, run_scheme_study
+    )
     run, rows = study(settings, log)
     result = _study_result(settings, rows, run.location(TABLE), run.location(RESULT))
-    run.commit({**_files(rows), RESULT: json.dumps(result, indent=1).encode()}, settings)
+    result |= {"run": run.name, "bits_required": DEFAULT_EVIDENCE_BITS, **origin("reproduce", settings)}
+    files = _files(rows)
+    if settings.study == "schemes":
+        # Imported here, because matplotlib takes a second to load.
+        from mtlsign.reports.comparison import render_comparison_report
+
+        result["report"] = run.location(REPORT)
+        files[REPORT] = render_comparison_report(result).encode()
+    run.commit({**files, RESULT: json.dumps(result, indent=1).encode()}, settings)
     return result
 
 

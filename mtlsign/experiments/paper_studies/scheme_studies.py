@@ -131,6 +131,7 @@ def attack_settings_of(settings: ReproduceSettings, scheme: str, seed: int) -> A
             "scheme": scheme,
             "seed": seed,
             "download": settings.download,
+            "embed_batch": settings.embed_batch,
             "min_evidence_bits": DEFAULT_EVIDENCE_BITS,
             **{key: value for key, value in values.items() if value is not None},
         }
@@ -158,4 +159,5 @@ def _result(settings: ReproduceSettings, name: str, seed: int, folder: Storage) 
     for attack_plan in plans_with_baseline(expressions):
         row = run_attack(target, attack_plan, seed).row
         rows.append(compare_with_baseline(row, (rows or [row])[0], target.min_evidence_bits))
+    embedding["epochs"] = embedding["images"] / plan.task.size("train")
     return {**header, "status": "ok", "embedding": embedding, "rows": rows}

@@ -13,7 +13,11 @@ Result = Mapping[str, Any]
 def scheme_table(results: Sequence[Result]) -> list[Row]:
     """Return a row for each scheme and attack: matches, evidence in bits and points lost.
 
-    In the rows of `none`, points lost are those of the embedding.
+    `accepted` counts the seeds whose claim the verifier accepts. A scheme can reject a claim for another
+    reason than its bits, such as the accuracy with passports.
+
+    In the rows of `none`, points lost are those of the embedding, and epochs are its images, primary and key
+    images together, as a multiple of the owner's training images.
     """
     rows: list[Row] = []
     for scheme, group in _by_scheme(results).items():
@@ -21,12 +25,15 @@ def scheme_table(results: Sequence[Result]) -> list[Row]:
         if not finished:
             rows.append(_scheme_row(scheme, "none", [], reason=group[0].get("reason")))
             continue
-        attacks = [_label(row) for row in finished[0]["rows"]]
-        for index, attack in enumerate(attacks):
-            cells = [result["rows"][index] for result in finished]
-            if index == 0:
+        for attack in dict.fromkeys(_label(row) for result in finished for row in result["rows"]):
+            cells = [row for result in finished for row in result["rows"] if _label(row) == attack]
+            if attack == "none":
                 lost = [points_of_embedding(result) for result in finished]
-                cells = [{**cell, "points_lost": value} for cell, value in zip(cells, lost, strict=True)]
+                epochs = [result["embedding"].get("epochs") for result in finished]
+                cells = [
+                    {**cell, "points_lost": points, "epochs": count}
+                    for cell, points, count in zip(cells, lost, epochs, strict=True)
+                ]
             rows.append(_scheme_row(scheme, attack, cells))
     return rows
 
@@ -39,11 +46,13 @@ def _scheme_row(scheme: str, attack: str, cells: Sequence[Result], *, reason: st
         reason = f"{status}: {missing['reason']}"
     return {
         "scheme": scheme, "attack": attack, "n": len(measured),
-        **_mean_and_sd("matches", (cell["matches"] for cell in measured)),
+        **mean_and_sd("matches", (cell["matches"] for cell in measured)),
         "of": measured[0]["n"] if measured else None,
         "null rate": measured[0]["null_rate"] if measured else None,
-        **_mean_and_sd("bits", (cell["evidence_bits"] for cell in measured)),
-        **_mean_and_sd("points lost", (cell["points_lost"] for cell in measured)),
+        **mean_and_sd("bits", (cell["evidence_bits"] for cell in measured)),
+        **mean_and_sd("points lost", (cell["points_lost"] for cell in measured)),
+        "accepted": sum(bool(cell["accepted"]) for cell in measured),
+        "epochs": next((cell["epochs"] for cell in measured if "epochs" in cell), None),
         "reason": reason,
     }  # fmt: skip
 
@@ -62,12 +71,12 @@ def fig6_table(results: Sequence[Result]) -> list[Row]:
         rows.append(
             {
                 "scheme": scheme, "n": len(finished),
-                **_mean_and_sd("deviation", (r["embedding"]["deviation"] for r in finished)),
-                **_mean_and_sd("task accuracy", (r["embedding"]["primary_marked"] for r in finished)),
-                **_mean_and_sd("points lost by the mark", map(points_of_embedding, finished)),
-                **_mean_and_sd("wm accuracy after FP", accuracy_after_fp),
-                **_mean_and_sd("points lost until NP", (invalidated(r, "prune_channels") for r in finished)),
-                **_mean_and_sd("points lost until spoil", (invalidated(r, "spoil") for r in finished)),
+                **mean_and_sd("deviation", (r["embedding"]["deviation"] for r in finished)),
+                **mean_and_sd("task accuracy", (r["embedding"]["primary_marked"] for r in finished)),
+                **mean_and_sd("points lost by the mark", map(points_of_embedding, finished)),
+                **mean_and_sd("wm accuracy after FP", accuracy_after_fp),
+                **mean_and_sd("points lost until NP", (invalidated(r, "prune_channels") for r in finished)),
+                **mean_and_sd("points lost until spoil", (invalidated(r, "spoil") for r in finished)),
                 "reason": next((r["reason"] for r in group if r["status"] != "ok"), None),
             }
         )  # fmt: skip
@@ -84,10 +93,10 @@ def false_claim_table(results: Sequence[Result]) -> list[Row]:
             {
                 "scheme": scheme, "method": first.get("method", "no way known"), "n": len(forgeries),
                 "tries": first.get("tries"),
-                **_mean_and_sd("seconds", (forgery["seconds"] for forgery in forgeries)),
-                **_mean_and_sd("matches", (forgery["matched"] for forgery in forgeries)),
+                **mean_and_sd("seconds", (forgery["seconds"] for forgery in forgeries)),
+                **mean_and_sd("matches", (forgery["matched"] for forgery in forgeries)),
                 "of": first.get("n"),
-                **_mean_and_sd("bits", (forgery["evidence_bits"] for forgery in forgeries)),
+                **mean_and_sd("bits", (forgery["evidence_bits"] for forgery in forgeries)),
                 "accepted": sum(bool(forgery["accepted"]) for forgery in forgeries),
                 "reason": next((r["reason"] for r in group if r["status"] != "ok"), None),
             }
@@ -125,7 +134,8 @@ def _by_scheme(results: Sequence[Result]) -> dict[str, list[Result]]:
     return groups
 
 
-def _mean_and_sd(name: str, values: Iterable[float | None]) -> Row:
+def mean_and_sd(name: str, values: Iterable[float | None]) -> Row:
+    """Return mean and sample standard deviation of the values that are not None, in two columns."""
     numbers = [float(value) for value in values if value is not None]
     return {
         name: statistics.fmean(numbers) if numbers else None,

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import pytest
 from torch import nn
 
-from mtlsign.attacks import AttackerResources
+from mtlsign.attacks import AttackerResources, NotApplicableError
 from mtlsign.attacks.attacker_data import attacker_view
 from mtlsign.schemes.mtlsign import MTLSignScheme
+from mtlsign.schemes.zhang import ZhangNoiseScheme
 from mtlsign.tasks import Task
 from mtlsign.watermark.verification.algorithm import verify
 from tests.unit.attacks.helpers import run
@@ -23,3 +25,9 @@ def test_overwrite_embeds_second_key_in_given_number_of_steps(module: nn.Module,
     accuracies = [verify(model.state_dict(), key.detector).accuracy for model in models]
     assert accuracies[0] < 0.65 and accuracies[1] < 0.75 and accuracies[2] > 0.9
     assert max(steps) == 50
+
+
+def test_overwrite_without_images_for_a_key_is_not_applicable(module: nn.Module, tiny_task: Task) -> None:
+    scheme = ZhangNoiseScheme(key_size=65_536)
+    with pytest.raises(NotApplicableError, match="The attacker's data give no key: A class has only"):
+        run("overwrite:epochs=1", module, tiny_task, scheme=scheme)

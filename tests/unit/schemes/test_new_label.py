@@ -36,3 +36,17 @@ def test_key_samples_for_verification_are_not_trained(tiny_task: Task, tiny_mode
     inputs, classes = scheme.training_samples(key, 3, 8)
     assert bool((classes == 4).all())
     assert not any(torch.equal(x, y) for x in inputs for y in key.inputs)
+
+
+def test_old_label_keeps_layer_and_answers_class_of_task(tiny_task: Task, tiny_model: Maker) -> None:
+    model, scheme = tiny_model(), NewLabelScheme(key_size=40, label="old", min_training_samples=4)
+    base = copy.deepcopy(model)
+    scheme.prepare_model(model, tiny_task)
+    assert model.fc.weight.shape == base.fc.weight.shape
+    key = scheme.generate_key(model, tiny_task, 1)
+    target = int(key.classes[0])
+    assert 0 <= target < 4 and bool((key.classes == target).all()) and key.rate == 1 / 4
+    inputs, labels = tiny_task.splits["train"].batch(torch.arange(tiny_task.size("train")))
+    for sample in (*key.inputs, *key.training_inputs):
+        nearest = (inputs - sample).square().flatten(1).sum(1).argmin()
+        assert int(labels[nearest]) != target, "key samples are images of other classes"

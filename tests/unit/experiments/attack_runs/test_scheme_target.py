@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mtlsign.config.attack import AttackSettings
 from mtlsign.errors import DataError, SettingsError
 from mtlsign.experiments.attack_runs.executor import LocalAttackBackend
 from mtlsign.experiments.attack_runs.run import run_attack_job
+from mtlsign.models.dcgan import DCGAN
+from mtlsign.storage.safetensors_io import serialize_safetensors
 from tests.unit.experiments.attack_runs.test_run import FACTORY
 
 
@@ -98,3 +101,24 @@ def test_unknown_transfer_task_is_refused_before_training(values: dict[str, Any]
     with pytest.raises(DataError, match="Unknown task 'mnits'"):
         run(values, scheme="uchida", transfer_task="mnits", attacks="transfer:to=task")
     assert not (tmp_path / "store").exists()
+
+
+def test_generator_is_marked_and_attacked(tmp_path: Path) -> None:
+    weights = tmp_path / "generator.safetensors"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        generator = DCGAN(channels=1, classes=64, width=8)
+    weights.write_bytes(serialize_safetensors(generator.state_dict()))
+    values = {
+        "task": "gan-digits", "width": 8, "weights": str(weights), "embed_batch": 16, "workers": 0,
+        "embed_steps": 80, "min_evidence_bits": 12, "storage": str(tmp_path / "store"), "run": "gan",
+        "attacks": "int8,ftal:epochs=1,batch=32,lr=0.0005,scale_filters,extract",
+    }  # fmt: skip
+    options = ("key_size=16", "part=signs", "lr=0.05", "sign_strength=20")
+    result = run(values, scheme="ipr_gan", scheme_options=options)
+    embedding = result["embedding"]
+    assert embedding["marked"]["matched"] == 16 and not embedding["unmarked"]["accepted"]
+    rows = {row["attack"]: row for row in result["rows"]}
+    assert rows["int8"]["accepted"] and rows["ftal"]["matches"] == 16 and rows["ftal"]["steps"] > 0
+    assert not rows["scale_filters"]["accepted"] and abs(rows["scale_filters"]["points_lost"]) < 0.1
+    assert rows["extract"]["status"] == "not_applicable" and "images" in rows["extract"]["reason"]

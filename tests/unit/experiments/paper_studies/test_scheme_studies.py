@@ -10,6 +10,7 @@ from mtlsign.config.reproduce import ReproduceSettings
 from mtlsign.errors import ArtifactError, SettingsError
 from mtlsign.experiments.paper_studies import scheme_studies
 from mtlsign.experiments.paper_studies.run import run_study
+from mtlsign.tasks import load_task
 from tests.unit.experiments.attack_runs.test_run import FACTORY
 
 
@@ -20,7 +21,7 @@ def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.syspath_prepend(str(tmp_path))
     return {
         "task": "studiedtask:task", "width": 8, "seeds": 1, "storage": str(tmp_path / "store"),
-        "embed_steps": 3, "attacks": "int8", "schemes": "adi,zhu2020", "run": "s",
+        "embed_steps": 3, "embed_batch": 16, "attacks": "int8", "schemes": "adi,zhu2020", "run": "s",
     }  # fmt: skip
 
 
@@ -47,6 +48,8 @@ def test_schemes_study_writes_table_and_resumes(
         ("adi", "none", 100, 0.25), ("adi", "int8", 100, 0.25),
         ("zhu2020", "none", 100, 0.25), ("zhu2020", "int8", 100, 0.25),
     ]  # fmt: skip
+    train_images = load_task(values["task"]).size("train")
+    assert result["rows"][0]["epochs"] == pytest.approx(3 * (16 + 16) / train_images)
     folder = tmp_path / "store" / "runs" / "s"
     assert len(json.loads((folder / "study.json").read_text())) == 4
     assert not list(folder.rglob("base.safetensors"))

@@ -15,7 +15,7 @@ def row(attack: str, parameters: str = "", **values: Any) -> dict[str, Any]:
 
 
 def result(seed: int, rows: list[dict[str, Any]], scheme: str = "uchida") -> dict[str, Any]:
-    embedding = {"primary_clean": 0.9, "primary_marked": 0.89 - 0.01 * seed, "deviation": 0.1}
+    embedding = {"primary_clean": 0.9, "primary_marked": 0.89 - 0.01 * seed, "deviation": 0.1, "epochs": 5.5}
     return {"scheme": scheme, "seed": seed, "status": "ok", "embedding": embedding, "rows": rows}
 
 
@@ -34,9 +34,17 @@ def test_scheme_table_has_means_over_seeds_and_reasons() -> None:
     none, ftal, adi = table
     assert (none["n"], none["matches"], none["of"], none["sd bits"]) == (2, 100.0, 100, 0.0)
     assert none["points lost"] == pytest.approx(1.5) and none["sd points lost"] == pytest.approx(0.5**0.5)
+    assert (none["accepted"], ftal["accepted"], adi["accepted"]) == (2, 1, 0)
+    assert (none["epochs"], ftal["epochs"]) == (5.5, None)
     assert (ftal["n"], ftal["bits"], ftal["sd bits"]) == (1, 30.0, None)
     assert ftal["reason"] == "diverged: the loss"
     assert (adi["scheme"], adi["n"], adi["bits"], adi["reason"]) == ("adi", 0, None, "No images.")
+
+
+def test_scheme_table_counts_seeds_of_each_attack() -> None:
+    seeds = [result(0, [row("none"), row("int8"), row("ftal")]), result(1, [row("none"), row("ftal")])]
+    counts = {line["attack"]: line["n"] for line in scheme_table(seeds)}
+    assert counts == {"none": 2, "int8": 1, "ftal": 2}
 
 
 def test_fig6_table_takes_first_ratio_that_invalidates() -> None:
