@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from mtlsign.attacks.base import AttackerResources, AttackOutcome, NotApplicableError
 from mtlsign.attacks.channel_symmetries import channels_of
@@ -15,6 +14,7 @@ from mtlsign.attacks.training import trainable_copy
 from mtlsign.models import channel_groups
 from mtlsign.models.batch_norms import batch_norm_values, is_batch_norm
 from mtlsign.models.channel_sets import ChannelSet
+from mtlsign.models.linear_channels import is_mixable
 from mtlsign.tasks import Task
 from mtlsign.tasks.splitting import seeded_generator
 
@@ -34,7 +34,7 @@ def mix_linear_channels(
     sets = channels_of(model, images).sets
     batch_norms = channel_groups.batch_norm_of_conv(model, images[:1])
     generator = seeded_generator("mtlsign/attack/linear", seed)
-    chosen = [index for index, channels in enumerate(sets) if _is_mixable(model, channels, batch_norms)]
+    chosen = [index for index, channels in enumerate(sets) if is_mixable(model, channels, batch_norms)]
     if not chosen:
         raise NotApplicableError("The network has no channels between two kernels.", field="model")
     mixes = {index: _mix(sets[index].size, generator) for index in chosen}
@@ -47,28 +47,6 @@ def mix_linear_channels(
 
     changed = change_where_preserved(model, change, chosen, images)
     return preserved_outcome(model, changed, task, resources, seed)
-
-
-def _is_mixable(model: nn.Module, channels: ChannelSet, batch_norms: Mapping[str, str]) -> bool:
-    """Return whether all channels are written by kernels with batch norms and read by other kernels."""
-    names = [*channels.rows, *channels.columns]
-    owners = [channel_groups.owner_of(model, name) for name in names]
-    if channels.blocks != 1 or not all(isinstance(owner, _ConvNd | nn.Linear) for owner in owners):
-        return False
-    if any(int(getattr(owner, "groups", 1)) != 1 for owner in owners) or not channels.columns:
-        return False
-    writers = {name.rpartition(".")[0] for name in channels.rows}
-    norms = {batch_norms.get(writer) for writer in writers}
-    modules = {name.rpartition(".")[0] for name in channels.vectors}
-    return None not in norms and modules <= writers | norms and _fills(model, channels)
-
-
-def _fills(model: nn.Module, channels: ChannelSet) -> bool:
-    """Return whether the channels are all rows of their writers."""
-    return all(
-        len(channel_groups.tensors_of(model)[name]) == channels.size == len(rows)
-        for name, rows in channels.rows.items()
-    )
 
 
 def _mix(size: int, generator: Generator) -> Tensor:

@@ -55,6 +55,7 @@ class _Tracer(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._parents: list[int] = []
         self._fixed: set[int] = set()
+        self._activated: set[int] = set()
         self._kernels: dict[str, KernelChannels] = {}
         self._vectors: dict[str, Tensor] = {}
         #: Parameter, or a view of it: its name, and whether rows and columns have changed places.
@@ -78,8 +79,10 @@ class _Tracer(TorchDispatchMode):
                 handled = self._pass_on(name, func, args, kwargs, result)
             except _UNFOLLOWED:
                 handled = False
+            if name not in operations.LINEAR:
+                self._activated |= self._labels_of(leaves)
             if not handled:
-                self._fix_all(leaves)
+                self._fixed |= self._labels_of(leaves)
                 self._set_unknown(result)
         elif leaves and id(leaves[0]) in self._weights and isinstance(result, Tensor):
             self._view_weight(name, args, result)
@@ -271,10 +274,9 @@ class _Tracer(TorchDispatchMode):
             self._join(one, two)
         return True
 
-    def _fix_all(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            if id(tensor) in self._labels:
-                self._fixed |= set(self._labels[id(tensor)].unique().tolist())
+    def _labels_of(self, tensors: Sequence[Tensor]) -> set[int]:
+        known = [self._labels[id(tensor)] for tensor in tensors if id(tensor) in self._labels]
+        return {label for labels in known for label in compact(labels).unique().tolist()}
 
     def _set_unknown(self, result: Any) -> None:
         """Give the results of an unknown operation one new label, which is fixed."""
@@ -316,8 +318,10 @@ class _Tracer(TorchDispatchMode):
             for name, k in self._kernels.items()
         }
         vectors = {name: roots(labels) for name, labels in self._vectors.items()}
-        fixed = {self._root(label) for label in self._fixed if label >= 0}
-        return ChannelLabels(kernels, vectors, fixed)
+        fixed, activated = (
+            {self._root(label) for label in labels if label >= 0} for labels in (self._fixed, self._activated)
+        )
+        return ChannelLabels(kernels, vectors, fixed, activated)
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:

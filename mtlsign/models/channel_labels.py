@@ -34,11 +34,13 @@ class ChannelLabels:
         kernels: by parameter name, in order of first use.
         vectors: parameters and buffers with one number for each channel, int64 of their length.
         fixed: labels whose channels stay in their order.
+        activated: labels whose channels pass an operation that is not linear.
     """
 
     kernels: dict[str, KernelChannels] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
     fixed: set[int] = field(default_factory=set)
+    activated: set[int] = field(default_factory=set)
 
 
 def spread(channels: Tensor, shape: Sequence[int], dim: int) -> Tensor:

@@ -48,3 +48,10 @@ BATCH_NORMS = frozenset({
     "_batch_norm_no_update", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
     "batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "native_batch_norm"
 })  # fmt: skip
+#: Operations that any invertible mix of channels commutes with, as long as all channels pass them.
+LINEAR = CONVOLUTIONS | BATCH_NORMS | MOVES | frozenset({
+    "_adaptive_avg_pool2d", "_to_copy", "_upsample_bilinear2d_aa", "adaptive_avg_pool2d", "add", "add_",
+    "addmm", "alias", "avg_pool1d", "avg_pool2d", "clone", "constant_pad_nd", "contiguous", "copy_",
+    "detach", "dropout", "feature_dropout", "lift_fresh", "linear", "mean", "mm", "sub", "sub_", "sum",
+    "to", "upsample_bicubic2d", "upsample_bilinear2d", "upsample_nearest2d"
+})  # fmt: skip

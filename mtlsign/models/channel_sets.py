@@ -29,6 +29,7 @@ class ChannelSet:
         blocks: number of blocks of neighbouring channels that stay together, because a grouped convolution
             reads or writes them.
         partner: index of the set whose blocks change places in the same way; None without one.
+        activated: whether a channel passes an operation that is not linear, such as an activation.
     """
 
     size: int
@@ -37,6 +38,7 @@ class ChannelSet:
     vectors: Mapping[str, Indices] = field(default_factory=dict)
     blocks: int = 1
     partner: int | None = None
+    activated: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,10 @@ def channel_structure(model: nn.Module, taps: Sequence[str], sample: Tensor) -> 
                 tuple(uses.vectors),
             )
             members[signature].append(label)
-    sets = [_channel_set(group, channels) for group in members.values()]
+    sets = [
+        _channel_set(group, channels, activated=not labels.activated.isdisjoint(group))
+        for group in members.values()
+    ]
     inputs = list(range(sample.shape[1]))
     return ChannelStructure(
         sets=_with_blocks(sets, list(members.values()), blocks),
@@ -131,7 +136,7 @@ def _blocks(labels: ChannelLabels) -> list[tuple[list[list[int]], list[list[int]
     return blocks
 
 
-def _channel_set(group: Sequence[int], channels: Mapping[int, _Uses]) -> ChannelSet:
+def _channel_set(group: Sequence[int], channels: Mapping[int, _Uses], *, activated: bool) -> ChannelSet:
     first = channels[group[0]]
 
     def places(kind: str, name: str) -> Indices:
@@ -142,6 +147,7 @@ def _channel_set(group: Sequence[int], channels: Mapping[int, _Uses]) -> Channel
         rows={name: places("rows", name)[:, 0] for name in first.rows},
         columns={name: places("columns", name) for name in first.columns},
         vectors={name: places("vectors", name)[:, 0] for name in first.vectors},
+        activated=activated,
     )
 
 

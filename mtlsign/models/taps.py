@@ -96,7 +96,7 @@ def last_layer(model: nn.Module) -> str:
     return name
 
 
-LayerKind = Literal["conv", "linear", "recurrent", "attention", "other"]
+LayerKind = Literal["conv", "linear", "recurrent", "attention", "product", "other"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ class TappedLayer:
         batch_norm: name of the batch norm that receives the module's unchanged output; None without one.
         kind: "conv" (kernel [out, in/groups, ...]), "linear" ([out, in]), "recurrent" (one of the matrices
             [gates * hidden, in] of an LSTM or GRU), "attention" (products of an attention layer's matrices,
-            see `attention_layers.py`; `tapped_layers` returns none) or "other".
+            see `attention_layers.py`), "product" (of two kernels, see `linear_channels.py`) or "other".
+            `tapped_layers` returns no products.
         weight: name of the parameter, or of the products.
     """
 
@@ -120,7 +121,7 @@ class TappedLayer:
     @property
     def key(self) -> str:
         """Name of the layer in a reference: that of its module, or of the weight if a module has several."""
-        return self.weight if self.kind in ("recurrent", "attention") else self.conv
+        return self.weight if self.kind in ("recurrent", "attention", "product") else self.conv
 
 
 class _ParameterUseRecorder(TorchDispatchMode):

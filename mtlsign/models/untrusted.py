@@ -66,7 +66,7 @@ def select_tensors_untrusted(
         optional: tensors that may be missing, name -> shape.
         tolerated: names of tensors that may be missing or damaged as long as one required tensor remains.
         resizable: names of kernels that may have other numbers of rows and input columns, up to
-            `MAX_GROWTH` times as many.
+            `MAX_GROWTH` times as many, and of vectors that may have other numbers of elements.
     """
     try:
         readings = _readings(shapes, tensors, optional or {}, tolerated)
@@ -168,9 +168,12 @@ def _without_zero_rim(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _is_resized(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Return whether a kernel differs from the expected one in its numbers of rows and columns alone."""
+    """Return whether a kernel differs from the expected one in its numbers of rows and columns alone.
+
+    A vector may have another number of elements.
+    """
     return (
-        len(shape) == len(expected) >= 2
+        len(shape) == len(expected) >= 1
         and shape[2:] == expected[2:]
         and all(1 <= size <= MAX_GROWTH * other for size, other in zip(shape[:2], expected[:2], strict=True))
     )

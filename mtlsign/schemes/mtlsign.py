@@ -66,8 +66,9 @@ class MTLSignKey:
 
     def kernels(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the tapped kernels of a model, as the verifier selects them."""
-        parameters = {n: p.to(self.detector.device) for n, p in model.named_parameters()}
-        return self.detector.select_weights(parameters)
+        tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+        on_device = {name: tensor.to(self.detector.device) for name, tensor in tensors.items()}
+        return self.detector.select_weights(on_device)
 
     @torch.no_grad()
     def features(self, model: nn.Module) -> Features:

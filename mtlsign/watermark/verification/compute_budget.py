@@ -17,6 +17,7 @@ from mtlsign.models.residual_stream import residual_stream
 from mtlsign.models.taps import forward_to_taps
 from mtlsign.watermark import carriers
 from mtlsign.watermark.keys.spec import ReadoutSpec, Spec
+from mtlsign.watermark.verification.reference import found_products
 from mtlsign.watermark.verification.response_bases import MAX_DIRECTIONS
 from mtlsign.watermark.verification.sketches import MAX_SKETCH_SIZE
 
@@ -105,6 +106,17 @@ def _attention_cost(network: nn.Module, taps: Sequence[str], inputs: torch.Tenso
     return operations + turns, largest
 
 
+def _product_cost(network: nn.Module, taps: Sequence[str], inputs: torch.Tensor) -> tuple[float, int]:
+    """Return the operations on products across linear channels, and the elements of the largest product."""
+    operations, largest = 0.0, 0
+    for product in found_products(network, taps, inputs):
+        elements = torch.Size(product.shape).numel()
+        # Both forms, their sketches and columns, and the alignment of one of them.
+        operations += 2.0 * elements * (2 * product.channels + 2 * MAX_DIRECTIONS + ALIGNMENT_OPERATIONS)
+        largest = max(largest, elements)
+    return operations, largest
+
+
 def _measure(spec: Spec, readout: ReadoutSpec, factories: Mapping[str, Factory] | None) -> tuple[float, int]:
     """Return the operations (10^9) of one read-out and the elements of its largest tensor.
 
@@ -137,8 +149,9 @@ def _measure(spec: Spec, readout: ReadoutSpec, factories: Mapping[str, Factory] 
     flops = counter.get_total_flops()
     if spread:
         operations, product = _attention_cost(network, readout.taps, inputs)
-        operations += float(flops) + (2 * MAX_DIRECTIONS + ALIGNMENT_OPERATIONS) * parameters
-        return operations / 1e9, max(largest, product)
+        crossing, largest_crossing = _product_cost(network, readout.taps, inputs)
+        operations += crossing + float(flops) + (2 * MAX_DIRECTIONS + ALIGNMENT_OPERATIONS) * parameters
+        return operations / 1e9, max(largest, product, largest_crossing)
     joined = sum(output.numel() for output in outputs)
     hidden = readout.head.hidden or 1
     largest = max(largest, joined, joined // samples * hidden)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mtlsign.models.linear_channels import LinearProduct
 from mtlsign.models.recurrent_layers import step_inputs
 from mtlsign.models.residual_stream import ResidualStream, input_vectors
 from mtlsign.models.taps import eval_mode, forward_to_taps
@@ -62,6 +63,7 @@ def input_moments(
     names: Sequence[str],
     *,
     stream: ResidualStream | None = None,
+    products: Sequence[LinearProduct] = (),
 ) -> dict[str, InputMoments]:
     """Compute mean and covariance of the inputs of each layer.
 
@@ -72,7 +74,10 @@ def input_moments(
         names: keys of layers (`TappedLayer.key`).
         stream: residual stream of a transformer. The inputs of its layers are then those of the norm before
             them without its gain, at the tokens that are no padding.
+        products: across linear channels. Their inputs are those of the kernel that writes the channels, in
+            the window of the product.
     """
+    crossing = {product.name: product for product in products}
     modules = dict(model.named_modules())
     tokens: list[Tensor] = []
     sums = {name: _Sums() for name in names}
@@ -80,7 +85,9 @@ def input_moments(
     def collect(name: str, leaf: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             values = args[0] if args else next(iter(kwargs.values()))
-            if stream is None:
+            if name in crossing:
+                vectors = input_patches(modules[crossing[name].window_of], values)
+            elif stream is None:
                 vectors = _input_vectors(module, leaf, values, tokens[-1])
             else:
                 vectors = _stream_vectors(module, name, values, stream, tokens[-1])
@@ -90,7 +97,8 @@ def input_moments(
 
     handles = []
     for name in names:
-        module, leaf = _hooked_module(modules, name, stream)
+        hooked = crossing[name].writer if name in crossing else name
+        module, leaf = _hooked_module(modules, hooked, stream)
         handles.append(module.register_forward_pre_hook(collect(name, leaf), with_kwargs=True))
     try:
         with eval_mode(model):

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 
 from mtlsign.errors import ArtifactError, ModelError
 from mtlsign.models.batch_norms import batch_norm_values
+from mtlsign.models.channel_sets import channel_structure
+from mtlsign.models.linear_channels import SUFFIX, LinearProduct, linear_products
 from mtlsign.models.residual_stream import residual_stream
 from mtlsign.models.taps import TappedLayer, tapped_buffers, tapped_layers, tapped_parameters
 from mtlsign.storage.safetensors_io import parse_safetensors, serialize_safetensors
 from mtlsign.watermark.verification.attention_products import AttentionProducts
 from mtlsign.watermark.verification.embedding_frame import embedding_rows
+from mtlsign.watermark.verification.linear_products import LinearProducts, ProductSketch
 from mtlsign.watermark.verification.scaling import apply_bn_sign, column_norms
-from mtlsign.watermark.verification.sketches import random_projection
+from mtlsign.watermark.verification.sketches import MAX_SKETCH_SIZE, random_projection
 from mtlsign.watermark.verification.stream_frame import stream_tensors
 
 MAX_REFERENCE_BYTES = 64 * 1024 * 1024
@@ -62,7 +65,8 @@ class Reference:
     [O, s]. A spread head adds `L/basis`, `L/columns` and `L/sketch` for each layer L that it marks, and
     `E/rows` float16 [r, d] for an embedding E: the vectors of its first r ids; with `E/mean` and `E/axes` of
     the whole vocabulary. A keyed or free head adds the sketches of recurrent matrices and the word vectors.
-    For a transformer a spread head adds rows for every source of the residual stream. Every other
+    For a transformer a spread head adds rows for every source of the residual stream. Across linear channels
+    L is the product of two kernels, see `linear_channels.py`. Every other
     parameter of the tapped part with fewer than two dimensions (biases, layer norms), and every
     floating-point buffer of it that a state dict has and that belongs to no batch norm, is stored whole as
     `=NAME`.
@@ -156,6 +160,8 @@ def make_reference(
     tensors, kernels = _stream_values(model, taps, sample, bases or {})
     handled: set[str] = set()
     layers = tapped_layers(model, taps, sample)
+    if bases and any(key.endswith(SUFFIX) for key in bases):
+        tensors |= _product_values(model, found_products(model, taps, sample), bases)
     for layer in layers:
         # A module can have further weights, such as the gains of a scaled convolution.
         if bases and layer.key in bases and layer.kind != "other":
@@ -211,6 +217,69 @@ def _stream_values(
         if name in bases:
             tensors |= _layer_values(name, bases[name], kernels[name])
     return tensors, kernels
+
+
+def found_products(model: nn.Module, taps: Sequence[str], sample: Tensor) -> list[LinearProduct]:
+    """Return the products across the linear channels of a network; none for transformers and texts.
+
+    Args:
+        model: the network; its values have no influence.
+        taps: module names.
+        sample: one batch.
+    """
+    layers = tapped_layers(model, taps, sample)
+    image = sample.is_floating_point() and sample.dim() == 4
+    if not image or any(layer.kind == "recurrent" for layer in layers):
+        return []
+    return linear_products(model, layers, channel_structure(model, taps, sample))
+
+
+def products_of_reference(
+    template_model: nn.Module, taps: Sequence[str], sample: Tensor, reference: Reference
+) -> LinearProducts | None:
+    """Return the products that a reference describes; None if it describes none.
+
+    Args:
+        template_model: the architecture; its own values are never used.
+        taps: module names.
+        sample: one batch.
+        reference: W0's reference.
+
+    Raises:
+        ArtifactError: a description has another shape than the architecture's product.
+    """
+    ending = f"{SUFFIX}/basis"
+    names = {name.removesuffix("/basis") for name in reference.tensors if name.endswith(ending)}
+    if not names:
+        return None
+    products = [p for p in found_products(template_model, taps, sample) if p.name in names]
+    eps, sketches = {}, {}
+    for product in products:
+        stored = reference.tensors.get(f"{product.name}/sketch")
+        size = min(stored.shape[-1] if stored is not None and stored.dim() else 1, MAX_SKETCH_SIZE)
+        sketch = reference_tensor(reference, f"{product.name}/sketch", (product.shape[0], size))
+        columns = reference_tensor(reference, f"{product.name}/columns", (1, product.shape[1]))
+        sketches[product.name] = ProductSketch(sketch.double().cpu(), columns.double())
+        eps[product.name] = float(reference_tensor(reference, f"{product.writer}/eps", (1,)))
+    return LinearProducts(products, eps, sketches) if products else None
+
+
+def _product_values(
+    model: nn.Module, products: Sequence[LinearProduct], bases: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the reference's tensors of W0's products."""
+    norms = {p.name: batch_norm_values(model.get_submodule(p.writer_norm)) for p in products}
+    state = {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()}
+    kernels = LinearProducts(products, {name: norm.eps for name, norm in norms.items()}, {}).apply(state)
+    tensors: dict[str, Tensor] = {}
+    for product in products:
+        if product.name in bases:
+            gamma = None
+            if product.reader_norm is not None:
+                gamma = batch_norm_values(model.get_submodule(product.reader_norm)).gamma
+            kernel = apply_bn_sign(kernels[product.name], gamma)
+            tensors |= _layer_values(product.name, bases[product.name], kernel)
+    return tensors
 
 
 def _conv_values(layer: TappedLayer, weight: Tensor, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from mtlsign.errors import ModelError
+from mtlsign.models.linear_channels import LinearProduct
 from mtlsign.models.residual_stream import ResidualStream, residual_stream
 from mtlsign.models.taps import TappedLayer, tapped_layers
 from mtlsign.watermark.verification.attention_products import AttentionProducts
 from mtlsign.watermark.verification.input_moments import input_moments, module_of_key
+from mtlsign.watermark.verification.reference import found_products
 
 #: Training inputs from which the covariances are computed.
 MOMENT_INPUTS = 1024
@@ -33,18 +35,23 @@ MAX_ATTENTION_DIRECTIONS = 32
 
 
 def supports_responses(layer: TappedLayer, modules: Mapping[str, nn.Module]) -> bool:
-    """Return whether a weight is that of a 2-d convolution, a linear, recurrent or attention layer.
+    """Return whether a weight can be marked.
 
-    A module can have further weights, such as the gains of a scaled convolution.
+    It is that of a two-dimensional convolution, a linear, recurrent or attention layer, or a product. A
+    module can have further weights, such as the gains of a scaled convolution.
     """
     module = modules[layer.conv]
-    return layer.kind in ("recurrent", "attention") or (
+    return layer.kind in ("recurrent", "attention", "product") or (
         layer.kind != "other" and isinstance(module, nn.Conv2d | nn.Linear)
     )
 
 
 def readable_layers(
-    model: nn.Module, taps: Sequence[str], sample: Tensor, stream: ResidualStream | None
+    model: nn.Module,
+    taps: Sequence[str],
+    sample: Tensor,
+    stream: ResidualStream | None,
+    products: Sequence[LinearProduct] = (),
 ) -> list[TappedLayer]:
     """Return the layers before the last tap whose responses can be read, in execution order.
 
@@ -53,11 +60,18 @@ def readable_layers(
         taps: module names.
         sample: one batch.
         stream: residual stream of a transformer, whose attention layers are read as products; else None.
+        products: across linear channels. Each follows the kernel that reads the channels.
     """
     modules = dict(model.named_modules())
     layers = tapped_layers(model, taps, sample)
     if stream is not None:
         layers = stream.layers(layers)
+    crossing = {product.weights[0]: product.layer for product in products}
+    layers = [
+        own
+        for layer in layers
+        for own in ([layer, crossing[layer.weight]] if layer.weight in crossing else [layer])
+    ]
     return [layer for layer in layers if supports_responses(layer, modules)]
 
 
@@ -81,12 +95,15 @@ def response_bases(
         ModelError: a tap or a layer does not exist, or no layer is left.
     """
     stream = residual_stream(model, taps, inputs[:2])
-    chosen = _marked_layers(model, taps, inputs[:2], layers, stream)
-    moments = input_moments(model, taps, inputs, [layer.key for layer in chosen], stream=stream)
+    products = [] if stream is not None else found_products(model, taps, inputs[:2])
+    chosen = _marked_layers(model, taps, inputs[:2], layers, stream, products)
+    moments = input_moments(
+        model, taps, inputs, [layer.key for layer in chosen], stream=stream, products=products
+    )
     bases = {
         layer.key: _basis(moments.pop(layer.key).covariance, _most_directions(layer)) for layer in chosen
     }
-    return _bounded(bases, _row_counts(model, chosen, stream, bases))
+    return _bounded(bases, _row_counts(model, chosen, stream, bases, products))
 
 
 def _row_counts(
@@ -94,10 +111,12 @@ def _row_counts(
     layers: Sequence[TappedLayer],
     stream: ResidualStream | None,
     bases: Mapping[str, Tensor],
+    products: Sequence[LinearProduct],
 ) -> dict[str, int]:
     """Return the number of rows of each layer by its key."""
     parameters = dict(model.named_parameters())
-    rows = {layer.key: len(parameters[layer.weight]) for layer in layers if layer.kind != "attention"}
+    rows = {layer.key: len(parameters[layer.weight]) for layer in layers if layer.weight in parameters}
+    rows |= {product.name: product.shape[0] for product in products}
     if stream is not None:
         shapes = AttentionProducts.of(stream, bases, parameters).shapes
         rows |= {name: shape[0] for name, shape in shapes.items()}
@@ -132,15 +151,21 @@ def placeholder_bases(
     """
     modules = dict(model.named_modules())
     stream, bases = residual_stream(model, taps, sample), {}
-    chosen = _marked_layers(model, taps, sample, layers, stream)
+    products = [] if stream is not None else found_products(model, taps, sample)
+    shapes = {product.name: product.shape for product in products}
+    chosen = _marked_layers(model, taps, sample, layers, stream, products)
     for layer in chosen:
+        if layer.key in shapes:
+            fan_in = torch.Size(shapes[layer.key][1:]).numel()
+            bases[layer.key] = torch.eye(fan_in)[:, :MAX_DIRECTIONS].half()[None].clone()
+            continue
         if layer.kind == "attention" and stream is not None:
             bases[layer.key] = torch.eye(stream.size)[:, :MAX_ATTENTION_DIRECTIONS].half()[None].clone()
             continue
         module, leaf = module_of_key(modules, layer.key)
         groups, fan_in = int(getattr(module, "groups", 1)), getattr(module, leaf)[0].numel()
         bases[layer.key] = torch.eye(fan_in)[:, :MAX_DIRECTIONS].half().expand(groups, -1, -1).clone()
-    return _bounded(bases, _row_counts(model, chosen, stream, bases))
+    return _bounded(bases, _row_counts(model, chosen, stream, bases, products))
 
 
 def _marked_layers(
@@ -149,10 +174,22 @@ def _marked_layers(
     sample: Tensor,
     layers: Sequence[str] | None,
     stream: ResidualStream | None,
+    products: Sequence[LinearProduct],
 ) -> list[TappedLayer]:
-    """Return the layers to mark in execution order. Raises `ModelError` for unknown names."""
-    candidates = readable_layers(model, taps, sample, stream)
-    keys = [layer.key for layer in candidates]
+    """Return the layers to mark in execution order.
+
+    Kernels of a product are marked through it, also if `layers` names one of them.
+
+    Raises:
+        ModelError: a name is unknown, or there is no layer.
+    """
+    through: dict[str, list[str]] = {}
+    for product in products:
+        for owner in (product.reader, product.writer):
+            through.setdefault(owner, []).append(product.name)
+    readable = readable_layers(model, taps, sample, stream, products)
+    candidates = [layer for layer in readable if layer.key not in through]
+    keys = [layer.key for layer in readable]
     unknown = sorted(set(layers or ()) - set(keys))
     if unknown or not candidates or layers == []:
         raise ModelError(
@@ -160,7 +197,8 @@ def _marked_layers(
             f"Choose among {', '.join(keys)[:400] or 'the layers of another model'}.",
             field="layers",
         )
-    return [layer for layer in candidates if layers is None or layer.key in layers]
+    wanted = {key for name in layers or () for key in through.get(name, [name])}
+    return [layer for layer in candidates if layers is None or layer.key in wanted]
 
 
 def _basis(covariance: Tensor, most_directions: int) -> Tensor:

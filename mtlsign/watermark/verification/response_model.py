@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from mtlsign.errors import ArtifactError
+from mtlsign.models.linear_channels import LinearProduct
 from mtlsign.models.residual_stream import ResidualStream, residual_stream
 from mtlsign.models.taps import TappedLayer
 from mtlsign.watermark.verification.attention_products import AttentionProducts
 from mtlsign.watermark.verification.conv_model import apply_bn_signs
 from mtlsign.watermark.verification.embedding_frame import embedding_frame
 from mtlsign.watermark.verification.model import Weights
-from mtlsign.watermark.verification.reference import Reference, reference_tensor
+from mtlsign.watermark.verification.reference import Reference, products_of_reference, reference_tensor
 from mtlsign.watermark.verification.response_bases import MAX_DIRECTIONS, readable_layers
 from mtlsign.watermark.verification.scaling import column_multipliers
 
@@ -71,6 +72,7 @@ class ResponseModel:
         kernel_shapes: name -> shape of every kernel that `select_weights` returns.
         weight_shapes: name -> shape of every tensor of the network that they are made of.
         products: how the kernels of attention layers are made; None without any.
+        linear: how the products across linear channels are made; None without any.
         optional_shapes: name -> shape of the batch norms' γ, which may be absent, and of an embedding,
             without which the layers that read it contribute zeros.
         coordinates: D, the number of coordinates of all layers together.
@@ -87,10 +89,13 @@ class ResponseModel:
         shapes = {name: tuple(p.shape) for name, p in template_model.named_parameters()}
         self.products = attention_products(template_model, taps, sample, reference)
         stream = None if self.products is None else self.products.stream
+        self.linear = products_of_reference(template_model, taps, sample, reference)
+        crossing = [] if self.linear is None else self.linear.products
         kernel_shapes = {**shapes, **({} if self.products is None else self.products.shapes)}
+        kernel_shapes |= {product.name: product.shape for product in crossing}
         self.layers = tuple(
             _marked_layer(layer, modules[layer.conv], kernel_shapes[layer.weight], reference, sample.device)
-            for layer in readable_layers(template_model, taps, sample, stream)
+            for layer in readable_layers(template_model, taps, sample, stream, crossing)
             if f"{layer.key}/basis" in reference.tensors
         )
         bases = sum(name.endswith("/basis") for name in reference.tensors)
@@ -103,7 +108,7 @@ class ResponseModel:
             layer.weight: kernel_shapes[layer.weight] for layer in self.layers
         }
         self.weight_shapes: Mapping[str, tuple[int, ...]] = {
-            name: shapes[name] for name in _matrix_names(self.kernel_shapes, stream)
+            name: shapes[name] for name in _matrix_names(self.kernel_shapes, stream, crossing)
         }
         self._bn_weights = {
             layer.weight: f"{layer.batch_norm}.weight" for layer in self.layers if layer.batch_norm
@@ -114,6 +119,8 @@ class ResponseModel:
         }
         if self._frame is not None:
             self.optional_shapes = {**self.optional_shapes, self._frame.weight: self._frame.shape}
+        if self.linear is not None:
+            self.optional_shapes = {**self.linear.vector_shapes, **self.optional_shapes}
         if stream is not None:
             gains = [stream.gains[name] for name in self.weight_shapes if name in stream.gains]
             self.optional_shapes = {**self.optional_shapes, **{name: shapes[name] for name in gains}}
@@ -134,7 +141,7 @@ class ResponseModel:
         """Return the kernels that are present, with sign(γ) on their rows; γ may be absent.
 
         Layers that read an embedding are returned in the coordinates of W0's word vectors, and the products
-        of attention layers instead of their matrices.
+        of attention layers and across linear channels instead of their matrices.
         """
         names = [name for name in (*self.weight_shapes, *self.optional_shapes) if name in tensors]
         kernels = {name: tensors[name] for name in names}
@@ -142,6 +149,8 @@ class ResponseModel:
             kernels = self._frame.apply(kernels)
         if self.products is not None:
             kernels = self.products.apply(kernels)
+        if self.linear is not None:
+            kernels = self.linear.apply(kernels, {*self.kernel_shapes, *self._bn_weights.values()})
         return apply_bn_signs(kernels, self._bn_weights)
 
     def responses(self, kernels: Weights, *, differentiable_rounds: int = 0) -> Tensor:
@@ -234,9 +243,11 @@ def attention_products(
     return AttentionProducts.of(stream, bases, dict(template_model.named_parameters()))
 
 
-def _matrix_names(kernels: Mapping[str, object], stream: ResidualStream | None) -> list[str]:
+def _matrix_names(
+    kernels: Mapping[str, object], stream: ResidualStream | None, crossing: Sequence[LinearProduct]
+) -> list[str]:
     """Return the tensors of a network that kernels are made of, each once."""
-    made_of: dict[str, tuple[str, ...]] = {}
+    made_of: dict[str, tuple[str, ...]] = {product.name: product.weights for product in crossing}
     for layer in () if stream is None else stream.attentions:
         made_of |= {layer.query_key: layer.weights, layer.value_output: layer.weights}
     return list(dict.fromkeys(part for name in kernels for part in made_of.get(name, (name,))))

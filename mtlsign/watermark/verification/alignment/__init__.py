@@ -5,7 +5,7 @@ inputs, all without changing what it computes. `Aligner.align` brings kernels ba
 neither the key nor batch-norm values, so that the null distribution of the scores stays exact.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor, nn
 
@@ -14,14 +14,19 @@ from mtlsign.watermark.verification.alignment.aligner import Aligner
 from mtlsign.watermark.verification.alignment.recurrent import RecurrentAligner
 from mtlsign.watermark.verification.alignment.result import Alignment
 from mtlsign.watermark.verification.alignment.transformer import TransformerAligner
-from mtlsign.watermark.verification.reference import Reference
+from mtlsign.watermark.verification.reference import Reference, products_of_reference
 from mtlsign.watermark.verification.response_model import attention_products
 
 __all__ = ["Aligner", "Alignment", "RecurrentAligner", "TransformerAligner", "make_aligner"]
 
 
 def make_aligner(
-    template_model: nn.Module, taps: Sequence[str], reference: Reference, sample: Tensor
+    template_model: nn.Module,
+    taps: Sequence[str],
+    reference: Reference,
+    sample: Tensor,
+    *,
+    kept: Collection[str] = (),
 ) -> Aligner | RecurrentAligner | TransformerAligner:
     """Return the aligner for an architecture.
 
@@ -32,6 +37,7 @@ def make_aligner(
         taps: module names.
         reference: W0's reference.
         sample: inputs of the network's geometry.
+        kept: kernels that a read-out reads, even if they are in products across linear channels.
 
     Raises:
         ModelError: a tap does not exist.
@@ -40,5 +46,7 @@ def make_aligner(
     products = attention_products(template_model, taps, sample, reference)
     if products is not None:
         return TransformerAligner(template_model, taps, reference, sample, products)
-    recurrent = any(layer.kind == "recurrent" for layer in tapped_layers(template_model, taps, sample))
-    return (RecurrentAligner if recurrent else Aligner)(template_model, taps, reference, sample)
+    if any(layer.kind == "recurrent" for layer in tapped_layers(template_model, taps, sample)):
+        return RecurrentAligner(template_model, taps, reference, sample)
+    linear = products_of_reference(template_model, taps, sample, reference)
+    return Aligner(template_model, taps, reference, sample, products=linear, kept=kept)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,9 +14,7 @@ from mtlsign.models.channel_sets import channel_structure
 from mtlsign.watermark.verification.alignment.assignment import best_assignment, quantized
 from mtlsign.watermark.verification.alignment.extra_channels import without_extra_channels
 from mtlsign.watermark.verification.alignment.inputs import SQUARES, signed_permutations, squares_for
-from mtlsign.watermark.verification.alignment.layers import (
-    reference_layers,
-)
+from mtlsign.watermark.verification.alignment.layers import reference_layers
 from mtlsign.watermark.verification.alignment.orders import Orders, staying_similarities
 from mtlsign.watermark.verification.alignment.result import (
     RECOGNITION_MARGIN,
@@ -24,6 +23,7 @@ from mtlsign.watermark.verification.alignment.result import (
 )
 from mtlsign.watermark.verification.alignment.search import Search
 from mtlsign.watermark.verification.alignment.suspect import SuspectLayer, suspect_layers
+from mtlsign.watermark.verification.linear_products import LinearProducts
 from mtlsign.watermark.verification.reference import Reference
 
 #: Starts from the first layer's rows, and those that are followed to the end.
@@ -43,11 +43,13 @@ class Aligner:
         taps: module names; layers up to the last one are aligned.
         reference: W0's reference.
         sample: float32 [n, C, H, W] of the network's input geometry.
+        products: products across linear channels that the reference describes; None without any.
+        kept: kernels of products that are aligned as well, because a read-out reads them.
 
     Attributes:
         layers: W0's layers by name of the kernel.
-        further_names: tensors that are read besides kernels; none.
-        further_shapes: shapes of those that no read-out reads; none.
+        further_names: tensors that are read besides kernels: values of batch norms in products.
+        further_shapes: their shapes.
         sets: channel sets of the architecture.
         input_channels: number of channels of the inputs.
 
@@ -56,22 +58,40 @@ class Aligner:
         ArtifactError: the reference does not fit the architecture.
     """
 
-    further_names: Sequence[str] = ()
-    further_shapes: Mapping[str, tuple[int, ...]] = {}
-
     def __init__(
-        self, template_model: nn.Module, taps: Sequence[str], reference: Reference, sample: Tensor
+        self,
+        template_model: nn.Module,
+        taps: Sequence[str],
+        reference: Reference,
+        sample: Tensor,
+        *,
+        products: LinearProducts | None = None,
+        kept: Collection[str] = (),
     ) -> None:
         structure = channel_structure(template_model, taps, sample)
         self.sets = structure.sets
-        self.layers = reference_layers(template_model, taps, sample, reference, structure)
+        self._products = products or LinearProducts((), {}, {})
+        self._kept = frozenset(kept)
+        described = template_model, taps, sample, reference, structure
+        self._kernel_layers = reference_layers(*described)
+        self.layers = reference_layers(*described, products=self._products.products, kept=kept)
+        self.further_shapes: Mapping[str, tuple[int, ...]] = self._products.vector_shapes
+        self.further_names: Sequence[str] = list(self.further_shapes)
         self.input_channels = sample.shape[1]
         self._staying = staying_similarities(self.layers.values(), self.sets)
 
     @property
     def resizable_names(self) -> set[str]:
         """Tensors that may have other sizes in a suspect."""
-        return set(self.layers)
+        products = self._products.products
+        parts = {name for product in products for name in (*product.weights, *product.vectors)}
+        return {*self.layers, *parts} - {product.name for product in products}
+
+    def of_kernels(self) -> Aligner:
+        """Return the alignment that reads all kernels themselves, and no products."""
+        other = copy.copy(self)
+        other.layers = self._kernel_layers
+        return other
 
     def renumbered(self, tensors: Mapping[str, Tensor], select: object) -> Sequence[Mapping[str, Tensor]]:
         """Return no views: only blocks of transformers get other numbers."""
@@ -81,25 +101,58 @@ class Aligner:
         """Bring a suspect's kernels into W0's order.
 
         Args:
-            kernels: by name. Those without a sketch are returned unchanged. Kernels whose channels do not
-                fit the others are left out.
+            kernels: by name, with the values of batch norms in products. Kernels without a sketch are
+                returned unchanged. Those whose channels do not fit the others are left out.
+
+        Returns:
+            Kernels and products. Of the forms of a product the one counts that is more similar to W0's.
         """
+        forms = self._products.all_forms(kernels)
+        plain = self._products.without_parts(kernels, self._kept)
+        first = {**plain, **{name: own[0] for name, own in forms.items()}}
+        others = {name: kernel for name, kernel in plain.items() if name not in self.layers}
+        suspect = self._with_kernels(self._suspect(first), kernels)
+        if not suspect:
+            return Alignment(others, 0.0)
+        second = {name: own[1] for name, own in forms.items() if len(own) > 1}
+        search = self._best(suspect, self._alternatives(suspect, first, second))
+        aligned = {
+            name: torch.from_numpy(search.aligned_kernel(part).reshape(part.layer.shape)).float()
+            for name, part in search.parts.items()
+        }
+        return Alignment({**others, **aligned}, search.similarity())
+
+    def _suspect(self, kernels: Mapping[str, Tensor]) -> dict[str, SuspectLayer]:
+        """Return the suspect's layers without extra channels."""
         arrays = {
             name: kernel.detach().cpu().double().numpy()
             for name, kernel in kernels.items()
             if name in self.layers
         }
-        others = {name: kernel for name, kernel in kernels.items() if name not in self.layers}
         suspect = suspect_layers(arrays, self.layers, self.sets)
-        suspect = without_extra_channels(suspect, self.layers, self.sets)
-        if not suspect:
-            return Alignment(others, 0.0)
-        search = self._best(suspect)
-        aligned = {
-            name: torch.from_numpy(search.aligned_kernel(part).reshape(part.layer.shape)).float()
-            for name, part in suspect.items()
+        return without_extra_channels(suspect, self.layers, self.sets)
+
+    def _with_kernels(
+        self, suspect: Mapping[str, SuspectLayer], kernels: Mapping[str, Tensor]
+    ) -> dict[str, SuspectLayer]:
+        """Return the layers with the kernels of products, unless extra channels were removed from these."""
+        layers, without_norm = dict(suspect), self._products.without_norms(kernels)
+        for name, (outer, inner) in self._products.single_kernels(kernels).items():
+            if name in layers and layers[name].kernel.size == len(outer) * inner.shape[1]:
+                pair, lacks = (outer.numpy(), inner.numpy()), name in without_norm
+                layers[name] = replace(layers[name], kernels=pair, lacks_norm=lacks)
+        return layers
+
+    def _alternatives(
+        self, suspect: Mapping[str, SuspectLayer], first: Mapping[str, Tensor], second: Mapping[str, Tensor]
+    ) -> dict[str, SuspectLayer]:
+        """Return the second forms of products, as far as they have the shapes of the first ones."""
+        others = self._suspect({**first, **second}) if second else {}
+        return {
+            name: replace(others[name], kernels=suspect[name].kernels)
+            for name in second
+            if name in suspect and name in others and others[name].kernel.shape == suspect[name].kernel.shape
         }
-        return Alignment({**others, **aligned}, search.similarity())
 
     def recognizes(self, kernels: Mapping[str, Tensor]) -> bool:
         """Return whether a suspect descends from W0, as far as its kernels show.
@@ -111,20 +164,26 @@ class Aligner:
         chance = control.align(kernels).similarity
         return self.align(kernels).similarity > chance + RECOGNITION_MARGIN
 
-    def _search(self, suspect: Mapping[str, SuspectLayer], orders: Orders) -> Search:
-        return Search(suspect, self.sets, self._staying, orders)
+    def _search(
+        self,
+        suspect: Mapping[str, SuspectLayer],
+        orders: Orders,
+        alternatives: Mapping[str, SuspectLayer] | None = None,
+    ) -> Search:
+        return Search(suspect, self.sets, self._staying, orders, alternatives or {})
 
-    def _best(self, suspect: Mapping[str, SuspectLayer]) -> Search:
+    def _best(self, suspect: Mapping[str, SuspectLayer], alternatives: Mapping[str, SuspectLayer]) -> Search:
         """Return the search with the largest total similarity, or the first one that is clear."""
         starts = self.starts(suspect)
         own = self._own_order(suspect)
         if own is not None:
             # The own order comes first only if it is nearly right, because each start costs time.
-            first = self._search(suspect, own).similarity() > _CLEAR
-            starts.insert(0 if first else len(starts), own)
+            search = self._search(suspect, own, alternatives)
+            search.run(0)
+            starts.insert(0 if search.similarity() > _CLEAR else len(starts), own)
         searches = []
         for orders in starts or [Orders(SQUARES[0], np.eye(self.input_channels))]:
-            search = self._search(suspect, orders)
+            search = self._search(suspect, orders, alternatives)
             settled = search.run(_FIRST_ROUNDS)
             if search.similarity() > _CLEAR:
                 if not settled:

@@ -36,3 +36,10 @@ def best_assignment(similarities: Floats) -> Indices:
     assigned = np.full(len(values), -1, dtype=np.int64)
     assigned[rows] = columns
     return assigned
+
+
+def assign(similarity: Floats) -> tuple[Indices, float]:
+    """Return the best assignment, see `best_assignment`, and its total similarity."""
+    order = best_assignment(similarity)
+    known = order >= 0
+    return order, float(similarity[np.flatnonzero(known), order[known]].sum())

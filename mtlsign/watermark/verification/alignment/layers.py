@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from mtlsign.models.channel_sets import ChannelStructure
+from mtlsign.models.linear_channels import LinearProduct
 from mtlsign.models.taps import TappedLayer, tapped_layers
 from mtlsign.watermark.verification.alignment.assignment import Floats, Indices
 from mtlsign.watermark.verification.reference import Reference, reference_tensor
@@ -38,6 +39,7 @@ class ReferenceLayer:
         column_sets: set of each input column over all groups, int64 [I].
         column_channels: number of each input column within its set.
         reads_inputs: whether the input columns are the channels of the network's inputs.
+        rank: rank of the kernel if it is a product; 0 otherwise.
     """
 
     weight: str
@@ -52,6 +54,7 @@ class ReferenceLayer:
     column_sets: Indices
     column_channels: Indices
     reads_inputs: bool
+    rank: int = 0
 
     @cached_property
     def projection(self) -> Floats:
@@ -81,8 +84,25 @@ class ReferenceLayer:
 
     @property
     def weighting(self) -> float:
-        """Weight of the layer's similarities: the inverse of their variance for unrelated channels."""
-        return float(self.sketch.shape[1] / _FULL_SIZE)
+        """Weight of the rows' similarities: the inverse of their variance for unrelated channels.
+
+        The rows of a product of rank d are in d dimensions, which adds 1/d to the variance 1/s.
+        """
+        size = self.sketch.shape[1]
+        return float((size * self.rank / (size + self.rank) if self.rank else size) / _FULL_SIZE)
+
+    def column_weighting(self, similarity: Floats) -> float:
+        """Return the weight of the columns' similarities [channels, channels'].
+
+        The noise of a product's columns depends on its singular values. It is measured: nearly all pairs of
+        channels are unrelated, and a constant of a row or column has no influence on an assignment.
+        """
+        if not self.rank:
+            return self.weighting
+        centred = similarity - similarity.mean(0) - similarity.mean(1, keepdims=True) + similarity.mean()
+        variance = max(float(np.square(centred).mean()), 1e-300)
+        signal = len(self.sketch) / self.columns.size
+        return float(min(self.sketch.shape[1], signal / variance) / _FULL_SIZE)
 
     @property
     def is_depthwise(self) -> bool:
@@ -111,6 +131,9 @@ def reference_layers(
     sample: Tensor,
     reference: Reference,
     structure: ChannelStructure,
+    *,
+    products: Sequence[LinearProduct] = (),
+    kept: Collection[str] = (),
 ) -> dict[str, ReferenceLayer]:
     """Return the layers that have a sketch, by name of the kernel, in execution order.
 
@@ -120,15 +143,24 @@ def reference_layers(
         sample: one batch of the carrier's geometry.
         reference: W0's reference.
         structure: channels of the architecture.
+        products: across linear channels. They are layers in the place of the kernels that read the channels;
+            their kernels are no layers, because a mix of the channels changes them.
+        kept: kernels of products that are layers as well.
 
     Raises:
         ArtifactError: the reference does not fit the architecture.
     """
+    replaced = {name for product in products for name in product.weights} - set(kept)
+    crossing = {product.weights[0]: product for product in products}
     layers = {}
     for layer in tapped_layers(template_model, taps, sample):
-        if layer.kind != "other" and f"{layer.conv}/sketch" in reference.tensors:
+        sketched = layer.kind != "other" and f"{layer.conv}/sketch" in reference.tensors
+        if sketched and layer.weight not in replaced:
             module = template_model.get_submodule(layer.conv)
             layers[layer.weight] = _reference_layer(layer, module, reference, structure)
+        if layer.weight in crossing:
+            product = crossing[layer.weight]
+            layers[product.name] = _layer_of_product(product, reference, structure)
     return layers
 
 
@@ -141,41 +173,70 @@ def _reference_layer(
     weight = module.weight
     assert isinstance(weight, Tensor)
     shape, groups = tuple(weight.shape), int(getattr(module, "groups", 1))
-    fan_in = int(np.prod(shape[1:]))
-    size = min(reference.tensors[f"{layer.conv}/sketch"].shape[-1], fan_in, MAX_SKETCH_SIZE)
-    sketch = reference_tensor(reference, f"{layer.conv}/sketch", (shape[0], size))
-    columns = reference_tensor(reference, f"{layer.conv}/columns", (groups, shape[1])).double().numpy()
-    window: tuple[int, int] = (int(shape[2]), int(np.prod(shape[3:]))) if len(shape) > 2 else (1, 1)
+    sketch, columns = _described(layer.conv, shape, groups, reference)
+    window = _window(shape)
     positions = _flattened_positions(layer.weight, structure) if len(shape) == 2 else 1
     if positions > 1:  # flattened positions are the kernel's window
         side = round(positions**0.5)
         window = (side, side) if side * side == positions else (1, positions)
         columns = np.sqrt(np.square(columns).reshape(1, -1, positions).mean(2))
-    inputs = columns.size
-    rows = np.full(shape[0], NO_SET), np.zeros(shape[0], dtype=np.int64)
-    cols = np.full(inputs, NO_SET), np.zeros(inputs, dtype=np.int64)
-    for number, members in enumerate(structure.sets):
-        if layer.weight in members.rows:
-            rows[0][members.rows[layer.weight]] = number
-            rows[1][members.rows[layer.weight]] = np.arange(members.size)
-        places = members.columns.get(layer.weight)
-        if places is not None and places.shape[1] == positions:
-            cols[0][places[:, 0] // positions] = number
-            cols[1][places[:, 0] // positions] = np.arange(members.size)
     return ReferenceLayer(
-        weight=layer.weight,
-        shape=shape,
-        groups=groups,
-        window=window,
-        sketch=sketch.double().numpy(),
-        columns=columns,
-        free_signs=layer.batch_norm is not None,
-        row_sets=rows[0],
-        row_channels=rows[1],
-        column_sets=cols[0],
-        column_channels=cols[1],
+        layer.weight, shape, groups, window, sketch, columns, layer.batch_norm is not None,
+        *_row_places(layer.weight, shape[0], structure),
+        *_column_places(layer.weight, columns.size, positions, structure),
         reads_inputs=layer.weight in structure.input_kernels and groups == 1,
-    )
+    )  # fmt: skip
+
+
+def _layer_of_product(
+    product: LinearProduct, reference: Reference, structure: ChannelStructure
+) -> ReferenceLayer:
+    """Return a product as a layer: the rows of one of its kernels, and the columns of the other."""
+    reading, writing = product.weights
+    sketch, columns = _described(product.name, product.shape, 1, reference)
+    return ReferenceLayer(
+        product.name, product.shape, 1, _window(product.shape), sketch, columns,
+        product.reader_norm is not None,
+        *_row_places(reading, product.shape[0], structure),
+        *_column_places(writing, columns.size, 1, structure),
+        reads_inputs=writing in structure.input_kernels,
+        rank=product.channels,
+    )  # fmt: skip
+
+
+def _described(key: str, shape: tuple[int, ...], groups: int, reference: Reference) -> tuple[Floats, Floats]:
+    """Return sketch [O, s] and column norms [groups, I/groups] of a layer."""
+    size = min(reference.tensors[f"{key}/sketch"].shape[-1], int(np.prod(shape[1:])), MAX_SKETCH_SIZE)
+    sketch = reference_tensor(reference, f"{key}/sketch", (shape[0], size)).double().numpy()
+    columns = reference_tensor(reference, f"{key}/columns", (groups, shape[1])).double().numpy()
+    return sketch, columns
+
+
+def _window(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (int(shape[2]), int(np.prod(shape[3:]))) if len(shape) > 2 else (1, 1)
+
+
+def _row_places(weight: str, count: int, structure: ChannelStructure) -> tuple[Indices, Indices]:
+    """Return the set of each row of a kernel, and its number within the set."""
+    numbers, channels = np.full(count, NO_SET), np.zeros(count, dtype=np.int64)
+    for number, members in enumerate(structure.sets):
+        if weight in members.rows:
+            numbers[members.rows[weight]] = number
+            channels[members.rows[weight]] = np.arange(members.size)
+    return numbers, channels
+
+
+def _column_places(
+    weight: str, count: int, positions: int, structure: ChannelStructure
+) -> tuple[Indices, Indices]:
+    """Return the set of each input column of a kernel, and its number within the set."""
+    numbers, channels = np.full(count, NO_SET), np.zeros(count, dtype=np.int64)
+    for number, members in enumerate(structure.sets):
+        places = members.columns.get(weight)
+        if places is not None and places.shape[1] == positions:
+            numbers[places[:, 0] // positions] = number
+            channels[places[:, 0] // positions] = np.arange(members.size)
+    return numbers, channels
 
 
 def _flattened_positions(weight: str, structure: ChannelStructure) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,13 +11,15 @@ from mtlsign.models.channel_sets import ChannelSet
 from mtlsign.watermark.verification.alignment.assignment import (
     Floats,
     Indices,
+    assign,
     best_assignment,
     quantized,
 )
+from mtlsign.watermark.verification.alignment.channel_factors import with_fitted_factors
 from mtlsign.watermark.verification.alignment.inputs import fit_mix
 from mtlsign.watermark.verification.alignment.layers import unit_rows
 from mtlsign.watermark.verification.alignment.orders import Orders
-from mtlsign.watermark.verification.alignment.suspect import Side, SuspectLayer
+from mtlsign.watermark.verification.alignment.suspect import Side, SuspectLayer, block_similarity
 
 #: Blocks of a grouped convolution that are compared in full with each of W0's blocks.
 _BLOCK_CANDIDATES = 3
@@ -35,6 +37,10 @@ class Search:
         sets: channel sets.
         staying: result of `staying_similarities`.
         orders: first order; it is changed by `run`.
+        alternatives: other kernels for some of the layers. The one counts whose rows are more similar.
+
+    Attributes:
+        parts: the suspect's layers, with the kernels that count.
     """
 
     def __init__(
@@ -43,13 +49,16 @@ class Search:
         sets: Sequence[ChannelSet],
         staying: Sequence[float],
         orders: Orders,
+        alternatives: Mapping[str, SuspectLayer],
     ) -> None:
-        self._suspect, self._sets, self._staying, self.orders = suspect, sets, staying, orders
+        self.parts, self._sets, self._staying, self.orders = dict(suspect), sets, staying, orders
+        self._alternatives, self._waiting = dict(alternatives), set[str]()
         self._writers = [
-            [part for part in suspect.values() if number in part.rows.places] for number in range(len(sets))
+            [name for name, part in suspect.items() if number in part.rows.places]
+            for number in range(len(sets))
         ]
         self._readers = [
-            [part for part in suspect.values() if number in part.columns.places and part.layer.groups == 1]
+            [n for n, part in suspect.items() if number in part.columns.places and part.layer.groups == 1]
             for number in range(len(sets))
         ]
         self._grouped = {
@@ -57,16 +66,28 @@ class Search:
             for part in suspect.values()
             if part.layer.groups > 1 and part.layer.sets_of_columns()
         }
-        self._projected: dict[str, tuple[object, Floats]] = {}
+        self._projected: dict[int, tuple[object, Floats]] = {}
+        for name in self._alternatives:
+            if self._knows(self.parts[name].layer.sets_of_rows()) and self._comparable_rows(self.parts[name]):
+                self._choose(name, lambda part: self.similarity([part]))
+
+    def _choose(self, name: str, value: Callable[[SuspectLayer], float]) -> None:
+        part, other = self.parts[name], self._alternatives[name]
+        if quantized(np.array(value(other))) > quantized(np.array(value(part))):
+            self.parts[name], self._alternatives[name] = other, part
+            self._find_signs(other)
 
     def run(self, rounds: int) -> bool:
         """Improve the orders for at most `rounds` rounds; return whether nothing moved in the last one."""
         self._find_all_signs()
+        self._update_factors()
+        self._waiting = {name for name, part in self.parts.items() if part.lacks_norm}
         for _ in range(rounds):
             before = {number: order.copy() for number, order in self.orders.channels.items()}
             self.orders.value = sum(self._update(number) for number in range(len(self._sets)))
             self._find_all_signs(missing=True)
-            mixed = self._update_mix()
+            mixed = self._update_mix() | self._update_factors() | bool(self._waiting)
+            self._waiting.clear()
             same = all(n in before and np.array_equal(before[n], o) for n, o in self.orders.channels.items())
             if same and not mixed:
                 return True
@@ -75,7 +96,7 @@ class Search:
     def similarity(self, parts: Iterable[SuspectLayer] | None = None) -> float:
         """Return the mean cosine of the rows' sketches over layers that are not zero; 0 without any."""
         means = []
-        for part in self._suspect.values() if parts is None else parts:
+        for part in self.parts.values() if parts is None else parts:
             if part.kernel.any():
                 cosines = self.row_cosines(part)
                 means.append(float((np.abs(cosines) if part.layer.free_signs else cosines).mean()))
@@ -88,7 +109,7 @@ class Search:
         if layer.groups == 1 or layer.is_depthwise:
             rows = self._projected_rows(part)[np.maximum(order, 0)] * (order >= 0)[:, None]
         else:
-            scaled = replace(part, kernel=_scaled_columns(part))
+            scaled = replace(part, kernel=part.scaled_columns)
             kernel = self._in_order(scaled).reshape(layer.groups, -1, *part.kernel.shape[1:])
             kernel = kernel * layer.columns[:, None, :, None]
             rows = unit_rows(kernel.reshape(len(order), -1) @ self._flat_projection(part))
@@ -150,10 +171,8 @@ class Search:
         inverse = np.argsort(self.orders.square.order(layer.window))
         if layer.groups == 1:
             if layer.reads_inputs:
-                scaled, norms = (
-                    np.einsum("cd,dks->cks", self.orders.mix, projection),
-                    np.ones(len(projection)),
-                )
+                scaled = np.einsum("cd,dks->cks", self.orders.mix, projection)
+                norms = np.ones(len(projection))
             else:
                 scaled, norms = projection * layer.columns[0][:, None, None], part.scales[1][0]
             columns = self._order(part.columns, layer.column_sets, layer.column_channels)
@@ -171,11 +190,11 @@ class Search:
             else (),
             self.orders.mix.tobytes() if part.layer.reads_inputs else b"",
         )
-        known = self._projected.get(part.layer.weight)
+        known = self._projected.get(id(part))
         if known is not None and known[0] == state:
             return known[1]
         rows = unit_rows(part.kernel.reshape(len(part.kernel), -1) @ self._flat_projection(part))
-        self._projected[part.layer.weight] = (state, rows)
+        self._projected[id(part)] = (state, rows)
         return rows
 
     def row_similarity(self, part: SuspectLayer, number: int) -> Floats:
@@ -206,17 +225,18 @@ class Search:
         back = np.empty((len(own), *layer.back_projection.shape[1:]))
         back[layer.column_channels[own]] = layer.back_projection[own]
         similarity = back.reshape(len(own), -1) @ products.transpose(1, 2, 0).reshape(len(places), -1).T
-        weighted: Floats = similarity * layer.weighting
-        return weighted
+        return np.asarray(similarity * layer.column_weighting(similarity), dtype=np.float64)
 
     def _similarity(self, number: int) -> Floats | None:
         """Return the total similarity of W0's and the suspect's channels of one set; None if unknown."""
         writers = [
             part
-            for part in self._writers[number]
+            for part in self._parts_of(self._writers[number])
             if self._comparable_rows(part) and (part.layer.groups == 1 or part.layer.is_depthwise)
         ]
-        readers = [part for part in self._readers[number] if self._comparable_columns(part)]
+        waiting = self._waiting if not self.orders.prefers_own and len(writers) > 1 else set()
+        writers = [part for part in writers if part.layer.weight not in waiting]
+        readers = [part for part in self._parts_of(self._readers[number]) if self._comparable_columns(part)]
         total: Floats | None = None
         for similarity in (
             *(self.row_similarity(part, number) for part in writers),
@@ -231,18 +251,23 @@ class Search:
         """Put the channels of one set in order; return their total similarity."""
         if self._sets[number].blocks > 1:
             return self._update_blocks(number)
+        for name in self._writers[number]:
+            if name in self._alternatives and self._comparable_rows(self.parts[name]):
+                self._choose(name, lambda part: assign(self.row_similarity(part, number))[1])
         similarity = self._similarity(number)
         if similarity is None:
             return 0.0
-        order = best_assignment(similarity)
+        order, value = assign(similarity)
         self.orders.channels[number] = order
-        for part in self._writers[number]:
+        for part in self._parts_of(self._writers[number]):
             self._find_signs(part)
-        known = order >= 0
-        return float(similarity[np.flatnonzero(known), order[known]].sum())
+        return value
+
+    def _parts_of(self, names: Iterable[str]) -> list[SuspectLayer]:
+        return [self.parts[name] for name in names]
 
     def _find_all_signs(self, *, missing: bool = False) -> None:
-        for part in self._suspect.values():
+        for part in self.parts.values():
             if not missing or part.layer.weight not in self.orders.signs:
                 self._find_signs(part)
 
@@ -256,7 +281,7 @@ class Search:
 
     def _update_mix(self) -> bool:
         """Estimate the mix of the input channels; return whether it changed."""
-        for part in self._suspect.values():
+        for part in self.parts.values():
             layer = part.layer
             if layer.reads_inputs and layer.shape[1] > 1 and layer.weight in self.orders.signs:
                 kernel = self.aligned_kernel(part)
@@ -267,6 +292,19 @@ class Search:
                 self._find_signs(part)
                 return True
         return False
+
+    def _update_factors(self) -> bool:
+        """Estimate the factors of channels inside products; return whether some changed."""
+        changed = False
+        for name, part in [entry for entry in self.parts.items() if entry[1].kernels is not None]:
+            if not self._comparable_columns(part):
+                continue
+            order = self._order(part.rows, part.layer.row_sets, part.layer.row_channels)
+            fitted = with_fitted_factors(part, order, self._flat_projection(part))
+            if fitted is not None:
+                self.parts[name], changed = fitted, True
+                self._find_signs(fitted)
+        return changed
 
     def _update_blocks(self, number: int) -> float:
         """Put the blocks of two sets in order, and the channels within each block."""
@@ -287,7 +325,9 @@ class Search:
         within: dict[tuple[int, int], tuple[Indices, Indices]] = {}
         for own, other in [(row, int(column)) for row in range(blocks) for column in promising[row]]:
             columns = best_assignment(pairs[own, other])
-            similarity = output_pairs[own, other] + self._block_similarity(part, own, other, columns)
+            similarity = output_pairs[own, other] + block_similarity(
+                part, own, other, columns, self.orders.square
+            )
             rows = best_assignment(similarity)
             within[own, other] = columns, rows
             values[own, other] = (
@@ -305,27 +345,6 @@ class Search:
             [other * inner + columns for other, columns, _ in chosen]
         )
         self.orders.channels[partner] = np.concatenate([other * outer + rows for other, _, rows in chosen])
-        for writer in (*self._writers[number], *self._writers[partner]):
+        for writer in self._parts_of((*self._writers[number], *self._writers[partner])):
             self._find_signs(writer)
         return float(values[np.arange(blocks), order].sum())
-
-    def _block_similarity(self, part: SuspectLayer, own: int, other: int, columns: Indices) -> Floats:
-        """Return the similarity of the rows of two blocks of a grouped convolution."""
-        layer = part.layer
-        block = part.kernel.reshape(layer.groups, -1, *part.kernel.shape[1:])[other][:, columns]
-        projection = layer.projection * layer.columns[own][:, None, None]
-        block = (
-            block[:, :, self.orders.square.order(layer.window)]
-            * part.scales[1][other][columns][None, :, None]
-        )
-        rows = unit_rows(block.reshape(len(block), -1) @ projection.reshape(-1, projection.shape[2]))
-        directions = layer.directions.reshape(layer.groups, -1, rows.shape[1])[own]
-        cosines: Floats = directions @ rows.T * layer.weighting
-        return np.abs(cosines) if layer.free_signs else cosines
-
-
-def _scaled_columns(part: SuspectLayer) -> Floats:
-    """Return a kernel whose columns have equal norms, [O', I'/groups, positions]."""
-    blocks = part.kernel.reshape(part.layer.groups, -1, *part.kernel.shape[1:])
-    scaled: Floats = (blocks * part.scales[1][:, None, :, None]).reshape(part.kernel.shape)
-    return scaled

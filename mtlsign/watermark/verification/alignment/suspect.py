@@ -11,7 +11,8 @@ import numpy as np
 
 from mtlsign.models.channel_sets import ChannelSet
 from mtlsign.watermark.verification.alignment.assignment import Floats, Indices
-from mtlsign.watermark.verification.alignment.layers import NO_SET, ReferenceLayer
+from mtlsign.watermark.verification.alignment.inputs import Square
+from mtlsign.watermark.verification.alignment.layers import NO_SET, ReferenceLayer, unit_rows
 
 #: Iterations that give rows and columns equal norms before channels are compared.
 _EQUALIZING_ITERATIONS = 12
@@ -41,12 +42,17 @@ class SuspectLayer:
         kernel: float64 [O', I'/groups, positions].
         rows: places of channels among the rows.
         columns: places of channels among the input columns over all groups.
+        kernels: of a product whose reader has one position: the reader [O', d'], and the flattened rows of
+            the writer [d', I'·positions]; None for others.
+        lacks_norm: whether it is a product without the values of its batch norm.
     """
 
     layer: ReferenceLayer
     kernel: Floats
     rows: Side
     columns: Side
+    kernels: tuple[Floats, Floats] | None = None
+    lacks_norm: bool = False
 
     @cached_property
     def scales(self) -> tuple[Floats, Floats]:
@@ -61,6 +67,13 @@ class SuspectLayer:
             columns = np.where(present, target * _inverse((rows[:, None, :] @ squares)[:, 0]), 1.0)
         rows = _inverse((squares @ columns[:, :, None])[:, :, 0])
         return np.sqrt(rows).reshape(-1), np.sqrt(columns)
+
+    @property
+    def scaled_columns(self) -> Floats:
+        """Kernel whose columns have equal norms, [O', I'/groups, positions]."""
+        blocks = self.kernel.reshape(self.layer.groups, -1, *self.kernel.shape[1:])
+        scaled: Floats = (blocks * self.scales[1][:, None, :, None]).reshape(self.kernel.shape)
+        return scaled
 
 
 def _inverse(sums: Floats) -> Floats:
@@ -169,3 +182,23 @@ def located_side(
             places[number] = np.empty(len(own), dtype=np.int64)
             places[number][channels[own]] = starts[own]
     return Side(int(widths.sum()), places, starts)
+
+
+def block_similarity(part: SuspectLayer, own: int, other: int, columns: Indices, square: Square) -> Floats:
+    """Return the similarity of the rows of two blocks of a grouped convolution, [rows, rows'].
+
+    Args:
+        part: the convolution.
+        own: number of W0's block.
+        other: number of the suspect's block.
+        columns: the suspect's column within the block for each of W0's.
+        square: symmetry of the inputs.
+    """
+    layer = part.layer
+    block = part.kernel.reshape(layer.groups, -1, *part.kernel.shape[1:])[other][:, columns]
+    projection = layer.projection * layer.columns[own][:, None, None]
+    block = block[:, :, square.order(layer.window)] * part.scales[1][other][columns][None, :, None]
+    rows = unit_rows(block.reshape(len(block), -1) @ projection.reshape(-1, projection.shape[2]))
+    directions = layer.directions.reshape(layer.groups, -1, rows.shape[1])[own]
+    cosines: Floats = directions @ rows.T * layer.weighting
+    return np.abs(cosines) if layer.free_signs else cosines

@@ -72,7 +72,8 @@ class ContentMatcher:
         files = file_tensors(tensors)
         views = [ContentView(match_by_order(self._shapes, files), has_own_order=True)]
         if isinstance(self.aligner, Aligner):
-            views.append(ContentView(self._by_sketches(self.aligner, files), has_own_order=False))
+            kernels = self._by_sketches(self.aligner.of_kernels(), files)
+            views.append(ContentView(kernels, has_own_order=False))
         return [view for view in views if view.tensors]
 
     def _by_sketches(self, aligner: Aligner, tensors: Sequence[FileTensor]) -> dict[str, Tensor]:
