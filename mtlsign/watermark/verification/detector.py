@@ -89,7 +89,7 @@ class WatermarkDetector:
             tuple(dict.fromkeys(tap for readout in self.spec.readouts for tap in readout.taps)),
             reference,
             carriers.for_spec(self.spec).sample(),
-            kept={name for readout in self.readouts for name in readout.model.kernel_shapes},
+            exceptions={name for readout in self.readouts for name in readout.model.kernel_shapes},
         )
         self._matcher = ContentMatcher(template_model, self.aligner)
         self._join_readouts()

@@ -83,7 +83,7 @@ class LinearProducts:
         factors = (variance.double().clamp(min=0) + self.eps[product.name]).rsqrt()
         return factors if gamma is None else gamma.double() * factors
 
-    def apply(self, tensors: Weights, kept: Collection[str] = ()) -> dict[str, Tensor]:
+    def apply(self, tensors: Weights, exceptions: Collection[str] = ()) -> dict[str, Tensor]:
         """Replace kernels by their products.
 
         Of the forms of a product with W0's shape the one counts whose rows are most similar to W0's. In
@@ -91,13 +91,13 @@ class LinearProducts:
 
         Args:
             tensors: kernels, γ and variances by name.
-            kept: names of kernels and γ that are read as well.
+            exceptions: names of kernels and γ that are read as well.
         """
         products = {product.name: product for product in self.products}
         chosen = {
             name: self._chosen(products[name], forms) for name, forms in self.all_forms(tensors).items()
         }
-        return {**self.without_parts(tensors, kept), **chosen}
+        return {**self.without_parts(tensors, exceptions), **chosen}
 
     def without_norms(self, tensors: Weights) -> set[str]:
         """Return the names of products for whose batch norm the tensors have no values."""
@@ -122,10 +122,10 @@ class LinearProducts:
         forms = {product.name: self.forms(product, tensors) for product in self.products}
         return {name: own for name, own in forms.items() if own}
 
-    def without_parts(self, tensors: Weights, kept: Collection[str]) -> dict[str, Tensor]:
+    def without_parts(self, tensors: Weights, exceptions: Collection[str]) -> dict[str, Tensor]:
         """Return the tensors that are in no product, and those of some names."""
         used = {name for product in self.products for name in (*product.weights, *product.vectors)}
-        return {name: tensor for name, tensor in tensors.items() if name in kept or name not in used}
+        return {name: tensor for name, tensor in tensors.items() if name in exceptions or name not in used}
 
     def _chosen(self, product: LinearProduct, forms: Sequence[Tensor]) -> Tensor:
         first, expected = forms[0], self.sketches.get(product.name)

@@ -197,8 +197,8 @@ def _marked_layers(
             f"Choose among {', '.join(keys)[:400] or 'the layers of another model'}.",
             field="layers",
         )
-    wanted = {key for name in layers or () for key in through.get(name, [name])}
-    return [layer for layer in candidates if layers is None or layer.key in wanted]
+    targets = {key for name in layers or () for key in through.get(name, [name])}
+    return [layer for layer in candidates if layers is None or layer.key in targets]
 
 
 def _basis(covariance: Tensor, most_directions: int) -> Tensor:

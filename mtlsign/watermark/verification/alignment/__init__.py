@@ -26,7 +26,7 @@ def make_aligner(
     reference: Reference,
     sample: Tensor,
     *,
-    kept: Collection[str] = (),
+    exceptions: Collection[str] = (),
 ) -> Aligner | RecurrentAligner | TransformerAligner:
     """Return the aligner for an architecture.
 
@@ -37,7 +37,7 @@ def make_aligner(
         taps: module names.
         reference: W0's reference.
         sample: inputs of the network's geometry.
-        kept: kernels that a read-out reads, even if they are in products across linear channels.
+        exceptions: kernels that a read-out reads, even if they are in products across linear channels.
 
     Raises:
         ModelError: a tap does not exist.
@@ -49,4 +49,4 @@ def make_aligner(
     if any(layer.kind == "recurrent" for layer in tapped_layers(template_model, taps, sample)):
         return RecurrentAligner(template_model, taps, reference, sample)
     linear = products_of_reference(template_model, taps, sample, reference)
-    return Aligner(template_model, taps, reference, sample, products=linear, kept=kept)
+    return Aligner(template_model, taps, reference, sample, products=linear, exceptions=exceptions)

@@ -44,7 +44,7 @@ class Aligner:
         reference: W0's reference.
         sample: float32 [n, C, H, W] of the network's input geometry.
         products: products across linear channels that the reference describes; None without any.
-        kept: kernels of products that are aligned as well, because a read-out reads them.
+        exceptions: kernels of products that are aligned as well, because a read-out reads them.
 
     Attributes:
         layers: W0's layers by name of the kernel.
@@ -66,15 +66,15 @@ class Aligner:
         sample: Tensor,
         *,
         products: LinearProducts | None = None,
-        kept: Collection[str] = (),
+        exceptions: Collection[str] = (),
     ) -> None:
         structure = channel_structure(template_model, taps, sample)
         self.sets = structure.sets
         self._products = products or LinearProducts((), {}, {})
-        self._kept = frozenset(kept)
+        self._exceptions = frozenset(exceptions)
         described = template_model, taps, sample, reference, structure
         self._kernel_layers = reference_layers(*described)
-        self.layers = reference_layers(*described, products=self._products.products, kept=kept)
+        self.layers = reference_layers(*described, products=self._products.products, exceptions=exceptions)
         self.further_shapes: Mapping[str, tuple[int, ...]] = self._products.vector_shapes
         self.further_names: Sequence[str] = list(self.further_shapes)
         self.input_channels = sample.shape[1]
@@ -108,7 +108,7 @@ class Aligner:
             Kernels and products. Of the forms of a product the one counts that is more similar to W0's.
         """
         forms = self._products.all_forms(kernels)
-        plain = self._products.without_parts(kernels, self._kept)
+        plain = self._products.without_parts(kernels, self._exceptions)
         first = {**plain, **{name: own[0] for name, own in forms.items()}}
         others = {name: kernel for name, kernel in plain.items() if name not in self.layers}
         suspect = self._with_kernels(self._suspect(first), kernels)

@@ -133,7 +133,7 @@ def reference_layers(
     structure: ChannelStructure,
     *,
     products: Sequence[LinearProduct] = (),
-    kept: Collection[str] = (),
+    exceptions: Collection[str] = (),
 ) -> dict[str, ReferenceLayer]:
     """Return the layers that have a sketch, by name of the kernel, in execution order.
 
@@ -145,12 +145,12 @@ def reference_layers(
         structure: channels of the architecture.
         products: across linear channels. They are layers in the place of the kernels that read the channels;
             their kernels are no layers, because a mix of the channels changes them.
-        kept: kernels of products that are layers as well.
+        exceptions: kernels of products that are layers as well.
 
     Raises:
         ArtifactError: the reference does not fit the architecture.
     """
-    replaced = {name for product in products for name in product.weights} - set(kept)
+    replaced = {name for product in products for name in product.weights} - set(exceptions)
     crossing = {product.weights[0]: product for product in products}
     layers = {}
     for layer in tapped_layers(template_model, taps, sample):
