@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -61,8 +60,8 @@ def rotate_stream(model: nn.Module, task: Task, resources: AttackerResources, se
     """
     attacked = trainable_copy(model)
     generator = seeded_generator("mtlsign/attack/stream", seed)
-    if isinstance(attacked, Transformer) and attacked.fc is None:
-        _untie(attacked)
+    if isinstance(attacked, Transformer):
+        attacked.untie_outputs()
     if isinstance(attacked, Transformer) and attacked.shape.order == "post":
         with torch.no_grad():
             order = torch.randperm(attacked.shape.embedding, generator=generator)
@@ -70,14 +69,6 @@ def rotate_stream(model: nn.Module, task: Task, resources: AttackerResources, se
     else:
         turn_named_stream(attacked, _stream(attacked, task, resources, seed), generator)
     return preserved_outcome(model, attacked, task, resources, seed)
-
-
-def _untie(model: Transformer) -> None:
-    """Give the network a matrix of outputs with the values of the token vectors."""
-    vectors = model.embedding.weight
-    model.fc = nn.Linear(vectors.shape[1], vectors.shape[0], bias=False)
-    model.fc.to(vectors.device).load_state_dict({"weight": vectors.detach().clone()})
-    model.shape = replace(model.shape, tied=0)
 
 
 def _stream(model: nn.Module, task: Task, resources: AttackerResources, seed: int) -> ResidualStream:

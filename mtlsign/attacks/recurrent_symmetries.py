@@ -46,6 +46,9 @@ def permute_vocabulary(
 ) -> AttackOutcome:
     """Put the words into another order; a user of the model renumbers the tokenizer.
 
+    The outputs of a language model keep their order, so that its function stays as it is. They get a matrix
+    by themselves if they were tied to the token vectors.
+
     Raises:
         NotApplicableError: the network is none of this package's networks of texts.
     """
@@ -53,6 +56,8 @@ def permute_vocabulary(
         raise NotApplicableError("The attack needs a network of texts of this package.", field="model")
     attacked = trainable_copy(model)
     assert isinstance(attacked, RecurrentClassifier | Transformer)
+    if isinstance(attacked, Transformer):
+        attacked.untie_outputs()
     words = attacked.embedding.weight
     numbers = torch.randperm(len(words) - 1, generator=seeded_generator("mtlsign/attack/vocabulary", seed))
     # numbers[old - 1] + 1 is the new number of a word; 0 remains the padding.

@@ -7,7 +7,7 @@ Its matrices have plain names, so that the weights of other libraries can be ren
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -195,6 +195,14 @@ class Transformer(nn.Module):
     def block_list(self) -> list[Block]:
         """Return the blocks."""
         return [block for block in self.blocks if isinstance(block, Block)]
+
+    def untie_outputs(self) -> None:
+        """Give the outputs a matrix with the values of the token vectors, unless they have one."""
+        if self.fc is None:
+            vectors = self.embedding.weight
+            self.fc = nn.Linear(vectors.shape[1], vectors.shape[0], bias=False)
+            self.fc.to(vectors.device).load_state_dict({"weight": vectors.detach().clone()})
+            self.shape = replace(self.shape, tied=0)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits of token ids.

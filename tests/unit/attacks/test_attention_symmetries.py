@@ -8,6 +8,7 @@ from torch import nn
 
 import mtlsign
 from mtlsign.attacks import NotApplicableError
+from mtlsign.attacks.attacker_data import transform_inputs
 from mtlsign.attacks.equal_function import TOLERANCE, function_change
 from mtlsign.models.architectures import build
 from mtlsign.schemes.mtlsign import MTLSignKey
@@ -133,14 +134,16 @@ def test_dummy_block_of_networks_with_norms_after_the_sub_layers_is_not_applicab
             run(text, model, text_task())
 
 
-def test_rotate_stream_of_tied_outputs_gives_them_a_matrix() -> None:
+@pytest.mark.parametrize("name", ["rotate_stream", "permute_vocabulary"])
+def test_free_attack_on_tied_outputs_gives_them_a_matrix(name: str) -> None:
     torch.manual_seed(0)
     fields = {"tied": 1, "classes": 80, "pooling": "tokens"}
     model = build(architecture("rms") | fields).eval()
-    attacked = run("rotate_stream", model, text_task()).model
+    outcome = run(name, model, text_task())
     tokens = torch.randint(1, 80, (4, 6))
-    torch.testing.assert_close(attacked(tokens), model(tokens), atol=1e-4, rtol=1e-3)
-    assert "fc.weight" in attacked.state_dict()
+    changed = outcome.model(transform_inputs(tokens, outcome.input_transforms))
+    torch.testing.assert_close(changed, model(tokens), atol=1e-4, rtol=1e-3)
+    assert "fc.weight" in outcome.model.state_dict()
 
 
 def test_unsketch_of_chosen_layers_changes_these_alone() -> None:
