@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -17,15 +15,8 @@ from mtlsign.tasks import Task
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.kit import detector_for_kit
 from mtlsign.watermark.verification.algorithm import verify
-from tests.unit.attacks.helpers import run
+from tests.unit.attacks.helpers import VISION_OPTIONS, run
 
-OPTIONS: dict[str, Any] = {
-    "key_size": 128,
-    "insecure_test_key": True,
-    "phase2.steps": 60,
-    "phase2.lr": 2e-3,
-    "phase2.batch": 16,
-}
 FREE = "rotate_stream+permute_channels+attention_symmetries+dummy_block:place=1"
 
 
@@ -45,7 +36,7 @@ def vit(pool: str = "token") -> nn.Module:
 @pytest.fixture(scope="module")
 def marked(tiny_task: Task) -> tuple[nn.Module, MTLSignKey]:
     model = vit()
-    result = mtlsign.embed(model, tiny_task, trained=True, identity=Identity.generate(), **OPTIONS)
+    result = mtlsign.embed(model, tiny_task, trained=True, identity=Identity.generate(), **VISION_OPTIONS)
     detector = detector_for_kit(result.kit, "tests.unit.attacks.test_named_stream:vit")
     return model, MTLSignKey(detector)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -16,16 +14,9 @@ from mtlsign.tasks import Task
 from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.kit import detector_for_kit
 from mtlsign.watermark.verification.algorithm import verify
-from tests.unit.attacks.helpers import run
+from tests.unit.attacks.helpers import VISION_OPTIONS, run
 from tests.unit.models.swin_examples import timm_swin, torchvision_swin
 
-OPTIONS: dict[str, Any] = {
-    "key_size": 128,
-    "insecure_test_key": True,
-    "phase2.steps": 60,
-    "phase2.lr": 2e-3,
-    "phase2.batch": 16,
-}
 FREE = "attention_symmetries+rotate_stream+permute_channels+dummy_block:place=3"
 MAKERS = {"timm": timm_swin, "torchvision": torchvision_swin}
 
@@ -33,7 +24,7 @@ MAKERS = {"timm": timm_swin, "torchvision": torchvision_swin}
 @pytest.fixture(scope="module")
 def marked(tiny_task: Task) -> tuple[nn.Module, MTLSignKey]:
     model = timm_swin()
-    result = mtlsign.embed(model, tiny_task, trained=True, identity=Identity.generate(), **OPTIONS)
+    result = mtlsign.embed(model, tiny_task, trained=True, identity=Identity.generate(), **VISION_OPTIONS)
     detector = detector_for_kit(result.kit, "tests.unit.models.swin_examples:timm_swin")
     return model, MTLSignKey(detector)
 

@@ -169,10 +169,12 @@ class TransformerAligner:
             blocks = BlockNames.of(stage.attentions)
             if blocks is None:
                 continue
-            own = [self._renumbered_stage(view, blocks, stage, select) for view in views]
-            if sum(len(renumbered) for renumbered in own) > MAX_MAPPINGS:
-                raise too_many_places()
-            views = [new for view, renumbered in zip(views, own, strict=True) for new in renumbered or [view]]
+            renumbered: list[Mapping[str, Tensor]] = []
+            for view in views:
+                renumbered += self._renumbered_stage(view, blocks, stage, select) or [view]
+                if len(renumbered) > MAX_MAPPINGS:  # before the work for the next view
+                    raise too_many_places()
+            views = renumbered
         yield from (view for view in views if view is not tensors)
 
     def _renumbered_stage(

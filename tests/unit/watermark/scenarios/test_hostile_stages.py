@@ -6,7 +6,6 @@ import json
 import struct
 import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -20,18 +19,12 @@ from mtlsign.watermark.kit import detector_for_kit
 from mtlsign.watermark.verification.algorithm import verify
 from mtlsign.watermark.verification.detector import WatermarkDetector
 from mtlsign.watermark.verification.reference import MAX_REFERENCE_BYTES, Reference
+from tests.unit.attacks.helpers import VISION_OPTIONS
 from tests.unit.models.swin_examples import timm_swin
 
 Tensors = dict[str, Tensor]
 REDUCTION, PATCHES = "layers.1.downsample.reduction.weight", "patch_embed.proj.weight"
 GAIN, TABLE = "layers.1.downsample.norm.weight", "layers.0.blocks.0.attn.relative_position_bias_table"
-OPTIONS: dict[str, Any] = {
-    "key_size": 128,
-    "insecure_test_key": True,
-    "phase2.steps": 60,
-    "phase2.lr": 2e-3,
-    "phase2.batch": 16,
-}
 #: Most seconds of one verdict on these files; a slow machine takes a tenth of it.
 MOST_SECONDS = 60.0
 
@@ -39,7 +32,7 @@ MOST_SECONDS = 60.0
 @pytest.fixture(scope="module")
 def marked(tiny_task: Task) -> tuple[nn.Module, WatermarkDetector]:
     model = timm_swin()
-    result = mtlsign.embed(model, tiny_task, trained=True, identity=Identity.generate(), **OPTIONS)
+    result = mtlsign.embed(model, tiny_task, trained=True, identity=Identity.generate(), **VISION_OPTIONS)
     return model, detector_for_kit(result.kit, "tests.unit.models.swin_examples:timm_swin")
 
 
