@@ -20,7 +20,7 @@ from mtlsign.tasks import Task, load_task
 from mtlsign.watermark.embedding.worker import SingleProcessContext
 from tests.unit.attacks.helpers import Maker, run
 
-SCHEME = IprGanScheme(key_size=16, lr=0.01, sign_strength=20.0, min_evidence_bits=20.0)
+SCHEME = IprGanScheme(key_size=16, lr=0.01, strength=3.0, sign_strength=20.0, min_evidence_bits=20.0)
 BATCH = 16
 
 

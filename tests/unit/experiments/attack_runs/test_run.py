@@ -141,7 +141,7 @@ def test_pairs_follow_the_list_and_survive_an_interruption(
         return original(target, plan, *rest)
 
     monkeypatch.setattr(executor, "run_attack", interrupted)
-    attacks = ("--attacks", "prune:ratio=0.3,int8,noise:sigma=0.1,bn_fold")
+    attacks = ("--attacks", "prune:ratio=0.1,int8,noise:sigma=0.02,bn_fold")
     assert job(*attacks, "--pairs", "2", "--run", "p")[0] == 130
     monkeypatch.setattr(executor, "run_attack", original)
     code, _, err = job("--resume", "p")
