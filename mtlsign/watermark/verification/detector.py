@@ -253,7 +253,7 @@ class WatermarkDetector:
         the kernels open, they are also found by content. A spread read-out tolerates missing kernels.
         """
         selector, earlier = self._selector(), EarlierKernels()
-        unread, problems = selector.has_unread(tensors), []
+        problems: list[str] = []
         complete = named = unnamed = False
         for selected in selector.by_name(tensors):
             if selected.problem is not None:
@@ -262,7 +262,7 @@ class WatermarkDetector:
             named, complete = True, complete or not selected.missing
             has_own = selector.has_own_order(selected.tensors)
             for order in self._orders_of(selected.tensors, has_own_order=has_own):
-                if order.problem is None and (unread or selected.missing):
+                if order.problem is None:
                     earlier.add(order.kernels)
                 yield self._reading(order)
         if selector.needs_content(tensors, complete=complete):

@@ -54,6 +54,10 @@ class SuspectSelector:
 
         Those that are not recognised as a descendant of W0 are left out, if the reference has sketches.
         """
+        blocks = list(self._with_other_blocks(tensors))
+        yield from ((selected, False) for selected in blocks)
+        if any(map(self._recognizes_each, blocks)):
+            return
         try:
             views = self.matcher.views(tensors)
         except ModelError as error:
@@ -76,6 +80,8 @@ class SuspectSelector:
         """
         if not complete:
             return True
+        if isinstance(self.aligner, RecurrentAligner | TransformerAligner) and self.aligner.layers:
+            return not any(map(self._recognizes_each, self.by_name(tensors)))
         return self.has_unread(tensors) and not self._recognizes(self.by_name(tensors))
 
     def has_unread(self, tensors: Mapping[str, Tensor]) -> bool:
@@ -93,6 +99,36 @@ class SuspectSelector:
             selected.problem is None and self.aligner.recognizes(self.alignable(selected.tensors))
             for selected in selections
         )
+
+    def _recognizes_each(self, selected: MappedTensors) -> bool:
+        """Return whether each layer descends from W0's; for recurrent layers and attention layers."""
+        assert isinstance(self.aligner, RecurrentAligner | TransformerAligner)
+        return selected.problem is None and self.aligner.recognizes_each(self.alignable(selected.tensors))
+
+    def _with_other_blocks(self, tensors: Mapping[str, Tensor]) -> Iterator[MappedTensors]:
+        """Yield the tensors in each place with exchanged numbers of blocks, if these are recognised.
+
+        The numbers are looked for with random sketches as well, to know what this reaches by chance.
+        """
+        aligner = self.aligner
+        if not isinstance(aligner, TransformerAligner) or not aligner.layers:
+            return
+        chance = max((s for _, s in self._exchanged_blocks(aligner.control(), tensors)), default=0.0)
+        for selected, similarity in self._exchanged_blocks(aligner, tensors):
+            if aligner.exceeds(similarity, chance):
+                yield selected
+
+    def _exchanged_blocks(
+        self, aligner: TransformerAligner, tensors: Mapping[str, Tensor]
+    ) -> Iterator[tuple[MappedTensors, float]]:
+        """Yield the tensors with the numbers of W0's most similar blocks, and their similarity with W0."""
+        try:
+            for view in aligner.renumbered(tensors, self._select, own_numbers=True):
+                for selected in self._select(view):
+                    if selected.problem is None:
+                        yield selected, aligner.align(self.alignable(selected.tensors)).similarity
+        except ModelError:  # so many places are a problem of the readings by name already
+            return
 
     def alignable(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors that an alignment reads: the matrices, and vectors of the inputs."""

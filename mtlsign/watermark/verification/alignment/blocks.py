@@ -107,17 +107,19 @@ class RenumberedTensors(Mapping[str, Tensor]):
         return len(self._sources)
 
 
-def block_groups(tensors: Mapping[str, Tensor], blocks: BlockNames) -> list[BlockGroup]:
-    """Return the blocks of a file that have other numbers than W0's.
+def block_groups(
+    tensors: Mapping[str, Tensor], blocks: BlockNames, *, own_numbers: bool = False
+) -> list[BlockGroup]:
+    """Return the blocks of a file that have other numbers than W0's, or those that have just W0's.
 
     Args:
         tensors: of the file.
         blocks: names of the architecture's blocks.
+        own_numbers: whether the numbers are just those from 0 to count - 1.
 
     Returns:
         Numbers of the blocks that have an output matrix, under these names or other libraries' names of
-        them. Groups are absent if their numbers are just those from 0 to count - 1, less than half or over
-        four times as many.
+        them. Without `own_numbers`, groups are absent if they have less than half or over four times as many.
 
     Raises:
         ModelError: there are more than `MAX_MAPPINGS` groups.
@@ -139,7 +141,9 @@ def block_groups(tensors: Mapping[str, Tensor], blocks: BlockNames) -> list[Bloc
     groups = [
         BlockGroup(prefix, place, tuple(sorted(group)))
         for (prefix, place), group in sorted(numbers.items())
-        if group != set(range(count)) and count <= 2 * len(group) and len(group) <= _MAX_GROWTH * count
+        if (group == set(range(count))) == own_numbers
+        and count <= 2 * len(group)
+        and len(group) <= _MAX_GROWTH * count
     ]
     if len(groups) > MAX_MAPPINGS:
         raise too_many_places()

@@ -28,7 +28,9 @@ from mtlsign.watermark.verification.alignment.assignment import Floats, Indices,
 from mtlsign.watermark.verification.alignment.layers import unit_rows
 from mtlsign.watermark.verification.alignment.result import (
     Alignment,
+    layer_similarities,
     recognition_margin,
+    recognizes_each,
     with_random_sketches,
 )
 from mtlsign.watermark.verification.embedding_frame import embedding_frame
@@ -167,18 +169,34 @@ class RecurrentAligner:
 
         The same alignment with random sketches gives the similarity that search alone reaches.
         """
+        return self.exceeds(self.align(kernels).similarity, self.control().align(kernels).similarity)
+
+    def exceeds(self, similarity: float, chance: float) -> bool:
+        """Return whether a similarity shows descent, given the one that search reaches by chance."""
+        return similarity > chance + recognition_margin([layer.sketch for layer in self.layers.values()])
+
+    def recognizes_each(self, kernels: Mapping[str, Tensor]) -> bool:
+        """Return whether each single layer of a suspect descends from W0's layer of this name.
+
+        Layers of exchanged directions count as those of the other direction.
+        """
+        control = self.control()
+        return recognizes_each(
+            layer_similarities(self.layers, self.align(kernels).kernels),
+            layer_similarities(control.layers, control.align(kernels).kernels),
+            {name: layer.sketch for name, layer in self.layers.items()},
+        )
+
+    def control(self) -> RecurrentAligner:
+        """Return the same alignment with random sketches, which shows what search alone reaches."""
         control = copy.copy(self)
         control.layers = with_random_sketches(self.layers)
-        margin = recognition_margin([layer.sketch for layer in self.layers.values()])
-        return self.align(kernels).similarity > control.align(kernels).similarity + margin
+        return control
 
     def _similarity(self, aligned: Mapping[str, Floats]) -> float:
         """Return the mean cosine of the rows' sketches over the matrices that are present."""
-        means = []
-        for name, array in aligned.items():
-            matrix = self.layers[name]
-            sketch = unit_rows(array @ projection_matrix(matrix.fan_in, matrix.sketch.shape[1]))
-            means.append(float((unit_rows(matrix.sketch) * sketch).sum(1).mean()))
+        tensors = {name: torch.from_numpy(array) for name, array in aligned.items()}
+        means = list(layer_similarities(self.layers, tensors).values())
         return float(np.mean(means)) if means else 0.0
 
     def _exchanged(self, arrays: Mapping[str, Floats]) -> dict[str, Floats] | None:

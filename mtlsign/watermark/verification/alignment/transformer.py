@@ -22,6 +22,7 @@ from mtlsign.models.untrusted import MappedTensors
 from mtlsign.watermark.verification.alignment.aligner import Aligner
 from mtlsign.watermark.verification.alignment.assignment import Floats, Indices, best_assignment
 from mtlsign.watermark.verification.alignment.blocks import (
+    BlockGroup,
     BlockNames,
     RenumberedTensors,
     block_groups,
@@ -32,7 +33,9 @@ from mtlsign.watermark.verification.alignment.blocks import (
 from mtlsign.watermark.verification.alignment.layers import ReferenceLayer, unit_rows
 from mtlsign.watermark.verification.alignment.result import (
     Alignment,
+    layer_similarities,
     recognition_margin,
+    recognizes_each,
     with_random_sketches,
 )
 from mtlsign.watermark.verification.alignment.stream_frame import StreamFrame
@@ -145,21 +148,42 @@ class TransformerAligner:
 
         The same alignment with random sketches gives the similarity that search alone reaches.
         """
+        return self.exceeds(self.align(kernels).similarity, self.control().align(kernels).similarity)
+
+    def exceeds(self, similarity: float, chance: float) -> bool:
+        """Return whether a similarity shows descent, given the one that search reaches by chance."""
+        return similarity > chance + recognition_margin([layer.sketch for layer in self.layers.values()])
+
+    def recognizes_each(self, kernels: Mapping[str, Tensor]) -> bool:
+        """Return whether each single layer of a suspect descends from W0's layer of this name."""
+        own, chance = self.layers, self.control().layers
+        return recognizes_each(
+            layer_similarities(own, self.align(kernels).kernels),
+            layer_similarities(chance, self.control().align(kernels).kernels),
+            {name: layer.sketch for name, layer in own.items()},
+        )
+
+    def control(self) -> TransformerAligner:
+        """Return the same alignment with random sketches, which shows what search alone reaches."""
         control = copy.copy(self)
         control.heads = with_random_sketches(self.heads)
         control._neurons = copy.copy(self._neurons)
         control._neurons.layers = with_random_sketches(self._neurons.layers)
-        margin = recognition_margin([layer.sketch for layer in self.layers.values()])
-        return self.align(kernels).similarity > control.align(kernels).similarity + margin
+        return control
 
     def renumbered(
-        self, tensors: Mapping[str, Tensor], select: Callable[[Mapping[str, Tensor]], Iterable[MappedTensors]]
+        self,
+        tensors: Mapping[str, Tensor],
+        select: Callable[[Mapping[str, Tensor]], Iterable[MappedTensors]],
+        *,
+        own_numbers: bool = False,
     ) -> Iterator[Mapping[str, Tensor]]:
         """Yield views of a file with W0's numbers of blocks, if it has others.
 
         Args:
             tensors: of the file.
             select: selects the tensors of the architecture in each place of a view.
+            own_numbers: whether to look for exchanged blocks among just W0's numbers instead.
 
         Raises:
             ModelError: the file has blocks with other numbers in more than `MAX_MAPPINGS` places.
@@ -171,7 +195,8 @@ class TransformerAligner:
                 continue
             renumbered: list[Mapping[str, Tensor]] = []
             for view in views:
-                renumbered += self._renumbered_stage(view, blocks, stage, select) or [view]
+                groups = block_groups(view, blocks, own_numbers=own_numbers)
+                renumbered += self._renumbered_stage(view, groups, blocks, stage, select) or [view]
                 if len(renumbered) > MAX_MAPPINGS:  # before the work for the next view
                     raise too_many_places()
             views = renumbered
@@ -180,13 +205,14 @@ class TransformerAligner:
     def _renumbered_stage(
         self,
         tensors: Mapping[str, Tensor],
+        groups: Sequence[BlockGroup],
         blocks: BlockNames,
         stage: StreamStage,
         select: Callable[[Mapping[str, Tensor]], Iterable[MappedTensors]],
     ) -> list[Mapping[str, Tensor]]:
         """Return views of a file with W0's numbers of one stage's blocks, one for each place."""
         views: list[Mapping[str, Tensor]] = []
-        for group in block_groups(tensors, blocks):
+        for group in groups:
             numbers = group.numbers
             similarities = np.zeros((blocks.count, len(numbers)))
             for window in windows(numbers, blocks.count):
@@ -228,12 +254,7 @@ class TransformerAligner:
 
     def _similarity(self, aligned: Mapping[str, Tensor]) -> float:
         """Return the mean cosine of the rows' sketches over the layers that are present."""
-        means = []
-        for name, layer in self.layers.items():
-            if name in aligned:
-                kernel = aligned[name].double().flatten(1).numpy()
-                projected = kernel @ projection_matrix(kernel.shape[1], layer.sketch.shape[1])
-                means.append(float((unit_rows(layer.sketch) * unit_rows(projected)).sum(1).mean()))
+        means = list(layer_similarities(self.layers, aligned).values())
         return float(np.mean(means)) if means else 0.0
 
 
