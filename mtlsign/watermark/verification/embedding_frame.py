@@ -95,16 +95,16 @@ class KnownWords:
             vectors: the suspect's vocabulary, [V, d] with V of at least r.
         """
         first = vectors[: len(self.vectors)].double()
-        if self._misfit(first) <= _FITTING:
+        if self.misfit(first) <= _FITTING:
             return first
         rows = find_words(self.coordinates, vectors.detach().cpu())
         if rows is None:
             return first
         candidates = vectors[rows.to(vectors.device)].double()
-        return candidates if self._misfit(candidates) < self._misfit(first) else first
+        return candidates if self.misfit(candidates) < self.misfit(first) else first
 
     @torch.no_grad()
-    def _misfit(self, words: Tensor) -> float:
+    def misfit(self, words: Tensor) -> float:
         """Return the share of W0's vectors that no linear map of the given ones explains."""
         centred, expected = words - words.mean(0), self.vectors.to(words.device)
         if centred.shape == expected.shape and torch.allclose(centred, expected, rtol=1e-2, atol=1e-3):
@@ -131,6 +131,15 @@ class EmbeddingFrame:
     words: KnownWords
     inverse: Tensor
 
+    def change(self, vectors: Tensor) -> Tensor:
+        """Return the matrix that brings readers into W0's coordinates, float64 [d', d].
+
+        Args:
+            vectors: the suspect's vocabulary, [V, d'] with V of at least r.
+        """
+        words = self.words.find(vectors)
+        return (words - words.mean(0)).T @ self.inverse.to(words.device)
+
     def apply(self, kernels: Weights) -> dict[str, Tensor]:
         """Bring the readers into W0's coordinates, and remove the embedding.
 
@@ -144,8 +153,7 @@ class EmbeddingFrame:
         vectors = kernels.get(self.weight)
         if vectors is None or vectors.dim() != 2 or len(vectors) < len(self.inverse):
             return others
-        words = self.words.find(vectors)
-        change = (words - words.mean(0)).T @ self.inverse.to(words.device)
+        change = self.change(vectors)
         framed = {
             name: rounded(kernels[name].double() @ change, kernels[name].dtype)
             for name in self.readers

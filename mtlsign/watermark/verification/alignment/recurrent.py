@@ -117,8 +117,8 @@ class RecurrentAligner:
     def __init__(
         self, template_model: nn.Module, taps: Sequence[str], reference: Reference, sample: Tensor
     ) -> None:
-        self._frame = embedding_frame(template_model, taps, sample, reference.tensors)
-        self.further_names = () if self._frame is None else (self._frame.weight,)
+        self.frame = embedding_frame(template_model, taps, sample, reference.tensors)
+        self.further_names = () if self.frame is None else (self.frame.weight,)
         self.layers: dict[str, RecurrentMatrix] = {}
         for layer in tapped_layers(template_model, taps, sample):
             module = template_model.get_submodule(layer.conv)
@@ -147,7 +147,7 @@ class RecurrentAligner:
             kernels: by name, with the embedding. Those of other layers are returned unchanged. Kernels whose
                 units do not fit the others are left out.
         """
-        framed = kernels if self._frame is None else self._frame.apply(kernels)
+        framed = kernels if self.frame is None else self.frame.apply(kernels)
         arrays = {
             name: k.detach().cpu().double().numpy() for name, k in framed.items() if name in self.layers
         }
@@ -224,17 +224,17 @@ class RecurrentAligner:
                 changes = columns.get((matrix.module, matrix.place.layer - 1), [])
                 if sum(len(change) for change in changes) != inputs.shape[1]:
                     continue
-                inputs = inputs @ _block_diagonal(changes)
+                inputs = inputs @ block_diagonal(changes)
             if inputs.shape[1] != matrix.fan_in or len(inputs) % matrix.gates:
                 continue
             outputs_name = name.replace("weight_ih", "weight_hh")
-            units = _Units(matrix, self.layers.get(outputs_name), inputs, arrays.get(outputs_name))
+            units = RecurrentUnits(matrix, self.layers.get(outputs_name), inputs, arrays.get(outputs_name))
             aligned |= units.matrices()
             columns.setdefault((matrix.module, matrix.place.layer), []).append(units.column_change())
         return aligned
 
 
-class _Units:
+class RecurrentUnits:
     """Units of one direction of one layer: their order and signs."""
 
     def __init__(
@@ -268,13 +268,13 @@ class _Units:
     def _search(self) -> tuple[Indices, Floats]:
         """Return the suspect's unit for each of W0's, −1 for none, and its sign."""
         from_inputs = self._inputs.cosines(self._input_matrix)
-        order, signs = _assigned(from_inputs)
+        order, signs = units_in_order(from_inputs)
         if self._outputs is None or self._output_matrix is None:
             return order, signs
         for _ in range(_ROUNDS):
             self._order, self._signs = order, signs
             cosines = from_inputs + self._outputs.cosines(self._output_matrix @ self.column_change())
-            order, signs = _assigned(cosines)
+            order, signs = units_in_order(cosines)
             if np.array_equal(order, self._order) and np.array_equal(signs, self._signs):
                 break
         return order, signs
@@ -288,7 +288,7 @@ class _Units:
         return np.ascontiguousarray(rows.reshape(-1, matrix.shape[1]))
 
 
-def _assigned(cosines: Floats) -> tuple[Indices, Floats]:
+def units_in_order(cosines: Floats) -> tuple[Indices, Floats]:
     """Return the best order of units and their signs from the cosines of all gates [gates, hidden, n]."""
     candidate = cosines[CANDIDATE_GATE]
     total = np.abs(candidate) + np.delete(cosines, CANDIDATE_GATE, 0).sum(0)
@@ -314,7 +314,7 @@ def _merging(gates: Floats) -> Floats:
     return merge
 
 
-def _block_diagonal(blocks: Sequence[Floats]) -> Floats:
+def block_diagonal(blocks: Sequence[Floats]) -> Floats:
     """Return the blocks along the diagonal of one matrix."""
     result = np.zeros((sum(len(block) for block in blocks), sum(block.shape[1] for block in blocks)))
     row = column = 0

@@ -87,7 +87,7 @@ class StreamFrame:
         """
         result = dict(matrices)
         for stage in self.stream.parts:
-            turn = self._turn(stage, result)
+            turn = self.turn(stage, result)
             if turn is None:
                 continue
             for name, matrix in result.items():
@@ -99,7 +99,7 @@ class StreamFrame:
         dropped = {*self.rows, *self.first_gains}
         return {name: matrix for name, matrix in result.items() if name not in dropped}
 
-    def _turn(self, stage: StreamStage, matrices: Weights) -> Tensor | None:
+    def turn(self, stage: StreamStage, matrices: Weights) -> Tensor | None:
         """Return the matrix R with W = W'·R for readers of a stage; None if nothing has to be turned."""
         pairs = []
         for name in stage.sources:
@@ -110,7 +110,7 @@ class StreamFrame:
             own = vectors[: len(known)].cpu().double()
             if name == self.words_name and self.words is not None:
                 own = self.words.find(vectors.cpu())
-            pairs.append((self._relative(own), self._relative(known)))
+            pairs.append((self.relative(own), self.relative(known)))
         if stage.first_norm is not None:
             return self._order(f"{stage.first_norm}.weight", pairs, matrices)
         if not pairs or _all_close(pairs):
@@ -135,7 +135,7 @@ class StreamFrame:
         turn[order, torch.arange(len(order))] = sign
         return turn
 
-    def _relative(self, vectors: Tensor) -> Tensor:
+    def relative(self, vectors: Tensor) -> Tensor:
         """Return vectors less the parts that a file's owner can move between sources and norms."""
         if self.stream.subtracts_mean:
             vectors = vectors - vectors.mean(1, keepdim=True)

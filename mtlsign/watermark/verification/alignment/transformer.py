@@ -108,24 +108,24 @@ class TransformerAligner:
     ) -> None:
         self.products = products
         ordered = [n for stage in products.stream.stages for n in (*stage.sources, *stage.writers)]
-        self._neurons = Aligner(template_model, taps, reference, sample, ordered_kernels=ordered)
-        self._frame = StreamFrame.of(template_model, products.stream, reference.tensors)
+        self.neurons = Aligner(template_model, taps, reference, sample, ordered_kernels=ordered)
+        self.frame = StreamFrame.of(template_model, products.stream, reference.tensors)
         self.heads = {
             name: HeadProducts(heads, products.shapes[name][1], sketch)
             for name, (heads, sketch) in _head_sketches(products, reference).items()
         }
-        self.further_shapes = dict(self._frame.shapes)
-        self.further_names = (*self._frame.shapes, *products.stream.gains.values())
+        self.further_shapes = dict(self.frame.shapes)
+        self.further_names = (*self.frame.shapes, *products.stream.gains.values())
         self.resizable_names = {
-            *self._neurons.layers,
+            *self.neurons.layers,
             *products.stream.attention_weights,
-            *self._frame.shapes,
+            *self.frame.shapes,
         }
 
     @property
     def layers(self) -> Mapping[str, HeadProducts | ReferenceLayer]:
         """W0's layers by name of the kernel."""
-        return {**self._neurons.layers, **self.heads}
+        return {**self.neurons.layers, **self.heads}
 
     def align(self, kernels: Mapping[str, Tensor]) -> Alignment:
         """Bring a suspect's matrices into W0's coordinates and order.
@@ -134,9 +134,9 @@ class TransformerAligner:
             kernels: matrices, gains and sources of the stream by name. Matrices of other layers are returned
                 unchanged, those whose neurons do not fit are left out.
         """
-        matrices = self._frame.apply(self.products.normalized(kernels))
+        matrices = self.frame.apply(self.products.normalized(kernels))
         inner = self.products.stream.attention_weights
-        neurons = self._neurons.align({n: m for n, m in matrices.items() if n not in inner})
+        neurons = self.neurons.align({n: m for n, m in matrices.items() if n not in inner})
         attention = {name: matrix for name, matrix in matrices.items() if name in inner}
         ordered = self._ordered_heads(self.products.multiplied({**neurons.kernels, **attention}))
         shapes = self.products.shapes  # without a sketch, further heads stay
@@ -167,8 +167,8 @@ class TransformerAligner:
         """Return the same alignment with random sketches, which shows what search alone reaches."""
         control = copy.copy(self)
         control.heads = with_random_sketches(self.heads)
-        control._neurons = copy.copy(self._neurons)
-        control._neurons.layers = with_random_sketches(self._neurons.layers)
+        control.neurons = copy.copy(self.neurons)
+        control.neurons.layers = with_random_sketches(self.neurons.layers)
         return control
 
     def renumbered(
@@ -229,7 +229,7 @@ class TransformerAligner:
 
         The bases of queries differ between blocks, so that only values and outputs are compared.
         """
-        turned = self._frame.apply(self.products.normalized(kernels))
+        turned = self.frame.apply(self.products.normalized(kernels))
         products = self.products.multiplied(turned)
         names = [layer.value_output for layer in stage.attentions]
         similarities = np.zeros((len(names), len(names)))

@@ -15,9 +15,14 @@ from mtlsign.watermark.verification.alignment.assignment import RESOLUTION
 from mtlsign.watermark.verification.alignment.inputs import SQUARES, squares_for
 from mtlsign.watermark.verification.alignment.layers import ReferenceLayer
 from mtlsign.watermark.verification.alignment.orders import Orders
-from mtlsign.watermark.verification.alignment.result import RECOGNITION_MARGIN, with_random_sketches
+from mtlsign.watermark.verification.alignment.result import (
+    RECOGNITION_MARGIN,
+    layer_similarities,
+    with_random_sketches,
+)
 from mtlsign.watermark.verification.alignment.suspect import suspect_layers
 from mtlsign.watermark.verification.matching.candidates import Candidate, Slot
+from mtlsign.watermark.verification.matching.recurrent_search import RecurrentSearch
 from mtlsign.watermark.verification.matching.sketch_search import (
     CLEAR,
     Assigned,
@@ -27,6 +32,7 @@ from mtlsign.watermark.verification.matching.sketch_search import (
     ranked,
     search,
 )
+from mtlsign.watermark.verification.matching.transformer_search import TransformerSearch
 
 #: Kernels for the first layer that are tried under all symmetries of the inputs, and those followed further.
 _FIRST_CANDIDATES, _FOLLOWED = 16, 2
@@ -73,7 +79,38 @@ class ContentMatcher:
         views = [ContentView(match_by_order(self._shapes, files), has_own_order=True)]
         if isinstance(self.aligner, Aligner):
             views.append(ContentView(self._by_sketches(self.aligner, files), has_own_order=False))
+        elif self.aligner.layers:
+            views.append(ContentView(self._by_layers(self.aligner, files), has_own_order=False))
         return [view for view in views if view.tensors]
+
+    def _by_layers(
+        self, aligner: RecurrentAligner | TransformerAligner, tensors: Sequence[FileTensor]
+    ) -> dict[str, Tensor]:
+        """Return the tensors of a transformer or recurrent network; none if it is not recognised.
+
+        The matrices of the file have their axes in one of both orders. The same search for random sketches
+        gives the similarity by chance. A layer that is not in the file has the similarity 0.
+        """
+        work = WorkLimit()
+        for files in (tensors, _transposed(tensors)):
+            chosen, similarity = self._searched(aligner, files, work)
+            if not aligner.exceeds(similarity, 0.0):
+                continue
+            _, chance = self._searched(aligner.control(), files, work)
+            if aligner.exceeds(similarity, chance):
+                return chosen
+        return {}
+
+    def _searched(
+        self, aligner: RecurrentAligner | TransformerAligner, tensors: Sequence[FileTensor], work: WorkLimit
+    ) -> tuple[dict[str, Tensor], float]:
+        """Return the tensors that are most similar to W0's, and their similarity."""
+        if isinstance(aligner, TransformerAligner):
+            chosen = TransformerSearch(aligner, self._shapes, tensors, work).run()
+        else:
+            chosen = RecurrentSearch(aligner, tensors, work).run()
+        similarities = layer_similarities(aligner.layers, aligner.align(chosen).kernels)
+        return chosen, sum(similarities.values()) / max(1, len(aligner.layers))
 
     def _by_sketches(self, aligner: Aligner, tensors: Sequence[FileTensor]) -> dict[str, Tensor]:
         """Return the kernels that are similar to W0's beyond chance; none if the network is not.
@@ -144,3 +181,10 @@ def _first_candidates(
             best[number] = min(value, best.get(number, 0.0))
     order = sorted(best, key=lambda number: (best[number], number))
     return [candidates[number] for number in order[:_FIRST_CANDIDATES]]
+
+
+def _transposed(tensors: Sequence[FileTensor]) -> list[FileTensor]:
+    """Return the tensors of a file with the axes of matrices exchanged."""
+    return [
+        FileTensor(t.name, t.place, t.values.T, (t.values.T,)) if t.values.dim() == 2 else t for t in tensors
+    ]

@@ -1,0 +1,109 @@
+"""Sources of a transformer's stream among the tensors of a file, which give the stream's coordinates.
+
+Products of the vectors of one source are the same in all coordinates of the stream. They are compared with
+those of W0's vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mtlsign.models.unnamed_tensors import FileTensor, axis_orders, in_axis_order, is_stored_as
+from mtlsign.models.untrusted import MAX_GROWTH
+from mtlsign.watermark.verification.alignment.assignment import RESOLUTION
+from mtlsign.watermark.verification.alignment.stream_frame import StreamFrame
+from mtlsign.watermark.verification.matching.candidates import Work
+from mtlsign.watermark.verification.stream_sources import stage_vectors
+
+#: Vectors whose products are compared, and fewest vectors of a source.
+_ROWS, _FEWEST = 256, 3
+#: Correlation of the products from which a tensor is a source; of a vocabulary in its own order it is clear.
+_ALIKE, _CLEAR = 0.25, 0.8
+#: Tensors in which the words of another order are looked for.
+_VOCABULARIES = 4
+#: Multiplications of a product of matrices that take the time of one other.
+MATRIX_SPEED = 8
+
+
+def find_sources(frame: StreamFrame, tensors: Sequence[FileTensor], work: Work) -> dict[str, FileTensor]:
+    """Return name of a source -> the tensor with the most similar products of its vectors.
+
+    Args:
+        frame: W0's coordinates of the stream.
+        tensors: of the file.
+        work: limit of the multiplications.
+
+    Returns:
+        Tensors with `values` in the axes of the source. Sources of one or two vectors are left out.
+
+    Raises:
+        ModelError: the limit is exceeded.
+    """
+    ranking = []
+    for number, name in enumerate(frame.rows):
+        if len(frame.rows[name]) >= _FEWEST:
+            for similarity, tensor in _similar(frame, name, tensors, work):
+                ranking.append((-round(similarity / RESOLUTION), number, tensor.place, name, tensor))
+    sources: dict[str, FileTensor] = {}
+    used: set[int] = set()
+    for *_, place, name, tensor in sorted(ranking, key=lambda entry: entry[:3]):
+        if name not in sources and place not in used:
+            sources[name] = tensor
+            used.add(place)
+    return sources
+
+
+def _similar(
+    frame: StreamFrame, name: str, tensors: Sequence[FileTensor], work: Work
+) -> Iterator[tuple[float, FileTensor]]:
+    """Yield the tensors that can be a source, and the correlation of their products with W0's."""
+    known, size = frame.rows[name], frame.rows[name].shape[1]
+    candidates = []
+    for tensor in _fitting(frame.shapes[name], tensors):
+        vectors = stage_vectors(name, tensor.values, frame.stream, size)
+        if vectors is not None and len(vectors) >= len(known):
+            work.use(2**13 + min(len(known), _ROWS) ** 2 * size // MATRIX_SPEED)
+            similarity = _correlation(frame, vectors[: len(known)], known)
+            candidates.append((similarity, tensor, vectors))
+    best = max((similarity for similarity, _, _ in candidates), default=0.0)
+    if name == frame.words_name and frame.words is not None and best < _CLEAR:
+        # The words may have another order. Their number is most likely that of W0.
+        candidates.sort(key=lambda entry: (abs(len(entry[2]) - frame.shapes[name][0]), entry[1].place))
+        candidates = candidates[:_VOCABULARIES]
+        for number, (similarity, tensor, vectors) in enumerate(candidates):
+            work.use((20 * len(known) * size**2 + 16 * len(vectors) * size**2) // MATRIX_SPEED)
+            ordered = _correlation(frame, frame.words.find(vectors), known)
+            candidates[number] = (max(similarity, ordered), tensor, vectors)
+    yield from ((similarity, tensor) for similarity, tensor, _ in candidates if similarity > _ALIKE)
+
+
+def _fitting(shape: tuple[int, ...], tensors: Sequence[FileTensor]) -> Iterator[FileTensor]:
+    """Yield tensors with the axes of a source; a matrix can have more vectors or fewer."""
+    for tensor in tensors:
+        values = tensor.values
+        if len(shape) == 2 and values.dim() == 2:
+            for matrix in (values, values.T):
+                if matrix.shape[1] == shape[1] and len(matrix) <= MAX_GROWTH * shape[0]:
+                    yield FileTensor(tensor.name, tensor.place, matrix, (matrix,))
+                    break
+        elif len(shape) != 2:
+            for order in axis_orders(len(shape)):
+                if is_stored_as(tuple(values.shape), shape, order):
+                    kernel = in_axis_order(values, shape, order)
+                    yield FileTensor(tensor.name, tensor.place, kernel, (kernel,))
+                    break
+
+
+def _correlation(frame: StreamFrame, vectors: Tensor, known: Tensor) -> float:
+    """Return the correlation of the products of different vectors [r, d] with those of W0's."""
+    products = []
+    for rows in (vectors, known):
+        relative = frame.relative(rows.double())[:_ROWS]
+        relative = relative / relative.abs().amax().clamp(min=1e-300)
+        products.append(relative @ relative.T)
+    different = ~torch.eye(len(products[0]), dtype=torch.bool)
+    own, expected = (product[different] - product[different].mean() for product in products)
+    return float(own @ expected / (own.norm() * expected.norm()).clamp(min=1e-300))
