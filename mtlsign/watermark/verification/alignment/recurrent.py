@@ -180,12 +180,13 @@ class RecurrentAligner:
 
         Layers of exchanged directions count as those of the other direction.
         """
-        control = self.control()
-        return recognizes_each(
-            layer_similarities(self.layers, self.align(kernels).kernels),
-            layer_similarities(control.layers, control.align(kernels).kernels),
-            {name: layer.sketch for name, layer in self.layers.items()},
-        )
+
+        def chance() -> dict[str, float]:
+            control = self.control()
+            return layer_similarities(control.layers, control.align(kernels).kernels)
+
+        own = layer_similarities(self.layers, self.align(kernels).kernels)
+        return recognizes_each({name: layer.sketch for name, layer in self.layers.items()}, own, chance)
 
     def control(self) -> RecurrentAligner:
         """Return the same alignment with random sketches, which shows what search alone reaches."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
@@ -22,6 +22,8 @@ RECOGNITION_MARGIN = 0.1
 _DEVIATIONS = 5.0
 #: The same for a single layer: names are doubted only for one that is far from W0's.
 _LAYER_DEVIATIONS = 1.0
+#: Mean cosine from which a layer is W0's without a comparison.
+_CLEAR = 0.8
 #: The random kernels are public and the same for all owners.
 _CONTROL_KEY = hashlib.sha256(b"mtlsign/v1/control-sketch").digest()
 
@@ -105,16 +107,20 @@ def layer_similarities(layers: Mapping[str, _Layer], aligned: Mapping[str, Tenso
 
 
 def recognizes_each(
-    similarities: Mapping[str, float], chance: Mapping[str, float], sketches: Mapping[str, Floats]
+    sketches: Mapping[str, Floats], own: Mapping[str, float], chance: Callable[[], Mapping[str, float]]
 ) -> bool:
     """Return whether each layer with a sketch is more similar to W0's than by chance.
 
     Args:
-        similarities: name of a layer -> mean cosine.
-        chance: the same with random sketches.
         sketches: of W0's layers, [rows, s].
+        own: name of a layer -> mean cosine.
+        chance: returns the same with random sketches; not used if all layers are clearly similar.
     """
+    if all(own.get(name, 0.0) > _CLEAR for name in sketches):
+        return True
+    by_chance = chance()
     return all(
-        similarities.get(name, 0.0) > chance.get(name, 0.0) + recognition_margin([sketch], _LAYER_DEVIATIONS)
+        own.get(name, 0.0)
+        > min(_CLEAR, by_chance.get(name, 0.0) + recognition_margin([sketch], _LAYER_DEVIATIONS))
         for name, sketch in sketches.items()
     )

@@ -156,12 +156,13 @@ class TransformerAligner:
 
     def recognizes_each(self, kernels: Mapping[str, Tensor]) -> bool:
         """Return whether each single layer of a suspect descends from W0's layer of this name."""
-        own, chance = self.layers, self.control().layers
-        return recognizes_each(
-            layer_similarities(own, self.align(kernels).kernels),
-            layer_similarities(chance, self.control().align(kernels).kernels),
-            {name: layer.sketch for name, layer in own.items()},
-        )
+
+        def chance() -> dict[str, float]:
+            control = self.control()
+            return layer_similarities(control.layers, control.align(kernels).kernels)
+
+        own = layer_similarities(self.layers, self.align(kernels).kernels)
+        return recognizes_each({name: layer.sketch for name, layer in self.layers.items()}, own, chance)
 
     def control(self) -> TransformerAligner:
         """Return the same alignment with random sketches, which shows what search alone reaches."""

@@ -22,7 +22,7 @@ from mtlsign.watermark.verification.alignment.result import (
 )
 from mtlsign.watermark.verification.alignment.suspect import suspect_layers
 from mtlsign.watermark.verification.matching.candidates import Candidate, Slot
-from mtlsign.watermark.verification.matching.recurrent_search import RecurrentSearch
+from mtlsign.watermark.verification.matching.recurrent_search import RecurrentSearch, find_embedding
 from mtlsign.watermark.verification.matching.sketch_search import (
     CLEAR,
     Assigned,
@@ -32,6 +32,7 @@ from mtlsign.watermark.verification.matching.sketch_search import (
     ranked,
     search,
 )
+from mtlsign.watermark.verification.matching.stream_sources import find_sources
 from mtlsign.watermark.verification.matching.transformer_search import TransformerSearch
 
 #: Kernels for the first layer that are tried under all symmetries of the inputs, and those followed further.
@@ -91,24 +92,28 @@ class ContentMatcher:
         The matrices of the file have their axes in one of both orders. The same search for random sketches
         gives the similarity by chance. A layer that is not in the file has the similarity 0.
         """
-        work = WorkLimit()
+        work, sources = WorkLimit(), _sources(aligner, tensors, WorkLimit())
         for files in (tensors, _transposed(tensors)):
-            chosen, similarity = self._searched(aligner, files, work)
+            chosen, similarity = self._searched(aligner, sources, files, work)
             if not aligner.exceeds(similarity, 0.0):
                 continue
-            _, chance = self._searched(aligner.control(), files, work)
+            _, chance = self._searched(aligner.control(), sources, files, work)
             if aligner.exceeds(similarity, chance):
                 return chosen
         return {}
 
     def _searched(
-        self, aligner: RecurrentAligner | TransformerAligner, tensors: Sequence[FileTensor], work: WorkLimit
+        self,
+        aligner: RecurrentAligner | TransformerAligner,
+        sources: Mapping[str, FileTensor],
+        tensors: Sequence[FileTensor],
+        work: WorkLimit,
     ) -> tuple[dict[str, Tensor], float]:
         """Return the tensors that are most similar to W0's, and their similarity."""
         if isinstance(aligner, TransformerAligner):
-            chosen = TransformerSearch(aligner, self._shapes, tensors, work).run()
+            chosen = TransformerSearch(aligner, self._shapes, sources, tensors, work).run()
         else:
-            chosen = RecurrentSearch(aligner, tensors, work).run()
+            chosen = RecurrentSearch(aligner, next(iter(sources.values()), None), tensors, work).run()
         similarities = layer_similarities(aligner.layers, aligner.align(chosen).kernels)
         return chosen, sum(similarities.values()) / max(1, len(aligner.layers))
 
@@ -181,6 +186,17 @@ def _first_candidates(
             best[number] = min(value, best.get(number, 0.0))
     order = sorted(best, key=lambda number: (best[number], number))
     return [candidates[number] for number in order[:_FIRST_CANDIDATES]]
+
+
+def _sources(
+    aligner: RecurrentAligner | TransformerAligner, tensors: Sequence[FileTensor], work: WorkLimit
+) -> dict[str, FileTensor]:
+    """Return the tensors that give the coordinates, whatever the axes of the matrices are."""
+    if isinstance(aligner, TransformerAligner):
+        return find_sources(aligner.frame, tensors, work)
+    frame = aligner.frame
+    embedding = None if frame is None else find_embedding(frame, tensors, work)
+    return {} if frame is None or embedding is None else {frame.weight: embedding}
 
 
 def _transposed(tensors: Sequence[FileTensor]) -> list[FileTensor]:

@@ -27,7 +27,7 @@ from mtlsign.watermark.verification.alignment.recurrent import (
 )
 from mtlsign.watermark.verification.embedding_frame import EmbeddingFrame
 from mtlsign.watermark.verification.matching.candidates import Work
-from mtlsign.watermark.verification.matching.stream_sources import MATRIX_SPEED
+from mtlsign.watermark.verification.matching.stream_sources import MATRIX_SPEED, word_search_work
 
 #: Tensors in which the words of another order are looked for, and share of W0's vectors that shows these.
 _VOCABULARIES, _MISFIT = 4, 0.5
@@ -66,17 +66,54 @@ class _Direction:
     score: float
 
 
+def find_embedding(frame: EmbeddingFrame, tensors: Sequence[FileTensor], work: Work) -> FileTensor | None:
+    """Return the matrix of which W0's word vectors are a linear map; None without a candidate.
+
+    Args:
+        frame: coordinates of W0's word vectors.
+        tensors: of the file; their words can have another order.
+        work: limit of the multiplications.
+
+    Raises:
+        ModelError: the limit is exceeded.
+    """
+    candidates, known = [], len(frame.inverse)
+    for tensor in tensors:
+        for vectors in (tensor.values, tensor.values.T) if tensor.values.dim() == 2 else ():
+            if _is_vocabulary(vectors, frame):
+                work.use(_MATRIX_WORK + 20 * known * vectors.shape[1] ** 2 // MATRIX_SPEED)
+                misfit = frame.words.misfit(vectors[:known].double())
+                candidates.append((misfit, FileTensor(tensor.name, tensor.place, vectors, (vectors,))))
+    if min((misfit for misfit, _ in candidates), default=0.0) > _MISFIT:
+        candidates.sort(key=lambda entry: (abs(len(entry[1].values) - frame.shape[0]), entry[1].place))
+        candidates = candidates[:_VOCABULARIES]
+        for number, (misfit, tensor) in enumerate(candidates):
+            work.use(word_search_work(known, tensor.values) // MATRIX_SPEED)
+            ordered = frame.words.misfit(frame.words.find(tensor.values))
+            candidates[number] = (min(misfit, ordered), tensor)
+    if not candidates:
+        return None
+    return min(candidates, key=lambda entry: (round(entry[0] / RESOLUTION), entry[1].place))[1]
+
+
 class RecurrentSearch:
     """Search for the tensors of one architecture in one file.
 
     Args:
         aligner: alignment with W0, or its control with random sketches.
+        embedding: result of `find_embedding`.
         tensors: of the file; matrices have W0's axes.
         work: limit of the multiplications.
     """
 
-    def __init__(self, aligner: RecurrentAligner, tensors: Sequence[FileTensor], work: Work) -> None:
-        self._aligner, self._work = aligner, work
+    def __init__(
+        self,
+        aligner: RecurrentAligner,
+        embedding: FileTensor | None,
+        tensors: Sequence[FileTensor],
+        work: Work,
+    ) -> None:
+        self._aligner, self._embedding, self._work = aligner, embedding, work
         self._tensors = [t for t in tensors if t.values.dim() == 2]
         self._chosen: dict[str, Tensor] = {}
         self._used: set[int] = set()
@@ -89,8 +126,11 @@ class RecurrentSearch:
         Raises:
             ModelError: the limit is exceeded.
         """
-        if self._aligner.frame is not None:
-            self._choose_embedding(self._aligner.frame)
+        frame = self._aligner.frame
+        if frame is not None and self._embedding is not None:
+            self._chosen[frame.weight] = self._embedding.values
+            self._used.add(self._embedding.place)
+            self._change = frame.change(self._embedding.values).numpy()
         for slots in self._layers():
             self._choose_layer(slots)
         return self._chosen
@@ -102,28 +142,6 @@ class RecurrentSearch:
             if not matrix.place.reads_outputs:
                 layers.setdefault((matrix.module, matrix.place.layer), []).append(matrix)
         return list(layers.values())
-
-    def _choose_embedding(self, frame: EmbeddingFrame) -> None:
-        """Choose the embedding, of which W0's vectors are a linear map; the words can have another order."""
-        candidates = []
-        for tensor in self._tensors:
-            for vectors in (tensor.values, tensor.values.T):
-                if _is_vocabulary(vectors, frame):
-                    self._work.use(_MATRIX_WORK + _map_work(len(frame.inverse), vectors) // MATRIX_SPEED)
-                    misfit = frame.words.misfit(vectors[: len(frame.inverse)].double())
-                    candidates.append((misfit, tensor.place, vectors))
-        if min((misfit for misfit, _, _ in candidates), default=0.0) > _MISFIT:
-            candidates.sort(key=lambda entry: (abs(len(entry[2]) - frame.shape[0]), entry[1]))
-            candidates = candidates[:_VOCABULARIES]
-            for number, (misfit, place, vectors) in enumerate(candidates):
-                self._work.use(_map_work(8 * len(vectors), vectors) // MATRIX_SPEED)
-                ordered = frame.words.misfit(frame.words.find(vectors))
-                candidates[number] = (min(misfit, ordered), place, vectors)
-        if candidates:
-            _, place, vectors = min(candidates, key=lambda entry: (round(entry[0] / RESOLUTION), entry[1]))
-            self._chosen[frame.weight] = vectors
-            self._used.add(place)
-            self._change = frame.change(vectors).numpy()
 
     def _choose_layer(self, slots: Sequence[RecurrentMatrix]) -> None:
         """Choose the matrices of one layer, with the columns of the layer before in one of two orders."""
@@ -227,11 +245,6 @@ def _is_vocabulary(vectors: Tensor, frame: EmbeddingFrame) -> bool:
     """Return whether a matrix can be the embedding, which can have up to four times W0's sizes."""
     words, size = vectors.shape
     return len(frame.inverse) <= words <= MAX_GROWTH * frame.shape[0] and size <= MAX_GROWTH * frame.shape[1]
-
-
-def _map_work(rows: int, vectors: Tensor) -> int:
-    """Return the multiplications for the best linear map of so many vectors."""
-    return 20 * rows * vectors.shape[1] ** 2
 
 
 def _mean_cosine(cosines: Floats, order: Indices) -> float:

@@ -74,7 +74,7 @@ def _similar(
         candidates.sort(key=lambda entry: (abs(len(entry[2]) - frame.shapes[name][0]), entry[1].place))
         candidates = candidates[:_VOCABULARIES]
         for number, (similarity, tensor, vectors) in enumerate(candidates):
-            work.use((20 * len(known) * size**2 + 16 * len(vectors) * size**2) // MATRIX_SPEED)
+            work.use(word_search_work(len(known), vectors) // MATRIX_SPEED)
             ordered = _correlation(frame, frame.words.find(vectors), known)
             candidates[number] = (max(similarity, ordered), tensor, vectors)
     yield from ((similarity, tensor) for similarity, tensor, _ in candidates if similarity > _ALIKE)
@@ -107,3 +107,9 @@ def _correlation(frame: StreamFrame, vectors: Tensor, known: Tensor) -> float:
     different = ~torch.eye(len(products[0]), dtype=torch.bool)
     own, expected = (product[different] - product[different].mean() for product in products)
     return float(own @ expected / (own.norm() * expected.norm()).clamp(min=1e-300))
+
+
+def word_search_work(known: int, vectors: Tensor) -> int:
+    """Return the multiplications that find so many known words in a vocabulary [V, d]."""
+    count, size = vectors.shape
+    return 20 * known * size**2 + 6 * known * count * size + 4 * count * size**2

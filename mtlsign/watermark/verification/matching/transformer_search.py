@@ -32,7 +32,7 @@ from mtlsign.watermark.verification.matching.head_comparison import (
     spread,
     unit_vectors,
 )
-from mtlsign.watermark.verification.matching.stream_sources import MATRIX_SPEED, find_sources
+from mtlsign.watermark.verification.matching.stream_sources import MATRIX_SPEED
 from mtlsign.watermark.verification.sketches import projection_matrix
 
 #: Rows of one head's products, and neurons, that are compared for a choice.
@@ -62,6 +62,7 @@ class TransformerSearch:
     Args:
         aligner: alignment with W0, or its control with random sketches.
         shapes: of the network's tensors.
+        sources: result of `find_sources`.
         tensors: of the file; matrices have W0's axes.
         work: limit of the multiplications.
     """
@@ -70,12 +71,13 @@ class TransformerSearch:
         self,
         aligner: TransformerAligner,
         shapes: Mapping[str, tuple[int, ...]],
+        sources: Mapping[str, FileTensor],
         tensors: Sequence[FileTensor],
         work: Work,
     ) -> None:
         self._aligner, self._shapes, self._work = aligner, shapes, work
         self._stream = aligner.products.stream
-        self._tensors = tensors
+        self._sources, self._tensors = sources, tensors
         self._chosen: dict[str, Tensor] = {}
         self._used: set[int] = set()
         self._pairs: dict[str, _HeadPair] = {}
@@ -87,7 +89,7 @@ class TransformerSearch:
         Raises:
             ModelError: the limit is exceeded.
         """
-        for name, source in find_sources(self._aligner.frame, self._tensors, self._work).items():
+        for name, source in self._sources.items():
             self._choose(name, source.place, source.values)
         self._choose_values_and_outputs()
         self._choose_queries_and_keys()
@@ -145,11 +147,13 @@ class TransformerSearch:
             size = self._aligner.products.head_sizes[first.module]
             projection = self._projection(heads.sketch.shape[1])
             values, outputs = self._free(first.value.weight), self._free(first.output)
+            if not values or not outputs:
+                continue
             self._use(values, projection.shape[1], self._stream.size * size * first.kv_heads)
             self._use(outputs, len(rows), self._stream.size * size * first.heads)
             self._use_pairs(values, outputs, len(rows) * projection.shape[1], size, slots)
             parts = [part_of(first.value, t.values).numpy() @ projection for t in values]
-            projected = np.array(parts).reshape(len(values), first.kv_heads, size, -1)
+            projected = np.array(parts).reshape(len(values), first.kv_heads, size, projection.shape[1])
             scores = np.full((len(values), len(outputs), len(slots)), -np.inf, dtype=np.float32)
             targets = [head_targets(own, rows) for _, own in slots]
             for column, tensor in enumerate(outputs):
@@ -177,12 +181,14 @@ class TransformerSearch:
             size = self._aligner.products.head_sizes[first.module]
             projection = self._projection(heads.sketch.shape[1])
             queries, keys = self._free(first.query.weight), self._free(first.key.weight)
+            if not queries or not keys:
+                continue
             rows = spread(heads.rows, _HEAD_ROWS)
             self._use(keys, projection.shape[1], self._stream.size * size * first.kv_heads)
             self._use(queries, len(rows) * len(slots), self._stream.size * size)
             self._use_pairs(queries, keys, len(rows) * projection.shape[1], size * len(slots), slots)
             parts = [t.values.double().numpy() @ projection for t in keys]
-            projected = np.array(parts).reshape(len(keys), first.kv_heads, size, -1)
+            projected = np.array(parts).reshape(len(keys), first.kv_heads, size, projection.shape[1])
             scores = np.full((len(queries), len(keys), len(slots)), -np.inf, dtype=np.float32)
             for slot, (layer, own) in enumerate(slots):
                 basis = self._turn @ self._aligner.products.bases[layer.query_key].numpy()[:, rows]
