@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from mtlsign.errors import ModelError
 from mtlsign.models.untrusted import MappedTensors, has_unread_tensors, select_tensors_untrusted
 from mtlsign.watermark.verification.alignment import (
     Aligner,
+    Alignment,
+    Descent,
     RecurrentAligner,
     TransformerAligner,
 )
@@ -49,50 +51,46 @@ class SuspectSelector:
         except ModelError as error:
             yield MappedTensors({}, str(error))
 
-    def by_content(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[MappedTensors, bool]]:
-        """Yield tensors that are found without names, and whether they can be read in their own order.
+    def by_content(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[MappedTensors, Alignment, bool]]:
+        """Yield tensors that are found without names, their alignment, and whether they have an own order.
 
         Those that are not recognised as a descendant of W0 are left out, if the reference has sketches.
         """
         try:
-            views = self.matcher.views(tensors)
+            views = self.matcher.views(tensors, with_products=self.has_unread(tensors))
         except ModelError as error:
-            yield MappedTensors({}, str(error)), False
+            yield MappedTensors({}, str(error)), Alignment({}, 0.0), False
             return
         for view in views:
             for selected in self._select(view.tensors):
                 if selected.problem is not None:
                     continue
-                if view.has_own_order and self.aligner.layers and not self._recognizes([selected]):
+                alignment = self.align(selected)
+                if (
+                    view.has_own_order
+                    and self.aligner.layers
+                    and not self.descent(selected, alignment).recognized
+                ):
                     continue
-                yield selected, view.has_own_order and self.has_own_order(selected.tensors)
+                yield selected, alignment, view.has_own_order and self.has_own_order(selected.tensors)
 
-    def needs_content(self, tensors: Mapping[str, Tensor], *, complete: bool) -> bool:
-        """Return whether the names of a file leave open which tensors are those of the network.
+    def align(self, selected: MappedTensors) -> Alignment:
+        """Bring selected kernels into W0's order; other tensors are not read."""
+        return self.aligner.align(self.alignable(selected.tensors))
 
-        Args:
-            tensors: the suspect's tensors.
-            complete: whether the file has all of them in one place, under their names.
+    def descent(self, selected: MappedTensors, alignment: Alignment) -> Descent:
+        """Return whether selected kernels descend from W0, all of them and each under its name.
+
+        Names show nothing by themselves: an attacker can exchange them among tensors of equal shapes. Without
+        sketches nothing shows descent, and the names count.
         """
-        if not complete:
-            return True
-        return self.has_unread(tensors) and not self._recognizes(self.by_name(tensors))
+        if not self.aligner.layers:
+            return Descent(recognized=False, every_layer=True)
+        return self.aligner.descent(self.alignable(selected.tensors), alignment)
 
     def has_unread(self, tensors: Mapping[str, Tensor]) -> bool:
         """Return whether a matrix or kernel of the file has no name of the architecture."""
         return has_unread_tensors(self.tensor_names, tensors)
-
-    def recognizes(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Return whether the kernels descend from W0, by name or by content."""
-        if self._recognizes(self.by_name(tensors)):
-            return True
-        return any(selected.problem is None for selected, _ in self.by_content(tensors))
-
-    def _recognizes(self, selections: Iterable[MappedTensors]) -> bool:
-        return any(
-            selected.problem is None and self.aligner.recognizes(self.alignable(selected.tensors))
-            for selected in selections
-        )
 
     def alignable(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors that an alignment reads: the matrices, and vectors of the inputs."""
@@ -124,6 +122,7 @@ class SuspectReading:
         problem: reason why the kernels cannot be read, or None.
         missing: kernels that are missing or damaged.
         similarity: how alike the aligned kernels and those of W0 are, see `Alignment`.
+        recognized: whether the kernels are recognised as those of a descendant of W0.
         by_content: whether the kernels were found without their names.
     """
 
@@ -131,11 +130,13 @@ class SuspectReading:
     problem: str | None
     missing: tuple[str, ...] = ()
     similarity: float = 0.0
+    recognized: bool = False
     by_content: bool = False
 
     def description(self) -> dict[str, Any]:
         """Return the fields of a `ScoreResult` that describe the reading."""
-        return {name: getattr(self, name) for name in ("missing", "similarity", "by_content")}
+        names = ("missing", "similarity", "recognized", "by_content")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

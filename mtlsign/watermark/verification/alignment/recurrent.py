@@ -28,6 +28,7 @@ from mtlsign.watermark.verification.alignment.assignment import Floats, Indices,
 from mtlsign.watermark.verification.alignment.layers import unit_rows
 from mtlsign.watermark.verification.alignment.result import (
     Alignment,
+    Descent,
     recognition_margin,
     with_random_sketches,
 )
@@ -163,14 +164,23 @@ class RecurrentAligner:
         return Alignment({**others, **tensors}, self._similarity(aligned))
 
     def recognizes(self, kernels: Mapping[str, Tensor]) -> bool:
-        """Return whether a suspect descends from W0, as far as its kernels show.
+        """Return whether a suspect descends from W0, as far as its kernels show."""
+        return self.descent(kernels, self.align(kernels)).recognized
 
-        The same alignment with random sketches gives the similarity that search alone reaches.
+    def descent(self, kernels: Mapping[str, Tensor], alignment: Alignment) -> Descent:
+        """Compare an alignment with the same one for random sketches. Single layers are not distinguished.
+
+        The latter gives the similarity that search alone reaches.
+
+        Args:
+            kernels: of a suspect, by name.
+            alignment: their alignment.
         """
         control = copy.copy(self)
         control.layers = with_random_sketches(self.layers)
         margin = recognition_margin([layer.sketch for layer in self.layers.values()])
-        return self.align(kernels).similarity > control.align(kernels).similarity + margin
+        recognized = alignment.similarity > control.align(kernels).similarity + margin
+        return Descent(recognized, recognized)
 
     def _similarity(self, aligned: Mapping[str, Floats]) -> float:
         """Return the mean cosine of the rows' sketches over the matrices that are present."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -17,6 +17,8 @@ from mtlsign.watermark.verification.alignment.layers import unit_rows
 
 #: How much more alike W0 a descendant is than the same suspect is alike random kernels.
 RECOGNITION_MARGIN = 0.1
+#: Cosine from which a layer is recognised without a comparison with random kernels.
+SURE_COSINE = 0.7
 #: Standard deviations of this difference for unrelated kernels, from which recurrent layers are recognised.
 _DEVIATIONS = 5.0
 #: The random kernels are public and the same for all owners.
@@ -30,10 +32,25 @@ class Alignment:
     Attributes:
         kernels: float32 in W0's shapes, with the signs of W0's rows.
         similarity: mean cosine of the rows' sketches over all layers; 1 for W0.
+        layer_similarities: mean cosine of the rows' sketches by name of the kernel; 0 for a kernel of zeros.
     """
 
     kernels: Mapping[str, Tensor]
     similarity: float
+    layer_similarities: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Result of the comparison of an alignment with one for random kernels.
+
+    Attributes:
+        recognized: whether the suspect as a whole descends from W0.
+        every_layer: whether each kernel is recognised as that of the layer whose name it has.
+    """
+
+    recognized: bool
+    every_layer: bool
 
 
 class Sketched(Protocol):

@@ -32,6 +32,7 @@ from mtlsign.watermark.verification.alignment.blocks import (
 from mtlsign.watermark.verification.alignment.layers import ReferenceLayer, unit_rows
 from mtlsign.watermark.verification.alignment.result import (
     Alignment,
+    Descent,
     recognition_margin,
     with_random_sketches,
 )
@@ -141,16 +142,25 @@ class TransformerAligner:
         return Alignment(aligned, self._similarity(aligned))
 
     def recognizes(self, kernels: Mapping[str, Tensor]) -> bool:
-        """Return whether a suspect descends from W0, as far as its matrices show.
+        """Return whether a suspect descends from W0, as far as its kernels show."""
+        return self.descent(kernels, self.align(kernels)).recognized
 
-        The same alignment with random sketches gives the similarity that search alone reaches.
+    def descent(self, kernels: Mapping[str, Tensor], alignment: Alignment) -> Descent:
+        """Compare an alignment with the same one for random sketches. Single layers are not distinguished.
+
+        The latter gives the similarity that search alone reaches.
+
+        Args:
+            kernels: of a suspect, by name.
+            alignment: their alignment.
         """
         control = copy.copy(self)
         control.heads = with_random_sketches(self.heads)
         control._neurons = copy.copy(self._neurons)
         control._neurons.layers = with_random_sketches(self._neurons.layers)
         margin = recognition_margin([layer.sketch for layer in self.layers.values()])
-        return self.align(kernels).similarity > control.align(kernels).similarity + margin
+        recognized = alignment.similarity > control.align(kernels).similarity + margin
+        return Descent(recognized, recognized)
 
     def renumbered(
         self, tensors: Mapping[str, Tensor], select: Callable[[Mapping[str, Tensor]], Iterable[MappedTensors]]
