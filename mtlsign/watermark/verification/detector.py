@@ -255,31 +255,34 @@ class WatermarkDetector:
         missing kernels.
         """
         selector, earlier, problems = self._selector(), EarlierKernels(), []
-        searched, named, unnamed = selector.has_unread(tensors) and not self.aligner.layers, False, False
-        complete = False
+        unread = selector.has_unread(tensors)
+        names_show_layers = complete = named = unnamed = False
         for selected in selector.by_name(tensors):
             if selected.problem is not None:
                 problems.append(selected.problem)
                 continue
-            named, alignment = True, self.align(selected)
+            alignment = self.align(selected)
             descent = self.descent(selected, alignment)
-            own = descent.every_layer and not selected.missing
-            complete = complete or own
+            named, complete = True, complete or not selected.missing
+            shows_layers = descent.every_layer and not selected.missing
+            if not self.aligner.layers:  # without sketches nothing is recognised
+                shows_layers = not selected.missing and not unread
+            names_show_layers = names_show_layers or shows_layers
             for order in self._orders_of(selected, alignment, selector.has_own_order(selected.tensors)):
-                if order.problem is None and (searched or not own):
+                if order.problem is None and not shows_layers:
                     earlier.add(order.kernels)
                 yield replace(self._reading(order), recognized=descent.recognized)
-        for selected, alignment, has_own_order in (
-            selector.by_content(tensors) if searched or not complete else ()
-        ):
-            if selected.problem is not None:
-                problems.append(selected.problem)
-                continue
-            for order in self._orders_of(selected, alignment, has_own_order):
-                unnamed = unnamed or order.problem is None
-                if order.problem is None and earlier.add(order.kernels):
-                    reading = self._reading(order)
-                    yield replace(reading, recognized=bool(self.aligner.layers), by_content=True)
+        if not names_show_layers:
+            views = selector.by_content(tensors, with_products=unread or not complete)
+            for selected, alignment, has_own_order in views:
+                if selected.problem is not None:
+                    problems.append(selected.problem)
+                    continue
+                for order in self._orders_of(selected, alignment, has_own_order):
+                    unnamed = unnamed or order.problem is None
+                    if order.problem is None and earlier.add(order.kernels):
+                        reading = self._reading(order)
+                        yield replace(reading, recognized=bool(self.aligner.layers), by_content=True)
         if named or not unnamed:
             yield from (SuspectReading((), problem) for problem in problems)
 

@@ -51,13 +51,19 @@ class SuspectSelector:
         except ModelError as error:
             yield MappedTensors({}, str(error))
 
-    def by_content(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[MappedTensors, Alignment, bool]]:
+    def by_content(
+        self, tensors: Mapping[str, Tensor], *, with_products: bool
+    ) -> Iterator[tuple[MappedTensors, Alignment, bool]]:
         """Yield tensors that are found without names, their alignment, and whether they have an own order.
 
         Those that are not recognised as a descendant of W0 are left out, if the reference has sketches.
+
+        Args:
+            tensors: the suspect's tensors.
+            with_products: whether two tensors may be the factors of one kernel.
         """
         try:
-            views = self.matcher.views(tensors, with_products=self.has_unread(tensors))
+            views = self.matcher.views(tensors, with_products=with_products)
         except ModelError as error:
             yield MappedTensors({}, str(error)), Alignment({}, 0.0), False
             return
@@ -85,7 +91,7 @@ class SuspectSelector:
         sketches nothing shows descent, and the names count.
         """
         if not self.aligner.layers:
-            return Descent(recognized=False, every_layer=True)
+            return Descent(recognized=False, every_layer=False)
         return self.aligner.descent(self.alignable(selected.tensors), alignment)
 
     def has_unread(self, tensors: Mapping[str, Tensor]) -> bool:
