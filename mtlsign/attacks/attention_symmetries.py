@@ -14,6 +14,7 @@ from mtlsign.attacks.base import AttackerResources, AttackOutcome, NotApplicable
 from mtlsign.attacks.equal_function import preserved_outcome
 from mtlsign.attacks.named_stream import insert_named_block, turn_named_stream
 from mtlsign.attacks.recurrent_symmetries import random_invertible_matrix
+from mtlsign.attacks.residual_blocks import insert_residual_blocks
 from mtlsign.attacks.training import trainable_copy
 from mtlsign.models.attention_layers import AttentionLayer, MatrixRows
 from mtlsign.models.residual_stream import ResidualStream, residual_stream
@@ -180,6 +181,9 @@ def dummy_block(
 ) -> AttackOutcome:
     """Insert a block of random weights whose output matrices are zero. Later blocks get other numbers.
 
+    A residual network of convolutions gets one in every stage, before the first block that keeps the shape of
+    its inputs; `place` has no effect there.
+
     Args:
         model: the marked model.
         task: the primary task.
@@ -188,10 +192,15 @@ def dummy_block(
         place: number of the new block; at most the number of blocks.
 
     Raises:
-        NotApplicableError: the network has no attention layers or no list of blocks, or its function changes,
-            as with norms after the sub-layers.
+        NotApplicableError: the network has no list of residual blocks, or its function changes, as with norms
+            after the sub-layers.
     """
     attacked = trainable_copy(model)
     generator = seeded_generator("mtlsign/attack/block", seed)
-    insert_named_block(attacked, _stream(model, task, resources, seed), generator, place)
+    sample = attacker_sample(attacker_view(model, task, resources, seed), 2)
+    stream = residual_stream(model, (last_layer(model, sample),), sample)
+    if stream is None:
+        insert_residual_blocks(attacked.eval(), sample, generator)
+    else:
+        insert_named_block(attacked, stream, generator, place)
     return preserved_outcome(model, attacked, task, resources, seed)

@@ -33,6 +33,7 @@ Form = Literal[
     "extra",
     "lora",
     "anonymous",
+    "exchanged",
     "factors",
 ]
 State = dict[str, Tensor]
@@ -49,7 +50,8 @@ def rewrite_file(
 ) -> AttackOutcome:
     """Save the model in another form; its user converts the file back.
 
-    `prefix`, `names` and `anonymous` rename, the last one without any order. `hwio`, `ohwi` and `flat` store
+    `prefix`, `names` and `anonymous` rename, the last one without any order, and `exchanged` gives tensors of
+    one shape each other's names. `hwio`, `ohwi` and `flat` store
     kernels with other axes, `padded` gives 3x3 kernels a rim of zeros, `weight_norm`, `int8` and `lora` store
     a kernel as several tensors, `factors` makes two layers of each. `decoys` and `extra` add tensors that
     nothing uses.
@@ -155,6 +157,18 @@ def _anonymous(state: State, generator: Generator) -> State:
     return {f"tensor_{number}": tensor for number, tensor in zip(numbers, state.values(), strict=True)}
 
 
+def _exchanged(state: State, generator: Generator) -> State:
+    """Give the tensors of each shape each other's names, all of them others where there are two or more."""
+    names: dict[tuple[int, ...], list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(tuple(tensor.shape), []).append(name)
+    exchanged: State = {}
+    for group in names.values():
+        order = [group[number] for number in torch.randperm(len(group), generator=generator).tolist()]
+        exchanged |= {name: state[other] for name, other in zip(order, [*order[1:], *order[:1]], strict=True)}
+    return {name: exchanged[name] for name in state}
+
+
 def _factors(weight: Tensor, generator: Generator) -> Mapping[str, Tensor]:
     """Return two layers, one after the other, whose product is W; one of them is a random square matrix."""
     rows = weight.flatten(1).double()
@@ -198,5 +212,6 @@ _FORMS: Mapping[Form, Callable[[State, Generator], State]] = {
     "extra": _extra,
     "lora": _of_weights(_lora),
     "anonymous": _anonymous,
+    "exchanged": _exchanged,
     "factors": _of_weights(_factors),
 }

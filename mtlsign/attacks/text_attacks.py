@@ -37,7 +37,7 @@ TEXT_ATTACKS = (
     Attack(
         "dummy_block",
         attention_symmetries.dummy_block,
-        "a block without effect inserted into a transformer",
+        "a block without effect inserted into a transformer, or into every stage of a residual network",
         "function_preserving",
         fast=("",),
     ),

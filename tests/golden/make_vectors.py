@@ -9,7 +9,6 @@ import base64
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mtlsign.models.untrusted import MappedTensors
 from mtlsign.watermark.carriers import qr
 from mtlsign.watermark.keys import identity, spec
 from mtlsign.watermark.keys import opening as key
 from mtlsign.watermark.verification import evidence
 from mtlsign.watermark.verification.algorithm import verify
-from mtlsign.watermark.verification.alignment import Alignment
+from mtlsign.watermark.verification.alignment import Alignment, Descent
 from mtlsign.watermark.verification.detector import WatermarkDetector
 from mtlsign.watermark.verification.reference import Reference, make_reference
 
@@ -256,9 +256,13 @@ def canonical_vector() -> dict[str, Any]:
 class OwnOrderDetector(WatermarkDetector):
     """Detector that reads a suspect in its own order only, as the second readers do."""
 
-    def align(self, tensors: Mapping[str, Tensor]) -> Alignment:
+    def align(self, selected: MappedTensors) -> Alignment:
         """Return the kernels as they are."""
-        return Alignment(self.select_weights(tensors), 1.0)
+        return Alignment(self.select_weights(selected.tensors), 1.0)
+
+    def descent(self, selected: MappedTensors, alignment: Alignment) -> Descent:
+        """Return that each kernel is that of its name."""
+        return Descent(recognized=True, every_layer=True)
 
 
 def evaluate_suspect(

@@ -115,17 +115,6 @@ class SharedDetector(WatermarkDetector):
         if len(readings) <= _CACHED_READINGS:
             tensors.cache_readings(CachedReadings(models, tuple(readings)))
 
-    @torch.no_grad()
-    def recognizes(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Return the same as `WatermarkDetector.recognizes`; the result is cached with the readings."""
-        models = tuple(readout.model for readout in self.readouts)
-        cached = tensors.cached if isinstance(tensors, LazySafetensors) else None
-        if cached is None or cached.models != models:
-            return super().recognizes(tensors)
-        if cached.recognized is None:
-            cached.recognized = super().recognizes(tensors)
-        return cached.recognized
-
 
 def detector_for_claim(
     opened: OpenedClaim, factories: Mapping[str, Factory] | None = None, *, device: str = "cpu"

@@ -57,12 +57,10 @@ class CachedReadings:
     Attributes:
         models: the models of the read-outs.
         readings: what they have read.
-        recognized: whether the suspect descends from the base model; None if nothing has asked yet.
     """
 
     models: tuple[object, ...]
     readings: tuple[SuspectReading, ...]
-    recognized: bool | None = None
 
 
 class LazySafetensors(Mapping[str, Tensor]):

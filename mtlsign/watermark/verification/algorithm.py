@@ -124,7 +124,7 @@ def _status(
     if problem is not None:
         return "not_verifiable", f"the file can be read in {len(results)} ways, and in one of them {problem}"
     recognizable = bool(detector.aligner.layers)
-    if recognizable and detector.recognizes(tensors):
+    if any(result.recognized for result in results):
         return "rejected", None
     if any(result.by_content for result in results):
         return "not_verifiable", (

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from mtlsign.errors import ArtifactError, SettingsError
 from mtlsign.models import architectures
 from mtlsign.models.factories import Factory
+from mtlsign.models.untrusted import MappedTensors
 from mtlsign.watermark import carriers
 from mtlsign.watermark.keys.opening import KeyOpening, keystream, watermark_labels
 from mtlsign.watermark.keys.spec import parse_spec
-from mtlsign.watermark.verification.alignment import Alignment, make_aligner
+from mtlsign.watermark.verification.alignment import Alignment, Descent, make_aligner
 from mtlsign.watermark.verification.conv_model import ConvVerifierModel
 from mtlsign.watermark.verification.matching import ContentMatcher
 from mtlsign.watermark.verification.model import exact_fp32
@@ -249,40 +250,52 @@ class WatermarkDetector:
     def read_untrusted(self, tensors: Mapping[str, Tensor]) -> Iterator[SuspectReading]:
         """Compute all that is independent of the key, for each place where the file has the kernels.
 
-        Each place is read in the suspect's own order and, if this differs, aligned with W0. Where names leave
-        the kernels open, they are also found by content. A spread read-out tolerates missing kernels.
+        Each place is read in the suspect's own order and, if this differs, aligned with W0. Unless every
+        layer is recognised under its name, the kernels are also found by content. A spread read-out tolerates
+        missing kernels.
         """
-        selector, earlier = self._selector(), EarlierKernels()
-        problems: list[str] = []
-        complete = named = unnamed = False
+        selector, earlier, problems = self._selector(), EarlierKernels(), []
+        unread = selector.has_unread(tensors)
+        names_show_layers = complete = named = unnamed = False
+        by_names = 0.0
         for selected in selector.by_name(tensors):
             if selected.problem is not None:
                 problems.append(selected.problem)
                 continue
+            alignment = self.align(selected)
+            descent = self.descent(selected, alignment)
             named, complete = True, complete or not selected.missing
-            has_own = selector.has_own_order(selected.tensors)
-            for order in self._orders_of(selected.tensors, has_own_order=has_own):
-                if order.problem is None:
+            if not selected.missing:
+                by_names = max(by_names, sum(alignment.layer_similarities.values()))
+            shows_layers = descent.every_layer and not selected.missing
+            if not self.aligner.layers:  # without sketches nothing is recognised
+                shows_layers = not selected.missing and not unread
+            names_show_layers = names_show_layers or shows_layers
+            for order in self._orders_of(selected, alignment, selector.has_own_order(selected.tensors)):
+                if order.problem is None and not shows_layers:
                     earlier.add(order.kernels)
-                yield self._reading(order)
-        if selector.needs_content(tensors, complete=complete):
-            for selected, has_own in selector.by_content(tensors):
+                yield replace(self._reading(order), recognized=descent.recognized)
+        if not names_show_layers:
+            views = selector.by_content(tensors, with_products=unread or not complete, named=by_names)
+            for selected, alignment, has_own_order in views:
                 if selected.problem is not None:
                     problems.append(selected.problem)
                     continue
-                for order in self._orders_of(selected.tensors, has_own_order=has_own):
+                for order in self._orders_of(selected, alignment, has_own_order):
                     unnamed = unnamed or order.problem is None
                     if order.problem is None and earlier.add(order.kernels):
-                        yield replace(self._reading(order), by_content=True)
+                        reading = self._reading(order)
+                        yield replace(reading, recognized=bool(self.aligner.layers), by_content=True)
         if named or not unnamed:
             yield from (SuspectReading((), problem) for problem in problems)
 
-    def _orders_of(self, tensors: Mapping[str, Tensor], *, has_own_order: bool) -> Iterator[KernelOrder]:
+    def _orders_of(
+        self, selected: MappedTensors, alignment: Alignment, has_own_order: bool
+    ) -> Iterator[KernelOrder]:
         """Yield the kernels in the suspect's own order and, if they differ, aligned with W0."""
-        alignment = self.align(tensors)
         own = None
         if has_own_order:
-            own = self.select_weights(tensors)
+            own = self.select_weights(selected.tensors)
             yield KernelOrder(own, alignment.similarity)
         if own is None or not equal_kernels(own, alignment.kernels):
             unfit = sorted(self._required_names() - alignment.kernels.keys())
@@ -292,9 +305,13 @@ class WatermarkDetector:
             else:
                 yield KernelOrder(alignment.kernels, alignment.similarity)
 
-    def align(self, tensors: Mapping[str, Tensor]) -> Alignment:
-        """Bring selected kernels into W0's order; other tensors are not read."""
-        return self.aligner.align(self._selector().alignable(tensors))
+    def align(self, selected: MappedTensors) -> Alignment:
+        """Bring selected kernels into W0's order."""
+        return self._selector().align(selected)
+
+    def descent(self, selected: MappedTensors, alignment: Alignment) -> Descent:
+        """Return whether selected kernels descend from W0, all of them and each under its name."""
+        return self._selector().descent(selected, alignment)
 
     def _reading(self, order: KernelOrder) -> SuspectReading:
         """Return the reading of kernels with W0's shapes and signs."""
@@ -303,10 +320,6 @@ class WatermarkDetector:
         on_device = {name: kernel.to(self.device) for name, kernel in order.kernels.items()}
         missing = tuple(name for name in self.kernel_shapes if name not in order.kernels)
         return SuspectReading(tuple(self.read(on_device)), None, missing, order.similarity)
-
-    def recognizes(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Return whether the kernels descend from W0 in one of the places where the file has them."""
-        return self._selector().recognizes(tensors)
 
     def _required_names(self) -> set[str]:
         """Return the kernels of the read-outs that tolerate no missing ones."""

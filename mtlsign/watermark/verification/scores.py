@@ -21,6 +21,7 @@ class ScoreResult:
         problem: why they cannot be read; None if they were.
         missing: kernels that are missing or damaged; they contribute nothing to the scores.
         similarity: how alike the aligned kernels and those of W0 are, from 0 to 1.
+        recognized: whether the kernels are recognised as those of a descendant of W0.
         by_content: whether the kernels were found without their names.
     """
 
@@ -28,6 +29,7 @@ class ScoreResult:
     problem: str | None = None
     missing: tuple[str, ...] = ()
     similarity: float = 0.0
+    recognized: bool = False
     by_content: bool = False
 
 

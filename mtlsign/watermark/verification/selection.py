@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,15 @@ from mtlsign.errors import ModelError
 from mtlsign.models.untrusted import MappedTensors, has_unread_tensors, select_tensors_untrusted
 from mtlsign.watermark.verification.alignment import (
     Aligner,
+    Alignment,
+    Descent,
     RecurrentAligner,
     TransformerAligner,
 )
 from mtlsign.watermark.verification.matching import ContentMatcher
+
+#: Sum of the similarities of layers by which a reading by content must exceed one by names.
+_BETTER = 0.5
 
 
 @dataclass(frozen=True)
@@ -49,63 +54,50 @@ class SuspectSelector:
         except ModelError as error:
             yield MappedTensors({}, str(error))
 
-    def by_content(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[MappedTensors, bool]]:
-        """Yield tensors that are found without names, and whether they can be read in their own order.
+    def by_content(
+        self, tensors: Mapping[str, Tensor], *, with_products: bool, named: float = 0.0
+    ) -> Iterator[tuple[MappedTensors, Alignment, bool]]:
+        """Yield tensors that are found without names, their alignment, and whether they have an own order.
 
         Those that are not recognised as a descendant of W0 are left out, if the reference has sketches.
+
+        Args:
+            tensors: the suspect's tensors.
+            with_products: whether two tensors may be the factors of one kernel.
+            named: sum of the similarities of all layers under their names, if all are there. In recurrent and
+                attention layers, others must exceed it by half of a layer.
         """
-        blocks = list(self._with_other_blocks(tensors))
-        yield from ((selected, False) for selected in blocks)
-        if any(map(self._recognizes_each, blocks)):
+        blocks = [entry for entry in self._with_other_blocks(tensors) if self._exceeds(entry[1], named)]
+        yield from ((selected, alignment, False) for selected, alignment in blocks)
+        if any(self.descent(*entry).every_layer for entry in blocks):
             return
         try:
-            views = self.matcher.views(tensors)
+            views = self.matcher.views(tensors, with_products=with_products)
         except ModelError as error:
-            yield MappedTensors({}, str(error)), False
+            yield MappedTensors({}, str(error)), Alignment({}, 0.0), False
             return
         for view in views:
             for selected in self._select(view.tensors):
                 if selected.problem is not None:
                     continue
-                if view.has_own_order and self.aligner.layers and not self._recognizes([selected]):
+                alignment = self.align(selected)
+                if (
+                    view.has_own_order
+                    and self.aligner.layers
+                    and not self.descent(selected, alignment).recognized
+                ):
                     continue
-                yield selected, view.has_own_order and self.has_own_order(selected.tensors)
+                if not self._exceeds(alignment, named):
+                    continue
+                yield selected, alignment, view.has_own_order and self.has_own_order(selected.tensors)
 
-    def needs_content(self, tensors: Mapping[str, Tensor], *, complete: bool) -> bool:
-        """Return whether the names of a file leave open which tensors are those of the network.
-
-        Args:
-            tensors: the suspect's tensors.
-            complete: whether the file has all of them in one place, under their names.
-        """
-        if not complete:
+    def _exceeds(self, alignment: Alignment, named: float) -> bool:
+        """Return whether layers are more similar to W0's than under their names, by half of one in total."""
+        if not self.aligner.layers or isinstance(self.aligner, Aligner) or not named:
             return True
-        if isinstance(self.aligner, RecurrentAligner | TransformerAligner) and self.aligner.layers:
-            return not any(map(self._recognizes_each, self.by_name(tensors)))
-        return self.has_unread(tensors) and not self._recognizes(self.by_name(tensors))
+        return sum(alignment.layer_similarities.values()) > named + _BETTER
 
-    def has_unread(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Return whether a matrix or kernel of the file has no name of the architecture."""
-        return has_unread_tensors(self.tensor_names, tensors)
-
-    def recognizes(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Return whether the kernels descend from W0, by name or by content."""
-        if self._recognizes(self.by_name(tensors)):
-            return True
-        return any(selected.problem is None for selected, _ in self.by_content(tensors))
-
-    def _recognizes(self, selections: Iterable[MappedTensors]) -> bool:
-        return any(
-            selected.problem is None and self.aligner.recognizes(self.alignable(selected.tensors))
-            for selected in selections
-        )
-
-    def _recognizes_each(self, selected: MappedTensors) -> bool:
-        """Return whether each layer descends from W0's; for recurrent layers and attention layers."""
-        assert isinstance(self.aligner, RecurrentAligner | TransformerAligner)
-        return selected.problem is None and self.aligner.recognizes_each(self.alignable(selected.tensors))
-
-    def _with_other_blocks(self, tensors: Mapping[str, Tensor]) -> Iterator[MappedTensors]:
+    def _with_other_blocks(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[MappedTensors, Alignment]]:
         """Yield the tensors in each place with exchanged numbers of blocks, if these are recognised.
 
         The numbers are looked for with random sketches as well, to know what this reaches by chance.
@@ -113,22 +105,41 @@ class SuspectSelector:
         aligner = self.aligner
         if not isinstance(aligner, TransformerAligner) or not aligner.layers:
             return
-        chance = max((s for _, s in self._exchanged_blocks(aligner.control(), tensors)), default=0.0)
-        for selected, similarity in self._exchanged_blocks(aligner, tensors):
-            if aligner.exceeds(similarity, chance):
-                yield selected
+        control = self._exchanged_blocks(aligner.control(), tensors)
+        chance = max((alignment.similarity for _, alignment in control), default=0.0)
+        for selected, alignment in self._exchanged_blocks(aligner, tensors):
+            if aligner.exceeds(alignment.similarity, chance):
+                yield selected, alignment
 
     def _exchanged_blocks(
         self, aligner: TransformerAligner, tensors: Mapping[str, Tensor]
-    ) -> Iterator[tuple[MappedTensors, float]]:
-        """Yield the tensors with the numbers of W0's most similar blocks, and their similarity with W0."""
+    ) -> Iterator[tuple[MappedTensors, Alignment]]:
+        """Yield the tensors with the numbers of W0's most similar blocks, and their alignment."""
         try:
             for view in aligner.renumbered(tensors, self._select, own_numbers=True):
                 for selected in self._select(view):
                     if selected.problem is None:
-                        yield selected, aligner.align(self.alignable(selected.tensors)).similarity
+                        yield selected, aligner.align(self.alignable(selected.tensors))
         except ModelError:  # so many places are a problem of the readings by name already
             return
+
+    def align(self, selected: MappedTensors) -> Alignment:
+        """Bring selected kernels into W0's order; other tensors are not read."""
+        return self.aligner.align(self.alignable(selected.tensors))
+
+    def descent(self, selected: MappedTensors, alignment: Alignment) -> Descent:
+        """Return whether selected kernels descend from W0, all of them and each under its name.
+
+        Names show nothing by themselves: an attacker can exchange them among tensors of equal shapes. Without
+        sketches nothing shows descent, and the names count.
+        """
+        if not self.aligner.layers:
+            return Descent(recognized=False, every_layer=False)
+        return self.aligner.descent(self.alignable(selected.tensors), alignment)
+
+    def has_unread(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Return whether a matrix or kernel of the file has no name of the architecture."""
+        return has_unread_tensors(self.tensor_names, tensors)
 
     def alignable(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors that an alignment reads: the matrices, and vectors of the inputs."""
@@ -160,6 +171,7 @@ class SuspectReading:
         problem: reason why the kernels cannot be read, or None.
         missing: kernels that are missing or damaged.
         similarity: how alike the aligned kernels and those of W0 are, see `Alignment`.
+        recognized: whether the kernels are recognised as those of a descendant of W0.
         by_content: whether the kernels were found without their names.
     """
 
@@ -167,11 +179,13 @@ class SuspectReading:
     problem: str | None
     missing: tuple[str, ...] = ()
     similarity: float = 0.0
+    recognized: bool = False
     by_content: bool = False
 
     def description(self) -> dict[str, Any]:
         """Return the fields of a `ScoreResult` that describe the reading."""
-        return {name: getattr(self, name) for name in ("missing", "similarity", "by_content")}
+        names = ("missing", "similarity", "recognized", "by_content")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

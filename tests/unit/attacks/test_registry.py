@@ -34,7 +34,6 @@ NOT_FOR_IMAGES = {
     "permute_vocabulary",
     "attention_symmetries",
     "rotate_stream",
-    "dummy_block",
     "lora_tune",
     "prune_activations",
     "drop_layers",

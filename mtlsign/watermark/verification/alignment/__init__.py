@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from mtlsign.models.taps import tapped_layers
 from mtlsign.watermark.verification.alignment.aligner import Aligner
 from mtlsign.watermark.verification.alignment.recurrent import RecurrentAligner
-from mtlsign.watermark.verification.alignment.result import Alignment
+from mtlsign.watermark.verification.alignment.result import Alignment, Descent
 from mtlsign.watermark.verification.alignment.transformer import TransformerAligner
 from mtlsign.watermark.verification.reference import Reference
 from mtlsign.watermark.verification.response_model import attention_products
 
-__all__ = ["Aligner", "Alignment", "RecurrentAligner", "TransformerAligner", "make_aligner"]
+__all__ = ["Aligner", "Alignment", "Descent", "RecurrentAligner", "TransformerAligner", "make_aligner"]
 
 
 def make_aligner(

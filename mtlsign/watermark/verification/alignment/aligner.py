@@ -19,7 +19,9 @@ from mtlsign.watermark.verification.alignment.layers import (
 from mtlsign.watermark.verification.alignment.orders import Orders, staying_similarities
 from mtlsign.watermark.verification.alignment.result import (
     RECOGNITION_MARGIN,
+    SURE_COSINE,
     Alignment,
+    Descent,
     with_random_sketches,
 )
 from mtlsign.watermark.verification.alignment.search import Search
@@ -106,17 +108,39 @@ class Aligner:
             name: torch.from_numpy(search.aligned_kernel(part).reshape(part.layer.shape)).float()
             for name, part in suspect.items()
         }
-        return Alignment({**others, **aligned}, search.similarity())
+        similarities = {name: search.layer_similarity(part) for name, part in suspect.items()}
+        return Alignment({**others, **aligned}, search.similarity(), similarities)
 
     def recognizes(self, kernels: Mapping[str, Tensor]) -> bool:
-        """Return whether a suspect descends from W0, as far as its kernels show.
+        """Return whether a suspect descends from W0, as far as its kernels show."""
+        return self.descent(kernels, self.align(kernels)).recognized
 
-        The same alignment with random kernels of W0's shapes gives the similarity that search alone reaches.
+    def descent(self, kernels: Mapping[str, Tensor], alignment: Alignment) -> Descent:
+        """Compare an alignment with the same one for random kernels of W0's shapes.
+
+        The latter gives the similarities that search alone reaches.
+
+        Args:
+            kernels: of a suspect, by name.
+            alignment: their alignment.
         """
+        similarities = alignment.layer_similarities
+        complete = kernels.keys() & self.layers.keys() == similarities.keys()
+        if complete and min(similarities.values(), default=0.0) > SURE_COSINE:
+            return Descent(recognized=True, every_layer=True)
+        chance = self._control().align(kernels)
+        recognized = alignment.similarity > chance.similarity + RECOGNITION_MARGIN
+        every_layer = complete and all(
+            value > chance.layer_similarities[name] + RECOGNITION_MARGIN
+            for name, value in similarities.items()
+        )
+        return Descent(recognized, recognized and every_layer)
+
+    def _control(self) -> Aligner:
+        """Return the same aligner for random kernels of W0's shapes."""
         control = copy.copy(self)
         control.layers = with_random_sketches(self.layers)
-        chance = control.align(kernels).similarity
-        return self.align(kernels).similarity > chance + RECOGNITION_MARGIN
+        return control
 
     def _search(self, suspect: Mapping[str, SuspectLayer], orders: Orders) -> Search:
         return Search(suspect, self.sets, self._staying, orders)

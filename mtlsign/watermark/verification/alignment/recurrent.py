@@ -28,9 +28,11 @@ from mtlsign.watermark.verification.alignment.assignment import Floats, Indices,
 from mtlsign.watermark.verification.alignment.layers import unit_rows
 from mtlsign.watermark.verification.alignment.result import (
     Alignment,
+    Descent,
+    descent_of,
     layer_similarities,
+    mean_similarity,
     recognition_margin,
-    recognizes_each,
     with_random_sketches,
 )
 from mtlsign.watermark.verification.embedding_frame import embedding_frame
@@ -162,31 +164,33 @@ class RecurrentAligner:
             candidates.append(self._aligned(exchanged))
         aligned = max(candidates, key=self._similarity)  # the first of equal ones
         tensors = {name: torch.from_numpy(array).float() for name, array in aligned.items()}
-        return Alignment({**others, **tensors}, self._similarity(aligned))
+        similarities = layer_similarities(self.layers, tensors)
+        return Alignment({**others, **tensors}, mean_similarity(similarities), similarities)
 
     def recognizes(self, kernels: Mapping[str, Tensor]) -> bool:
-        """Return whether a suspect descends from W0, as far as its kernels show.
+        """Return whether a suspect descends from W0, as far as its kernels show."""
+        return self.descent(kernels, self.align(kernels)).recognized
 
-        The same alignment with random sketches gives the similarity that search alone reaches.
+    def descent(self, kernels: Mapping[str, Tensor], alignment: Alignment) -> Descent:
+        """Compare an alignment with the same one for random sketches, as a whole and layer by layer.
+
+        The latter gives the similarity that search alone reaches. Layers of exchanged directions count
+        as those of the other direction.
+
+        Args:
+            kernels: of a suspect, by name.
+            alignment: their alignment.
         """
-        return self.exceeds(self.align(kernels).similarity, self.control().align(kernels).similarity)
+        sketches = {name: layer.sketch for name, layer in self.layers.items()}
+        return descent_of(
+            sketches,
+            alignment.layer_similarities,
+            lambda: self.control().align(kernels).layer_similarities,
+        )
 
     def exceeds(self, similarity: float, chance: float) -> bool:
         """Return whether a similarity shows descent, given the one that search reaches by chance."""
         return similarity > chance + recognition_margin([layer.sketch for layer in self.layers.values()])
-
-    def recognizes_each(self, kernels: Mapping[str, Tensor]) -> bool:
-        """Return whether each single layer of a suspect descends from W0's layer of this name.
-
-        Layers of exchanged directions count as those of the other direction.
-        """
-
-        def chance() -> dict[str, float]:
-            control = self.control()
-            return layer_similarities(control.layers, control.align(kernels).kernels)
-
-        own = layer_similarities(self.layers, self.align(kernels).kernels)
-        return recognizes_each({name: layer.sketch for name, layer in self.layers.items()}, own, chance)
 
     def control(self) -> RecurrentAligner:
         """Return the same alignment with random sketches, which shows what search alone reaches."""
@@ -197,8 +201,7 @@ class RecurrentAligner:
     def _similarity(self, aligned: Mapping[str, Floats]) -> float:
         """Return the mean cosine of the rows' sketches over the matrices that are present."""
         tensors = {name: torch.from_numpy(array) for name, array in aligned.items()}
-        means = list(layer_similarities(self.layers, tensors).values())
-        return float(np.mean(means)) if means else 0.0
+        return mean_similarity(layer_similarities(self.layers, tensors))
 
     def _exchanged(self, arrays: Mapping[str, Floats]) -> dict[str, Floats] | None:
         """Return the matrices with exchanged directions; None for networks of one direction."""

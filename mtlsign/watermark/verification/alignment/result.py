@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -18,12 +18,12 @@ from mtlsign.watermark.verification.sketches import projection_matrix
 
 #: How much more alike W0 a descendant is than the same suspect is alike random kernels.
 RECOGNITION_MARGIN = 0.1
+#: Cosine from which a layer is recognised without a comparison with random kernels.
+SURE_COSINE = 0.7
 #: Standard deviations of this difference for unrelated kernels, from which recurrent layers are recognised.
 _DEVIATIONS = 5.0
 #: The same for a single layer: names are doubted only for one that is far from W0's.
 _LAYER_DEVIATIONS = 1.0
-#: Mean cosine from which a layer is W0's without a comparison.
-_CLEAR = 0.8
 #: The random kernels are public and the same for all owners.
 _CONTROL_KEY = hashlib.sha256(b"mtlsign/v1/control-sketch").digest()
 
@@ -35,10 +35,25 @@ class Alignment:
     Attributes:
         kernels: float32 in W0's shapes, with the signs of W0's rows.
         similarity: mean cosine of the rows' sketches over all layers; 1 for W0.
+        layer_similarities: mean cosine of the rows' sketches by name of the kernel; 0 for a kernel of zeros.
     """
 
     kernels: Mapping[str, Tensor]
     similarity: float
+    layer_similarities: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Result of the comparison of an alignment with one for random kernels.
+
+    Attributes:
+        recognized: whether the suspect as a whole descends from W0.
+        every_layer: whether each kernel is recognised as that of the layer whose name it has.
+    """
+
+    recognized: bool
+    every_layer: bool
 
 
 class Sketched(Protocol):
@@ -106,21 +121,30 @@ def layer_similarities(layers: Mapping[str, _Layer], aligned: Mapping[str, Tenso
     return means
 
 
-def recognizes_each(
+def descent_of(
     sketches: Mapping[str, Floats], own: Mapping[str, float], chance: Callable[[], Mapping[str, float]]
-) -> bool:
-    """Return whether each layer with a sketch is more similar to W0's than by chance.
+) -> Descent:
+    """Compare the similarities of layers with those of the same alignment with random sketches.
 
     Args:
-        sketches: of W0's layers, [rows, s].
-        own: name of a layer -> mean cosine.
-        chance: returns the same with random sketches; not used if all layers are clearly similar.
+        sketches: of W0's layers by name, [rows, s].
+        own: name of a layer that is present -> mean cosine.
+        chance: returns the same with random sketches; not used if all layers are surely similar.
     """
-    if all(own.get(name, 0.0) > _CLEAR for name in sketches):
-        return True
+    if sketches and all(own.get(name, 0.0) > SURE_COSINE for name in sketches):
+        return Descent(recognized=True, every_layer=True)
     by_chance = chance()
-    return all(
-        own.get(name, 0.0)
-        > min(_CLEAR, by_chance.get(name, 0.0) + recognition_margin([sketch], _LAYER_DEVIATIONS))
+    limits = {
+        name: by_chance.get(name, 0.0) + recognition_margin([sketch], _LAYER_DEVIATIONS)
         for name, sketch in sketches.items()
+    }
+    margin = recognition_margin(list(sketches.values()))
+    return Descent(
+        recognized=mean_similarity(own) > mean_similarity(by_chance) + margin,
+        every_layer=all(own.get(n, 0.0) > min(SURE_COSINE, limit) for n, limit in limits.items()),
     )
+
+
+def mean_similarity(similarities: Mapping[str, float]) -> float:
+    """Return the mean similarity of the layers that are present; 0 without any."""
+    return float(np.mean(list(similarities.values()))) if similarities else 0.0

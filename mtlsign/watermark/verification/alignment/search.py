@@ -74,12 +74,14 @@ class Search:
 
     def similarity(self, parts: Iterable[SuspectLayer] | None = None) -> float:
         """Return the mean cosine of the rows' sketches over layers that are not zero; 0 without any."""
-        means = []
-        for part in self._suspect.values() if parts is None else parts:
-            if part.kernel.any():
-                cosines = self.row_cosines(part)
-                means.append(float((np.abs(cosines) if part.layer.free_signs else cosines).mean()))
+        chosen = self._suspect.values() if parts is None else parts
+        means = [self.layer_similarity(part) for part in chosen if part.kernel.any()]
         return float(np.mean(means)) if means else 0.0
+
+    def layer_similarity(self, part: SuspectLayer) -> float:
+        """Return the mean cosine of the sketches of a layer's rows."""
+        cosines = self.row_cosines(part)
+        return float((np.abs(cosines) if part.layer.free_signs else cosines).mean())
 
     def row_cosines(self, part: SuspectLayer) -> Floats:
         """Return the cosine between the sketch of each of W0's rows and of the row in its place, [O]."""

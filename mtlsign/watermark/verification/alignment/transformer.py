@@ -33,9 +33,11 @@ from mtlsign.watermark.verification.alignment.blocks import (
 from mtlsign.watermark.verification.alignment.layers import ReferenceLayer, unit_rows
 from mtlsign.watermark.verification.alignment.result import (
     Alignment,
+    Descent,
+    descent_of,
     layer_similarities,
+    mean_similarity,
     recognition_margin,
-    recognizes_each,
     with_random_sketches,
 )
 from mtlsign.watermark.verification.alignment.stream_frame import StreamFrame
@@ -141,28 +143,32 @@ class TransformerAligner:
         ordered = self._ordered_heads(self.products.multiplied({**neurons.kernels, **attention}))
         shapes = self.products.shapes  # without a sketch, further heads stay
         aligned = {name: k for name, k in ordered.items() if tuple(k.shape) == shapes.get(name, k.shape)}
-        return Alignment(aligned, self._similarity(aligned))
+        similarities = layer_similarities(self.layers, aligned)
+        return Alignment(aligned, mean_similarity(similarities), similarities)
 
     def recognizes(self, kernels: Mapping[str, Tensor]) -> bool:
-        """Return whether a suspect descends from W0, as far as its matrices show.
+        """Return whether a suspect descends from W0, as far as its kernels show."""
+        return self.descent(kernels, self.align(kernels)).recognized
 
-        The same alignment with random sketches gives the similarity that search alone reaches.
+    def descent(self, kernels: Mapping[str, Tensor], alignment: Alignment) -> Descent:
+        """Compare an alignment with the same one for random sketches, as a whole and layer by layer.
+
+        The latter gives the similarity that search alone reaches.
+
+        Args:
+            kernels: of a suspect, by name.
+            alignment: their alignment.
         """
-        return self.exceeds(self.align(kernels).similarity, self.control().align(kernels).similarity)
+        sketches = {name: layer.sketch for name, layer in self.layers.items()}
+        return descent_of(
+            sketches,
+            alignment.layer_similarities,
+            lambda: self.control().align(kernels).layer_similarities,
+        )
 
     def exceeds(self, similarity: float, chance: float) -> bool:
         """Return whether a similarity shows descent, given the one that search reaches by chance."""
         return similarity > chance + recognition_margin([layer.sketch for layer in self.layers.values()])
-
-    def recognizes_each(self, kernels: Mapping[str, Tensor]) -> bool:
-        """Return whether each single layer of a suspect descends from W0's layer of this name."""
-
-        def chance() -> dict[str, float]:
-            control = self.control()
-            return layer_similarities(control.layers, control.align(kernels).kernels)
-
-        own = layer_similarities(self.layers, self.align(kernels).kernels)
-        return recognizes_each({name: layer.sketch for name, layer in self.layers.items()}, own, chance)
 
     def control(self) -> TransformerAligner:
         """Return the same alignment with random sketches, which shows what search alone reaches."""
@@ -252,11 +258,6 @@ class TransformerAligner:
             for name in names:
                 ordered[name] = _selected_heads(ordered[name], order, self.heads[name].rows)
         return ordered
-
-    def _similarity(self, aligned: Mapping[str, Tensor]) -> float:
-        """Return the mean cosine of the rows' sketches over the layers that are present."""
-        means = list(layer_similarities(self.layers, aligned).values())
-        return float(np.mean(means)) if means else 0.0
 
 
 def _head_sketches(products: AttentionProducts, reference: Reference) -> dict[str, tuple[int, Floats]]:

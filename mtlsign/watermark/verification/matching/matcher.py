@@ -15,11 +15,7 @@ from mtlsign.watermark.verification.alignment.assignment import RESOLUTION
 from mtlsign.watermark.verification.alignment.inputs import SQUARES, squares_for
 from mtlsign.watermark.verification.alignment.layers import ReferenceLayer
 from mtlsign.watermark.verification.alignment.orders import Orders
-from mtlsign.watermark.verification.alignment.result import (
-    RECOGNITION_MARGIN,
-    layer_similarities,
-    with_random_sketches,
-)
+from mtlsign.watermark.verification.alignment.result import RECOGNITION_MARGIN, with_random_sketches
 from mtlsign.watermark.verification.alignment.suspect import suspect_layers
 from mtlsign.watermark.verification.matching.candidates import Candidate, Slot
 from mtlsign.watermark.verification.matching.recurrent_search import RecurrentSearch, find_embedding
@@ -67,11 +63,12 @@ class ContentMatcher:
         self._shapes = {name: tuple(tensor.shape) for name, tensor in template_model.state_dict().items()}
         self.aligner = aligner
 
-    def views(self, tensors: Mapping[str, Tensor]) -> list[ContentView]:
+    def views(self, tensors: Mapping[str, Tensor], *, with_products: bool = True) -> list[ContentView]:
         """Return the network's tensors as the file may hold them: by order, and by sketches.
 
         Args:
             tensors: the file, of any origin.
+            with_products: whether two tensors may be the factors of one kernel.
 
         Raises:
             ModelError: the file is too large to be matched.
@@ -79,7 +76,9 @@ class ContentMatcher:
         files = file_tensors(tensors)
         views = [ContentView(match_by_order(self._shapes, files), has_own_order=True)]
         if isinstance(self.aligner, Aligner):
-            views.append(ContentView(self._by_sketches(self.aligner, files), has_own_order=False))
+            views.append(
+                ContentView(self._by_sketches(self.aligner, files, with_products), has_own_order=False)
+            )
         elif self.aligner.layers:
             views.append(ContentView(self._by_layers(self.aligner, files), has_own_order=False))
         return [view for view in views if view.tensors]
@@ -114,23 +113,25 @@ class ContentMatcher:
             chosen = TransformerSearch(aligner, self._shapes, sources, tensors, work).run()
         else:
             chosen = RecurrentSearch(aligner, next(iter(sources.values()), None), tensors, work).run()
-        similarities = layer_similarities(aligner.layers, aligner.align(chosen).kernels)
+        similarities = aligner.align(chosen).layer_similarities
         return chosen, sum(similarities.values()) / max(1, len(aligner.layers))
 
-    def _by_sketches(self, aligner: Aligner, tensors: Sequence[FileTensor]) -> dict[str, Tensor]:
+    def _by_sketches(
+        self, aligner: Aligner, tensors: Sequence[FileTensor], with_products: bool
+    ) -> dict[str, Tensor]:
         """Return the kernels that are similar to W0's beyond chance; none if the network is not.
 
         The same search for random kernels of W0's shapes gives the excess by chance. The first layer does
         not count, whose candidate is chosen among many symmetries.
         """
-        work, count = WorkLimit(), len(aligner.layers)
+        work = WorkLimit(with_products=with_products)
         match = self._best_match(aligner, tensors, work)
-        if match.excess(count) <= RECOGNITION_MARGIN:
+        if match.excess() <= RECOGNITION_MARGIN:
             return {}
         other = copy.copy(aligner)
         other.layers = with_random_sketches(aligner.layers)
-        chance = self._best_match(other, tensors, work).excess(count)
-        if match.excess(count) <= chance + RECOGNITION_MARGIN:
+        chance = self._best_match(other, tensors, work).excess()
+        if match.excess() <= chance + RECOGNITION_MARGIN:
             return {}
         return {name: candidate.kernel for name, candidate in match.chosen.items()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -80,13 +80,27 @@ def _inverse(sums: Tensor) -> Tensor:
     return 1 / torch.where(sums > 0, sums, torch.ones_like(sums))
 
 
-def _similarities(layer: ReferenceLayer, rows: Floats, side: Side) -> Iterator[tuple[int, Indices, Floats]]:
-    """Yield for each set of rows its number, W0's rows by channel, and the cosines [size, size']."""
-    for number, places in side.places.items():
-        own = np.flatnonzero(layer.row_sets == number)
-        ordered = own[np.argsort(layer.row_channels[own])]
-        cosines: Floats = layer.directions[ordered] @ rows[places].T
-        yield number, ordered, np.abs(cosines) if layer.free_signs else cosines
+def _directions(layer: ReferenceLayer, number: int) -> Floats:
+    """Return the unit sketches of W0's rows of one set, by channel: [size, s]."""
+    own = np.flatnonzero(layer.row_sets == number)
+    directions: Floats = layer.directions[own[np.argsort(layer.row_channels[own])]]
+    return directions
+
+
+def _similarities(layer: ReferenceLayer, rows: Floats, places: Indices, number: int) -> Floats:
+    """Return the cosines of W0's and a candidate's rows of one set, [size, size']."""
+    cosines: Floats = _directions(layer, number) @ rows[places].T
+    return np.abs(cosines) if layer.free_signs else cosines
+
+
+def _ordered_similarity(
+    layer: ReferenceLayer, rows: Floats, places: Indices, number: int, order: Indices
+) -> float:
+    """Return the sum of the cosines of W0's channels of one set and their partners; 0 without one."""
+    valid = (order >= 0) & (order < len(places))
+    partners = rows[places[np.where(valid, order, 0)]]
+    cosines = (_directions(layer, number) * partners).sum(1) * valid
+    return float((np.abs(cosines) if layer.free_signs else cosines).sum())
 
 
 def _fixed_similarity(layer: ReferenceLayer, rows: Floats, side: Side) -> float:
@@ -99,9 +113,12 @@ def _fixed_similarity(layer: ReferenceLayer, rows: Floats, side: Side) -> float:
 def upper_bound(layer: ReferenceLayer, rows: Floats, side: Side, orders: Mapping[int, Indices]) -> float:
     """Return a mean cosine that no order of the unknown channels exceeds, rounded like other similarities."""
     total = _fixed_similarity(layer, rows, side)
-    for number, _, cosines in _similarities(layer, rows, side):
+    for number, places in side.places.items():
         order = orders.get(number)
-        total += float((cosines.max(1) if order is None else _picked(cosines, order)).sum())
+        if order is None:
+            total += float(_similarities(layer, rows, places, number).max(1).sum())
+        else:
+            total += _ordered_similarity(layer, rows, places, number, order)
     return _rounded(total / len(layer.sketch))
 
 
@@ -122,24 +139,17 @@ def assigned_rows(
         sets: channel sets; one of several blocks stays in its order.
     """
     total, new_orders = _fixed_similarity(layer, rows, side), {}
-    for number, _, cosines in _similarities(layer, rows, side):
+    for number, places in side.places.items():
         order = orders.get(number)
         if order is None and sets[number].blocks > 1:
-            total += float(cosines.max(1).sum())
+            total += float(_similarities(layer, rows, places, number).max(1).sum())
             continue
         if order is None:
-            order = new_orders[number] = best_assignment(cosines)
-        total += float(_picked(cosines, order).sum())
+            order = new_orders[number] = best_assignment(_similarities(layer, rows, places, number))
+        total += _ordered_similarity(layer, rows, places, number, order)
     return _rounded(total / len(layer.sketch)), new_orders
 
 
 def _rounded(value: float) -> float:
     """Round a similarity, so that machines agree."""
     return float(quantized(np.array(value))) * RESOLUTION
-
-
-def _picked(cosines: Floats, order: Indices) -> Floats:
-    """Return the cosine of each of W0's channels and its partner; 0 without one."""
-    valid = (order >= 0) & (order < cosines.shape[1])
-    picked: Floats = cosines[np.arange(len(order)), np.where(valid, order, 0)] * valid
-    return picked

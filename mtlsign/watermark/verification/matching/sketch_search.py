@@ -35,6 +35,8 @@ _DEVIATIONS, _FREE_DEVIATIONS = 2.0, 0.5
 _NEAR = 0.3
 #: Mean cosine from which a layer, or a network, needs no further tries.
 CLEAR = 0.8
+#: A search ends after so many layers if their mean excess is smaller.
+_FIRST_LAYERS, _FIRST_EXCESS = 8, 0.05
 #: Most multiplications of one search: about ten seconds of one core.
 MAX_WORK = 2**35
 #: Multiplications that take the time of looking at a tensor, and of comparing a small candidate.
@@ -42,10 +44,15 @@ _TENSOR_WORK, _CANDIDATE_WORK = 2**13, 2**17
 
 
 class WorkLimit:
-    """Number of multiplications that a search may still use."""
+    """Limits of a search: the multiplications that it may still use, and the kernels that it tries.
 
-    def __init__(self, limit: int = MAX_WORK) -> None:
-        self._remaining = limit
+    Args:
+        limit: number of multiplications.
+        with_products: whether two tensors may be the factors of one kernel.
+    """
+
+    def __init__(self, limit: int = MAX_WORK, *, with_products: bool = True) -> None:
+        self._remaining, self.with_products = limit, with_products
 
     def use(self, count: int) -> None:
         """Subtract work. Raises `ModelError` if none is left."""
@@ -67,6 +74,7 @@ class Match:
         chosen: name of a layer's kernel -> the best candidate.
         cosines: name of a layer's kernel -> mean cosine of its rows.
         excesses: name of a layer's kernel -> this cosine less the one with random kernels.
+        searched: number of layers that were searched.
     """
 
     orders: Orders
@@ -74,6 +82,7 @@ class Match:
     chosen: dict[str, Candidate] = field(default_factory=dict)
     cosines: dict[str, float] = field(default_factory=dict)
     excesses: dict[str, float] = field(default_factory=dict)
+    searched: int = 0
 
     def used(self) -> set[int]:
         """Return the places of the tensors that are in use."""
@@ -83,9 +92,9 @@ class Match:
         """Return the sum of the mean cosines of all layers; a layer without a kernel counts 0."""
         return sum(self.cosines.values())
 
-    def excess(self, count: int) -> float:
-        """Return how much more alike W0 than random kernels so many layers are; one without a kernel, 0."""
-        return sum(self.excesses.values()) / max(1, count)
+    def excess(self) -> float:
+        """Return how much more alike W0 than random kernels the layers are; one without a kernel counts 0."""
+        return sum(self.excesses.values()) / max(1, self.searched)
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,7 @@ def search(
     match: Match,
     work: WorkLimit,
 ) -> Match:
-    """Complete a match, layer by layer.
+    """Complete a match, layer by layer; end early if the first layers are no more alike W0 than chance.
 
     Args:
         layers: W0's layers in execution order.
@@ -124,7 +133,10 @@ def search(
     Raises:
         ModelError: the limit is exceeded.
     """
-    for layer in layers:
+    for number, layer in enumerate(layers):
+        if number >= _FIRST_LAYERS and match.excess() < _FIRST_EXCESS:
+            break
+        match.searched = number + 1
         if layer.weight in match.chosen:
             continue
         options = _options(layer, sets, tensors, match, work)
@@ -151,7 +163,7 @@ def _options(
     work.use(_TENSOR_WORK * len(free))
     candidates = list(slot.candidates(free))
     options = _assigned(slot, candidates, sets, match, work)
-    if not options or options[0].cosine < CLEAR:
+    if work.with_products and (not options or options[0].cosine < CLEAR):
         options = [*options, *_assigned(slot, slot.products(free, work), sets, match, work)]
         options.sort(key=lambda option: -option.cosine)
     if _has_blocks(layer, sets) and len({candidate.places for candidate in candidates}) == 1:

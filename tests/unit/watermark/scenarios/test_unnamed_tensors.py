@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mtlsign.attacks.residual_blocks import insert_residual_blocks
 from mtlsign.watermark.verification.algorithm import verify
 from mtlsign.watermark.verification.detector import WatermarkDetector
 from tests.unit.watermark.scenarios.hostile_files import decoys
@@ -75,6 +77,64 @@ def test_verify_of_network_with_a_separate_adapter_is_accepted(
             file |= {f"{layer}lora_A.weight": down, f"{layer}lora_B.weight": up}
             file[name] = kernel - (up @ down.flatten(1)).reshape(kernel.shape)
     assert verify(file, detector, bits=40).accepted
+
+
+def exchanged(tensors: Tensors, seed: int) -> Tensors:
+    """Give all tensors of one shape each other's names."""
+    file = dict(tensors)
+    for shape in {tuple(tensor.shape) for tensor in tensors.values()}:
+        names = [name for name, tensor in tensors.items() if tuple(tensor.shape) == shape]
+        order = torch.randperm(len(names), generator=_generator(seed)).tolist()
+        for place, number in enumerate(order):
+            file[names[number]] = tensors[names[order[place - 1]]]
+    return file
+
+
+def transposed(tensors: Tensors) -> Tensors:
+    """Store square kernels with input and output axes exchanged, which their shapes do not show."""
+    square = [name for name, t in tensors.items() if t.dim() == 4 and t.shape[0] == t.shape[1]]
+    return tensors | {name: tensors[name].transpose(0, 1).contiguous() for name in square}
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+@pytest.mark.parametrize("seed", range(3))
+def test_verify_of_network_with_exchanged_names_has_every_bit(
+    seed: int, noise: float, marked: Tensors, detector: WatermarkDetector
+) -> None:
+    file = {
+        name: t + noise * t.std() * torch.randn(t.shape, generator=_generator(seed)) if t.dim() == 4 else t
+        for name, t in marked.items()
+    }
+    expected, verdict = verify(file, detector), verify(exchanged(file, seed), detector)
+    assert verdict.matches >= expected.matches - 2 and verdict.readings <= 4
+    assert verdict.evidence_bits >= expected.evidence_bits - 10
+
+
+def test_verify_of_network_with_transposed_square_kernels_has_every_bit(
+    marked: Tensors, detector: WatermarkDetector
+) -> None:
+    verdict = verify(transposed(marked), detector)
+    assert verdict.matches >= verify(marked, detector).matches - 2
+
+
+def test_verify_of_network_with_inserted_blocks_has_every_bit(
+    marked: Tensors, tiny_model: Callable[..., nn.Module], detector: WatermarkDetector
+) -> None:
+    longer = copy.deepcopy(tiny_model(0)).eval()
+    longer.load_state_dict(marked)
+    insert_residual_blocks(longer, torch.randn(2, 1, 24, 24, generator=_generator(1)), _generator(0))
+    verdict = verify(longer.state_dict(), detector)
+    assert verdict.matches >= verify(marked, detector).matches - 2
+
+
+@pytest.mark.parametrize("seed", [11, 12])
+def test_verify_of_independent_network_is_unrelated_under_any_names(
+    seed: int, tiny_model: Callable[..., nn.Module], detector: WatermarkDetector
+) -> None:
+    state = dict(tiny_model(seed).state_dict())
+    for file in (state, exchanged(state, seed), transposed(state)):
+        verdict = verify(file, detector)
+        assert verdict.status == "unrelated" and verdict.readings <= 2
 
 
 @pytest.mark.parametrize("seed", [11, 12])
