@@ -89,8 +89,11 @@ class ContentMatcher:
         """Return the tensors of a transformer or recurrent network; none if it is not recognised.
 
         The matrices of the file have their axes in one of both orders. The same search for random sketches
-        gives the similarity by chance. A layer that is not in the file has the similarity 0.
+        gives the similarity by chance. A layer that is not in the file has the similarity 0. Networks with
+        stages of several sizes are not searched.
         """
+        if isinstance(aligner, TransformerAligner) and aligner.products.stream.stages:
+            return {}
         work, sources = WorkLimit(), _sources(aligner, tensors, WorkLimit())
         for files in (tensors, _transposed(tensors)):
             chosen, similarity = self._searched(aligner, sources, files, work)
