@@ -105,3 +105,15 @@ def test_reference_of_a_million_stages_is_refused_by_its_size() -> None:
     assert len(data) > MAX_REFERENCE_BYTES
     with pytest.raises(ArtifactError, match="over 67108864 bytes"):
         Reference.from_bytes(struct.pack("<Q", len(data)) + data)
+
+
+def test_exchanged_blocks_of_every_stage_keep_the_mark(marked: tuple[nn.Module, WatermarkDetector]) -> None:
+    model, detector = marked
+    other = {"blocks.0.": "blocks.1.", "blocks.1.": "blocks.0."}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        part = next((part for part in other if part in name), "")
+        state[name.replace(part, other.get(part, "")) if part else name] = tensor
+    assert state.keys() == model.state_dict().keys()
+    before, after = verify(model.state_dict(), detector), verify(state, detector)
+    assert after.matches == before.matches and after.readings <= 4
