@@ -274,11 +274,11 @@ class WatermarkDetector:
                 yield replace(self._reading(order), recognized=descent.recognized)
         if not names_show_layers:
             views = selector.by_content(tensors, with_products=unread or not complete)
-            for selected, alignment, has_own_order in views:
+            for selected, has_own_order in views:
                 if selected.problem is not None:
                     problems.append(selected.problem)
                     continue
-                for order in self._orders_of(selected, alignment, has_own_order):
+                for order in self._orders_of(selected, self.align(selected), has_own_order):
                     unnamed = unnamed or order.problem is None
                     if order.problem is None and earlier.add(order.kernels):
                         reading = self._reading(order)

@@ -53,8 +53,8 @@ class SuspectSelector:
 
     def by_content(
         self, tensors: Mapping[str, Tensor], *, with_products: bool
-    ) -> Iterator[tuple[MappedTensors, Alignment, bool]]:
-        """Yield tensors that are found without names, their alignment, and whether they have an own order.
+    ) -> Iterator[tuple[MappedTensors, bool]]:
+        """Yield tensors that are found without names, and whether they can be read in their own order.
 
         Those that are not recognised as a descendant of W0 are left out, if the reference has sketches.
 
@@ -65,20 +65,16 @@ class SuspectSelector:
         try:
             views = self.matcher.views(tensors, with_products=with_products)
         except ModelError as error:
-            yield MappedTensors({}, str(error)), Alignment({}, 0.0), False
+            yield MappedTensors({}, str(error)), False
             return
         for view in views:
             for selected in self._select(view.tensors):
                 if selected.problem is not None:
                     continue
-                alignment = self.align(selected)
-                if (
-                    view.has_own_order
-                    and self.aligner.layers
-                    and not self.descent(selected, alignment).recognized
-                ):
+                needs_recognition = view.has_own_order and self.aligner.layers
+                if needs_recognition and not self.descent(selected, self.align(selected)).recognized:
                     continue
-                yield selected, alignment, view.has_own_order and self.has_own_order(selected.tensors)
+                yield selected, view.has_own_order and self.has_own_order(selected.tensors)
 
     def align(self, selected: MappedTensors) -> Alignment:
         """Bring selected kernels into W0's order; other tensors are not read."""
@@ -88,7 +84,7 @@ class SuspectSelector:
         """Return whether selected kernels descend from W0, all of them and each under its name.
 
         Names show nothing by themselves: an attacker can exchange them among tensors of equal shapes. Without
-        sketches nothing shows descent, and the names count.
+        sketches nothing is recognised.
         """
         if not self.aligner.layers:
             return Descent(recognized=False, every_layer=False)
