@@ -90,6 +90,11 @@ def test_tree_contains_no_registry_address_and_no_machine_path() -> None:
             assert match is None, f"{path.relative_to(ROOT)}: {match.group(0) if match else ''}"
 
 
+def test_tree_contains_no_package_and_no_large_file() -> None:
+    sizes = {path.relative_to(ROOT).as_posix(): path.stat().st_size for path in tree()}
+    assert not [name for name, size in sizes.items() if name.endswith((".whl", ".tar.gz")) or size > 2**20]
+
+
 def test_requirements_are_hash_locked_and_name_no_index() -> None:
     logical = text("jobs/requirements.txt").replace("\\\n", " ").splitlines()
     lines = [line for line in logical if line.strip() and not line.startswith("#")]

@@ -276,10 +276,13 @@ class WatermarkDetector:
                     earlier.add(order.kernels)
                 yield replace(self._reading(order), recognized=descent.recognized)
         if not names_show_layers:
-            views = selector.by_content(tensors, with_products=unread or not complete, named=by_names)
-            for selected, alignment, has_own_order in views:
+            views = selector.by_content(tensors, with_products=unread or not complete)
+            for selected, has_own_order in views:
                 if selected.problem is not None:
                     problems.append(selected.problem)
+                    continue
+                alignment = self.align(selected)
+                if not selector.exceeds_names(alignment, by_names):
                     continue
                 for order in self._orders_of(selected, alignment, has_own_order):
                     unnamed = unnamed or order.problem is None

@@ -55,44 +55,43 @@ class SuspectSelector:
             yield MappedTensors({}, str(error))
 
     def by_content(
-        self, tensors: Mapping[str, Tensor], *, with_products: bool, named: float = 0.0
-    ) -> Iterator[tuple[MappedTensors, Alignment, bool]]:
-        """Yield tensors that are found without names, their alignment, and whether they have an own order.
+        self, tensors: Mapping[str, Tensor], *, with_products: bool
+    ) -> Iterator[tuple[MappedTensors, bool]]:
+        """Yield tensors that are found without names, and whether they can be read in their own order.
 
         Those that are not recognised as a descendant of W0 are left out, if the reference has sketches.
 
         Args:
             tensors: the suspect's tensors.
             with_products: whether two tensors may be the factors of one kernel.
-            named: sum of the similarities of all layers under their names, if all are there. In recurrent and
-                attention layers, others must exceed it by half of a layer.
         """
-        blocks = [entry for entry in self._with_other_blocks(tensors) if self._exceeds(entry[1], named)]
-        yield from ((selected, alignment, False) for selected, alignment in blocks)
+        blocks = list(self._with_other_blocks(tensors))
+        yield from ((selected, False) for selected, _ in blocks)
         if any(self.descent(*entry).every_layer for entry in blocks):
             return
         try:
             views = self.matcher.views(tensors, with_products=with_products)
         except ModelError as error:
-            yield MappedTensors({}, str(error)), Alignment({}, 0.0), False
+            yield MappedTensors({}, str(error)), False
             return
         for view in views:
             for selected in self._select(view.tensors):
                 if selected.problem is not None:
                     continue
-                alignment = self.align(selected)
-                if (
-                    view.has_own_order
-                    and self.aligner.layers
-                    and not self.descent(selected, alignment).recognized
-                ):
+                needs_recognition = view.has_own_order and self.aligner.layers
+                if needs_recognition and not self.descent(selected, self.align(selected)).recognized:
                     continue
-                if not self._exceeds(alignment, named):
-                    continue
-                yield selected, alignment, view.has_own_order and self.has_own_order(selected.tensors)
+                yield selected, view.has_own_order and self.has_own_order(selected.tensors)
 
-    def _exceeds(self, alignment: Alignment, named: float) -> bool:
-        """Return whether layers are more similar to W0's than under their names, by half of one in total."""
+    def exceeds_names(self, alignment: Alignment, named: float) -> bool:
+        """Return whether layers found by content are more similar to W0's than under their names.
+
+        This counts for recurrent and attention layers; there it must be by half of a layer in total.
+
+        Args:
+            alignment: of the layers that were found by content.
+            named: largest sum of similarities of all layers under their names; 0 if no place has all.
+        """
         if not self.aligner.layers or isinstance(self.aligner, Aligner) or not named:
             return True
         return sum(alignment.layer_similarities.values()) > named + _BETTER
@@ -131,7 +130,7 @@ class SuspectSelector:
         """Return whether selected kernels descend from W0, all of them and each under its name.
 
         Names show nothing by themselves: an attacker can exchange them among tensors of equal shapes. Without
-        sketches nothing shows descent, and the names count.
+        sketches nothing is recognised.
         """
         if not self.aligner.layers:
             return Descent(recognized=False, every_layer=False)

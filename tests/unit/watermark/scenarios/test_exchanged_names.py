@@ -140,8 +140,9 @@ def test_matches_of_wrong_keys_in_forced_views_are_binomial(
     detector, counts = detector_of(kind), []
     for seed in range(20):
         views = list(detector._selector().by_content(anonymous(independent(kind, seed)), with_products=True))
-        selected, alignment, _ = views[-1]
-        reading = detector._reading(list(detector._orders_of(selected, alignment, False))[-1])
+        selected = views[-1][0]
+        order = next(detector._orders_of(selected, detector.align(selected), False))
+        reading = detector._reading(order)
         for index in range(8):  # further keys for each network, because one network's scores are fixed
             other = detector.with_control_key(8 * seed + index)
             counts.append(int(matching_bits(other.score(reading.values).float(), other.labels).sum()))
