@@ -255,9 +255,8 @@ class WatermarkDetector:
         missing kernels.
         """
         selector, earlier, problems = self._selector(), EarlierKernels(), []
-        unread = selector.has_unread(tensors)
+        unread, by_names = selector.has_unread(tensors), 0.0
         names_show_layers = complete = named = unnamed = False
-        by_names = 0.0
         for selected in selector.by_name(tensors):
             if selected.problem is not None:
                 problems.append(selected.problem)
