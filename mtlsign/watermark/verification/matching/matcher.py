@@ -94,8 +94,9 @@ class ContentMatcher:
         """
         if isinstance(aligner, TransformerAligner) and aligner.products.stream.stages:
             return {}
-        work, sources = WorkLimit(), _sources(aligner, tensors, WorkLimit())
+        sources = _sources(aligner, tensors, WorkLimit())
         for files in (tensors, _transposed(tensors)):
+            work = WorkLimit()
             chosen, similarity = self._searched(aligner, sources, files, work)
             if not aligner.exceeds(similarity, 0.0):
                 continue
