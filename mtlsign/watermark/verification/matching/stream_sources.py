@@ -24,6 +24,8 @@ _ROWS, _FEWEST = 256, 3
 _ALIKE, _CLEAR = 0.25, 0.8
 #: Tensors in which the words of another order are looked for.
 _VOCABULARIES = 4
+#: Such a tensor has at least one of so many of W0's words.
+_WORDS_LEFT = 2
 #: Multiplications of a product of matrices that take the time of one other.
 MATRIX_SPEED = 8
 
@@ -71,7 +73,9 @@ def _similar(
     best = max((similarity for similarity, _, _ in candidates), default=0.0)
     if name == frame.words_name and frame.words is not None and best < _CLEAR:
         # The words may have another order. Their number is most likely that of W0.
-        candidates.sort(key=lambda entry: (abs(len(entry[2]) - frame.shapes[name][0]), entry[1].place))
+        count = frame.shapes[name][0]
+        candidates = [entry for entry in candidates if _WORDS_LEFT * len(entry[2]) >= count]
+        candidates.sort(key=lambda entry: (abs(len(entry[2]) - count), entry[1].place))
         candidates = candidates[:_VOCABULARIES]
         for number, (similarity, tensor, vectors) in enumerate(candidates):
             work.use(word_search_work(len(known), vectors) // MATRIX_SPEED)
