@@ -128,7 +128,7 @@ class Aligner:
         complete = kernels.keys() & self.layers.keys() == similarities.keys()
         if complete and min(similarities.values(), default=0.0) > SURE_COSINE:
             return Descent(recognized=True, every_layer=True)
-        chance = self._control().align(kernels)
+        chance = self.control().align(kernels)
         recognized = alignment.similarity > chance.similarity + RECOGNITION_MARGIN
         every_layer = complete and all(
             value > chance.layer_similarities[name] + RECOGNITION_MARGIN
@@ -136,8 +136,8 @@ class Aligner:
         )
         return Descent(recognized, recognized and every_layer)
 
-    def _control(self) -> Aligner:
-        """Return the same aligner for random kernels of W0's shapes."""
+    def control(self) -> Aligner:
+        """Return the same alignment with random sketches, which shows what search alone reaches."""
         control = copy.copy(self)
         control.layers = with_random_sketches(self.layers)
         return control

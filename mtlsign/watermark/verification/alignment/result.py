@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -121,30 +122,52 @@ def layer_similarities(layers: Mapping[str, _Layer], aligned: Mapping[str, Tenso
     return means
 
 
-def descent_of(
-    sketches: Mapping[str, Floats], own: Mapping[str, float], chance: Callable[[], Mapping[str, float]]
-) -> Descent:
-    """Compare the similarities of layers with those of the same alignment with random sketches.
-
-    Args:
-        sketches: of W0's layers by name, [rows, s].
-        own: name of a layer that is present -> mean cosine.
-        chance: returns the same with random sketches; not used if all layers are surely similar.
-    """
-    if sketches and all(own.get(name, 0.0) > SURE_COSINE for name in sketches):
-        return Descent(recognized=True, every_layer=True)
-    by_chance = chance()
-    limits = {
-        name: by_chance.get(name, 0.0) + recognition_margin([sketch], _LAYER_DEVIATIONS)
-        for name, sketch in sketches.items()
-    }
-    margin = recognition_margin(list(sketches.values()))
-    return Descent(
-        recognized=mean_similarity(own) > mean_similarity(by_chance) + margin,
-        every_layer=all(own.get(n, 0.0) > min(SURE_COSINE, limit) for n, limit in limits.items()),
-    )
-
-
 def mean_similarity(similarities: Mapping[str, float]) -> float:
     """Return the mean similarity of the layers that are present; 0 without any."""
     return float(np.mean(list(similarities.values()))) if similarities else 0.0
+
+
+class SketchComparison(ABC):
+    """Recognition of descendants by an aligner of recurrent or attention layers."""
+
+    @property
+    @abstractmethod
+    def compared_layers(self) -> Mapping[str, Sketched]:
+        """W0's layers with a sketch, by name of the kernel."""
+
+    @abstractmethod
+    def align(self, kernels: Mapping[str, Tensor]) -> Alignment:
+        """Bring a suspect's kernels into W0's order."""
+
+    @abstractmethod
+    def control(self) -> Self:
+        """Return the same alignment with random sketches, which shows what search alone reaches."""
+
+    def recognizes(self, kernels: Mapping[str, Tensor]) -> bool:
+        """Return whether a suspect descends from W0, as far as its kernels show."""
+        return self.descent(kernels, self.align(kernels)).recognized
+
+    def descent(self, kernels: Mapping[str, Tensor], alignment: Alignment) -> Descent:
+        """Compare an alignment with the same one for random sketches, as a whole and layer by layer.
+
+        Args:
+            kernels: of a suspect, by name.
+            alignment: their alignment.
+        """
+        own, layers = alignment.layer_similarities, self.compared_layers
+        if layers and all(own.get(name, 0.0) > SURE_COSINE for name in layers):
+            return Descent(recognized=True, every_layer=True)
+        chance = self.control().align(kernels).layer_similarities
+        limits = {
+            name: chance.get(name, 0.0) + recognition_margin([layer.sketch], _LAYER_DEVIATIONS)
+            for name, layer in layers.items()
+        }
+        return Descent(
+            recognized=self.exceeds(mean_similarity(own), mean_similarity(chance)),
+            every_layer=all(own.get(n, 0.0) > min(SURE_COSINE, limit) for n, limit in limits.items()),
+        )
+
+    def exceeds(self, similarity: float, chance: float) -> bool:
+        """Return whether a similarity shows descent, given the one that search reaches by chance."""
+        sketches = [layer.sketch for layer in self.compared_layers.values()]
+        return similarity > chance + recognition_margin(sketches)

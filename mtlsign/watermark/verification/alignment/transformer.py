@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -33,11 +34,10 @@ from mtlsign.watermark.verification.alignment.blocks import (
 from mtlsign.watermark.verification.alignment.layers import ReferenceLayer, unit_rows
 from mtlsign.watermark.verification.alignment.result import (
     Alignment,
-    Descent,
-    descent_of,
+    SketchComparison,
+    Sketched,
     layer_similarities,
     mean_similarity,
-    recognition_margin,
     with_random_sketches,
 )
 from mtlsign.watermark.verification.alignment.stream_frame import StreamFrame
@@ -77,7 +77,7 @@ class HeadProducts:
         return products / self.rows
 
 
-class TransformerAligner:
+class TransformerAligner(SketchComparison):
     """Alignment of suspects with the W0 of one reference, for networks with attention layers.
 
     Args:
@@ -146,31 +146,12 @@ class TransformerAligner:
         similarities = layer_similarities(self.layers, aligned)
         return Alignment(aligned, mean_similarity(similarities), similarities)
 
-    def recognizes(self, kernels: Mapping[str, Tensor]) -> bool:
-        """Return whether a suspect descends from W0, as far as its kernels show."""
-        return self.descent(kernels, self.align(kernels)).recognized
+    @property
+    def compared_layers(self) -> Mapping[str, Sketched]:
+        """W0's layers with a sketch, by name of the kernel."""
+        return self.layers
 
-    def descent(self, kernels: Mapping[str, Tensor], alignment: Alignment) -> Descent:
-        """Compare an alignment with the same one for random sketches, as a whole and layer by layer.
-
-        The latter gives the similarity that search alone reaches.
-
-        Args:
-            kernels: of a suspect, by name.
-            alignment: their alignment.
-        """
-        sketches = {name: layer.sketch for name, layer in self.layers.items()}
-        return descent_of(
-            sketches,
-            alignment.layer_similarities,
-            lambda: self.control().align(kernels).layer_similarities,
-        )
-
-    def exceeds(self, similarity: float, chance: float) -> bool:
-        """Return whether a similarity shows descent, given the one that search reaches by chance."""
-        return similarity > chance + recognition_margin([layer.sketch for layer in self.layers.values()])
-
-    def control(self) -> TransformerAligner:
+    def control(self) -> Self:
         """Return the same alignment with random sketches, which shows what search alone reaches."""
         control = copy.copy(self)
         control.heads = with_random_sketches(self.heads)

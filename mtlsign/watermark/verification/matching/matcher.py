@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from mtlsign.watermark.verification.alignment.assignment import RESOLUTION
 from mtlsign.watermark.verification.alignment.inputs import SQUARES, squares_for
 from mtlsign.watermark.verification.alignment.layers import ReferenceLayer
 from mtlsign.watermark.verification.alignment.orders import Orders
-from mtlsign.watermark.verification.alignment.result import RECOGNITION_MARGIN, with_random_sketches
+from mtlsign.watermark.verification.alignment.result import RECOGNITION_MARGIN
 from mtlsign.watermark.verification.alignment.suspect import suspect_layers
 from mtlsign.watermark.verification.matching.candidates import Candidate, Slot
 from mtlsign.watermark.verification.matching.recurrent_search import RecurrentSearch, find_embedding
@@ -132,9 +131,7 @@ class ContentMatcher:
         match = self._best_match(aligner, tensors, work)
         if match.excess() <= RECOGNITION_MARGIN:
             return {}
-        other = copy.copy(aligner)
-        other.layers = with_random_sketches(aligner.layers)
-        chance = self._best_match(other, tensors, work).excess()
+        chance = self._best_match(aligner.control(), tensors, work).excess()
         if match.excess() <= chance + RECOGNITION_MARGIN:
             return {}
         return {name: candidate.kernel for name, candidate in match.chosen.items()}

@@ -27,10 +27,14 @@ from mtlsign.watermark.verification.alignment.recurrent import (
 )
 from mtlsign.watermark.verification.embedding_frame import EmbeddingFrame
 from mtlsign.watermark.verification.matching.candidates import Work
-from mtlsign.watermark.verification.matching.stream_sources import MATRIX_SPEED, word_search_work
+from mtlsign.watermark.verification.matching.stream_sources import (
+    MATRIX_SPEED,
+    likely_vocabularies,
+    word_search_work,
+)
 
-#: Tensors in which the words of another order are looked for, and share of W0's vectors that shows these.
-_VOCABULARIES, _MISFIT = 4, 0.5
+#: Share of W0's vectors that no table explains, from which the words are looked for in another order.
+_MISFIT = 0.5
 #: Matrices for the inputs of one direction that are compared together with those for its outputs.
 _FOLLOWED = 4
 #: Least multiplications for the comparison of one matrix.
@@ -83,14 +87,14 @@ def find_embedding(frame: EmbeddingFrame, tensors: Sequence[FileTensor], work: W
             if _is_vocabulary(vectors, frame):
                 work.use(_MATRIX_WORK + 20 * known * vectors.shape[1] ** 2 // MATRIX_SPEED)
                 misfit = frame.words.misfit(vectors[:known].double())
-                candidates.append((misfit, FileTensor(tensor.name, tensor.place, vectors, (vectors,))))
-    if min((misfit for misfit, _ in candidates), default=0.0) > _MISFIT:
-        candidates.sort(key=lambda entry: (abs(len(entry[1].values) - frame.shape[0]), entry[1].place))
-        candidates = candidates[:_VOCABULARIES]
-        for number, (misfit, tensor) in enumerate(candidates):
-            work.use(word_search_work(known, tensor.values) // MATRIX_SPEED)
-            ordered = frame.words.misfit(frame.words.find(tensor.values))
-            candidates[number] = (min(misfit, ordered), tensor)
+                table = FileTensor(tensor.name, tensor.place, vectors, (vectors,))
+                candidates.append((misfit, table, vectors))
+    if min((misfit for misfit, _, _ in candidates), default=0.0) > _MISFIT:
+        candidates = likely_vocabularies(candidates, frame.shape[0])
+        for number, (misfit, table, vectors) in enumerate(candidates):
+            work.use(word_search_work(known, vectors) // MATRIX_SPEED)
+            ordered = frame.words.misfit(frame.words.find(vectors))
+            candidates[number] = (min(misfit, ordered), table, vectors)
     if not candidates:
         return None
     return min(candidates, key=lambda entry: (round(entry[0] / RESOLUTION), entry[1].place))[1]

@@ -24,7 +24,7 @@ _ROWS, _FEWEST = 256, 3
 _ALIKE, _CLEAR = 0.25, 0.8
 #: Tensors in which the words of another order are looked for.
 _VOCABULARIES = 4
-#: Such a tensor has at least one of so many of W0's words.
+#: Those with at least one of so many of W0's words come first.
 _WORDS_LEFT = 2
 #: Multiplications of a product of matrices that take the time of one other.
 MATRIX_SPEED = 8
@@ -72,16 +72,28 @@ def _similar(
             candidates.append((similarity, tensor, vectors))
     best = max((similarity for similarity, _, _ in candidates), default=0.0)
     if name == frame.words_name and frame.words is not None and best < _CLEAR:
-        # The words may have another order. Their number is most likely that of W0.
-        count = frame.shapes[name][0]
-        candidates = [entry for entry in candidates if _WORDS_LEFT * len(entry[2]) >= count]
-        candidates.sort(key=lambda entry: (abs(len(entry[2]) - count), entry[1].place))
-        candidates = candidates[:_VOCABULARIES]
+        candidates = likely_vocabularies(candidates, frame.shapes[name][0])
         for number, (similarity, tensor, vectors) in enumerate(candidates):
             work.use(word_search_work(len(known), vectors) // MATRIX_SPEED)
             ordered = _correlation(frame, frame.words.find(vectors), known)
             candidates[number] = (max(similarity, ordered), tensor, vectors)
     yield from ((similarity, tensor) for similarity, tensor, _ in candidates if similarity > _ALIKE)
+
+
+def likely_vocabularies(
+    candidates: Sequence[tuple[float, FileTensor, Tensor]], count: int
+) -> list[tuple[float, FileTensor, Tensor]]:
+    """Return the few tables in which words of another order are looked for.
+
+    Their number of words is most likely W0's. Smaller tables than half of it are tried if there are no
+    others, because each try costs much work.
+
+    Args:
+        candidates: similarity, tensor, and its vectors [V, d].
+        count: number of W0's words.
+    """
+    large = [entry for entry in candidates if _WORDS_LEFT * len(entry[2]) >= count] or candidates
+    return sorted(large, key=lambda entry: (abs(len(entry[2]) - count), entry[1].place))[:_VOCABULARIES]
 
 
 def _fitting(shape: tuple[int, ...], tensors: Sequence[FileTensor]) -> Iterator[FileTensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mtlsign.attacks.residual_blocks import insert_residual_blocks
 from mtlsign.watermark.verification.algorithm import verify
 from mtlsign.watermark.verification.detector import WatermarkDetector
+from tests.unit.watermark.scenarios.exchanged_files import anonymous, exchanged
 from tests.unit.watermark.scenarios.hostile_files import decoys
 
 Tensors = dict[str, Tensor]
@@ -24,11 +25,6 @@ Tensors = dict[str, Tensor]
 def marked(marked_model: tuple[object, Any]) -> Tensors:
     """Return the state dict of the marked network."""
     return dict(marked_model[1].tensors)
-
-
-def anonymous(tensors: Tensors, seed: int = 0) -> Tensors:
-    order = torch.randperm(len(tensors), generator=torch.Generator().manual_seed(seed)).tolist()
-    return {f"t{number}": tensor for number, tensor in zip(order, tensors.values(), strict=True)}
 
 
 HOSTILE: dict[str, Callable[[], Tensors]] = {
@@ -77,17 +73,6 @@ def test_verify_of_network_with_a_separate_adapter_is_accepted(
             file |= {f"{layer}lora_A.weight": down, f"{layer}lora_B.weight": up}
             file[name] = kernel - (up @ down.flatten(1)).reshape(kernel.shape)
     assert verify(file, detector, bits=40).accepted
-
-
-def exchanged(tensors: Tensors, seed: int) -> Tensors:
-    """Give all tensors of one shape each other's names."""
-    file = dict(tensors)
-    for shape in {tuple(tensor.shape) for tensor in tensors.values()}:
-        names = [name for name, tensor in tensors.items() if tuple(tensor.shape) == shape]
-        order = torch.randperm(len(names), generator=_generator(seed)).tolist()
-        for place, number in enumerate(order):
-            file[names[number]] = tensors[names[order[place - 1]]]
-    return file
 
 
 def transposed(tensors: Tensors) -> Tensors:
