@@ -12,26 +12,18 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.marked_network import MarkedNetwork
 from mtlsign.attacks import AttackerResources, parse_attacks
 from mtlsign.attacks.base import AttackDivergedError, NotApplicableError
 from mtlsign.config import cli
 from mtlsign.config.embed import EmbedSettings
-from mtlsign.models import loading
-from mtlsign.models.architectures import build
-from mtlsign.tasks import Task, load_task
-from mtlsign.watermark.embedding import pipeline
-from mtlsign.watermark.embedding.commitment import commit_keys, measure_response_bases
-from mtlsign.watermark.embedding.worker import SingleProcessContext
-from mtlsign.watermark.keys.identity import Identity
 from mtlsign.watermark.verification.algorithm import verify
-from mtlsign.watermark.verification.detector import WatermarkDetector
 from mtlsign.watermark.verification.scores import matching_bits
 
 #: Attacks that make descendants, each with every seed of `--attack-seeds`.
@@ -70,27 +62,7 @@ class Study:
     """
 
     def __init__(self, settings: EmbedSettings, path: Path) -> None:
-        self.settings, self.path = settings, path
-        self.task: Task = load_task(settings.task, data=settings.data, seed=settings.seed)
-        self.architecture = loading.architecture_from_settings(settings, self.task.input_spec)
-        self.base_weights = self.train(settings.seed)
-        owner = Identity(hashlib.sha256(b"recognition study").digest(), bytes(32))
-        network = build(self.architecture)
-        bases = measure_response_bases(network, self.base_weights, self.task, settings)
-        (opening,), reference = commit_keys(
-            network, self.base_weights, self.architecture, self.task.input_spec, settings, owner, bases=bases
-        )
-        context = SingleProcessContext()
-        marked = pipeline.run_phase2(settings, self.base_weights, [opening], reference, context)
-        self.detector = WatermarkDetector(opening, reference, head=marked.head)
-        self.marked = build(self.architecture)
-        self.marked.load_state_dict(marked.tensors)
-        self.marked.eval()
-
-    def train(self, seed: int) -> dict[str, Tensor]:
-        """Return the weights of an unmarked network of another seed."""
-        settings = self.settings.updated({"seed": seed})
-        return pipeline.run_phase1(settings, self.architecture, SingleProcessContext())[0]
+        self.network, self.path = MarkedNetwork(settings, "recognition study"), path
 
     def rows(self, models: int, key_models: int, keys: int, attack_seeds: int) -> Iterator[dict[str, object]]:
         """Yield the rows that the file does not have."""
@@ -102,7 +74,7 @@ class Study:
         for index in range(models):
             key_count = keys if index < key_models else 0
             if ("independent", "trained", str(_FIRST_SEED + index)) not in finished:
-                tensors = self.train(_FIRST_SEED + index)
+                tensors = self.network.train(_FIRST_SEED + index)
                 yield from self._read("independent", "trained", _FIRST_SEED + index, tensors, key_count)
         for name, tensors in self._unmarked():
             if ("unmarked", name, "0") not in finished:
@@ -116,32 +88,32 @@ class Study:
 
     def _descendant(self, name: str, seed: int) -> Iterator[dict[str, object]]:
         (plan,) = parse_attacks(name)
-        resources = AttackerResources(training_lr=self.settings.phase1.lr or 0.1)
+        resources = AttackerResources(training_lr=self.network.settings.phase1.lr or 0.1)
         try:
-            outcome = plan.run(self.marked, self.task, resources, seed)
+            outcome = plan.run(self.network.marked, self.network.task, resources, seed)
         except (AttackDivergedError, NotApplicableError):
             return
         tensors = outcome.model.state_dict() if outcome.tensors is None else dict(outcome.tensors)
         yield from self._read("descendant", name, seed, tensors, 0)
 
     def _unmarked(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        network = build(self.architecture)
-        network.load_state_dict(self.base_weights)
-        yield "W0", self.base_weights
+        base = self.network.base_weights
+        yield "W0", base
         (plan,) = parse_attacks("permute_channels:which=both")
-        permuted = plan.run(network.eval(), self.task, AttackerResources(), 0).model
+        permuted = plan.run(self.network.build(base), self.network.task, AttackerResources(), 0).model
         yield "W0 permuted", permuted.state_dict()
 
     def _read(
         self, group: str, name: str, seed: int, tensors: dict[str, Tensor], keys: int
     ) -> Iterator[dict[str, object]]:
         """Yield the row of the owner's key, and rows with the numbers of matching bits of wrong keys."""
-        verdict = verify(tensors, self.detector)
+        detector = self.network.detector
+        verdict = verify(tensors, detector)
         shared = {"group": group, "name": name, "seed": seed, "similarity": round(verdict.similarity, 4)}
         yield {**shared, "keys": 0, "matches": verdict.matches, "n": verdict.n, "status": verdict.status}
         if keys:
-            others = [self.detector.with_control_key(index) for index in range(keys)]
-            results = self.detector.score_all_keys(tensors, others)[1:]
+            others = [detector.with_control_key(index) for index in range(keys)]
+            results = detector.score_all_keys(tensors, others)[1:]
             counts = [
                 [
                     int(matching_bits(own.scores, other.labels).sum())
