@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -17,11 +17,13 @@ from mtlsign.attacks.recurrent_symmetries import random_invertible_matrix
 from mtlsign.attacks.residual_blocks import insert_residual_blocks
 from mtlsign.attacks.training import trainable_copy
 from mtlsign.models.attention_layers import AttentionLayer, MatrixRows
+from mtlsign.models.loading import cpu_state
 from mtlsign.models.residual_stream import ResidualStream, residual_stream
 from mtlsign.models.taps import last_layer
 from mtlsign.models.transformer import Transformer
 from mtlsign.tasks import Task
 from mtlsign.tasks.splitting import seeded_generator
+from mtlsign.watermark.verification.alignment.joint_matrices import PartOrder, is_joint
 
 #: Parameter of windowed attention in timm and torchvision: relative positions [..., heads].
 _POSITION_TABLE = "relative_position_bias_table"
@@ -169,6 +171,38 @@ def _turn(model: Transformer, matrix: Tensor) -> None:
     for norm in (model.embedding_norm, *block_norms):
         for vector in norm.parameters():
             vector.copy_(matrix @ vector.double())
+
+
+def reorder_joint_matrices(
+    model: nn.Module,
+    task: Task,
+    resources: AttackerResources,
+    seed: int,
+    *,
+    layout: Literal["thirds", "heads"] = "thirds",
+) -> AttackOutcome:
+    """Save joint matrices of attention layers with another order of queries, keys and values.
+
+    `thirds` stores all values, then all queries and all keys; `heads` the key, value and query of each head.
+    The user of the model brings them back.
+
+    Raises:
+        NotApplicableError: the network has no attention layers, or none with a joint matrix.
+    """
+    order = PartOrder((1, 2, 0), by_head=False) if layout == "thirds" else PartOrder((2, 0, 1), by_head=True)
+    layers = [layer for layer in _stream(model, task, resources, seed).attentions if is_joint(layer)]
+    if not layers:
+        raise NotApplicableError(
+            "The network has no joint matrix of queries, keys and values.", field="model"
+        )
+    tensors = cpu_state(model)
+    for layer in layers:
+        size = tensors[layer.output].shape[1] // layer.heads
+        bias = f"{layer.query.weight.removesuffix('weight')}bias"
+        for name in (layer.query.weight, bias):
+            if name in tensors:
+                tensors[name] = order.stored(tensors[name], size)
+    return AttackOutcome(trainable_copy(model), tensors=tensors)
 
 
 def dummy_block(

@@ -339,5 +339,5 @@ STANDARD = (
     "overwrite:epochs=350,int8,spoil:steps=60,decorrelate:steps=40,null_space:energy=0.95,noise=1,"
     "repair_steps=300,repair_lr=0.003,tune:steps=1500,lr=0.01,relearn:epochs=20,unsketch,"
     "recurrent_symmetries,permute_vocabulary,attention_symmetries,rotate_stream,dummy_block,"
-    "permute_channels,transpose_input,mix_input:kind=negate,dummy_channels,split_channels,clique_channels"
+    "reorder_joint_matrices,permute_channels,transpose_input,mix_input:kind=negate,dummy_channels,split_channels,clique_channels"
 )

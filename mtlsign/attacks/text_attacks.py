@@ -35,6 +35,14 @@ TEXT_ATTACKS = (
         fast=("",),
     ),
     Attack(
+        "reorder_joint_matrices",
+        attention_symmetries.reorder_joint_matrices,
+        "queries, keys and values of joint matrices saved in another order",
+        "function_preserving",
+        variants=("layout=thirds/heads",),
+        fast=("",),
+    ),
+    Attack(
         "dummy_block",
         attention_symmetries.dummy_block,
         "a block without effect inserted into a transformer, or into every stage of a residual network",

@@ -78,6 +78,7 @@ ALL_ATTACKS = ",".join(
         "attention_symmetries",
         "rotate_stream",
         "dummy_block",
+        "reorder_joint_matrices",
         "mix_linear_channels",
         "lora_tune:rank=8/64",
         "prune_activations:ratio=0.5",

@@ -79,7 +79,7 @@ class AttentionProducts:
         inner = self.stream.attention_weights
         result = {name: kernel for name, kernel in matrices.items() if name not in inner}
         for layer in self.stream.attentions:
-            result |= self._products(layer, matrices)
+            result |= self.of_layer(layer, matrices)
         return result
 
     def normalized(self, kernels: Weights) -> dict[str, Tensor]:
@@ -103,8 +103,8 @@ class AttentionProducts:
             matrices[name] = rounded(matrix, kernel.dtype)
         return matrices
 
-    def _products(self, layer: AttentionLayer, matrices: Weights) -> dict[str, Tensor]:
-        """Return the two products of one layer, as far as its matrices are present and fit."""
+    def of_layer(self, layer: AttentionLayer, matrices: Weights) -> dict[str, Tensor]:
+        """Return the two products of one layer, as far as its normalised matrices are present and fit."""
         basis, size = self.bases.get(layer.query_key), self.head_sizes[layer.module]
         stream_size = self.stream.size_of(layer)
         if layer.output not in matrices or len(matrices[layer.output]) != stream_size:

@@ -34,6 +34,7 @@ NOT_FOR_IMAGES = {
     "permute_vocabulary",
     "attention_symmetries",
     "rotate_stream",
+    "reorder_joint_matrices",
     "lora_tune",
     "prune_activations",
     "drop_layers",

@@ -46,6 +46,17 @@ def test_free_change_of_a_marked_swin_keeps_function_and_bits(
     assert after.evidence_bits >= before.evidence_bits - 9  # readings, and one bit near its threshold
 
 
+@pytest.mark.parametrize("layout", ["thirds", "heads"])
+def test_joint_matrices_in_another_order_keep_every_bit(
+    layout: str, marked: tuple[nn.Module, MTLSignKey], tiny_task: Task
+) -> None:
+    model, key = marked
+    outcome = run(f"reorder_joint_matrices:layout={layout}", model, tiny_task)
+    assert outcome.tensors is not None
+    verdict = verify(outcome.tensors, key.detector)
+    assert verdict.accepted and verdict.matches >= 127, verdict
+
+
 def test_free_changes_after_tuning_cost_no_bits(
     marked: tuple[nn.Module, MTLSignKey], tiny_task: Task
 ) -> None:

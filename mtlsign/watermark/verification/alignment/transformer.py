@@ -31,8 +31,10 @@ from mtlsign.watermark.verification.alignment.blocks import (
     too_many_places,
     windows,
 )
+from mtlsign.watermark.verification.alignment.joint_matrices import JointMatrices
 from mtlsign.watermark.verification.alignment.layers import ReferenceLayer, unit_rows
 from mtlsign.watermark.verification.alignment.result import (
+    SURE_COSINE,
     Alignment,
     SketchComparison,
     Sketched,
@@ -125,6 +127,10 @@ class TransformerAligner(SketchComparison):
         }
 
     @property
+    def _joint(self) -> JointMatrices:
+        return JointMatrices(self.products, self.heads)
+
+    @property
     def layers(self) -> Mapping[str, HeadProducts | ReferenceLayer]:
         """W0's layers by name of the kernel."""
         return {**self.neurons.layers, **self.heads}
@@ -140,7 +146,14 @@ class TransformerAligner(SketchComparison):
         inner = self.products.stream.attention_weights
         neurons = self.neurons.align({n: m for n, m in matrices.items() if n not in inner})
         attention = {name: matrix for name, matrix in matrices.items() if name in inner}
-        ordered = self._ordered_heads(self.products.multiplied({**neurons.kernels, **attention}))
+        alignment = self._aligned(neurons.kernels, attention)
+        if self._joint.are_doubtful(alignment.layer_similarities):
+            alignment = self._aligned(neurons.kernels, self._joint.ordered(attention))
+        return alignment
+
+    def _aligned(self, neurons: Mapping[str, Tensor], attention: Mapping[str, Tensor]) -> Alignment:
+        """Return the alignment with the matrices of attention layers in the coordinates of W0's stream."""
+        ordered = self._ordered_heads(self.products.multiplied({**neurons, **attention}))
         shapes = self.products.shapes  # without a sketch, further heads stay
         aligned = {name: k for name, k in ordered.items() if tuple(k.shape) == shapes.get(name, k.shape)}
         similarities = layer_similarities(self.layers, aligned)
@@ -218,13 +231,18 @@ class TransformerAligner(SketchComparison):
         The bases of queries differ between blocks, so that only values and outputs are compared.
         """
         turned = self.frame.apply(self.products.normalized(kernels))
-        products = self.products.multiplied(turned)
-        names = [layer.value_output for layer in stage.attentions]
-        similarities = np.zeros((len(names), len(names)))
-        for row, column in np.ndindex(*similarities.shape):
-            layer, kernel = self.heads.get(names[row]), products.get(names[column])
-            if layer is not None and kernel is not None and len(kernel) % layer.rows == 0:
-                similarities[row, column] = layer.similarities(kernel.numpy()).max(1).mean()
+        count = len(stage.attentions)
+        similarities = np.zeros((count, count))
+        targets = [self.heads.get(layer.value_output) for layer in stage.attentions]
+        for column, attention in enumerate(stage.attentions):
+            for every_order in (False, True):
+                for kernel in self._joint.value_products(attention, turned, every_order=every_order):
+                    for row, heads in enumerate(targets):
+                        if heads is not None and len(kernel) % heads.rows == 0:
+                            own = heads.similarities(kernel.numpy()).max(1).mean()
+                            similarities[row, column] = max(own, similarities[row, column])
+                if similarities[:, column].max() > SURE_COSINE:
+                    break
         return similarities
 
     def _ordered_heads(self, kernels: Mapping[str, Tensor]) -> dict[str, Tensor]:

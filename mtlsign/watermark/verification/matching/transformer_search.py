@@ -8,7 +8,7 @@ norms are those with which the matrices after them are most similar.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +18,7 @@ from mtlsign.models.attention_layers import AttentionLayer
 from mtlsign.models.unnamed_tensors import FileTensor
 from mtlsign.watermark.verification.alignment import TransformerAligner
 from mtlsign.watermark.verification.alignment.assignment import Floats, Indices, best_assignment, quantized
+from mtlsign.watermark.verification.alignment.joint_matrices import VALUE_ORDERS, is_joint
 from mtlsign.watermark.verification.alignment.layers import ReferenceLayer, unit_rows
 from mtlsign.watermark.verification.alignment.transformer import HeadProducts
 from mtlsign.watermark.verification.matching.candidates import Work
@@ -146,7 +147,9 @@ class TransformerSearch:
             first, heads = slots[0]
             size = self._aligner.products.head_sizes[first.module]
             projection = self._projection(heads.sketch.shape[1])
-            values, outputs = self._free(first.value.weight), self._free(first.output)
+            stored, outputs = self._free(first.value.weight), self._free(first.output)
+            orders = VALUE_ORDERS if is_joint(first) else VALUE_ORDERS[:1]
+            values = [replace(t, values=o.in_thirds(t.values, size)) for t in stored for o in orders]
             if not values or not outputs:
                 continue
             self._use(values, projection.shape[1], self._stream.size * size * first.kv_heads)
@@ -164,7 +167,8 @@ class TransformerSearch:
             exclude_equal_places(scores, values, outputs)
             for row, column, slot in best_triples(scores, values, outputs):
                 layer, tensor = slots[slot][0], outputs[column]
-                self._choose(layer.value.weight, values[row].place, values[row].values)
+                matrix = stored[row // len(orders)]  # the alignment puts its parts in order
+                self._choose(layer.value.weight, matrix.place, matrix.values)
                 self._choose(layer.output, tensor.place, tensor.values)
                 head = largest_head(tensor.values.double().T.numpy(), size)
                 group = head * layer.kv_heads // layer.heads
