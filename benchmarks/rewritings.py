@@ -20,6 +20,7 @@ from typing import get_args
 
 import torch
 from torch import nn
+from torchvision.models.vgg import make_layers
 
 from benchmarks.marked_network import MarkedNetwork
 from mtlsign.attacks import AttackerResources, parse_attacks
@@ -50,6 +51,13 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def small_vgg(channels: int, classes: int) -> nn.Module:
+    """Return a VGG of width 16 to 64 without batch norms: `--model benchmarks.rewritings:small_vgg`."""
+    layers = make_layers([16, 16, "M", 32, 32, "M", 64, 64, "M"], batch_norm=False)
+    layers[0] = nn.Conv2d(channels, 16, 3, padding=1)
+    return nn.Sequential(layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
+
+
 class Study:
     """The marked network, and the file of rows.
 
@@ -60,7 +68,8 @@ class Study:
 
     def __init__(self, settings: EmbedSettings, path: Path) -> None:
         self.settings, self.path = settings, path
-        self.model = f"{settings.model} {settings.width}" if settings.width else str(settings.model)
+        name = str(settings.model)
+        self.model = f"{name} of width {settings.width}" if name.startswith("resnet") else name
         self.network = MarkedNetwork(settings, "rewriting study")
 
     def rows(self, suspects: list[str], changes: list[str]) -> Iterator[dict[str, object]]:
