@@ -6,9 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
-from mtlsign.models.attention_layers import MatrixRows
 from mtlsign.models.unnamed_tensors import FileTensor
 from mtlsign.watermark.verification.alignment.assignment import (
     RESOLUTION,
@@ -20,11 +18,6 @@ from mtlsign.watermark.verification.alignment.layers import unit_rows
 from mtlsign.watermark.verification.alignment.transformer import HeadProducts
 
 Scores = npt.NDArray[np.float32]
-
-
-def part_of(rows: MatrixRows, matrix: Tensor) -> Tensor:
-    """Return the rows of one part of a joint matrix, or of a whole one, in float64."""
-    return rows.of({rows.weight: matrix}).double()
 
 
 def spread(count: int, most: int) -> Indices:

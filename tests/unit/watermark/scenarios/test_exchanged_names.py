@@ -81,6 +81,18 @@ def changed(kind: str, change: str) -> Tensors:
     return noisy(state) if change == "noise" else state
 
 
+def joined(tensors: Tensors, kind: str, *, by_group: bool) -> Tensors:
+    """Return the tensors with one matrix of keys, queries and values for each attention layer."""
+    result, groups = dict(tensors), int(str(model_architecture(kind).get("kv_heads", 4)))
+    for name in [n for n in tensors if n.endswith("attention.query.weight")]:
+        parts = [result.pop(name.replace("query", part)) for part in ("key", "query", "value")]
+        if by_group:
+            parts = [part.unflatten(0, (groups, -1)) for part in parts]
+        joint = torch.cat(parts, 1).flatten(0, 1) if by_group else torch.cat(parts)
+        result[name.replace("query", "joint")] = joint
+    return result
+
+
 def model_architecture(kind: str) -> dict[str, object]:
     return text_architecture() if kind == "bilstm" else architecture(kind) | {"embedding": 24}
 
@@ -98,6 +110,13 @@ def test_blocks_with_exchanged_numbers_keep_every_bit(kind: str, change: str) ->
 def test_names_without_meaning_keep_every_bit(kind: str, form: str, change: str) -> None:
     verdict = verdict_on(kind, FORMS[form](changed(kind, change)))
     assert verdict.accepted and verdict.matches == 128 and verdict.readings <= 5, verdict
+
+
+@pytest.mark.parametrize("kind", ["pre", "rms"])
+@pytest.mark.parametrize("by_group", [False, True])
+def test_separate_matrices_that_are_stored_as_joint_ones_keep_every_bit(kind: str, by_group: bool) -> None:
+    verdict = verdict_on(kind, exchanged(joined(changed(kind, "noise and all"), kind, by_group=by_group)))
+    assert verdict.accepted and verdict.matches == 128, verdict
 
 
 @ALL_KINDS

@@ -135,6 +135,18 @@ def test_search_among_exchanged_names_reads_other_orders(first: int) -> None:
     assert_equal_kernels(read(dict(views[0].tensors), aligner), read(state, aligner))
 
 
+def test_search_reads_a_joint_matrix_that_is_stored_as_three() -> None:
+    model, aligner, _ = vision_transformer()
+    state = noisy(model)
+    file = {n: t for n, t in state.items() if "qkv" not in n}
+    for block in range(4):
+        for number, part in enumerate(state[JOINT.format(block)].chunk(3)):
+            file[f"{block}.{number}"] = part.contiguous()
+    views = [view for view in ContentMatcher(model, aligner).views(exchanged(file)) if not view.has_own_order]
+    assert views
+    assert_equal_kernels(read(dict(views[0].tensors), aligner), read(state, aligner))
+
+
 def test_exchanged_blocks_with_other_orders_get_their_numbers_back() -> None:
     model, aligner, _ = vision_transformer()
     state = noisy(model)

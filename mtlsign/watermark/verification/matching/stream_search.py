@@ -1,0 +1,80 @@
+"""Base of a search for the matrices of a transformer: the coordinates of its stream, and what is in use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from torch import Tensor
+
+from mtlsign.models.residual_stream import ResidualStream
+from mtlsign.models.unnamed_tensors import FileTensor
+from mtlsign.watermark.verification.alignment import TransformerAligner
+from mtlsign.watermark.verification.alignment.assignment import Floats, Indices
+from mtlsign.watermark.verification.matching.candidates import Work
+from mtlsign.watermark.verification.matching.stream_sources import MATRIX_SPEED
+from mtlsign.watermark.verification.sketches import projection_matrix
+
+#: Least multiplications for one matrix.
+_MATRIX_WORK = 2**13
+
+
+@dataclass
+class StreamSearch:
+    """Search for the tensors of one architecture in one file.
+
+    Attributes:
+        aligner: alignment with W0, or its control with random sketches.
+        shapes: of the network's tensors.
+        sources: result of `find_sources`.
+        tensors: of the file; matrices have W0's axes.
+        work: limit of the multiplications.
+        chosen: tensors by the network's names.
+        used: places of the chosen ones.
+    """
+
+    aligner: TransformerAligner
+    shapes: Mapping[str, tuple[int, ...]]
+    sources: Mapping[str, FileTensor]
+    tensors: Sequence[FileTensor]
+    work: Work
+    chosen: dict[str, Tensor] = field(default_factory=dict, init=False)
+    used: set[int] = field(default_factory=set, init=False)
+
+    @property
+    def _stream(self) -> ResidualStream:
+        return self.aligner.products.stream
+
+    def _choose(self, name: str, place: int, values: Tensor) -> None:
+        self.chosen[name] = values
+        self.used.add(place)
+
+    @cached_property
+    def _turn(self) -> Floats:
+        """Matrix R with W = W'·R for readers of the stream, [d, d]."""
+        size = self._stream.size
+        self.work.use(60 * size**3 // MATRIX_SPEED)
+        turn = self.aligner.frame.turn(self._stream.parts[0], self.chosen)
+        return np.eye(size) if turn is None else turn.numpy()
+
+    def _projection(self, size: int) -> Floats:
+        """Return R·S for sketches of a size, [d, s]."""
+        return np.asarray(self._turn @ projection_matrix(self._stream.size, size))
+
+    def _free(self, name: str) -> list[FileTensor]:
+        """Return the matrices of a tensor's shape that are not in use."""
+        shape = self.shapes[name]
+        return [t for t in self.tensors if t.place not in self.used and tuple(t.values.shape) == shape]
+
+    def _written(self, matrix: Tensor, rows: Indices | slice) -> Floats:
+        """Return rows, in W0's coordinates, of a matrix that writes the stream."""
+        values = matrix.double()
+        if self._stream.subtracts_mean:
+            values = values - values.mean(0, keepdim=True)
+        return np.asarray(self._turn.T[rows] @ values.numpy())
+
+    def _use(self, tensors: Sequence[FileTensor], times: int, numbers: int) -> None:
+        """Subtract the work for a product of each tensor."""
+        self.work.use(len(tensors) * (_MATRIX_WORK + times * numbers // MATRIX_SPEED))
