@@ -10,6 +10,7 @@ import torch
 
 from mtlsign.models.attention_layers import AttentionLayer, MatrixRows
 from mtlsign.models.unnamed_tensors import FileTensor
+from mtlsign.models.untrusted import MAX_GROWTH
 from mtlsign.watermark.verification.alignment.assignment import RESOLUTION, Floats, Indices, quantized
 from mtlsign.watermark.verification.alignment.transformer import HeadProducts
 from mtlsign.watermark.verification.matching.head_comparison import (
@@ -21,8 +22,8 @@ from mtlsign.watermark.verification.matching.head_comparison import (
     spread,
 )
 from mtlsign.watermark.verification.matching.joint_parts import (
-    HeadLayout,
     JointPart,
+    are_disjoint,
     parts_of_joint,
     similarity_of_heads,
 )
@@ -65,51 +66,55 @@ class AttentionSearch(StreamSearch):
         rows = spread(self._stream.size, HEAD_ROWS)
         for slots in self._slots(queries=False):
             first, heads = slots[0]
-            size = self.aligner.products.head_sizes[first.module]
+            size, group = self.aligner.products.head_sizes[first.module], first.heads // first.kv_heads
             projection = self._projection(heads.sketch.shape[1])
-            values, outputs = self._values(first), self._free(first.output)
+            values, outputs = self._values(first), self._free(first.output, axis=1)
             if not values or not outputs:
                 continue
-            self._use(values, projection.shape[1], self._stream.size * size * first.kv_heads)
-            self._use(outputs, len(rows), self._stream.size * size * first.heads)
-            self._use_pairs(values, outputs, len(rows) * projection.shape[1], size, slots)
-            projected = self._projected_heads(first, values, projection)
+            self._use(values, projection.shape[1])
+            self._use(outputs, len(rows))
+            projected = [self._projected_heads(part, projection, size) for part in values]
+            fits = [_fitting(projected, tensor.values.shape[1], group, size) for tensor in outputs]
+            self._use_pairs(fits, len(rows) * projection.shape[1], size, slots)
             scores = np.full((len(values), len(outputs), len(slots)), -np.inf, dtype=np.float32)
             targets = [head_targets(own, rows) for _, own in slots]
             for column, tensor in enumerate(outputs):
-                head = largest_head(tensor.values.double().T.numpy(), size)
-                turned = self._written(tensor.values, rows)[:, head * size : (head + 1) * size]
-                own = projected[:, head * first.kv_heads // first.heads]
-                scores[:, column] = similarities(np.matmul(turned, own), targets)
+                if fits[column]:
+                    head = largest_head(tensor.values.double().T.numpy(), size)
+                    turned = self._written(tensor.values, rows)[:, head * size : (head + 1) * size]
+                    own = np.stack([projected[row][head // group] for row in fits[column]])
+                    scores[fits[column], column] = similarities(np.matmul(turned, own), targets)
             exclude_equal_places(scores, values, outputs)
             for row, column, slot in best_triples(scores, values, outputs):
-                layer, tensor, part = slots[slot][0], outputs[column], values[row]
-                if isinstance(part, JointPart) and part.source.place in self.used:
-                    continue  # another layer has other rows of it
-                written = self._written(tensor.values, rows).reshape(len(rows), layer.heads, size)
-                value = self._best_value(slots[slot], part, written, rows)
-                self._choose_part(layer.value, value)
-                self._choose(layer.output, tensor.place, tensor.values)
-                head = largest_head(tensor.values.double().T.numpy(), size)
-                group = head * layer.kv_heads // layer.heads
-                matrix = value.values.double().numpy()[group * size : (group + 1) * size]
-                self.pairs[layer.value_output] = HeadPair(matrix, written[:, head])
+                self._choose_pair(slots[slot], values[row], outputs[column], rows)
 
-    def _best_value(
-        self, slot: tuple[AttentionLayer, HeadProducts], value: FileTensor, written: Floats, rows: Indices
-    ) -> FileTensor:
-        """Return the part of the same joint matrix that is most similar in all heads; others as they are."""
-        (layer, heads), best = slot, value
+    def _choose_pair(
+        self, slot: tuple[AttentionLayer, HeadProducts], value: FileTensor, output: FileTensor, rows: Indices
+    ) -> None:
+        """Choose V and O of one layer; V as the part of a joint matrix that is most similar in all heads."""
+        layer, heads = slot
+        if isinstance(value, JointPart) and value.source.place in self.used:
+            return  # another layer has other rows of it
+        size, group = self.aligner.products.head_sizes[layer.module], layer.heads // layer.kv_heads
+        written = self._written(output.values, rows).reshape(len(rows), -1, size)
         if isinstance(value, JointPart):
-            parts = self._parts_of(value.source, layer, layer.value)
-            left = written.transpose(1, 0, 2)
-            right = self._projected_heads(layer, parts, self._projection(heads.sketch.shape[1]))
-            scores = [similarity_of_heads(left, own, heads, rows) for own in right]
-            best = parts[int(quantized(np.array(scores)).argmax())]
-            assert isinstance(best, JointPart)
-            self.joint[layer.module] = best
-            self.used.add(best.source.place)
-        return best
+            parts, projection = list(parts_of_joint(value.source, 1, group, size)), heads.sketch.shape[1]
+            scores = [
+                similarity_of_heads(
+                    written.transpose(1, 0, 2),
+                    self._projected_heads(part, self._projection(projection), size),
+                    heads,
+                    rows,
+                )
+                for part in parts
+            ]
+            value = self.joint[layer.module] = parts[int(quantized(np.array(scores)).argmax())]
+            self.used.add(value.source.place)
+        self._choose_part(layer.value, value)
+        self._choose(layer.output, output.place, output.values)
+        head = largest_head(output.values.double().T.numpy(), size)
+        matrix = value.values.double().numpy().reshape(-1, size, value.values.shape[1])[head // group]
+        self.pairs[layer.value_output] = HeadPair(matrix, written[:, head])
 
     def _choose_queries_and_keys(self) -> None:
         """Choose Q and K of each layer by the products of their largest head."""
@@ -118,90 +123,102 @@ class AttentionSearch(StreamSearch):
             for layer, heads in group:
                 if layer.module in self.joint:
                     self._choose_parts_of_joint(layer, heads)
-            if not slots:
+            if slots:
+                self._choose_separate(slots)
+
+    def _choose_separate(self, slots: Sequence[tuple[AttentionLayer, HeadProducts]]) -> None:
+        """Choose Q and K of layers of one shape among matrices of their own."""
+        first, heads = slots[0]
+        size, group = self.aligner.products.head_sizes[first.module], first.heads // first.kv_heads
+        projection = self._projection(heads.sketch.shape[1])
+        queries, keys = self._separate(first.query, size), self._separate(first.key, size)
+        if not queries or not keys:
+            return
+        rows = spread(heads.rows, HEAD_ROWS)
+        self._use(keys, projection.shape[1])
+        self._use(queries, len(rows) * len(slots))
+        projected = [self._projected_heads(part, projection, size) for part in keys]
+        fits = [_fitting(projected, len(tensor.values), group, size) for tensor in queries]
+        self._use_pairs(fits, len(rows) * projection.shape[1], size * len(slots), slots)
+        bases = [self.aligner.products.bases[layer.query_key].numpy()[:, rows] for layer, _ in slots]
+        scores = np.full((len(queries), len(keys), len(slots)), -np.inf, dtype=np.float32)
+        for row, tensor in enumerate(queries):
+            if not fits[row]:
                 continue
-            first, heads = slots[0]
-            size = self.aligner.products.head_sizes[first.module]
-            projection = self._projection(heads.sketch.shape[1])
-            queries, keys = self._separate(first.query), self._separate(first.key)
-            if not queries or not keys:
-                continue
-            rows = spread(heads.rows, HEAD_ROWS)
-            self._use(keys, projection.shape[1], self._stream.size * size * first.kv_heads)
-            self._use(queries, len(rows) * len(slots), self._stream.size * size)
-            self._use_pairs(queries, keys, len(rows) * projection.shape[1], size * len(slots), slots)
-            projected = self._projected_heads(first, keys, projection)
-            scores = np.full((len(queries), len(keys), len(slots)), -np.inf, dtype=np.float32)
-            for slot, (layer, own) in enumerate(slots):
-                basis = self._turn @ self.aligner.products.bases[layer.query_key].numpy()[:, rows]
-                targets = [head_targets(own, rows)]
-                for row, tensor in enumerate(queries):
-                    matrix = tensor.values.double().numpy()
-                    head = largest_head(matrix, size)
-                    turned = (matrix[head * size : (head + 1) * size] @ basis).T
-                    right = projected[:, head * first.kv_heads // first.heads]
-                    scores[row, :, slot] = similarities(np.matmul(turned, right), targets)[:, 0]
-            exclude_equal_places(scores, queries, keys)
-            for row, column, slot in best_triples(scores, queries, keys):
-                layer = slots[slot][0]
-                self._choose_part(layer.query, queries[row])
-                self._choose_part(layer.key, keys[column])
+            matrix = tensor.values.double().numpy()
+            head = largest_head(matrix, size)
+            own = matrix[head * size : (head + 1) * size] @ self._turn
+            right = np.stack([projected[column][head // group] for column in fits[row]])
+            for slot, (basis, (_, target)) in enumerate(zip(bases, slots, strict=True)):
+                products = np.matmul((own @ basis).T, right)
+                scores[row, fits[row], slot] = similarities(products, [head_targets(target, rows)])[:, 0]
+        exclude_equal_places(scores, queries, keys)
+        for row, column, slot in best_triples(scores, queries, keys):
+            self._choose_part(slots[slot][0].query, queries[row])
+            self._choose_part(slots[slot][0].key, keys[column])
 
     def _choose_parts_of_joint(self, layer: AttentionLayer, heads: HeadProducts) -> None:
         """Choose Q and K among the other parts of the joint matrix of V."""
         value, rows = self.joint[layer.module], spread(heads.rows, HEAD_ROWS)
+        size, group = self.aligner.products.head_sizes[layer.module], layer.heads // layer.kv_heads
         basis = self._turn @ self.aligner.products.bases[layer.query_key].numpy()[:, rows]
-        best, chosen = -np.inf, None
-        keys = self._parts_of(value.source, layer, layer.key)
-        projected = self._projected_heads(layer, keys, self._projection(heads.sketch.shape[1]))
-        for query in self._parts_of(value.source, layer, layer.query):
-            left = query.values.double().numpy() @ basis
-            left = left.reshape(layer.heads, -1, len(rows)).transpose(0, 2, 1)
+        projection, best, chosen = self._projection(heads.sketch.shape[1]), -np.inf, None
+        keys = list(parts_of_joint(value.source, 1, group, size))
+        projected = [self._projected_heads(key, projection, size) for key in keys]
+        for query in parts_of_joint(value.source, group, group, size):
+            left = (query.values.double().numpy() @ basis).reshape(-1, size, len(rows)).transpose(0, 2, 1)
             for key, right in zip(keys, projected, strict=True):
-                parts = (value, query, key)
-                if len({part.blocks for part in parts}) > 1 or value.overlaps(query):
-                    continue
-                if value.overlaps(key) or query.overlaps(key):
-                    continue
-                score = similarity_of_heads(left, right, heads, rows)
-                if score > best + RESOLUTION:
-                    best, chosen = score, (query, key)
+                if are_disjoint(value, query, key):
+                    score = similarity_of_heads(left, right, heads, rows)
+                    if score > best + RESOLUTION:
+                        best, chosen = score, (query, key)
         if chosen is not None:
             self._choose_part(layer.query, chosen[0])
             self._choose_part(layer.key, chosen[1])
 
     def _values(self, layer: AttentionLayer) -> list[FileTensor]:
         """Return the tensors that values can be, also parts of joint matrices."""
-        columns = self.shapes[layer.value.weight][1]
-        free = [t for t in self.tensors if t.place not in self.used and t.values.shape[-1] == columns]
-        joint = [part for tensor in free for part in self._parts_of(tensor, layer, layer.value)]
-        return [*self._separate(layer.value), *joint]
+        size, group = self.aligner.products.head_sizes[layer.module], layer.heads // layer.kv_heads
+        columns, most = self.shapes[layer.value.weight][1], (group + 2) * layer.kv_heads * size * MAX_GROWTH
+        joint = [
+            part
+            for tensor in self.tensors
+            if tensor.place not in self.used
+            and tensor.values.shape[-1] == columns
+            and len(tensor.values) <= most
+            for part in parts_of_joint(tensor, 1, group, size)
+        ]
+        return [*self._separate(layer.value, size), *joint]
 
-    def _separate(self, rows: MatrixRows) -> list[FileTensor]:
-        """Return the matrices with the shape of queries, keys or values that are not in use."""
-        shape = (rows.stop - rows.start, self.shapes[rows.weight][1])
-        return [t for t in self.tensors if t.place not in self.used and tuple(t.values.shape) == shape]
+    def _separate(self, rows: MatrixRows, size: int) -> list[FileTensor]:
+        """Return the matrices not in use that queries, keys or values of some number of heads can be."""
+        columns, most = self.shapes[rows.weight][1], MAX_GROWTH * (rows.stop - rows.start)
+        return [
+            t
+            for t in self.tensors
+            if t.place not in self.used
+            and t.values.dim() == 2
+            and t.values.shape[1] == columns
+            and len(t.values) <= most
+            and len(t.values) % size == 0
+        ]
 
-    def _parts_of(self, source: FileTensor, layer: AttentionLayer, rows: MatrixRows) -> list[JointPart]:
-        size = self.aligner.products.head_sizes[layer.module]
-        layout = HeadLayout(layer.heads, layer.kv_heads, size)
-        return list(parts_of_joint(source, rows.stop - rows.start, layout))
-
-    def _projected_heads(
-        self, layer: AttentionLayer, parts: Sequence[FileTensor], projection: Floats
-    ) -> Floats:
-        """Return the sketches of keys or values, [parts, heads, head size, s]."""
-        size = self.aligner.products.head_sizes[layer.module]
-        projected = np.array([part.values.double().numpy() @ projection for part in parts])
-        return projected.reshape(len(parts), layer.kv_heads, size, projection.shape[1])
+    def _projected_heads(self, part: FileTensor, projection: Floats, size: int) -> Floats:
+        """Return the sketches of keys or values, [heads, head size, s]."""
+        projected = part.values.double().numpy() @ projection
+        return projected.reshape(-1, size, projection.shape[1])
 
     def _choose_part(self, rows: MatrixRows, part: FileTensor) -> None:
-        """Use a part of W0's joint matrix, whose missing parts are zeros, or a separate matrix."""
-        if rows.stop - rows.start == self.shapes[rows.weight][0]:
+        """Use a separate matrix, or a part of W0's joint matrix, whose missing parts are zeros."""
+        count, total = rows.stop - rows.start, self.shapes[rows.weight][0]
+        if count == total:
             self._choose(rows.weight, part.place, part.values)
             return
-        matrix = self.chosen.get(rows.weight, torch.zeros(self.shapes[rows.weight]))
-        matrix[rows.start : rows.stop] = part.values
+        shape = (total // count * len(part.values), part.values.shape[1])
+        matrix = self.chosen.get(rows.weight)
+        matrix = torch.zeros(shape) if matrix is None or tuple(matrix.shape) != shape else matrix
+        start = rows.start // count * len(part.values)
+        matrix[start : start + len(part.values)] = part.values
         self._choose(rows.weight, part.place, matrix)
 
     def _slots(self, *, queries: bool) -> Iterator[list[tuple[AttentionLayer, HeadProducts]]]:
@@ -219,13 +236,18 @@ class AttentionSearch(StreamSearch):
 
     def _use_pairs(
         self,
-        first: Sequence[FileTensor],
-        second: Sequence[FileTensor],
+        fits: Sequence[Sequence[int]],
         numbers: int,
         size: int,
         slots: Sequence[tuple[AttentionLayer, HeadProducts]],
     ) -> None:
-        """Subtract the work for a product of each pair, and its comparison with W0's heads."""
+        """Subtract the work for a product of each fitting pair, and its comparison with W0's heads."""
         compared = size + sum(layer.heads for layer, _ in slots)
         each = max(_PAIR_WORK, numbers * compared // MATRIX_SPEED) + 2**10 * len(slots)
-        self.work.use(len(first) * len(second) * each)
+        self.work.use(sum(map(len, fits)) * each)
+
+
+def _fitting(projected: Sequence[Floats], rows: int, group: int, size: int) -> list[int]:
+    """Return the numbers of keys or values with the heads that so many rows of queries or outputs have."""
+    heads, rest = divmod(rows, group * size)
+    return [] if rest else [number for number, own in enumerate(projected) if len(own) == heads]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -14,31 +15,6 @@ from mtlsign.models.unnamed_tensors import FileTensor
 from mtlsign.watermark.verification.alignment.assignment import Floats, Indices
 from mtlsign.watermark.verification.alignment.transformer import HeadProducts
 from mtlsign.watermark.verification.matching.head_comparison import head_targets, similarities
-
-
-@dataclass(frozen=True)
-class HeadLayout:
-    """Heads of an attention layer.
-
-    Attributes:
-        heads: of the queries.
-        kv_heads: of keys and values.
-        size: rows of a head.
-    """
-
-    heads: int
-    kv_heads: int
-    size: int
-
-    @property
-    def units(self) -> int:
-        """Heads of queries, keys and values for each head of keys."""
-        return self.heads // self.kv_heads + 2
-
-    @property
-    def rows(self) -> int:
-        """Rows of a joint matrix."""
-        return self.units * self.kv_heads * self.size
 
 
 @dataclass(frozen=True)
@@ -57,24 +33,29 @@ class JointPart(FileTensor):
     start: int
     length: int
 
-    def overlaps(self, other: JointPart) -> bool:
-        """Return whether two parts in the same blocks share rows."""
-        return self.start < other.start + other.length and other.start < self.start + self.length
+
+def are_disjoint(*parts: JointPart) -> bool:
+    """Return whether parts of one joint matrix are in the same blocks and share no rows."""
+    spans = sorted((part.start, part.start + part.length) for part in parts)
+    follow = all(end <= start for (_, end), (start, _) in pairwise(spans))
+    return follow and len({part.blocks for part in parts}) == 1
 
 
-def parts_of_joint(source: FileTensor, count: int, layout: HeadLayout) -> Iterator[JointPart]:
+def parts_of_joint(source: FileTensor, length: int, group: int, size: int) -> Iterator[JointPart]:
     """Yield the parts of a joint matrix that queries, keys or values can be.
 
     Args:
-        source: [layout.rows, columns]; of other matrices there are none.
-        count: rows of the part.
-        layout: heads of the layer.
+        source: [(group + 2) * heads of keys * size, columns]; of other matrices there are none.
+        length: heads of the part for each head of keys: `group` or 1.
+        group: heads of queries for each head of keys.
+        size: rows of a head.
     """
-    units, length = layout.units, count // (layout.kv_heads * layout.size)
-    if source.values.dim() != 2 or len(source.values) != layout.rows:
+    units = group + 2
+    kv_heads, rest = divmod(len(source.values), units * size)
+    if source.values.dim() != 2 or rest or not kv_heads:
         return
-    for blocks in dict.fromkeys((1, layout.kv_heads)):
-        view = source.values.unflatten(0, (blocks, units, layout.kv_heads * layout.size // blocks))
+    for blocks in dict.fromkeys((1, kv_heads)):
+        view = source.values.unflatten(0, (blocks, units, kv_heads * size // blocks))
         for start in sorted({0, 1, 2, units - 2, units - 1}):
             if start + length <= units:
                 part = view[:, start : start + length].flatten(0, 2)

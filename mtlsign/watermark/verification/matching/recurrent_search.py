@@ -199,13 +199,14 @@ class RecurrentSearch:
             options.append(_Direction(slot, own, None, own.score))
             if outputs is None:
                 continue
-            for tensor in self._free(outputs.shape):
-                if tensor.place == own.tensor.place:
+            units, present = len(own.array) // slot.gates, own.order >= 0
+            change = np.zeros((units, outputs.hidden))
+            change[own.order[present], np.flatnonzero(present)] = own.signs[present]
+            for tensor in self._free(units):
+                if tensor.place == own.tensor.place or len(tensor.values) != len(own.array):
                     continue
-                self._work.use(_MATRIX_WORK + outputs.sketch.size * outputs.fan_in // MATRIX_SPEED)
+                self._work.use(_MATRIX_WORK + outputs.sketch.size * units // MATRIX_SPEED)
                 matrix = tensor.values.double().numpy()
-                change = np.zeros((outputs.fan_in, outputs.hidden))
-                change[own.order, np.arange(outputs.hidden)] = own.signs
                 score = _mean_cosine(outputs.cosines(matrix @ change), own.order)
                 options.append(_Direction(slot, own, tensor, own.score + score))
         return options
@@ -219,11 +220,13 @@ class RecurrentSearch:
         if change is None or change.shape[1] != slot.fan_in:
             return []
         inputs = []
-        for tensor in self._free((slot.shape[0], len(change))):
-            values = tensor.values
+        for tensor in self._free(len(change)):
+            values, units = tensor.values, len(tensor.values) // slot.gates
+            if len(values) % slot.gates or units > MAX_GROWTH * slot.hidden:
+                continue
             if exchanged:
-                values = values.roll(values.shape[1] // 2, 1)
-            self._work.use(self._units_work(slot))
+                values = values.roll(len(changes[0]), 1)
+            self._work.use(self._units_work(slot) * max(1, units // slot.hidden))
             array = values.double().numpy() @ change
             cosines = slot.cosines(array)
             order, signs = units_in_order(cosines)
@@ -231,9 +234,9 @@ class RecurrentSearch:
             inputs.append(_Inputs(own, array, _mean_cosine(cosines, order), order, signs))
         return inputs
 
-    def _free(self, shape: tuple[int, ...]) -> list[FileTensor]:
-        """Return the matrices of a shape that are not in use."""
-        return [t for t in self._tensors if t.place not in self._used and tuple(t.values.shape) == shape]
+    def _free(self, columns: int) -> list[FileTensor]:
+        """Return the matrices with so many columns that are not in use."""
+        return [t for t in self._tensors if t.place not in self._used and t.values.shape[1] == columns]
 
     def _units_work(self, slot: RecurrentMatrix) -> int:
         """Return the multiplications for one comparison of units and their assignment."""
@@ -255,4 +258,5 @@ def _mean_cosine(cosines: Floats, order: Indices) -> float:
     """Return the mean cosine over gates and W0's units, of the candidate gate without its sign."""
     values = cosines.copy()
     values[CANDIDATE_GATE] = np.abs(values[CANDIDATE_GATE])
-    return float(values[:, np.arange(len(order)), np.maximum(order, 0)].mean())
+    matched = values[:, np.arange(len(order)), np.maximum(order, 0)]
+    return float((matched * (order >= 0)).mean())

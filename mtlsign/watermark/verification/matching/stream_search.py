@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mtlsign.models.residual_stream import ResidualStream
 from mtlsign.models.unnamed_tensors import FileTensor
+from mtlsign.models.untrusted import MAX_GROWTH
 from mtlsign.watermark.verification.alignment import TransformerAligner
 from mtlsign.watermark.verification.alignment.assignment import Floats, Indices
 from mtlsign.watermark.verification.matching.candidates import Work
@@ -63,10 +64,21 @@ class StreamSearch:
         """Return R·S for sketches of a size, [d, s]."""
         return np.asarray(self._turn @ projection_matrix(self._stream.size, size))
 
-    def _free(self, name: str) -> list[FileTensor]:
-        """Return the matrices of a tensor's shape that are not in use."""
+    def _free(self, name: str, axis: int) -> list[FileTensor]:
+        """Return the matrices not in use that differ from a tensor's shape at most in one axis.
+
+        It is up to `MAX_GROWTH` times as long as W0's.
+        """
         shape = self.shapes[name]
-        return [t for t in self.tensors if t.place not in self.used and tuple(t.values.shape) == shape]
+        most, other = MAX_GROWTH * shape[axis], shape[1 - axis]
+        return [
+            t
+            for t in self.tensors
+            if t.place not in self.used
+            and t.values.dim() == 2
+            and t.values.shape[1 - axis] == other
+            and t.values.shape[axis] <= most
+        ]
 
     def _written(self, matrix: Tensor, rows: Indices | slice) -> Floats:
         """Return rows, in W0's coordinates, of a matrix that writes the stream."""
@@ -75,6 +87,6 @@ class StreamSearch:
             values = values - values.mean(0, keepdim=True)
         return np.asarray(self._turn.T[rows] @ values.numpy())
 
-    def _use(self, tensors: Sequence[FileTensor], times: int, numbers: int) -> None:
-        """Subtract the work for a product of each tensor."""
-        self.work.use(len(tensors) * (_MATRIX_WORK + times * numbers // MATRIX_SPEED))
+    def _use(self, tensors: Sequence[FileTensor], times: int) -> None:
+        """Subtract the work for products of each tensor with so many columns or rows."""
+        self.work.use(sum(_MATRIX_WORK + times * t.values.numel() // MATRIX_SPEED for t in tensors))

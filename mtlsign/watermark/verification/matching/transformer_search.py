@@ -66,12 +66,13 @@ class TransformerSearch(AttentionSearch):
         """Choose the matrices of neurons that read the stream."""
         inner = self._stream.attention_weights
         for layers in self._linear(self._stream.readers - inner):
-            free = self._free(layers[0].weight)
-            sketch = layers[0].sketch.shape[1]
-            neurons = len(layers[0].sketch)
-            self._use(free, sketch, neurons * self._stream.size)
-            self._use(free, len(layers) * min(neurons, _NEURONS), neurons * sketch)
+            free = self._free(layers[0].weight, axis=0)
+            sketch, neurons = layers[0].sketch.shape[1], len(layers[0].sketch)
             projection, chosen = self._projection(sketch), spread(neurons, _NEURONS)
+            self._use(free, sketch)
+            self.work.use(
+                sum(len(layers) * len(chosen) * len(t.values) * sketch for t in free) // MATRIX_SPEED
+            )
             rows = [unit_rows(t.values.double().numpy() @ projection) for t in free]
             scores = np.array(
                 [[float((x.directions[chosen] @ own.T).max(1).mean()) for own in rows] for x in layers]
@@ -79,7 +80,7 @@ class TransformerSearch(AttentionSearch):
             for layer, column in zip(layers, assigned(scores), strict=True):
                 if column >= 0:
                     self._choose(layer.weight, free[column].place, free[column].values)
-                    self.work.use(neurons**2 * sketch // MATRIX_SPEED)
+                    self.work.use(neurons * len(rows[column]) * sketch // MATRIX_SPEED)
                     self.orders[layer.weight] = best_assignment(layer.directions @ rows[column].T)
 
     def _choose_outputs_of_neurons(self) -> None:
@@ -87,30 +88,35 @@ class TransformerSearch(AttentionSearch):
         outputs = frozenset(layer.output for layer in self._stream.attentions)
         rows = spread(self._stream.size, _NEURONS)
         for layers in self._linear(self._stream.writers - outputs):
-            free, width = self._free(layers[0].weight), layers[0].shape[1]
+            free, width = self._free(layers[0].weight, axis=1), layers[0].shape[1]
             sketch = layers[0].sketch.shape[1]
-            self._use(free, len(rows), self._stream.size * width)
-            self._use(free, len(layers) * len(rows), width * sketch)
+            self._use(free, len(rows))
+            self.work.use(len(free) * len(layers) * len(rows) * width * sketch // MATRIX_SPEED)
             turned = [self._written(t.values, rows) for t in free]
             norms = [t.values.double().norm(dim=0).clamp(min=1e-300).numpy() for t in free]
-            scores = np.zeros((len(layers), len(free)))
+            scores = np.full((len(layers), len(free)), -1.0)
             for number, layer in enumerate(layers):
-                order = self._order_of_columns(layer)
+                order, count = self._order_of_columns(layer)
                 projection = projection_matrix(width, sketch) * layer.columns.reshape(-1, 1)
                 for column, own in enumerate(turned):
-                    projected = unit_rows((own / norms[column])[:, order] @ projection)
-                    scores[number, column] = (layer.directions[rows] * projected).sum(1).mean()
-            for layer, column in zip(layers, assigned(scores), strict=True):
-                if column >= 0:
-                    self._choose(layer.weight, free[column].place, free[column].values)
+                    if own.shape[1] == count:
+                        ordered = (own / norms[column])[:, np.maximum(order, 0)] * (order >= 0)
+                        projected = unit_rows(ordered @ projection)
+                        scores[number, column] = (layer.directions[rows] * projected).sum(1).mean()
+            for number, column in enumerate(assigned(scores)):
+                if column >= 0 and scores[number, column] > -1:
+                    self._choose(layers[number].weight, free[column].place, free[column].values)
 
-    def _order_of_columns(self, layer: ReferenceLayer) -> Indices:
-        """Return the suspect's neuron of each input column of W0's; its number where it is not known."""
+    def _order_of_columns(self, layer: ReferenceLayer) -> tuple[Indices, int]:
+        """Return the suspect's neuron of each input column of W0's, −1 for none, and the number of neurons.
+
+        Without a known order it is W0's.
+        """
         sets = layer.sets_of_columns()
         for weight, order in self.orders.items():
             if len(sets) == 1 and self.aligner.neurons.layers[weight].sets_of_rows() == sets:
-                return np.where(order >= 0, order, np.arange(len(order)))
-        return np.arange(layer.shape[1])
+                return order, len(self.chosen[weight])
+        return np.arange(layer.shape[1]), layer.shape[1]
 
     def _choose_gains(self) -> None:
         """Choose the gain of each norm with which the matrices after it are most similar; none is one."""

@@ -81,6 +81,45 @@ def changed(kind: str, change: str) -> Tensors:
     return noisy(state) if change == "noise" else state
 
 
+def with_further_units(tensors: Tensors, count: int = 5) -> Tensors:
+    """Return the tensors of a Bi-LSTM with further units in each direction that nothing reads."""
+    result, generator = dict(tensors), torch.Generator().manual_seed(5)
+    for name, tensor in tensors.items():
+        if ".weight_" in name or ".bias_" in name:
+            gates = tensor.unflatten(0, (4, -1))
+            rows = 0.1 * torch.randn(4, count, *tensor.shape[1:], generator=generator)
+            result[name] = torch.cat([rows, gates], 1).flatten(0, 1)
+        if ".weight_hh" in name:
+            result[name] = torch.cat([torch.zeros(len(result[name]), count), result[name]], 1)
+        elif ".weight_ih" in name and "_l0" not in name:
+            halves = [torch.cat([torch.zeros(len(h), count), h], 1) for h in result[name].chunk(2, 1)]
+            result[name] = torch.cat(halves, 1)
+    return result
+
+
+def widened(tensors: Tensors, kind: str) -> Tensors:
+    """Return the tensors with a further group of heads and twelve further neurons, which have no effect."""
+    result, generator = dict(tensors), torch.Generator().manual_seed(5)
+    groups = int(str(model_architecture(kind).get("kv_heads", 4)))
+
+    def extended(name: str, count: int, axis: int) -> None:
+        shape = list(result[name].shape)
+        shape[axis] = count
+        rows = 0.1 * torch.randn(shape, generator=generator) if axis == 0 else torch.zeros(shape)
+        result[name] = torch.cat([rows, result[name]], axis)
+
+    for name in tensors:
+        if name.endswith(("query.weight", "key.weight", "value.weight")):
+            extended(name, len(tensors[name]) // groups, 0)
+        elif name.endswith("output.weight"):
+            extended(name, tensors[name].shape[1] // groups, 1)
+        elif name.endswith(("mlp.up.weight", "mlp.gate.weight")):
+            extended(name, 12, 0)
+        elif name.endswith("mlp.down.weight"):
+            extended(name, 12, 1)
+    return result
+
+
 def joined(tensors: Tensors, kind: str, *, by_group: bool) -> Tensors:
     """Return the tensors with one matrix of keys, queries and values for each attention layer."""
     result, groups = dict(tensors), int(str(model_architecture(kind).get("kv_heads", 4)))
@@ -116,6 +155,23 @@ def test_names_without_meaning_keep_every_bit(kind: str, form: str, change: str)
 @pytest.mark.parametrize("by_group", [False, True])
 def test_separate_matrices_that_are_stored_as_joint_ones_keep_every_bit(kind: str, by_group: bool) -> None:
     verdict = verdict_on(kind, exchanged(joined(changed(kind, "noise and all"), kind, by_group=by_group)))
+    assert verdict.accepted and verdict.matches == 128, verdict
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("change", ["nothing", "noise and all"])
+def test_matrices_with_further_heads_and_neurons_keep_every_bit(kind: str, form: str, change: str) -> None:
+    file = widened(changed(kind, change), kind)
+    assert {t.shape for t in file.values()} != {t.shape for t in marked(kind)[0].state_dict().values()}
+    verdict = verdict_on(kind, FORMS[form](file))
+    assert verdict.accepted and verdict.matches == 128, verdict
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("change", ["nothing", "noise and all"])
+def test_recurrent_layers_with_further_units_keep_every_bit(form: str, change: str) -> None:
+    verdict = verdict_on("bilstm", FORMS[form](with_further_units(changed("bilstm", change))))
     assert verdict.accepted and verdict.matches == 128, verdict
 
 

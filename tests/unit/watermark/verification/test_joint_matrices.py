@@ -161,7 +161,7 @@ def test_exchanged_blocks_with_other_orders_get_their_numbers_back() -> None:
 
 def test_other_orders_do_not_make_an_independent_network_a_descendant() -> None:
     _, aligner, _ = vision_transformer()
-    for seed in range(5, 8):
+    for seed in range(5, 7):
         torch.manual_seed(seed)
         state = dict(build(VIT).state_dict())
         names = {*aligner.resizable_names, *aligner.further_names}
