@@ -16,6 +16,7 @@ from mtlsign.watermark.kit import detector_for_kit
 from mtlsign.watermark.verification.algorithm import verify
 from tests.unit.attacks.helpers import VISION_OPTIONS, run
 from tests.unit.models.swin_examples import timm_swin, torchvision_swin
+from tests.unit.watermark.scenarios.exchanged_files import exchanged
 
 FREE = "attention_symmetries+rotate_stream+permute_channels+dummy_block:place=3"
 MAKERS = {"timm": timm_swin, "torchvision": torchvision_swin}
@@ -54,6 +55,14 @@ def test_joint_matrices_in_another_order_keep_every_bit(
     outcome = run(f"reorder_joint_matrices:layout={layout}", model, tiny_task)
     assert outcome.tensors is not None
     verdict = verify(outcome.tensors, key.detector)
+    assert verdict.accepted and verdict.matches >= 127, verdict
+
+
+def test_exchanged_names_of_a_marked_swin_cost_no_bits(
+    marked: tuple[nn.Module, MTLSignKey], tiny_task: Task
+) -> None:
+    model, key = marked
+    verdict = verify(exchanged(run(FREE, model, tiny_task, seed=5).model.state_dict()), key.detector)
     assert verdict.accepted and verdict.matches >= 127, verdict
 
 

@@ -63,7 +63,7 @@ class AttentionSearch(StreamSearch):
 
     def _choose_values_and_outputs(self) -> None:
         """Choose V and O of each layer by the products of their largest head."""
-        rows = spread(self._stream.size, HEAD_ROWS)
+        rows = spread(self.stage.size, HEAD_ROWS)
         for slots in self._slots(queries=False):
             first, heads = slots[0]
             size, group = self.aligner.products.head_sizes[first.module], first.heads // first.kv_heads
@@ -147,7 +147,7 @@ class AttentionSearch(StreamSearch):
                 continue
             matrix = tensor.values.double().numpy()
             head = largest_head(matrix, size)
-            own = matrix[head * size : (head + 1) * size] @ self._turn
+            own = matrix[head * size : (head + 1) * size] @ self.turn
             right = np.stack([projected[column][head // group] for column in fits[row]])
             for slot, (basis, (_, target)) in enumerate(zip(bases, slots, strict=True)):
                 products = np.matmul((own @ basis).T, right)
@@ -161,7 +161,7 @@ class AttentionSearch(StreamSearch):
         """Choose Q and K among the other parts of the joint matrix of V."""
         value, rows = self.joint[layer.module], spread(heads.rows, HEAD_ROWS)
         size, group = self.aligner.products.head_sizes[layer.module], layer.heads // layer.kv_heads
-        basis = self._turn @ self.aligner.products.bases[layer.query_key].numpy()[:, rows]
+        basis = self.turn @ self.aligner.products.bases[layer.query_key].numpy()[:, rows]
         projection, best, chosen = self._projection(heads.sketch.shape[1]), -np.inf, None
         keys = list(parts_of_joint(value.source, 1, group, size))
         projected = [self._projected_heads(key, projection, size) for key in keys]
@@ -224,7 +224,7 @@ class AttentionSearch(StreamSearch):
     def _slots(self, *, queries: bool) -> Iterator[list[tuple[AttentionLayer, HeadProducts]]]:
         """Yield attention layers of equal shapes with the sketches of one of their products."""
         groups: dict[tuple[object, ...], list[tuple[AttentionLayer, HeadProducts]]] = {}
-        for layer in self._stream.attentions:
+        for layer in self.stage.attentions:
             heads = self.aligner.heads.get(layer.query_key if queries else layer.value_output)
             if heads is not None:
                 first, second = (layer.query, layer.key) if queries else (layer.value, layer.output)

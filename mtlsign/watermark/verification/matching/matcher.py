@@ -14,7 +14,7 @@ from mtlsign.watermark.verification.alignment.assignment import RESOLUTION
 from mtlsign.watermark.verification.alignment.inputs import SQUARES, squares_for
 from mtlsign.watermark.verification.alignment.layers import ReferenceLayer
 from mtlsign.watermark.verification.alignment.orders import Orders
-from mtlsign.watermark.verification.alignment.result import RECOGNITION_MARGIN
+from mtlsign.watermark.verification.alignment.result import RECOGNITION_MARGIN, mean_similarity
 from mtlsign.watermark.verification.alignment.suspect import suspect_layers
 from mtlsign.watermark.verification.matching.candidates import Candidate, Slot
 from mtlsign.watermark.verification.matching.recurrent_search import RecurrentSearch, find_embedding
@@ -27,8 +27,8 @@ from mtlsign.watermark.verification.matching.sketch_search import (
     ranked,
     search,
 )
+from mtlsign.watermark.verification.matching.staged_search import search_transformer
 from mtlsign.watermark.verification.matching.stream_sources import find_sources
-from mtlsign.watermark.verification.matching.transformer_search import TransformerSearch
 
 #: Kernels for the first layer that are tried under all symmetries of the inputs, and those followed further.
 _FIRST_CANDIDATES, _FOLLOWED = 16, 2
@@ -88,19 +88,18 @@ class ContentMatcher:
         """Return the tensors of a transformer or recurrent network; none if it is not recognised.
 
         The matrices of the file have their axes in one of both orders. The same search for random sketches
-        gives the similarity by chance. A layer that is not in the file has the similarity 0. Networks with
-        stages of several sizes are not searched.
+        gives the similarity by chance. A layer that is not in the file has the similarity 0, but does not
+        count by chance. Because a search chooses among many matrices, it needs a larger difference.
         """
-        if isinstance(aligner, TransformerAligner) and aligner.products.stream.stages:
-            return {}
         sources = _sources(aligner, tensors, WorkLimit())
         for files in (tensors, _transposed(tensors)):
             work = WorkLimit()
-            chosen, similarity = self._searched(aligner, sources, files, work)
+            chosen, similarities = self._searched(aligner, sources, files, work)
+            similarity = sum(similarities.values()) / max(1, len(aligner.layers))
             if not aligner.exceeds(similarity, 0.0):
                 continue
-            _, chance = self._searched(aligner.control(), sources, files, work)
-            if aligner.exceeds(similarity, chance):
+            _, by_chance = self._searched(aligner.control(), sources, files, work)
+            if aligner.exceeds(similarity, mean_similarity(by_chance) + RECOGNITION_MARGIN):
                 return chosen
         return {}
 
@@ -110,14 +109,13 @@ class ContentMatcher:
         sources: Mapping[str, FileTensor],
         tensors: Sequence[FileTensor],
         work: WorkLimit,
-    ) -> tuple[dict[str, Tensor], float]:
-        """Return the tensors that are most similar to W0's, and their similarity."""
+    ) -> tuple[dict[str, Tensor], Mapping[str, float]]:
+        """Return the tensors that are most similar to W0's, and the similarities of their layers."""
         if isinstance(aligner, TransformerAligner):
-            chosen = TransformerSearch(aligner, self._shapes, sources, tensors, work).run()
+            chosen = search_transformer(aligner, self._shapes, sources, tensors, work)
         else:
             chosen = RecurrentSearch(aligner, next(iter(sources.values()), None), tensors, work).run()
-        similarities = aligner.align(chosen).layer_similarities
-        return chosen, sum(similarities.values()) / max(1, len(aligner.layers))
+        return chosen, aligner.align(chosen).layer_similarities
 
     def _by_sketches(
         self, aligner: Aligner, tensors: Sequence[FileTensor], with_products: bool

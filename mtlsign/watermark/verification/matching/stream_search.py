@@ -1,15 +1,16 @@
-"""Base of a search for the matrices of a transformer: the coordinates of its stream, and what is in use."""
+"""Base of a search for the matrices of one stage of a transformer: its coordinates, and the chosen ones."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from torch import Tensor
 
 from mtlsign.models.residual_stream import ResidualStream
+from mtlsign.models.stream_stages import StreamStage
 from mtlsign.models.unnamed_tensors import FileTensor
 from mtlsign.models.untrusted import MAX_GROWTH
 from mtlsign.watermark.verification.alignment import TransformerAligner
@@ -24,25 +25,27 @@ _MATRIX_WORK = 2**13
 
 @dataclass
 class StreamSearch:
-    """Search for the tensors of one architecture in one file.
+    """Search for the tensors of one stage in one file.
 
     Attributes:
         aligner: alignment with W0, or its control with random sketches.
         shapes: of the network's tensors.
-        sources: result of `find_sources`.
+        stage: part of the stream whose matrices are searched.
+        coordinates: sources that give its coordinates, as `StreamFrame.turn` reads them.
         tensors: of the file; matrices have W0's axes.
         work: limit of the multiplications.
-        chosen: tensors by the network's names.
+        chosen: tensors by the network's names; the search adds to them.
         used: places of the chosen ones.
     """
 
     aligner: TransformerAligner
     shapes: Mapping[str, tuple[int, ...]]
-    sources: Mapping[str, FileTensor]
+    stage: StreamStage
+    coordinates: Mapping[str, Tensor]
     tensors: Sequence[FileTensor]
     work: Work
-    chosen: dict[str, Tensor] = field(default_factory=dict, init=False)
-    used: set[int] = field(default_factory=set, init=False)
+    chosen: dict[str, Tensor]
+    used: set[int]
 
     @property
     def _stream(self) -> ResidualStream:
@@ -53,16 +56,18 @@ class StreamSearch:
         self.used.add(place)
 
     @cached_property
-    def _turn(self) -> Floats:
-        """Matrix R with W = W'·R for readers of the stream, [d, d]."""
-        size = self._stream.size
+    def turn(self) -> Floats:
+        """Matrix R with W = W'·R for readers of the stage, [d, d]."""
+        size = self.stage.size
         self.work.use(60 * size**3 // MATRIX_SPEED)
-        turn = self.aligner.frame.turn(self._stream.parts[0], self.chosen)
+        turn = self.aligner.frame.turn(self.stage, self.coordinates)
         return np.eye(size) if turn is None else turn.numpy()
 
     def _projection(self, size: int) -> Floats:
-        """Return R·S for sketches of a size, [d, s]."""
-        return np.asarray(self._turn @ projection_matrix(self._stream.size, size))
+        """Return R·S for sketches of a size, [d, s]; with stages less the mean of its rows."""
+        projection = np.asarray(self.turn @ projection_matrix(self.stage.size, size))
+        stream = self._stream
+        return projection - projection.mean(0) if stream.stages and stream.subtracts_mean else projection
 
     def _free(self, name: str, axis: int) -> list[FileTensor]:
         """Return the matrices not in use that differ from a tensor's shape at most in one axis.
@@ -85,7 +90,7 @@ class StreamSearch:
         values = matrix.double()
         if self._stream.subtracts_mean:
             values = values - values.mean(0, keepdim=True)
-        return np.asarray(self._turn.T[rows] @ values.numpy())
+        return np.asarray(self.turn.T[rows] @ values.numpy())
 
     def _use(self, tensors: Sequence[FileTensor], times: int) -> None:
         """Subtract the work for products of each tensor with so many columns or rows."""

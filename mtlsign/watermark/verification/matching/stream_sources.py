@@ -67,15 +67,15 @@ def _similar(
     for tensor in _fitting(frame.shapes[name], tensors):
         vectors = stage_vectors(name, tensor.values, frame.stream, size)
         if vectors is not None and len(vectors) >= len(known):
-            work.use(2**13 + min(len(known), _ROWS) ** 2 * size // MATRIX_SPEED)
-            similarity = _correlation(frame, vectors[: len(known)], known)
+            work.use(products_work(len(known), size))
+            similarity = product_correlation(frame, vectors[: len(known)], known)
             candidates.append((similarity, tensor, vectors))
     best = max((similarity for similarity, _, _ in candidates), default=0.0)
     if name == frame.words_name and frame.words is not None and best < _CLEAR:
         candidates = likely_vocabularies(candidates, frame.shapes[name][0])
         for number, (similarity, tensor, vectors) in enumerate(candidates):
             work.use(word_search_work(len(known), vectors) // MATRIX_SPEED)
-            ordered = _correlation(frame, frame.words.find(vectors), known)
+            ordered = product_correlation(frame, frame.words.find(vectors), known)
             candidates[number] = (max(similarity, ordered), tensor, vectors)
     yield from ((similarity, tensor) for similarity, tensor, _ in candidates if similarity > _ALIKE)
 
@@ -113,7 +113,12 @@ def _fitting(shape: tuple[int, ...], tensors: Sequence[FileTensor]) -> Iterator[
                     break
 
 
-def _correlation(frame: StreamFrame, vectors: Tensor, known: Tensor) -> float:
+def products_work(vectors: int, size: int) -> int:
+    """Return the multiplications for one call of `product_correlation`."""
+    return 2**13 + min(vectors, _ROWS) ** 2 * size // MATRIX_SPEED
+
+
+def product_correlation(frame: StreamFrame, vectors: Tensor, known: Tensor) -> float:
     """Return the correlation of the products of different vectors [r, d] with those of W0's."""
     products = []
     for rows in (vectors, known):

@@ -1,4 +1,4 @@
-"""Search for a transformer's matrices among the tensors of a file, by the sketches of W0's layers.
+"""Search for the matrices of one stage among the tensors of a file, by the sketches of W0's layers.
 
 Sources give the coordinates of the residual stream. In these, pairs of matrices are compared with the
 products of W0's heads, and single matrices with W0's neurons. The most similar ones are taken first. Gains of
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from torch import Tensor
 
 from mtlsign.watermark.verification.alignment.assignment import (
     Floats,
@@ -39,7 +38,7 @@ _MAX_GAINS, _VECTORS_PER_GAIN = 256, 8
 
 @dataclass
 class TransformerSearch(AttentionSearch):
-    """Search for all matrices and gains of a transformer.
+    """Search for all matrices and gains of one stage.
 
     Attributes:
         orders: the suspect's neuron of each one of W0 by the name of their matrix.
@@ -47,25 +46,22 @@ class TransformerSearch(AttentionSearch):
 
     orders: dict[str, Indices] = field(default_factory=dict, init=False)
 
-    def run(self) -> dict[str, Tensor]:
-        """Return the tensors by the network's names, as far as they are in the file.
+    def run(self) -> None:
+        """Add the tensors of the stage to `chosen`, as far as they are in the file.
 
         Raises:
             ModelError: the limit is exceeded.
         """
-        for name, source in self.sources.items():
-            self._choose(name, source.place, source.values)
         self._choose_values_and_outputs()
         self._choose_queries_and_keys()
         self._choose_neurons()
         self._choose_outputs_of_neurons()
         self._choose_gains()
-        return self.chosen
 
     def _choose_neurons(self) -> None:
         """Choose the matrices of neurons that read the stream."""
         inner = self._stream.attention_weights
-        for layers in self._linear(self._stream.readers - inner):
+        for layers in self._linear(self.stage.readers - inner):
             free = self._free(layers[0].weight, axis=0)
             sketch, neurons = layers[0].sketch.shape[1], len(layers[0].sketch)
             projection, chosen = self._projection(sketch), spread(neurons, _NEURONS)
@@ -85,9 +81,9 @@ class TransformerSearch(AttentionSearch):
 
     def _choose_outputs_of_neurons(self) -> None:
         """Choose the matrices that write the stream, whose columns are neurons of a known order."""
-        outputs = frozenset(layer.output for layer in self._stream.attentions)
-        rows = spread(self._stream.size, _NEURONS)
-        for layers in self._linear(self._stream.writers - outputs):
+        outputs = frozenset(layer.output for layer in self.stage.attentions)
+        rows = spread(self.stage.size, _NEURONS)
+        for layers in self._linear(self.stage.writers - outputs):
             free, width = self._free(layers[0].weight, axis=1), layers[0].shape[1]
             sketch = layers[0].sketch.shape[1]
             self._use(free, len(rows))
@@ -120,14 +116,14 @@ class TransformerSearch(AttentionSearch):
 
     def _choose_gains(self) -> None:
         """Choose the gain of each norm with which the matrices after it are most similar; none is one."""
-        size = self._stream.size
+        size = self.stage.size
         vectors = [t for t in self.tensors if tuple(t.values.shape) == (size,)]
         most = max(_MAX_GAINS, _VECTORS_PER_GAIN * len(set(self._stream.gains.values())))
         if not vectors or len(vectors) > most:
             return
         gains = np.stack([np.ones(size), *(t.values.double().numpy() for t in vectors)])
         scores: dict[str, Floats] = {}
-        for layer in self._stream.attentions:
+        for layer in self.stage.attentions:
             gain, pair = self._stream.gains.get(layer.value.weight), self.pairs.get(layer.value_output)
             if gain is not None and pair is not None:
                 heads = self.aligner.heads[layer.value_output]

@@ -18,9 +18,16 @@ from mtlsign.watermark.verification.alignment import RecurrentAligner, Transform
 from mtlsign.watermark.verification.matching import ContentMatcher
 from mtlsign.watermark.verification.reference import make_reference
 from mtlsign.watermark.verification.response_bases import placeholder_bases, response_bases
-from tests.unit.watermark.scenarios.exchanged_files import exchanged
+from tests.unit.watermark.scenarios.exchanged_files import anonymous, exchanged
 from tests.unit.watermark.verification.test_recurrent_alignment import SPEC, TAPS, changed
 from tests.unit.watermark.verification.test_recurrent_alignment import network as recurrent_network
+from tests.unit.watermark.verification.test_staged_alignment import (
+    MAKERS,
+    assert_equal_readings,
+    owned,
+    read,
+    task,
+)
 from tests.unit.watermark.verification.test_transformer_alignment import network as transformer_network
 
 Tensors = dict[str, Tensor]
@@ -98,3 +105,24 @@ def test_search_among_many_pairs_of_matrices_is_bounded(count: int, is_refused: 
             search(model, taps, sample, bases, file)
     else:
         assert not search(model, taps, sample, bases, file)[1]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("form", [anonymous, exchanged])
+@pytest.mark.parametrize("free_changes", [False, True])
+def test_search_finds_the_matrices_of_all_stages(kind: str, form: Any, free_changes: bool) -> None:
+    _, _, aligner, suspect = owned(kind)
+    other = suspect
+    for attack in (rotate_stream, attention_symmetries, permute_channels) if free_changes else ():
+        other = attack(other, task(), AttackerResources(), 3).model
+    views = ContentMatcher(MAKERS[kind][0](seed=7), aligner).views(form(dict(other.state_dict())))
+    (tensors,) = (dict(view.tensors) for view in views if not view.has_own_order)
+    assert_equal_readings(read(aligner, dict(suspect.state_dict())), read(aligner, tensors))
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_search_leaves_out_an_independent_network_with_stages(kind: str) -> None:
+    make, aligner = MAKERS[kind][0], owned(kind).aligner
+    for seed in (2, 3, 4):
+        views = ContentMatcher(make(seed=7), aligner).views(exchanged(dict(make(seed=seed).state_dict())))
+        assert not [view for view in views if not view.has_own_order]
