@@ -127,7 +127,7 @@ class AttentionSearch(StreamSearch):
                 self._choose_separate(slots)
 
     def _choose_separate(self, slots: Sequence[tuple[AttentionLayer, HeadProducts]]) -> None:
-        """Choose Q and K of layers of one shape among matrices of their own."""
+        """Choose Q and K of layers of one shape among separate matrices."""
         first, heads = slots[0]
         size, group = self.aligner.products.head_sizes[first.module], first.heads // first.kv_heads
         projection = self._projection(heads.sketch.shape[1])
