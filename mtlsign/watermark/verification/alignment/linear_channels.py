@@ -68,7 +68,7 @@ def linear_sets(suspect: Layers, sets: Sequence[ChannelSet]) -> list[LinearSet]:
             left out, and so is one with more channels than `MAX_MIXED_CHANNELS` or than projections.
         sets: channel sets of the architecture.
     """
-    found = []
+    mixable = []
     for number, members in enumerate(sets):
         names = [*members.rows, *members.columns]
         if not (members.linear and 1 < members.size <= MAX_MIXED_CHANNELS and suspect.keys() >= set(names)):
@@ -82,8 +82,8 @@ def linear_sets(suspect: Layers, sets: Sequence[ChannelSet]) -> list[LinearSet]:
         projections = size + sum(suspect[n].layer.sketch.shape[1] for n in members.rows)
         rows = sum(len(suspect[n].layer.sketch) for n in described)
         if described and rows > members.size and projections > _MIN_PROJECTIONS * members.size:
-            found.append(LinearSet(number, members.size, [*members.rows], [*members.columns], described))
-    return found
+            mixable.append(LinearSet(number, members.size, [*members.rows], [*members.columns], described))
+    return mixable
 
 
 def mix_operations(sets: Sequence[ChannelSet], shapes: Mapping[str, Sequence[int]]) -> float:

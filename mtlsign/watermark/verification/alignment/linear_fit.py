@@ -207,9 +207,9 @@ def _row_factors(
             gram = (rows.T @ rows) * (writer.directions @ writer.directions.T)
             ridge = _RIDGE * np.trace(gram) / size
             right = ((rows.T @ signed) * writer.directions).sum(1)
-            found = np.linalg.solve(gram + ridge * np.eye(size), right + ridge * own[number])
-            found = np.maximum(found, 0.05 * np.median(np.abs(found)))
-            own[number] = found / max(float(np.sqrt(np.square(found).mean())), 1e-300)
+            solution = np.linalg.solve(gram + ridge * np.eye(size), right + ridge * own[number])
+            solution = np.maximum(solution, 0.05 * np.median(np.abs(solution)))
+            own[number] = solution / max(float(np.sqrt(np.square(solution).mean())), 1e-300)
     return [_nonzero(factor) for factor in factors]
 
 
@@ -249,8 +249,8 @@ def _column_scales(kernels: Sequence[Floats], writers: Sequence[WrittenKernel]) 
         for number, (kernel, writer) in enumerate(zip(kernels, writers, strict=True)):
             squares = (np.tensordot(inverse, kernel, 1) * kernel).sum((0, 2))
             present = squares > _SMALL * float(squares.max())
-            found = np.where(present, writer.columns / np.sqrt(np.where(present, squares, 1.0)), 0.0)
-            scales[number] = found / max(float(np.linalg.norm(found)), 1e-300)
+            solution = np.where(present, writer.columns / np.sqrt(np.where(present, squares, 1.0)), 0.0)
+            scales[number] = solution / max(float(np.linalg.norm(solution)), 1e-300)
     return scales
 
 
