@@ -143,13 +143,22 @@ def test_mix_is_undone_if_rows_have_factors_of_random_sign(
 
 
 @pytest.mark.parametrize("attacks", ["permute_channels", "bn_fold:decoys=signs", "prune:ratio=0.5"])
-def test_no_mix_is_estimated_without_one(
+def test_networks_without_a_mix_lose_nothing(
     marked: nn.Module, detector: WatermarkDetector, tiny_task: Task, attacks: str
 ) -> None:
+    """An estimate may help where the alignment fails, as with permuted channels of heavily marked networks."""
     assert isinstance(detector.aligner, Aligner)
-    for model in (marked, run(attacks, marked, tiny_task).model):
-        kernels = kernels_of(model, detector)
-        assert detector.aligner.without_mixes(kernels, detector.aligner.align(kernels)) is None
+    own = kernels_of(marked, detector)
+    assert detector.aligner.without_mixes(own, detector.aligner.align(own)) is None
+    kernels = kernels_of(run(attacks, marked, tiny_task).model, detector)
+    alignment = detector.aligner.align(kernels)
+    unmixed = detector.aligner.without_mixes(kernels, alignment)
+    if unmixed is not None:
+        before, after = (
+            int(matching_bits(detector.score_kernels(read), detector.labels).sum())
+            for read in (alignment.kernels, unmixed)
+        )
+        assert after > before
 
 
 def test_estimate_of_a_mix_does_not_count_for_recognition(
