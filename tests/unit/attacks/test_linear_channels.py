@@ -146,7 +146,7 @@ def test_mix_is_undone_if_rows_have_factors_of_random_sign(
 def test_networks_without_a_mix_lose_nothing(
     marked: nn.Module, detector: WatermarkDetector, tiny_task: Task, attacks: str
 ) -> None:
-    """An estimate may help where the alignment fails, as with permuted channels of heavily marked networks."""
+    """An estimate may help where the alignment fails, as with permuted channels of such small networks."""
     assert isinstance(detector.aligner, Aligner)
     own = kernels_of(marked, detector)
     assert detector.aligner.without_mixes(own, detector.aligner.align(own)) is None
