@@ -55,6 +55,7 @@ class _Tracer(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._parents: list[int] = []
         self._fixed: set[int] = set()
+        self._nonlinear: set[int] = set()
         self._kernels: dict[str, KernelChannels] = {}
         self._vectors: dict[str, Tensor] = {}
         #: Parameter, or a view of it: its name, and whether rows and columns have changed places.
@@ -74,6 +75,8 @@ class _Tracer(TorchDispatchMode):
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self._alive += [result, *leaves]
         if any(id(leaf) in self._labels for leaf in leaves):
+            if name not in operations.LINEAR:
+                self._nonlinear |= self._labels_of(leaves)
             try:
                 handled = self._pass_on(name, func, args, kwargs, result)
             except _UNFOLLOWED:
@@ -128,6 +131,8 @@ class _Tracer(TorchDispatchMode):
         name, outputs = weight[0], result.shape[1]
         depthwise = groups > 1 and groups == len(columns) == outputs
         rows = columns if depthwise else self._new(outputs)
+        if groups > 1:
+            self._nonlinear |= {*columns.tolist(), *rows.tolist()}
         self._record(name, rows, columns, groups)
         if len(args) > 2 and isinstance(args[2], Tensor) and not self._record_vector(args[2], rows):
             return False
@@ -272,9 +277,11 @@ class _Tracer(TorchDispatchMode):
         return True
 
     def _fix_all(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            if id(tensor) in self._labels:
-                self._fixed |= set(self._labels[id(tensor)].unique().tolist())
+        self._fixed |= self._labels_of(tensors)
+
+    def _labels_of(self, tensors: Sequence[Tensor]) -> set[int]:
+        known = [compact(self._labels[id(t)]) for t in tensors if id(t) in self._labels]
+        return {label for labels in known for label in labels.unique().tolist()}
 
     def _set_unknown(self, result: Any) -> None:
         """Give the results of an unknown operation one new label, which is fixed."""
@@ -317,7 +324,8 @@ class _Tracer(TorchDispatchMode):
         }
         vectors = {name: roots(labels) for name, labels in self._vectors.items()}
         fixed = {self._root(label) for label in self._fixed if label >= 0}
-        return ChannelLabels(kernels, vectors, fixed)
+        nonlinear = {self._root(label) for label in self._nonlinear if label >= 0}
+        return ChannelLabels(kernels, vectors, fixed, nonlinear)
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:

@@ -34,11 +34,13 @@ class ChannelLabels:
         kernels: by parameter name, in order of first use.
         vectors: parameters and buffers with one number for each channel, int64 of their length.
         fixed: labels whose channels stay in their order.
+        nonlinear: labels whose channels pass an operation that does not commute with a mix of channels.
     """
 
     kernels: dict[str, KernelChannels] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
     fixed: set[int] = field(default_factory=set)
+    nonlinear: set[int] = field(default_factory=set)
 
 
 def spread(channels: Tensor, shape: Sequence[int], dim: int) -> Tensor:

@@ -48,3 +48,10 @@ BATCH_NORMS = frozenset({
     "_batch_norm_no_update", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
     "batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "native_batch_norm"
 })  # fmt: skip
+#: Of these, the operations that a mix of channels can pass: copies, sums, and means over positions.
+LINEAR = frozenset({
+    *MOVES, *CONVOLUTIONS, *BATCH_NORMS, "_adaptive_avg_pool2d", "_to_copy", "adaptive_avg_pool2d", "add",
+    "add_", "addmm", "alias", "alpha_dropout", "avg_pool1d", "avg_pool2d", "clone", "constant_pad_nd",
+    "contiguous", "copy_", "detach", "dropout", "feature_dropout", "lift_fresh", "linear", "mean", "mm",
+    "native_dropout", "reflection_pad2d", "replication_pad2d", "sub", "sub_", "sum", "to"
+})  # fmt: skip

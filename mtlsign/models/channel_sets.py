@@ -30,6 +30,8 @@ class ChannelSet:
         blocks: number of blocks of neighbouring channels that stay together, because a grouped convolution
             reads or writes them.
         partner: index of the set whose blocks change places in the same way; None without one.
+        linear: whether only copies, sums and means over positions stand between the kernels that write and
+            read the channels, and every one of these kernels reads or writes all of them.
     """
 
     size: int
@@ -38,6 +40,7 @@ class ChannelSet:
     vectors: Mapping[str, Indices] = field(default_factory=dict)
     blocks: int = 1
     partner: int | None = None
+    linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,10 @@ def channel_structure(model: nn.Module, taps: Sequence[str], sample: Tensor) -> 
             )
             members[signature].append(label)
     sets = [_channel_set(group, channels) for group in members.values()]
+    sets = [
+        replace(own, linear=_is_linear(own, group, labels))
+        for own, group in zip(sets, members.values(), strict=True)
+    ]
     inputs = list(range(sample.shape[1]))
     return ChannelStructure(
         sets=_with_blocks(sets, list(members.values()), blocks),
@@ -161,6 +168,16 @@ def _channel_set(group: Sequence[int], channels: Mapping[int, _Uses]) -> Channel
             name: places("vectors", name).squeeze(1) if len(own) == 1 else places("vectors", name)
             for name, own in first.vectors.items()
         },
+    )
+
+
+def _is_linear(channels: ChannelSet, group: Sequence[int], labels: ChannelLabels) -> bool:
+    """Return whether a mix of the channels can be undone where they are read."""
+    kernels = labels.kernels
+    return (
+        not labels.nonlinear & set(group)
+        and all(len(kernels[name].rows) == channels.size for name in channels.rows)
+        and all(len(kernels[name].columns) == channels.size for name in channels.columns)
     )
 
 

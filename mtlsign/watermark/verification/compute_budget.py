@@ -12,11 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mtlsign.errors import ArtifactError, MTLSignError
 from mtlsign.models import architectures
+from mtlsign.models.channel_sets import channel_structure
 from mtlsign.models.factories import Factory
 from mtlsign.models.residual_stream import residual_stream
 from mtlsign.models.taps import forward_to_taps
 from mtlsign.watermark import carriers
 from mtlsign.watermark.keys.spec import ReadoutSpec, Spec
+from mtlsign.watermark.verification.alignment.linear_channels import mix_operations
 from mtlsign.watermark.verification.response_bases import MAX_DIRECTIONS
 from mtlsign.watermark.verification.sketches import MAX_SKETCH_SIZE
 
@@ -107,12 +109,20 @@ def _attention_cost(network: nn.Module, taps: Sequence[str], inputs: torch.Tenso
     return operations + turns, largest
 
 
+def _mix_cost(network: nn.Module, taps: Sequence[str], inputs: torch.Tensor) -> float:
+    """Return the operations of estimates of mixes of linear channels."""
+    if not inputs.is_floating_point():  # no channels, but words
+        return 0.0
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.named_parameters()}
+    return mix_operations(channel_structure(network, taps, inputs).sets, shapes)
+
+
 def _measure(spec: Spec, readout: ReadoutSpec, factories: Mapping[str, Factory] | None) -> tuple[float, int]:
     """Return the operations (10^9) of one read-out and the elements of its largest tensor.
 
-    A spread read-out passes two samples to find the layers, aligns the kernels, and multiplies each with a
-    basis of at most `MAX_DIRECTIONS` columns. A free head multiplies the joined features with its first
-    layer.
+    A spread read-out passes two samples to find the layers, aligns the kernels, estimates mixes, and
+    multiplies each kernel with a basis of at most `MAX_DIRECTIONS` columns. A free head multiplies the joined
+    features with its first layer.
     """
     spread = readout.head.kind == "spread"
     largest = 0
@@ -140,6 +150,7 @@ def _measure(spec: Spec, readout: ReadoutSpec, factories: Mapping[str, Factory] 
     if spread:
         operations, product = _attention_cost(network, readout.taps, inputs)
         operations += float(flops) + (2 * MAX_DIRECTIONS + ALIGNMENT_OPERATIONS) * parameters
+        operations += _mix_cost(network, readout.taps, inputs)
         return operations / 1e9, max(largest, product)
     joined = sum(output.numel() for output in outputs)
     hidden = readout.head.hidden or 1

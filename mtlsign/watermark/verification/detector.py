@@ -37,7 +37,6 @@ from mtlsign.watermark.verification.selection import (
     KernelOrder,
     SuspectReading,
     SuspectSelector,
-    equal_kernels,
 )
 
 
@@ -250,9 +249,9 @@ class WatermarkDetector:
     def read_untrusted(self, tensors: Mapping[str, Tensor]) -> Iterator[SuspectReading]:
         """Compute all that is independent of the key, for each place where the file has the kernels.
 
-        Each place is read in the suspect's own order and, if this differs, aligned with W0. Unless every
-        layer is recognised under its name, the kernels are also found by content. A spread read-out tolerates
-        missing kernels.
+        Each place is read in the suspect's own order and, if this differs, aligned with W0, and again without
+        mixes of linear channels if these are found. Unless every layer is recognised under its name, the
+        kernels are also found by content. A spread read-out tolerates missing kernels.
         """
         selector, earlier, problems = self._selector(), EarlierKernels(), []
         unread, by_names = selector.has_unread(tensors), 0.0
@@ -294,18 +293,9 @@ class WatermarkDetector:
     def _orders_of(
         self, selected: MappedTensors, alignment: Alignment, has_own_order: bool
     ) -> Iterator[KernelOrder]:
-        """Yield the kernels in the suspect's own order and, if they differ, aligned with W0."""
-        own = None
-        if has_own_order:
-            own = self.select_weights(selected.tensors)
-            yield KernelOrder(own, alignment.similarity)
-        if own is None or not equal_kernels(own, alignment.kernels):
-            unfit = sorted(self._required_names() - alignment.kernels.keys())
-            if unfit or not alignment.kernels:
-                name = unfit[0] if unfit else "all kernels"
-                yield KernelOrder({}, 0.0, f"the sizes of {name!r} and of the other kernels do not fit")
-            else:
-                yield KernelOrder(alignment.kernels, alignment.similarity)
+        """Yield the kernels in each order in which they are read, see `SuspectSelector.orders`."""
+        own = self.select_weights(selected.tensors) if has_own_order else None
+        yield from self._selector().orders(selected, alignment, own, self._required_names())
 
     def align(self, selected: MappedTensors) -> Alignment:
         """Bring selected kernels into W0's order."""

@@ -136,6 +136,35 @@ class SuspectSelector:
             return Descent(recognized=False, every_layer=False)
         return self.aligner.descent(self.alignable(selected.tensors), alignment)
 
+    def orders(
+        self,
+        selected: MappedTensors,
+        alignment: Alignment,
+        own: Mapping[str, Tensor] | None,
+        required: Collection[str],
+    ) -> Iterator[KernelOrder]:
+        """Yield the kernels in the suspect's own order, aligned with W0, and without mixes, if these differ.
+
+        Args:
+            selected: the tensors in one place.
+            alignment: of these tensors.
+            own: the kernels in the suspect's own order; None if they cannot be read so.
+            required: kernels that may not be missing.
+        """
+        if own is not None:
+            yield KernelOrder(own, alignment.similarity)
+        if own is None or not equal_kernels(own, alignment.kernels):
+            unfit = sorted(set(required) - alignment.kernels.keys())
+            if unfit or not alignment.kernels:
+                name = unfit[0] if unfit else "all kernels"
+                yield KernelOrder({}, 0.0, f"the sizes of {name!r} and of the other kernels do not fit")
+            else:
+                yield KernelOrder(alignment.kernels, alignment.similarity)
+        if isinstance(self.aligner, Aligner):
+            unmixed = self.aligner.without_mixes(self.alignable(selected.tensors), alignment)
+            if unmixed is not None:
+                yield KernelOrder(unmixed, alignment.similarity)
+
     def has_unread(self, tensors: Mapping[str, Tensor]) -> bool:
         """Return whether a matrix or kernel of the file has no name of the architecture."""
         return has_unread_tensors(self.tensor_names, tensors)

@@ -153,3 +153,47 @@ def test_channel_with_several_numbers_in_a_norm_moves_all_of_them() -> None:
 def test_channels_that_pass_an_unknown_operation_are_in_no_set() -> None:
     sets = by_kernel(list(structure_of(prepared(Opaque()), 8).sets))
     assert set(sets) == {"second.weight"}
+
+
+class Bottleneck(nn.Module):
+    """Inverted residual blocks with a shortcut, and an operation between the last kernels."""
+
+    def __init__(self, operation: nn.Module) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)
+        self.expand, self.depth = nn.Conv2d(6, 10, 1), nn.Conv2d(10, 10, 3, padding=1, groups=10)
+        self.project = nn.Conv2d(10, 6, 1)
+        self.operation, self.head = operation, nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        x = self.norm(self.first(x))
+        x = x + self.project(self.depth(self.expand(x).relu()).relu())
+        logits: Tensor = self.head(self.operation(x).mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("operation", "linear"),
+    [
+        (nn.Identity(), True),
+        (nn.AvgPool2d(2), True),
+        (nn.Dropout(), True),
+        (nn.ReLU(), False),
+        (nn.MaxPool2d(2), False),
+        (nn.Sigmoid(), False),
+        (nn.Conv2d(6, 6, 3, groups=6), False),
+    ],
+)
+def test_channels_are_linear_if_only_sums_and_means_stand_between_kernels(
+    operation: nn.Module, linear: bool
+) -> None:
+    sets = by_kernel(structure_of(Bottleneck(operation), 8).sets)
+    assert sets["first.weight"].linear is linear and sets["project.weight"].linear is linear
+    assert not sets["expand.weight"].linear
+
+
+def test_networks_with_activations_after_every_kernel_have_no_linear_channels() -> None:
+    assert not any(members.linear for members in structure_of(Mixed(), 16).sets if len(members.rows) > 1)
+    assert not any(m.linear for m in structure_of(torchvision.models.resnet18(), 32).sets)
+    assert sum(m.linear for m in structure_of(torchvision.models.mobilenet_v2(), 32).sets) == 7

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,6 +16,11 @@ from mtlsign.watermark.verification.alignment.extra_channels import without_extr
 from mtlsign.watermark.verification.alignment.inputs import SQUARES, signed_permutations, squares_for
 from mtlsign.watermark.verification.alignment.layers import (
     reference_layers,
+)
+from mtlsign.watermark.verification.alignment.linear_channels import (
+    LinearSet,
+    UnmixedSearch,
+    linear_sets,
 )
 from mtlsign.watermark.verification.alignment.orders import Orders, staying_similarities
 from mtlsign.watermark.verification.alignment.result import (
@@ -93,23 +99,24 @@ class Aligner:
             kernels: by name. Those without a sketch are returned unchanged. Kernels whose channels do not
                 fit the others are left out.
         """
+        suspect = self._suspect(kernels)
+        others = {name: kernel for name, kernel in kernels.items() if name not in self.layers}
+        if not suspect:
+            return Alignment(others, 0.0)
+        search = self._best(suspect)
+        aligned = _aligned(search, suspect)
+        similarities = {name: search.layer_similarity(part) for name, part in suspect.items()}
+        return Alignment({**others, **aligned}, search.similarity(), similarities)
+
+    def _suspect(self, kernels: Mapping[str, Tensor]) -> dict[str, SuspectLayer]:
+        """Return the layers of a suspect without extra channels."""
         arrays = {
             name: kernel.detach().cpu().double().numpy()
             for name, kernel in kernels.items()
             if name in self.layers
         }
-        others = {name: kernel for name, kernel in kernels.items() if name not in self.layers}
         suspect = suspect_layers(arrays, self.layers, self.sets)
-        suspect = without_extra_channels(suspect, self.layers, self.sets)
-        if not suspect:
-            return Alignment(others, 0.0)
-        search = self._best(suspect)
-        aligned = {
-            name: torch.from_numpy(search.aligned_kernel(part).reshape(part.layer.shape)).float()
-            for name, part in suspect.items()
-        }
-        similarities = {name: search.layer_similarity(part) for name, part in suspect.items()}
-        return Alignment({**others, **aligned}, search.similarity(), similarities)
+        return without_extra_channels(suspect, self.layers, self.sets)
 
     def recognizes(self, kernels: Mapping[str, Tensor]) -> bool:
         """Return whether a suspect descends from W0, as far as its kernels show."""
@@ -142,10 +149,55 @@ class Aligner:
         control.layers = with_random_sketches(self.layers)
         return control
 
-    def _search(self, suspect: Mapping[str, SuspectLayer], orders: Orders) -> Search:
-        return Search(suspect, self.sets, self._staying, orders)
+    def without_mixes(
+        self, kernels: Mapping[str, Tensor], alignment: Alignment
+    ) -> Mapping[str, Tensor] | None:
+        """Undo mixes of linear channels, such as those of inverted residual blocks.
 
-    def _best(self, suspect: Mapping[str, SuspectLayer]) -> Search:
+        Args:
+            kernels: of a suspect, by name.
+            alignment: their alignment, which undoes no mix.
+
+        Returns:
+            Kernels in W0's order; None if a mix does not explain the sketches clearly better than the
+            alignment. What was fitted never counts for the recognition of descendants.
+        """
+        suspect = self._suspect(kernels)
+        mixed = linear_sets(suspect, self.sets)
+        similarities = alignment.layer_similarities
+        if min((similarities[name] for own in mixed for name in own.kernels), default=1.0) > SURE_COSINE:
+            return None
+        try:
+            layers, search = self._unmixed(suspect, mixed)
+            chosen = [own for own in mixed if _gain(own, layers, search, similarities) > RECOGNITION_MARGIN]
+            if 0 < len(chosen) < len(mixed):  # estimates of mixes that are none would only lose accuracy
+                layers, search = self._unmixed(suspect, chosen)
+        except np.linalg.LinAlgError:
+            return None
+        others = {name: kernel for name, kernel in kernels.items() if name not in self.layers}
+        aligned = _aligned(search, layers)
+        useful = chosen and all(bool(kernel.isfinite().all()) for kernel in aligned.values())
+        return {**others, **aligned} if useful else None
+
+    def _unmixed(
+        self, suspect: Mapping[str, SuspectLayer], mixed: Sequence[LinearSet]
+    ) -> tuple[Mapping[str, SuspectLayer], Search]:
+        """Return the layers without mixes and their search, the better one of two starts."""
+        unmixed = UnmixedSearch(suspect, self.sets, mixed, self._search)
+        free = self._best(unmixed.unchanged, [0.0] * len(self.sets)).orders
+        starts = [order for order in (self._own_order(suspect), replace(free, prefers_own=False)) if order]
+        results = [unmixed.run(start) for start in starts]
+        return max(results, key=lambda result: float(quantized(np.array(result[1].similarity()))))
+
+    def _search(
+        self,
+        suspect: Mapping[str, SuspectLayer],
+        orders: Orders,
+        staying: Sequence[float] | None = None,
+    ) -> Search:
+        return Search(suspect, self.sets, self._staying if staying is None else staying, orders)
+
+    def _best(self, suspect: Mapping[str, SuspectLayer], staying: Sequence[float] | None = None) -> Search:
         """Return the search with the largest total similarity, or the first one that is clear."""
         starts = self.starts(suspect)
         own = self._own_order(suspect)
@@ -155,7 +207,7 @@ class Aligner:
             starts.insert(0 if first else len(starts), own)
         searches = []
         for orders in starts or [Orders(SQUARES[0], np.eye(self.input_channels))]:
-            search = self._search(suspect, orders)
+            search = self._search(suspect, orders, staying)
             settled = search.run(_FIRST_ROUNDS)
             if search.similarity() > _CLEAR:
                 if not settled:
@@ -211,3 +263,22 @@ class Aligner:
                 starts.append(orders)
         starts.sort(key=lambda orders: -orders.value)
         return starts[:_STARTS]
+
+
+def _aligned(search: Search, layers: Mapping[str, SuspectLayer]) -> dict[str, Tensor]:
+    """Return the kernels of a search in W0's order."""
+    return {
+        name: torch.from_numpy(search.aligned_kernel(part).reshape(part.layer.shape)).float()
+        for name, part in layers.items()
+    }
+
+
+def _gain(
+    mixed: LinearSet,
+    layers: Mapping[str, SuspectLayer],
+    search: Search,
+    similarities: Mapping[str, float],
+) -> float:
+    """Return by how much the kernels of a set are more similar to W0's without its mix, on average."""
+    gains = [search.layer_similarity(layers[name]) - similarities[name] for name in mixed.kernels]
+    return float(np.mean(gains))

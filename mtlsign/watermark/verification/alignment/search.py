@@ -61,11 +61,11 @@ class Search:
 
     def run(self, rounds: int) -> bool:
         """Improve the orders for at most `rounds` rounds; return whether nothing moved in the last one."""
-        self._find_all_signs()
+        self.find_all_signs()
         for _ in range(rounds):
             before = {number: order.copy() for number, order in self.orders.channels.items()}
-            self.orders.value = sum(self._update(number) for number in range(len(self._sets)))
-            self._find_all_signs(missing=True)
+            self.orders.value = sum(self.update(number) for number in range(len(self._sets)))
+            self.find_all_signs(missing=True)
             mixed = self._update_mix()
             same = all(n in before and np.array_equal(before[n], o) for n, o in self.orders.channels.items())
             if same and not mixed:
@@ -86,7 +86,7 @@ class Search:
     def row_cosines(self, part: SuspectLayer) -> Floats:
         """Return the cosine between the sketch of each of W0's rows and of the row in its place, [O]."""
         layer = part.layer
-        order = self._order(part.rows, layer.row_sets, layer.row_channels)
+        order = self._side_order(part.rows, layer.row_sets, layer.row_channels)
         if layer.groups == 1 or layer.is_depthwise:
             rows = self._projected_rows(part)[np.maximum(order, 0)] * (order >= 0)[:, None]
         else:
@@ -104,13 +104,25 @@ class Search:
         signs = self.orders.signs.get(part.layer.weight)
         return kernel if signs is None else kernel * signs[:, None, None]
 
+    def ordered_rows(self, part: SuspectLayer) -> Floats:
+        """Return a kernel with rows in W0's order, [O, I'/groups, positions]; missing ones are zeros."""
+        layer = part.layer
+        rows = self._side_order(part.rows, layer.row_sets, layer.row_channels)
+        kernel: Floats = part.kernel[np.maximum(rows, 0)] * (rows >= 0)[:, None, None]
+        return kernel
+
+    def ordered_columns(self, part: SuspectLayer) -> Floats:
+        """Return a kernel without groups with columns and positions in W0's order, [O', I, positions]."""
+        layer = part.layer
+        columns = self._side_order(part.columns, layer.column_sets, layer.column_channels)
+        kernel = part.kernel[:, np.maximum(columns, 0)] * (columns >= 0)[None, :, None]
+        return kernel[:, :, self.orders.square.order(layer.window)]
+
     def _in_order(self, part: SuspectLayer) -> Floats:
         """Return a kernel with rows and columns in W0's order, [O, I/groups, positions]."""
-        layer = part.layer
-        rows = self._order(part.rows, layer.row_sets, layer.row_channels)
-        kernel: Floats = part.kernel[np.maximum(rows, 0)] * (rows >= 0)[:, None, None]
+        layer, kernel = part.layer, self.ordered_rows(part)
         if layer.groups == 1:
-            columns = self._order(part.columns, layer.column_sets, layer.column_channels)
+            columns = self._side_order(part.columns, layer.column_sets, layer.column_channels)
             return kernel[:, np.maximum(columns, 0)] * (columns >= 0)[None, :, None]
         numbers = layer.sets_of_columns()
         if not layer.is_depthwise and numbers and numbers[0] in self.orders.channels:
@@ -119,7 +131,7 @@ class Search:
             kernel = np.concatenate([block[:, order] for block, order in zip(blocks, within, strict=True)])
         return kernel
 
-    def _order(self, side: Side, numbers: Indices, channels: Indices) -> Indices:
+    def _side_order(self, side: Side, numbers: Indices, channels: Indices) -> Indices:
         """Return the suspect's row or column for each of W0's; −1 where there is none."""
         order = side.fixed.copy()
         for number, places in side.places.items():
@@ -158,7 +170,7 @@ class Search:
                 )
             else:
                 scaled, norms = projection * layer.columns[0][:, None, None], part.scales[1][0]
-            columns = self._order(part.columns, layer.column_sets, layer.column_channels)
+            columns = self._side_order(part.columns, layer.column_sets, layer.column_channels)
             known = columns >= 0
             moved = np.zeros((part.kernel.shape[1], *projection.shape[1:]))
             moved[columns[known]] = scaled[known]
@@ -193,7 +205,7 @@ class Search:
     def _column_similarity(self, part: SuspectLayer, number: int) -> Floats:
         """Return the products of W0's and the suspect's columns of one set, [size, size']."""
         layer = part.layer
-        order = self._order(part.rows, layer.row_sets, layer.row_channels)
+        order = self._side_order(part.rows, layer.row_sets, layer.row_channels)
         known = order >= 0
         sketch = np.zeros((len(part.kernel), layer.sketch.shape[1]))
         sketch[order[known]] = (layer.sketch * self.orders.signs[layer.weight][:, None])[known]
@@ -229,7 +241,7 @@ class Search:
             total = total + self._staying[number] * np.eye(len(total))
         return total
 
-    def _update(self, number: int) -> float:
+    def update(self, number: int) -> float:
         """Put the channels of one set in order; return their total similarity."""
         if self._sets[number].blocks > 1:
             return self._update_blocks(number)
@@ -243,7 +255,8 @@ class Search:
         known = order >= 0
         return float(similarity[np.flatnonzero(known), order[known]].sum())
 
-    def _find_all_signs(self, *, missing: bool = False) -> None:
+    def find_all_signs(self, *, missing: bool = False) -> None:
+        """Give the rows of every kernel their signs, or of those without signs so far."""
         for part in self._suspect.values():
             if not missing or part.layer.weight not in self.orders.signs:
                 self._find_signs(part)
