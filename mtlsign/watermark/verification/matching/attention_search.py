@@ -74,7 +74,7 @@ class AttentionSearch(StreamSearch):
             self._use(values, projection.shape[1])
             self._use(outputs, len(rows))
             projected = [self._projected_heads(part, projection, size) for part in values]
-            fits = [_fitting(projected, tensor.values.shape[1], group, size) for tensor in outputs]
+            fits = _fitting(projected, [tensor.values.shape[1] for tensor in outputs], group * size)
             self._use_pairs(fits, len(rows) * projection.shape[1], size, slots)
             scores = np.full((len(values), len(outputs), len(slots)), -np.inf, dtype=np.float32)
             targets = [head_targets(own, rows) for _, own in slots]
@@ -138,7 +138,7 @@ class AttentionSearch(StreamSearch):
         self._use(keys, projection.shape[1])
         self._use(queries, len(rows) * len(slots))
         projected = [self._projected_heads(part, projection, size) for part in keys]
-        fits = [_fitting(projected, len(tensor.values), group, size) for tensor in queries]
+        fits = _fitting(projected, [len(tensor.values) for tensor in queries], group * size)
         self._use_pairs(fits, len(rows) * projection.shape[1], size * len(slots), slots)
         bases = [self.aligner.products.bases[layer.query_key].numpy()[:, rows] for layer, _ in slots]
         scores = np.full((len(queries), len(keys), len(slots)), -np.inf, dtype=np.float32)
@@ -247,7 +247,15 @@ class AttentionSearch(StreamSearch):
         self.work.use(sum(map(len, fits)) * each)
 
 
-def _fitting(projected: Sequence[Floats], rows: int, group: int, size: int) -> list[int]:
-    """Return the numbers of keys or values with the heads that so many rows of queries or outputs have."""
-    heads, rest = divmod(rows, group * size)
-    return [] if rest else [number for number, own in enumerate(projected) if len(own) == heads]
+def _fitting(projected: Sequence[Floats], rows: Sequence[int], group_rows: int) -> list[list[int]]:
+    """Return which keys or values fit each matrix of queries or outputs: they have as many groups of heads.
+
+    Args:
+        projected: sketches of keys or values, [heads, head size, s].
+        rows: of the matrices of queries, or columns of those of outputs.
+        group_rows: rows of the queries of one group.
+    """
+    numbers: dict[int, list[int]] = {}
+    for number, own in enumerate(projected):
+        numbers.setdefault(len(own), []).append(number)
+    return [[] if count % group_rows else numbers.get(count // group_rows, []) for count in rows]
