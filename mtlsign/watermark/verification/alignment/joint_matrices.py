@@ -5,7 +5,7 @@ Files keep such a matrix as three parts, or head by head, and the parts in any o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -97,17 +97,13 @@ class JointMatrices:
         return result
 
     def value_products(
-        self, layer: AttentionLayer, matrices: Mapping[str, Tensor], *, every_order: bool
+        self, layer: AttentionLayer, matrices: Mapping[str, Tensor], orders: Sequence[PartOrder]
     ) -> Iterator[Tensor]:
-        """Yield the products of values and outputs in the own order, or in every other order of values."""
+        """Yield the products of values and outputs under each order of a joint matrix, once for others."""
         name, size = layer.query.weight, self._products.head_sizes[layer.module]
-        orders = VALUE_ORDERS[1:] if every_order else VALUE_ORDERS[:1]
-        for order in orders if is_joint(layer) and name in matrices else VALUE_ORDERS[: not every_order]:
-            view = (
-                matrices
-                if order is VALUE_ORDERS[0]
-                else {**matrices, name: order.in_thirds(matrices[name], size)}
-            )
+        has_orders = is_joint(layer) and name in matrices
+        for order in orders if has_orders else orders[:1]:
+            view = {**matrices, name: order.in_thirds(matrices[name], size)} if has_orders else matrices
             product = self._products.of_layer(layer, view).get(layer.value_output)
             if product is not None:
                 yield product

@@ -31,7 +31,7 @@ from mtlsign.watermark.verification.alignment.blocks import (
     too_many_places,
     windows,
 )
-from mtlsign.watermark.verification.alignment.joint_matrices import JointMatrices
+from mtlsign.watermark.verification.alignment.joint_matrices import VALUE_ORDERS, JointMatrices
 from mtlsign.watermark.verification.alignment.layers import ReferenceLayer, unit_rows
 from mtlsign.watermark.verification.alignment.result import (
     SURE_COSINE,
@@ -235,12 +235,11 @@ class TransformerAligner(SketchComparison):
         similarities = np.zeros((count, count))
         targets = [self.heads.get(layer.value_output) for layer in stage.attentions]
         for column, attention in enumerate(stage.attentions):
-            for every_order in (False, True):
-                for kernel in self._joint.value_products(attention, turned, every_order=every_order):
-                    for row, heads in enumerate(targets):
-                        if heads is not None and len(kernel) % heads.rows == 0:
-                            own = heads.similarities(kernel.numpy()).max(1).mean()
-                            similarities[row, column] = max(own, similarities[row, column])
+            for kernel in self._joint.value_products(attention, turned, VALUE_ORDERS):
+                for row, heads in enumerate(targets):
+                    if heads is not None and len(kernel) % heads.rows == 0:
+                        own = heads.similarities(kernel.numpy()).max(1).mean()
+                        similarities[row, column] = max(own, similarities[row, column])
                 if similarities[:, column].max() > SURE_COSINE:
                     break
         return similarities

@@ -18,6 +18,7 @@ from mtlsign.watermark.verification.alignment import TransformerAligner
 from mtlsign.watermark.verification.alignment.assignment import quantized
 from mtlsign.watermark.verification.alignment.stream_frame import StreamFrame
 from mtlsign.watermark.verification.matching.candidates import Work
+from mtlsign.watermark.verification.matching.stream_search import MAX_GAINS
 from mtlsign.watermark.verification.matching.stream_sources import (
     MATRIX_SPEED,
     product_correlation,
@@ -26,10 +27,8 @@ from mtlsign.watermark.verification.matching.stream_sources import (
 from mtlsign.watermark.verification.matching.transformer_search import TransformerSearch
 from mtlsign.watermark.verification.stream_sources import stage_vectors
 
-#: Most vectors that are tried as the gain of one norm; with more of them, no gain is read.
-_MAX_GAINS = 256
-#: Least cosine of a norm's gain with W0's.
-_ALIKE = 0.5
+#: Least cosine of the gain of the first norm with W0's.
+_GAIN_COSINE = 0.5
 
 
 def search_transformer(
@@ -82,7 +81,7 @@ def _first_gain(
     norms = np.linalg.norm(ordered, axis=1) * float(known.norm())
     cosines = np.abs(ordered @ known.numpy()) / np.maximum(norms, 1e-300)
     best = int(quantized(cosines).argmax())
-    return {name: vectors[best]} if cosines[best] > _ALIKE else {}
+    return {name: vectors[best]} if cosines[best] > _GAIN_COSINE else {}
 
 
 def _merging(
@@ -129,4 +128,4 @@ def _turned(frame: StreamFrame, matrix: Tensor, before: TransformerSearch) -> Te
 def _vectors(tensors: Sequence[FileTensor], size: int) -> list[Tensor]:
     """Return the vectors of a size that can be gains; none if there are too many."""
     vectors = [t.values for t in tensors if tuple(t.values.shape) == (size,)]
-    return vectors if len(vectors) <= _MAX_GAINS else []
+    return vectors if len(vectors) <= MAX_GAINS else []

@@ -19,6 +19,8 @@ from mtlsign.watermark.verification.matching.candidates import Work
 from mtlsign.watermark.verification.matching.stream_sources import MATRIX_SPEED
 from mtlsign.watermark.verification.sketches import projection_matrix
 
+#: Most vectors of a file that are tried as gains; with more of them, no gain is read.
+MAX_GAINS = 256
 #: Least multiplications for one matrix.
 _MATRIX_WORK = 2**13
 

@@ -27,13 +27,14 @@ from mtlsign.watermark.verification.matching.head_comparison import (
     spread,
     unit_vectors,
 )
+from mtlsign.watermark.verification.matching.stream_search import MAX_GAINS
 from mtlsign.watermark.verification.matching.stream_sources import MATRIX_SPEED
 from mtlsign.watermark.verification.sketches import projection_matrix
 
 #: Neurons that are compared for a choice.
 _NEURONS = 64
-#: Most vectors of a file that are tried as gains, or for each norm; with more of them, no gain is read.
-_MAX_GAINS, _VECTORS_PER_GAIN = 256, 8
+#: Vectors of a file that are tried for each norm, if there are more than `MAX_GAINS`.
+_VECTORS_PER_GAIN = 8
 
 
 @dataclass
@@ -118,7 +119,7 @@ class TransformerSearch(AttentionSearch):
         """Choose the gain of each norm with which the matrices after it are most similar; none is one."""
         size = self.stage.size
         vectors = [t for t in self.tensors if tuple(t.values.shape) == (size,)]
-        most = max(_MAX_GAINS, _VECTORS_PER_GAIN * len(set(self._stream.gains.values())))
+        most = max(MAX_GAINS, _VECTORS_PER_GAIN * len(set(self._stream.gains.values())))
         if not vectors or len(vectors) > most:
             return
         gains = np.stack([np.ones(size), *(t.values.double().numpy() for t in vectors)])
