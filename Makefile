@@ -1,6 +1,6 @@
 # Commands of development. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format docs results
+.PHONY: help install test coverage lint format docs results
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -11,6 +11,9 @@ install: ## create the environment and install the git hooks
 
 test: ## run the tests, except those marked slow
 	uv run --dev pytest
+
+coverage: ## run the same tests and report the lines that none of them runs
+	uv run --dev pytest --cov=mtlsign --cov-report=term:skip-covered
 
 lint: ## check style, types and import layers
 	uv run --dev ruff check .
