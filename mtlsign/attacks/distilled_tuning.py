@@ -120,11 +120,14 @@ def relearn(
     epochs: Epochs = 20,
     lr: LearningRate = "full",
     start: Literal["random", "shrink_perturb"] = "random",
+    optimizer: Literal["training", "adam"] = "training",
+    weight_decay: Decay = 0.0,
     batch: BatchSize = 128,
 ) -> AttackOutcome:
     """Train the whole network from random weights on the marked model's outputs and the labels.
 
-    The optimizer is that of the model's training, SGD or Adam.
+    The optimizer is that of the model's training, SGD with its weight decay or Adam without any; or it is
+    Adam with `weight_decay`, as in `tune`, so that both can be compared.
     `shrink_perturb` starts from 0.4 times the stolen weights plus half a random initialisation.
     """
     data = attacker_view(model, task, resources, seed)
@@ -137,9 +140,9 @@ def relearn(
                     parameter.mul_(0.5).add_(stolen, alpha=0.4)
     size = min(batch, data.size("attacker"))
     steps = epochs * max(1, data.size("attacker") // size)
-    adam = resources.training_optimizer == "adam"
+    adam = "adam" in (optimizer, resources.training_optimizer)
     tuning = Tuning(
-        steps, resources.learning_rate(lr), batch=size, weight_decay=0.0 if adam else 5e-4, adam=adam
+        steps, resources.learning_rate(lr), batch=size, weight_decay=weight_decay if adam else 5e-4, adam=adam
     )
     return tune_by_distillation(student, model, data, resources, seed, tuning)
 

@@ -128,7 +128,11 @@ _ALL = (
         "relearn",
         distilled_tuning.relearn,
         "whole network trained from random weights on the marked model's outputs and labels",
-        variants=("epochs=20", "epochs=20,start=shrink_perturb"),
+        variants=(
+            "epochs=20",
+            "epochs=20,start=shrink_perturb",
+            "epochs=36,optimizer=adam,lr=0.01,weight_decay=0.005",
+        ),
     ),
     Attack(
         "null_space",

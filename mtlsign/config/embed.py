@@ -16,6 +16,7 @@ from mtlsign.config import renamed
 from mtlsign.config.base import Settings, SettingsGroup, as_tuple
 from mtlsign.config.embed_defaults import (
     FEATURE_DEFAULTS,
+    IMAGE_TASKS,
     PHASE1_ADAM_LR,
     PRESETS,
     PRETRAINED,
@@ -25,6 +26,7 @@ from mtlsign.config.embed_defaults import (
     SPREAD_DEFAULTS,
     TASK_OVERRIDES,
     TEXT_TASKS,
+    spread_image_overrides,
 )
 from mtlsign.config.mixins import RESOURCE_TIMEOUT_S, RESUMABLE, RunPlacement, RunStorage, TaskData
 from mtlsign.errors import SettingsError
@@ -57,10 +59,10 @@ class Phase2Settings(SettingsGroup):
     # fmt: off
     steps: int | None = Field(None, ge=1, le=1_000_000, description="optimiser steps [spread 500; otherwise 800, digits 600]")
     lr: float | None = Field(None, gt=0, le=10, description="peak learning rate (Adam, one-cycle) [spread 0.0005, otherwise 0.002 at width 16, divided by the root of the width ratio]")
-    margin: float = Field(DEFAULT_MARGIN, gt=0, le=1000, description="spread head: score that the loss demands, in standard deviations of an unmarked network's scores; 3 for imdb, 8 for hf:")
-    task_loss: float | None = Field(None, ge=0, le=1e6, description="weight of the primary loss with labels [spread 1, otherwise 0]")
+    margin: float = Field(DEFAULT_MARGIN, gt=0, le=1000, description="spread head: score that the loss demands, in standard deviations of an unmarked network's scores; 3 for imdb, 8 for hf:, 6 to 16 by width for the image tasks but digits and files")
+    task_loss: float | None = Field(None, ge=0, le=1e6, description="weight of the primary loss with labels [spread 1, of image tasks but digits and files 5; otherwise 0]")
     other_layers_lr_scale: float = Field(0.3, ge=0, le=100, description="learning rate of the layers after the taps, as a multiple of phase2.lr")
-    distillation: float = Field(4.0, ge=0, le=1e6, description="weight of KL(W0 || W) on primary data")
+    distillation: float = Field(4.0, ge=0, le=1e6, description="weight of KL(W0 || W) on primary data; spread head 20 for the image tasks but digits and files")
     temperature: float = Field(2.0, gt=0, le=1000, description="temperature of the distillation")
     batch: int = Field(128, ge=1, le=65_536, description="primary samples in a step, over all workers; 8 for tasks of instances")
     # fmt: on
@@ -180,11 +182,20 @@ class EmbedSettings(RunStorage, RunPlacement, TaskData, Settings):
         overrides = PRESETS[self.preset] | TASK_OVERRIDES.get(self.task.partition("@")[0], {})
         if (self.model or "").startswith(PRETRAINED):
             overrides |= PRETRAINED_OVERRIDES
+        if self._is_spread_resnet(overrides.get("head", "spread")):
+            bits = self.keys * (self.key_size or 1024)
+            overrides |= spread_image_overrides(self.width or 64, bits)
         preset = {name: value for name, value in overrides.items() if name not in explicit}
         complete = self.updated(preset)._with_task_defaults()
         complete._check_heads()
         complete._check_tokenizer()
         return complete
+
+    def _is_spread_resnet(self, preset_head: str) -> bool:
+        """Return whether a built-in task of images marks a ResNet with a spread head."""
+        head = self.head if "head" in self.given_values() else preset_head
+        is_resnet = (self.model or "resnet18").startswith("resnet")
+        return head == "spread" and is_resnet and self.task.partition("@")[0] in IMAGE_TASKS
 
     def _check_heads(self) -> None:
         """Raise `SettingsError` for settings that the chosen heads do not support."""

@@ -91,9 +91,33 @@ TASK_OVERRIDES: dict[str, dict[str, Any]] = {
     "pennfudan": {"phase2.batch": 8},
     "voc": {"phase2.batch": 8},
 }
+#: Tasks of images whose networks have room for a larger margin, see `spread_image_overrides`.
+IMAGE_TASKS = ("mnist", "fashion-mnist", "cifar10", "cifar100")
 #: The same for pretrained transformers. With so many marked numbers a large margin moves each little, and
 #: the mark stays readable where an attacker shrinks the change from a public base.
 PRETRAINED_OVERRIDES: dict[str, Any] = {"phase2.margin": 8.0}
+
+
+def spread_image_overrides(width: int, bits: int) -> dict[str, Any]:
+    """Return defaults of the spread head for the built-in tasks of images.
+
+    A margin m moves the D responses of a network by about m·√(N/D) of their size, and D grows with the square
+    of the width. The margin therefore grows with the width, and falls with the root of the number of bits.
+    The task has a larger weight against the mark than elsewhere, so that the larger margin does not cost more
+    accuracy (docs/results/2026-12-01-spread-margin-choices).
+
+    Args:
+        width: channels of the first stage.
+        bits: N, over all keys.
+    """
+    margin = 6.0 * (width / 16) * (1024 / bits) ** 0.5
+    return {
+        "phase2.margin": round(min(16.0, max(4.0, margin)), 2),
+        "phase2.distillation": 20.0,
+        "phase2.task_loss": 5.0,
+    }
+
+
 #: Defaults of the built-in tasks.
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {"width": 16, "phase1.epochs": 30, "phase2.steps": 600},

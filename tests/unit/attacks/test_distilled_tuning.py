@@ -31,6 +31,7 @@ def distance(model: nn.Module, teacher: nn.Module, images: Tensor) -> float:
         "tune:steps=2,batch=4,labels=0,ewc=10",
         "relearn:epochs=1,batch=8",
         "relearn:epochs=1,batch=8,start=shrink_perturb",
+        "relearn:epochs=1,batch=8,optimizer=adam,lr=0.01,weight_decay=0.005",
     ],
 )
 def test_attack_is_deterministic_in_seed_and_keeps_marked_model(
@@ -120,6 +121,15 @@ def test_relearn_starts_from_random_weights(marked_module: nn.Module, tiny_task:
     assert all(
         float((p.detach() - 1).abs().max()) < 0.1 for n, p in student.items() if n.endswith("bn1.weight")
     )
+
+
+def test_relearn_with_adam_decays_weights_as_tune_does(marked_module: nn.Module, tiny_task: Task) -> None:
+    def size(decay: float) -> float:
+        text = f"relearn:epochs=4,batch=8,optimizer=adam,lr=0.02,weight_decay={decay}"
+        kernel = run(text, marked_module, tiny_task).model.get_parameter("layer1.0.conv1.weight")
+        return float(kernel.detach().norm())
+
+    assert size(10.0) < 0.9 * size(0.0)
 
 
 def test_relearn_draws_parameters_that_belong_to_no_layer(tiny_task: Task) -> None:

@@ -184,6 +184,42 @@ def test_with_defaults_of_imdb_and_pretrained_models_have_other_margins() -> Non
     assert own.phase2.margin == 4.0 and own.with_defaults() == own
 
 
+@pytest.mark.parametrize(
+    ("settings", "margin"),
+    [
+        ({"width": 16}, 6.0),
+        ({"width": 32}, 12.0),
+        ({}, 16.0),
+        ({"width": 8}, 4.0),
+        ({"width": 16, "keys": 2}, 4.24),
+        ({"width": 16, "key_size": 256}, 12.0),
+        ({"width": 16, "phase2.margin": 3.0}, 3.0),
+    ],
+)
+def test_with_defaults_of_image_tasks_scale_the_margin_with_width(
+    settings: dict[str, Any], margin: float
+) -> None:
+    chosen = EmbedSettings.of({"task": "fashion-mnist@0.5", **settings}).with_defaults()
+    assert (chosen.phase2.margin, chosen.phase2.distillation, chosen.phase2.task_loss) == (margin, 20.0, 5.0)
+    assert chosen.with_defaults() == chosen
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"task": "digits"},
+        {"task": "files"},
+        {"task": "cifar10", "model": "timm/vit_tiny_patch16_224"},
+        {"task": "cifar10", "preset": "keyed"},
+        {"task": "cifar10", "preset": "keyed", "head": "keyed"},
+        {"task": "cifar10", "head": "keyed"},
+    ],
+)
+def test_with_defaults_of_other_networks_and_heads_have_the_common_margin(settings: dict[str, Any]) -> None:
+    phase2 = EmbedSettings.of(settings).with_defaults().phase2
+    assert (phase2.margin, phase2.distillation) == (4.0, 4.0)
+
+
 @pytest.mark.parametrize("task", ["files", "virusshare@0.5"])
 def test_with_defaults_of_byte_images_are_a_narrow_network(task: str) -> None:
     settings = EmbedSettings.of({"task": task}).with_defaults()
