@@ -110,7 +110,7 @@ def spread_image_overrides(width: int, bits: int) -> dict[str, Any]:
         width: channels of the first stage.
         bits: N, over all keys.
     """
-    margin = 6.0 * (width / 16) * (1024 / bits) ** 0.5
+    margin = 8.0 * (width / 16) * (1024 / bits) ** 0.5
     return {
         "phase2.margin": round(min(16.0, max(4.0, margin)), 2),
         "phase2.distillation": 20.0,

@@ -187,12 +187,13 @@ def test_with_defaults_of_imdb_and_pretrained_models_have_other_margins() -> Non
 @pytest.mark.parametrize(
     ("settings", "margin"),
     [
-        ({"width": 16}, 6.0),
-        ({"width": 32}, 12.0),
+        ({"width": 16}, 8.0),
+        ({"width": 24}, 12.0),
+        ({"width": 32}, 16.0),
         ({}, 16.0),
         ({"width": 8}, 4.0),
-        ({"width": 16, "keys": 2}, 4.24),
-        ({"width": 16, "key_size": 256}, 12.0),
+        ({"width": 16, "keys": 2}, 5.66),
+        ({"width": 16, "key_size": 512}, 11.31),
         ({"width": 16, "phase2.margin": 3.0}, 3.0),
     ],
 )
