@@ -91,7 +91,7 @@ TASK_OVERRIDES: dict[str, dict[str, Any]] = {
     "pennfudan": {"phase2.batch": 8},
     "voc": {"phase2.batch": 8},
 }
-#: Tasks of images whose networks have room for a larger margin, see `spread_image_overrides`.
+#: Tasks of images whose networks bear a larger margin, see `spread_image_overrides`.
 IMAGE_TASKS = ("mnist", "fashion-mnist", "cifar10", "cifar100")
 #: The same for pretrained transformers. With so many marked numbers a large margin moves each little, and
 #: the mark stays readable where an attacker shrinks the change from a public base.
