@@ -27,6 +27,7 @@ from mtlsign.watermark.embedding.worker import SingleProcessContext
 
 KeySize = Annotated[int, Field(ge=0, le=4096)]
 Images = Annotated[int, Field(ge=0, le=65_536)]
+Margin = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
 
 
 def overwrite(
@@ -40,14 +41,15 @@ def overwrite(
     lambda2: LossWeight = 1.0,
     n: KeySize = 0,
     images: Images = 0,
+    margin: Margin = 0.0,
 ) -> AttackOutcome:
     """Embed a second watermark with the attacker's data; the marked model serves as W0.
 
     One epoch is one step of the optimiser: the attacker's key set as one batch, and as many primary images
     (128 if the head reads none), or `images` of them. `head` is that of the owner's key unless it is given.
-    `n` is the attacker's key size (0: the default of the head). `lambda2` is the attacker's weight of R_DA;
-    other settings are the owner's defaults. The images counted are those of the steps, without those of
-    R_DA's inner loops.
+    `n` is the attacker's key size (0: the default of the head), `lambda2` the attacker's weight of R_DA, and
+    `margin` that of a spread head (0: 4, which is the default of most tasks). Other settings are the defaults
+    of an own task. The images counted are those of the steps, without those of R_DA's inner loops.
     """
     data = attacker_view(model, task, resources, seed)
     if head != "same" and not isinstance(resources.scheme, MTLSignScheme):
@@ -59,12 +61,13 @@ def overwrite(
     except ModelError as error:
         reason = f"The attacker's data give no key: {error.detail}"
         raise NotApplicableError(reason, field=error.field) from None
+    own_settings = {"lambda2": lambda2} | ({"phase2.margin": margin} if margin else {})
     settings = SchemeSettings(
         steps=epochs,
         batch=min(images or key.sample_count or 128, data.size("attacker")),
         training_lr=resources.training_lr,
         seed=seed,
-        options={"lambda2": lambda2} if isinstance(scheme, MTLSignScheme) else {},
+        options=own_settings if isinstance(scheme, MTLSignScheme) else {},
     )
     overwritten = trainable_copy(model)
     worker = SingleProcessContext(

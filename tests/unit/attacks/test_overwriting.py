@@ -31,3 +31,13 @@ def test_overwrite_without_images_for_a_key_is_not_applicable(module: nn.Module,
     scheme = ZhangNoiseScheme(key_size=65_536)
     with pytest.raises(NotApplicableError, match="The attacker's data give no key: A class has only"):
         run("overwrite:epochs=1", module, tiny_task, scheme=scheme)
+
+
+def test_overwrite_with_larger_margin_moves_weights_more(module: nn.Module, tiny_task: Task) -> None:
+    def moved(margin: float) -> float:
+        text = f"overwrite:epochs=20,head=spread,n=128,lambda2=0,images=16,margin={margin}"
+        attacked = run(text, module, tiny_task).model
+        pairs = zip(attacked.parameters(), module.parameters(), strict=True)
+        return float(sum((a - b).detach().square().sum() for a, b in pairs))
+
+    assert moved(16) > 1.2 * moved(2) > 0
