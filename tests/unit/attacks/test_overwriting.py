@@ -40,4 +40,4 @@ def test_overwrite_with_larger_margin_moves_weights_more(module: nn.Module, tiny
         pairs = zip(attacked.parameters(), module.parameters(), strict=True)
         return float(sum((a - b).detach().square().sum() for a, b in pairs))
 
-    assert moved(16) > 1.2 * moved(2) > 0
+    assert moved(16) > 1.1 * moved(2) > 0
