@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from benchmarks.fixtures import BareForward, BenchmarkSetup
 from benchmarks.measure import Cost, Row, cost, now, ratio, row, since
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.watermark.embedding import loop
+from mtlsign.watermark.embedding.loop import require_set
 from mtlsign.watermark.embedding.phase1 import train_clean_model
 from mtlsign.watermark.embedding.phase2 import embed_watermark, gradient_terms
 from mtlsign.watermark.embedding.worker import SingleProcessContext
@@ -74,8 +76,42 @@ def time_steps(
     return context.steps[WARM_UP:], context.others[WARM_UP:]
 
 
+def steps_per_window(settings: EmbedSettings) -> int:
+    """Return the steps after which the work of phase 2 repeats.
+
+    Kinds of perturbed copies take turns, and some kinds start an inner loop again after `refresh_steps`. A
+    median over single steps hides these loops.
+    """
+    if not settings.lambda2:
+        return 1
+    perturbation = settings.perturbation
+    kinds = require_set(perturbation.kinds)
+    turn = len(kinds) // math.gcd(len(kinds), perturbation.per_step)
+    loops = {"fine_tuned", "decorrelated", "spoiled"} & set(kinds)
+    return math.lcm(turn, require_set(perturbation.refresh_steps) if loops else 1)
+
+
+def time_windows(
+    setup: BenchmarkSetup, settings: EmbedSettings, windows: int, other: Callable[[], object]
+) -> tuple[list[Cost], list[Cost]]:
+    """Time whole windows of steps, see `steps_per_window`; the arguments are those of `time_steps`.
+
+    Returns:
+        The mean cost of a step in each window, and that of the calls of the other function after the steps.
+    """
+    size = steps_per_window(settings)
+    if size == 1:
+        return time_steps(setup, settings, windows, other)
+    parts = [time_steps(setup, settings, size, other) for _ in range(windows)]
+    return [_mean(steps) for steps, _ in parts], [_mean(others) for _, others in parts]
+
+
+def _mean(costs: Sequence[Cost]) -> Cost:
+    return sum(c[0] for c in costs) / len(costs), sum(c[1] for c in costs) / len(costs)
+
+
 def step_over_parts(setup: BenchmarkSetup, pairs: int) -> list[Row]:
-    """Compare a step with its bare passes, with the regularisers of the settings and without any."""
+    """Compare steps with their bare passes, with the regularisers of the settings and without any."""
     rows = []
     bare = BareForward(setup)
     plain = setup.settings.updated({"lambda1": 0.0, "lambda2": 0.0})
@@ -84,8 +120,9 @@ def step_over_parts(setup: BenchmarkSetup, pairs: int) -> list[Row]:
         ("step-plain", plain, "the same with lambda1 = lambda2 = 0"),
     ):
         batches = len(gradient_terms(0, settings))
-        steps, passes = time_steps(setup, settings, pairs, lambda n=batches: bare.run_step(n))  # type: ignore[misc]
-        rows.append(ratio(name, title, steps, passes, at_most=1.1, note=f"{batches} key batches a step"))
+        steps, passes = time_windows(setup, settings, pairs, lambda n=batches: bare.run_step(n))  # type: ignore[misc]
+        note = f"{batches} key batches a step, means over {steps_per_window(settings)} steps"
+        rows.append(ratio(name, title, steps, passes, at_most=1.1, note=note))
     return rows
 
 
@@ -132,7 +169,10 @@ def _estimate_phases(setup: BenchmarkSetup, pairs: int) -> tuple[list[float], st
     def short_epoch() -> None:
         train_clean_model(clean, small, one_epoch, context)
 
-    steps, epochs = time_steps(setup, settings, pairs, short_epoch)
+    steps, epochs = [], []
+    for _ in range(pairs):
+        steps += time_windows(setup, settings, 1, lambda: None)[0]
+        epochs.append(cost(short_epoch))
     evaluations = [
         cost(lambda: loop.evaluate(marked, small_test, "test", settings, context))[0] for _ in range(pairs)
     ]
@@ -144,8 +184,8 @@ def _estimate_phases(setup: BenchmarkSetup, pairs: int) -> tuple[list[float], st
     phase2_seconds = step_count * statistics.median(a[0] for a in steps) + ending
     phase1_seconds = epoch_count * statistics.median(b[0] for b in epochs)
     note = (
-        f"ESTIMATED from {_EPOCH_STEPS}-step epochs with their share of validation, single steps, and "
-        f"closing evaluations: {step_count} steps ~ {phase2_seconds:.0f} s, "
+        f"ESTIMATED from {_EPOCH_STEPS}-step epochs with their share of validation, whole windows of steps, "
+        f"and closing evaluations: {step_count} steps ~ {phase2_seconds:.0f} s, "
         f"{settings.phase1.epochs} epochs ~ {phase1_seconds:.0f} s of CPU"
     )
     return values, note

@@ -36,6 +36,18 @@ def test_training_step_and_bare_passes_are_timed_in_turn(setup: BenchmarkSetup) 
     assert "ESTIMATED" in training_step.phase_2_over_1(setup, 1, estimate=True)[0].note
 
 
+def test_windows_of_steps_contain_each_kind_and_inner_loop(setup: BenchmarkSetup) -> None:
+    assert setup.settings.lambda2 and training_step.steps_per_window(setup.settings) == 8
+    size = training_step.steps_per_window
+    assert size(setup.settings.updated({"lambda2": 0.0})) == 1
+    assert size(setup.settings.updated({"perturbation.kinds": ("noise", "pruned", "noise")})) == 3
+    spread = {"perturbation.kinds": ("fine_tuned",), "perturbation.refresh_steps": 24}
+    assert size(setup.settings.updated(spread)) == 24
+    calls: list[int] = []
+    a, b = training_step.time_windows(setup, setup.settings, 2, lambda: calls.append(1))
+    assert len(a) == len(b) == 2 and len(calls) == 2 * (8 + training_step.WARM_UP)
+
+
 def test_verification_rows_have_names_and_positive_values(setup: BenchmarkSetup) -> None:
     rows = [*verification.encoder(setup, 1), *verification.verification(setup, 1)]
     assert [r.name for r in rows] == ["qr", "qr-cold", "verify"] and all(r.value > 0 for r in rows)
