@@ -101,8 +101,8 @@ PRETRAINED_OVERRIDES: dict[str, Any] = {"phase2.margin": 8.0}
 def spread_image_overrides(width: int, bits: int) -> dict[str, Any]:
     """Return defaults of the spread head for the built-in tasks of images.
 
-    A margin m moves the D responses of a network by about m·√(N/D) of their size, and D grows with the square
-    of the width. The margin therefore grows with the width, and falls with the root of the number of bits.
+    A margin m moves the D responses of a network by about m·√(N/D) of their size, and D grows with the width.
+    The margin therefore grows with the width, and falls with the root of the number of bits.
     The task has a larger weight against the mark than elsewhere, so that the larger margin does not cost more
     accuracy (docs/results/2026-12-01-spread-margin-choices).
 
