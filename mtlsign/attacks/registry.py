@@ -117,6 +117,7 @@ _ALL = (
         variants=(
             "steps=500/1500,lr=0.003/0.01",
             "steps=1500,lr=0.01,weight_decay=0.0005/0.005",
+            "steps=4500,lr=0.01,weight_decay=0.0005",
             "steps=1500,lr=0.01,ema_decay=0.99",
             "steps=1500,lr=0.01,mixup=0.5",
             "steps=750,lr=0.01,sam_radius=0.05",
@@ -337,11 +338,11 @@ CHAINS = (
     "prune:ratio=0.3+ftal:epochs=3+split_channels+transpose_input",
 )
 
-#: Attacks that a watermark with default settings must survive, as an `--attacks` list.
+#: The strongest attacks of each kind, and `relearn` as a measure of their cost, as an `--attacks` list.
 STANDARD = (
     "none,ftal:lr=quarter/full,retrain,fine_prune:ratio=0.5,prune_to_accuracy_drop:points=10,"
     "overwrite:epochs=350,int8,spoil:steps=60,decorrelate:steps=40,null_space:energy=0.95,noise=1,"
-    "repair_steps=300,repair_lr=0.003,tune:steps=1500,lr=0.01,relearn:epochs=20,unsketch,"
+    "repair_steps=300,repair_lr=0.003,tune:steps=1500,lr=0.01,weight_decay=0/0.0005,relearn:epochs=20,unsketch,"
     "recurrent_symmetries,permute_vocabulary,attention_symmetries,rotate_stream,dummy_block,"
     "reorder_joint_matrices,permute_channels,transpose_input,mix_input:kind=negate,dummy_channels,split_channels,clique_channels"
 )
