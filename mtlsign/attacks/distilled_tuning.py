@@ -127,7 +127,7 @@ def relearn(
     """Train the whole network from random weights on the marked model's outputs and the labels.
 
     The optimizer is that of the model's training, SGD with its weight decay or Adam without any; or it is
-    Adam with `weight_decay`, as in `tune`, so that both can be compared.
+    Adam with `weight_decay`, as in `tune`, so that both can be compared. SGD ignores `weight_decay`.
     `shrink_perturb` starts from 0.4 times the stolen weights plus half a random initialisation.
     """
     data = attacker_view(model, task, resources, seed)

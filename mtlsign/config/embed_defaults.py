@@ -103,8 +103,8 @@ def spread_image_overrides(width: int, bits: int) -> dict[str, Any]:
 
     A margin m moves the D responses of a network by about m·√(N/D) of their size, and D grows with the width.
     The margin therefore grows with the width, and falls with the root of the number of bits.
-    The task has a larger weight against the mark than elsewhere, so that the larger margin does not cost more
-    accuracy (docs/results/2026-12-01-spread-margin-choices).
+    The task has a larger weight against the mark than elsewhere, so that the larger margin costs less accuracy
+    (docs/results/2026-12-01-spread-margin-choices).
 
     Args:
         width: channels of the first stage.
