@@ -127,9 +127,17 @@ def relearn(
     """Train the whole network from random weights on the marked model's outputs and the labels.
 
     The optimizer is that of the model's training, SGD with its weight decay or Adam without any; or it is
-    Adam with `weight_decay`, as in `tune`, so that both can be compared. SGD ignores `weight_decay`.
+    Adam with `weight_decay`, as in `tune`, so that both can be compared.
     `shrink_perturb` starts from 0.4 times the stolen weights plus half a random initialisation.
+
+    Raises:
+        NotApplicableError: a weight decay is given, and the optimizer is SGD.
     """
+    adam = "adam" in (optimizer, resources.training_optimizer)
+    if weight_decay and not adam:
+        raise NotApplicableError(
+            "SGD has the weight decay of the model's training. Add optimizer=adam.", field="weight_decay"
+        )
     data = attacker_view(model, task, resources, seed)
     student = trainable_copy(model)
     reset_weights(student, seed)
@@ -140,7 +148,6 @@ def relearn(
                     parameter.mul_(0.5).add_(stolen, alpha=0.4)
     size = min(batch, data.size("attacker"))
     steps = epochs * max(1, data.size("attacker") // size)
-    adam = "adam" in (optimizer, resources.training_optimizer)
     tuning = Tuning(
         steps, resources.learning_rate(lr), batch=size, weight_decay=weight_decay if adam else 5e-4, adam=adam
     )

@@ -49,7 +49,8 @@ def overwrite(
     (128 if the head reads none), or `images` of them. `head` is that of the owner's key unless it is given.
     `n` is the attacker's key size (0: the default of the head), `lambda2` the attacker's weight of R_DA, and
     `margin` that of a spread head (0: 4, which is the default of most tasks). Other settings are the defaults
-    of an own task. The images counted are those of the steps, without those of R_DA's inner loops.
+    of a task that is not built in. The images counted are those of the steps, without those of R_DA's inner
+    loops.
     """
     data = attacker_view(model, task, resources, seed)
     if head != "same" and not isinstance(resources.scheme, MTLSignScheme):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mtlsign.attacks import NotApplicableError
 from mtlsign.attacks.distilled_tuning import _ascended
 from mtlsign.tasks import Task
 from mtlsign.watermark.embedding.losses import distillation_loss
@@ -130,6 +131,11 @@ def test_relearn_with_adam_decays_weights_as_tune_does(marked_module: nn.Module,
         return float(kernel.detach().norm())
 
     assert size(10.0) < 0.9 * size(0.0)
+
+
+def test_relearn_with_sgd_refuses_a_weight_decay(marked_module: nn.Module, tiny_task: Task) -> None:
+    with pytest.raises(NotApplicableError, match="Add optimizer=adam"):
+        run("relearn:epochs=1,batch=8,weight_decay=0.01", marked_module, tiny_task)
 
 
 def test_relearn_draws_parameters_that_belong_to_no_layer(tiny_task: Task) -> None:
