@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from mtlsign.models.loading import (
 )
 from mtlsign.schemes import SchemeSettings, WatermarkScheme, default_scheme
 from mtlsign.schemes.base import Detection
+from mtlsign.schemes.mtlsign import MTLSignScheme
 from mtlsign.schemes.options import scheme_from_texts
 from mtlsign.schemes.training import Optimizer, train_watermark
 from mtlsign.storage.base import Storage
@@ -102,9 +103,10 @@ def prepare_base(settings: AttackSettings) -> BasePlan:
     scheme = scheme_from_texts(
         str(settings.scheme), settings.scheme_options, min_evidence_bits=settings.min_evidence_bits
     )
+    mark = {"head": scheme.head, "key_size": scheme.key_size} if isinstance(scheme, MTLSignScheme) else {}
     named = {
         "model": settings.network, "width": settings.width, "weights": settings.weights,
-        "data": settings.data, "tokenizer": settings.tokenizer, "phase1.lr": settings.lr,
+        "data": settings.data, "tokenizer": settings.tokenizer, "phase1.lr": settings.lr, **mark,
     }  # fmt: skip
     training = EmbedSettings.of(
         {
@@ -157,6 +159,7 @@ def mark_base(
         batch=settings.embed_batch,
         training_lr=plan.settings.phase1.lr or 0.1,
         seed=settings.seed,
+        options=_phase2_defaults(plan) if isinstance(scheme, MTLSignScheme) else {},
     )
     started = time.monotonic()
     result = scheme.embed(model, task, key, options, SingleProcessContext(device))
@@ -218,6 +221,7 @@ def train_base_without_mark(plan: BasePlan, settings: SchemeSettings, folder: St
     model, task, device = _base_model(plan, folder)
     scheme = default_scheme()
     key = scheme.generate_key(model, task, settings.seed)
+    settings = replace(settings, options=_phase2_defaults(plan))
     scheme.train_without_mark(model, task, key, settings, SingleProcessContext(device))
     return cpu_state(model)
 
@@ -249,6 +253,16 @@ def _base_model(plan: BasePlan, folder: Storage) -> tuple[nn.Module, Task, torch
     task = plan.task.to(device)
     plan.scheme.prepare_model(model, task)
     return model.to(device).eval(), task, device
+
+
+def _phase2_defaults(plan: BasePlan) -> dict[str, Any]:
+    """Return the settings of phase 2 in which `jobs/embed.py` depends on the task and the network's width."""
+    phase2 = plan.settings.phase2
+    return {
+        "phase2.margin": phase2.margin,
+        "phase2.distillation": phase2.distillation,
+        "phase2.task_loss": phase2.task_loss,
+    }
 
 
 def _relative_deviation(base: nn.Module, model: nn.Module) -> float:
