@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 from mtlsign.config.attack import AttackSettings
 from mtlsign.errors import DataError, SettingsError
 from mtlsign.experiments.attack_runs.executor import LocalAttackBackend
 from mtlsign.experiments.attack_runs.run import run_attack_job
+from mtlsign.experiments.attack_runs.scheme_target import mark_base, prepare_base
 from mtlsign.models.dcgan import DCGAN
+from mtlsign.schemes.base import SchemeResult, SchemeSettings
+from mtlsign.schemes.mtlsign import MTLSignKey, MTLSignScheme
+from mtlsign.storage.local import LocalStorage
 from mtlsign.storage.safetensors_io import serialize_safetensors
+from mtlsign.tasks import Task
+from mtlsign.watermark.embedding.worker import WorkerContext
 from tests.unit.experiments.attack_runs.test_run import FACTORY
+from tests.unit.tasks.test_torchvision_datasets import write_idx
 
 
 @pytest.fixture
@@ -81,6 +90,48 @@ def test_invalid_scheme_settings_write_nothing(
         run(values, **others)
     assert message in str(raised.value)
     assert not list((tmp_path / "store").rglob("settings.json"))
+
+
+class RecordingScheme(MTLSignScheme):
+    """Scheme that keeps the options of its embedding."""
+
+    def embed(
+        self, model: nn.Module, task: Task, key: MTLSignKey, settings: SchemeSettings, worker: WorkerContext
+    ) -> SchemeResult:
+        self.options.update(settings.options)
+        return super().embed(model, task, key, settings, worker)
+
+    options: ClassVar[dict[str, Any]] = {}
+
+
+@pytest.fixture
+def mnist_values(tmp_path: Path) -> dict[str, Any]:
+    """Settings of a run on 40 images in the layout of MNIST."""
+    write_idx(tmp_path, "MNIST")
+    return {
+        "scheme": "mtlsign", "task": "mnist", "data": str(tmp_path), "width": 16, "embed_steps": 1,
+        "embed_batch": 8, "min_evidence_bits": 40,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("option", "margin"), [("key_size=1024", 8), ("key_size=256", 16), ("head=keyed", 4)]
+)
+def test_margin_of_image_task_is_that_of_the_embedding(
+    mnist_values: dict[str, Any], option: str, margin: float
+) -> None:
+    plan = prepare_base(AttackSettings.of({**mnist_values, "scheme_options": (option,)}))
+    assert plan.settings.phase2.margin == margin
+
+
+def test_image_task_is_marked_with_defaults_of_the_embedding(
+    mnist_values: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = AttackSettings.of(mnist_values)
+    plan = replace(prepare_base(settings), scheme=RecordingScheme())
+    mark_base(plan, settings, LocalStorage(tmp_path / "run"), lambda _: None)
+    expected = {"phase2.margin": 8.0, "phase2.distillation": 20.0, "phase2.task_loss": 5.0}
+    assert RecordingScheme.options == expected
 
 
 def test_transfer_reports_bits_and_no_loss_on_owners_task(values: dict[str, Any]) -> None:
