@@ -19,7 +19,7 @@ from mtlsign.attacks.base import (
     seeded,
 )
 from mtlsign.attacks.training import trainable_copy
-from mtlsign.errors import ModelError
+from mtlsign.errors import ModelError, SettingsError
 from mtlsign.schemes.base import SchemeSettings
 from mtlsign.schemes.mtlsign import MTLSignScheme
 from mtlsign.tasks import Task
@@ -56,9 +56,11 @@ def overwrite(
     if head != "same" and not isinstance(resources.scheme, MTLSignScheme):
         raise NotApplicableError(f"{resources.scheme.name} has no heads. Omit head.", field="head")
     options = {} if head == "same" else {"head": head}
-    scheme = resources.scheme.with_key_options(key_size=n or None, **options)
     try:
+        scheme = resources.scheme.with_key_options(key_size=n or None, **options)
         key = scheme.generate_key(model, data, seed)
+    except SettingsError as error:
+        raise NotApplicableError(f"The key cannot have these options: {error.detail}", field="n") from None
     except ModelError as error:
         reason = f"The attacker's data give no key: {error.detail}"
         raise NotApplicableError(reason, field=error.field) from None

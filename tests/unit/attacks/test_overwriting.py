@@ -33,6 +33,14 @@ def test_overwrite_without_images_for_a_key_is_not_applicable(module: nn.Module,
         run("overwrite:epochs=1", module, tiny_task, scheme=scheme)
 
 
+def test_overwrite_with_key_size_below_that_of_the_head_is_not_applicable(
+    module: nn.Module, tiny_task: Task
+) -> None:
+    with pytest.raises(NotApplicableError, match="greater than or equal to 128") as raised:
+        run("overwrite:epochs=1,n=64", module, tiny_task)
+    assert raised.value.field == "n"
+
+
 def test_overwrite_with_larger_margin_moves_weights_more(module: nn.Module, tiny_task: Task) -> None:
     def moved(margin: float) -> float:
         text = f"overwrite:epochs=20,head=spread,n=128,lambda2=0,images=16,margin={margin}"
