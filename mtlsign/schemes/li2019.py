@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -22,7 +22,7 @@ from mtlsign.errors import ModelError
 from mtlsign.models.input_spec import ImageSpec
 from mtlsign.schemes.base import Detection, Forgery, SchemeResult, SchemeSettings
 from mtlsign.schemes.forging import best_of_keys
-from mtlsign.schemes.training import Optimizer, evaluation_mode
+from mtlsign.schemes.training import Optimizer, accuracies, evaluation_mode
 from mtlsign.schemes.trigger_marks import TriggerKey, TriggerMark, logits_of, training_images
 from mtlsign.tasks import Task
 from mtlsign.tasks.splitting import seeded_generator
@@ -63,7 +63,9 @@ class Li2019Scheme(TriggerMark[SignedTriggerKey]):
 
     Attributes:
         side: side of the pattern in pixels.
-        size: absolute value of its pixels, lambda of the paper, far outside of their range.
+        size: absolute value of its pixels, lambda of the paper, outside of their range. With 2000, a value of
+            published code, the statistics of batch norms follow the pattern alone, and the network answers
+            one class.
     """
 
     name: ClassVar[str] = "li2019"
@@ -71,7 +73,7 @@ class Li2019Scheme(TriggerMark[SignedTriggerKey]):
     default_steps: ClassVar[int] = 800
 
     side: int = 6
-    size: float = 2000.0
+    size: float = 5.0
 
     def draw_key(self, model: nn.Module, task: Task, seed: int) -> SignedTriggerKey:
         """Sign a statement and derive class, pattern and place from four hashes of the signature."""
@@ -101,13 +103,15 @@ class Li2019Scheme(TriggerMark[SignedTriggerKey]):
         worker: WorkerContext,
     ) -> SchemeResult:
         """Draw all weights again and train on clean, null and true samples; see `WatermarkScheme.embed`."""
+        clean = accuracies(model.to(worker.device), task, worker, "clean")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeded_generator("mtlsign/li2019/weights", settings.seed).initial_seed())
             for module in model.modules():
                 reset = getattr(module, "reset_parameters", None)
                 if callable(reset):
                     reset()
-        return super().embed(model, task, key, settings, worker)
+        result = super().embed(model, task, key, settings, worker)
+        return replace(result, measured={**result.measured, **clean})
 
     def training_samples(self, key: SignedTriggerKey, step: int, count: int) -> tuple[Tensor, Tensor]:
         """Return as many null samples as true samples, in turn."""

@@ -81,7 +81,7 @@ def train_watermark(
     if worker.world_size > 1:
         raise ModelError("Comparators train in one process. Use one worker.", field="workers")
     model.to(worker.device)
-    clean = _accuracies(model, task, worker, "clean")
+    clean = accuracies(model, task, worker, "clean")
     steps, batch = settings.steps, min(settings.batch, task.size("train"))
     optimiser = optimizer.build([p for p in model.parameters() if p.requires_grad], extra)
     rows: list[dict[str, Any]] = []
@@ -106,11 +106,12 @@ def train_watermark(
         else:
             worker.show_progress(row)
     model.eval()
-    marked = _accuracies(model, task, worker, "marked")
+    marked = accuracies(model, task, worker, "marked")
     return SchemeResult(steps, steps * (batch + key_inputs), rows, clean | marked)
 
 
-def _accuracies(model: nn.Module, task: Task, worker: WorkerContext, name: str) -> dict[str, float]:
+def accuracies(model: nn.Module, task: Task, worker: WorkerContext, name: str) -> dict[str, float]:
+    """Return the metric of the test split as the measurement `primary_NAME`."""
     exact = EmbedSettings.of({"amp": False})
     return {f"primary_{name}": evaluate(model, task, "test", exact, worker)}
 
@@ -127,9 +128,9 @@ def unchanged_training(
         change: changes the model's weights.
     """
     model.to(worker.device).eval()
-    clean = _accuracies(model, task, worker, "clean")
+    clean = accuracies(model, task, worker, "clean")
     change()
-    return SchemeResult(0, 0, [], clean | _accuracies(model, task, worker, "marked"))
+    return SchemeResult(0, 0, [], clean | accuracies(model, task, worker, "marked"))
 
 
 @contextmanager

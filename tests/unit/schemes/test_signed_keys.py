@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import torch
 
+from mtlsign.schemes.base import SchemeSettings
 from mtlsign.schemes.greedy_residuals import GreedyResidualsScheme
 from mtlsign.schemes.li2019 import Li2019Scheme
 from mtlsign.schemes.neuralmark import NeuralMarkScheme, hashed_bits
+from mtlsign.schemes.training import accuracies
 from mtlsign.schemes.zhu2020 import Zhu2020Scheme
 from mtlsign.tasks import Task
+from mtlsign.watermark.embedding.worker import SingleProcessContext
 from tests.unit.attacks.helpers import Maker
 
 
@@ -37,6 +40,16 @@ def test_zhu_samples_outside_of_chain_are_not_verifiable(tiny_task: Task, tiny_m
     assert scheme.verify(model, key).status == "rejected"
     fitted = replace(key, classes=(key.classes + 1) % 4)
     assert scheme.verify(model, fitted).status == "not_verifiable"
+
+
+def test_li_measures_accuracy_of_given_model_before_its_weights_are_drawn_again(
+    tiny_task: Task, tiny_model: Maker
+) -> None:
+    scheme, model, worker = Li2019Scheme(key_size=5), tiny_model(), SingleProcessContext()
+    expected = accuracies(model, tiny_task, worker, "clean")
+    key = scheme.generate_key(model, tiny_task, 1)
+    measured = scheme.embed(model, tiny_task, key, SchemeSettings(1, 16, 0.02, 0), worker).measured
+    assert measured["primary_clean"] == expected["primary_clean"] != measured["primary_marked"]
 
 
 def test_li_key_without_signature_is_not_verifiable(tiny_task: Task, tiny_model: Maker) -> None:
