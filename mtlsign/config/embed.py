@@ -57,12 +57,12 @@ class Phase2Settings(SettingsGroup):
     """Embedding of the watermark, eq. (10) of the paper."""
 
     # fmt: off
-    steps: int | None = Field(None, ge=1, le=1_000_000, description="optimiser steps [spread 500; otherwise 800, digits 600]")
+    steps: int | None = Field(None, ge=1, le=1_000_000, description="optimiser steps [spread 500, of image tasks below width 32 1000; otherwise 800, digits 600]")
     lr: float | None = Field(None, gt=0, le=10, description="peak learning rate (Adam, one-cycle) [spread 0.0005, otherwise 0.002 at width 16, divided by the root of the width ratio]")
     margin: float = Field(DEFAULT_MARGIN, gt=0, le=1000, description="spread head: score that the loss demands, in standard deviations of an unmarked network's scores; 3 for imdb, 8 for hf:, 4 to 16 by width for the image tasks but digits and files")
-    task_loss: float | None = Field(None, ge=0, le=1e6, description="weight of the primary loss with labels [spread 1, of image tasks but digits and files 5; otherwise 0]")
+    task_loss: float | None = Field(None, ge=0, le=1e6, description="weight of the primary loss with labels [spread 1, of image tasks but digits and files 10 below width 32, otherwise 5; other heads 0]")
     other_layers_lr_scale: float = Field(0.3, ge=0, le=100, description="learning rate of the layers after the taps, as a multiple of phase2.lr")
-    distillation: float = Field(4.0, ge=0, le=1e6, description="weight of KL(W0 || W) on primary data; spread head 20 for the image tasks but digits and files")
+    distillation: float = Field(4.0, ge=0, le=1e6, description="weight of KL(W0 || W) on primary data; spread head, for the image tasks but digits and files: 40 below width 32, otherwise 20")
     temperature: float = Field(2.0, gt=0, le=1000, description="temperature of the distillation")
     batch: int = Field(128, ge=1, le=65_536, description="primary samples in a step, over all workers; 8 for tasks of instances")
     # fmt: on

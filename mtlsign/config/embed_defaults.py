@@ -103,18 +103,21 @@ def spread_image_overrides(width: int, bits: int) -> dict[str, Any]:
 
     A margin m moves the D responses of a network by about m·√(N/D) of their size, and D grows with the width.
     The margin therefore grows with the width, and falls with the root of the number of bits.
-    The task has a larger weight against the mark than elsewhere, so that the larger margin costs less accuracy
-    (docs/results/2026-12-01-spread-margin-choices).
+    The task has a larger weight against the mark than elsewhere, so that the larger margin costs less accuracy.
+    Narrow networks have fewer responses for as many bits. They need an even larger weight and more steps
+    (docs/results/2026-12-01-spread-margin-choices, 2026-12-01-spread-steps-choices).
 
     Args:
         width: channels of the first stage.
         bits: N, over all keys.
     """
-    margin = 8.0 * (width / 16) * (1024 / bits) ** 0.5
+    margin = 8.5 * (width / 16) * (1024 / bits) ** 0.5
+    narrow = width < 32
     return {
         "phase2.margin": round(min(16.0, max(4.0, margin)), 2),
-        "phase2.distillation": 20.0,
-        "phase2.task_loss": 5.0,
+        "phase2.distillation": 40.0 if narrow else 20.0,
+        "phase2.task_loss": 10.0 if narrow else 5.0,
+        "phase2.steps": 1000 if narrow else 500,
     }
 
 

@@ -154,12 +154,14 @@ def mark_base(
     scheme = plan.scheme
     key = scheme.generate_key(model, task, settings.seed)
     unmarked = copy.deepcopy(model)
+    is_own, phase2 = isinstance(scheme, MTLSignScheme), plan.settings.phase2
+    default_steps = (phase2.steps if is_own else None) or scheme.default_steps
     options = SchemeSettings(
-        steps=settings.embed_steps or scheme.default_steps,
+        steps=settings.embed_steps or default_steps,
         batch=settings.embed_batch,
         training_lr=plan.settings.phase1.lr or 0.1,
         seed=settings.seed,
-        options=_phase2_defaults(plan) if isinstance(scheme, MTLSignScheme) else {},
+        options=_phase2_defaults(plan) if is_own else {},
     )
     started = time.monotonic()
     result = scheme.embed(model, task, key, options, SingleProcessContext(device))
@@ -256,7 +258,7 @@ def _base_model(plan: BasePlan, folder: Storage) -> tuple[nn.Module, Task, torch
 
 
 def _phase2_defaults(plan: BasePlan) -> dict[str, Any]:
-    """Return the settings of phase 2 in which `jobs/embed.py` depends on the task and the network's width."""
+    """Return the settings of phase 2, but its steps, that depend on the task and the network's width."""
     phase2 = plan.settings.phase2
     return {
         "phase2.margin": phase2.margin,

@@ -115,7 +115,7 @@ def mnist_values(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("option", "margin"), [("key_size=1024", 8), ("key_size=256", 16), ("head=keyed", 4)]
+    ("option", "margin"), [("key_size=1024", 8.5), ("key_size=256", 16), ("head=keyed", 4)]
 )
 def test_margin_of_image_task_is_that_of_the_embedding(
     mnist_values: dict[str, Any], option: str, margin: float
@@ -130,7 +130,7 @@ def test_image_task_is_marked_with_defaults_of_the_embedding(
     settings = AttackSettings.of(mnist_values)
     plan = replace(prepare_base(settings), scheme=RecordingScheme())
     mark_base(plan, settings, LocalStorage(tmp_path / "run"), lambda _: None)
-    expected = {"phase2.margin": 8.0, "phase2.distillation": 20.0, "phase2.task_loss": 5.0}
+    expected = {"phase2.margin": 8.5, "phase2.distillation": 40.0, "phase2.task_loss": 10.0}
     assert RecordingScheme.options == expected
 
 
