@@ -43,7 +43,8 @@ def spoil(
 ) -> AttackOutcome:
     """Minimise the scheme's watermark loss on wrong labels with Adam; the head is frozen.
 
-    Distillation from the marked model on the attacker's images preserves the task.
+    Distillation from the marked model on the attacker's images preserves the task. Random labels match those
+    of the key as often as an unmarked model does: one half of bits, one in so many classes of key samples.
     """
     scheme, key = resources.scheme, resources.key
     if key is None:
@@ -53,7 +54,7 @@ def spoil(
     wrong = 1 - key.labels.float()
     if labels == "random":
         gen = seeded_generator("mtlsign/attack/spoil", seed)
-        wrong = torch.randint(2, (len(wrong),), generator=gen).float().to(wrong)
+        wrong = _random_labels(key.labels.float(), scheme.null_rate(key), gen)
     wrong_key, batches = key.with_labels(wrong), attacker_batches(data, batch, seed)
     teacher, attacked = frozen_copy(model), trainable_copy(model).train()
 
@@ -69,3 +70,11 @@ def spoil(
     optimize(loss_fn, attacked.parameters(), steps, resources.learning_rate(lr), resources)
     images = steps * (key.sample_count + (batch if distillation else 0))
     return AttackOutcome(recalibrate_batch_norm(attacked, data), steps, images)
+
+
+def _random_labels(labels: Tensor, null_rate: float, generator: torch.Generator) -> Tensor:
+    """Return labels that match the key's with the probability of a match of an unmarked model."""
+    if null_rate == 0.5:
+        return torch.randint(2, (len(labels),), generator=generator).float().to(labels)
+    matching = torch.rand(len(labels), generator=generator).to(labels.device) < null_rate
+    return torch.where(matching, labels, 1 - labels)

@@ -181,6 +181,9 @@ class WatermarkScheme(Protocol[KeyT]):
             tensors: content of the suspect's file, if it is not the state dict.
         """
 
+    def null_rate(self, key: KeyT) -> float:
+        """Return the probability that an unmarked model matches one bit or key sample of a key."""
+
     def watermark_loss(self, model: nn.Module, key: KeyT) -> Tensor | None:
         """Return the loss of the key's bits with gradients, for key-aware attacks; None if there is none."""
 

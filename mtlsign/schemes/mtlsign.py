@@ -217,6 +217,10 @@ class MTLSignScheme:
             reason=verdict.reason,
         )
 
+    def null_rate(self, key: MTLSignKey) -> float:
+        """Return one half: the bits of a key are random."""
+        return 0.5
+
     def watermark_loss(self, model: nn.Module, key: MTLSignKey) -> Tensor:
         """Return l_WM of eq. (7) in the verifier model, on the model's device."""
         scores = key.detector.score_kernels(key.kernels(model), differentiable=True)

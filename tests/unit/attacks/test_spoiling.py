@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlsign.attacks import NotApplicableError
+from mtlsign.schemes.adi import AdiScheme
 from mtlsign.schemes.mtlsign import MTLSignKey, MTLSignScheme
 from mtlsign.tasks import Task
 from mtlsign.watermark.verification.algorithm import verify
@@ -50,3 +51,20 @@ def test_spoil_of_scheme_without_loss_is_not_applicable(
 
     with pytest.raises(NotApplicableError, match="no differentiable watermark loss"):
         run("spoil:steps=2,batch=16", marked_module, tiny_task, key=key, scheme=LossFreeScheme())
+
+
+def test_spoil_leaves_as_many_key_samples_as_an_unmarked_model_answers(
+    marked_module: nn.Module, tiny_task: Task
+) -> None:
+    labels: list[Tensor] = []
+
+    class RecordingScheme(AdiScheme):
+        def watermark_loss(self, model: nn.Module, key: Any) -> Tensor | None:
+            labels.append(key.labels)
+            return super().watermark_loss(model, key)
+
+    scheme = RecordingScheme(key_size=400)
+    key = scheme.generate_key(marked_module, tiny_task, 1)
+    assert scheme.null_rate(key) == 0.25
+    run("spoil:steps=1,batch=16", marked_module, tiny_task, key=key, scheme=scheme)
+    assert 0.15 < float(labels[0].mean()) < 0.35
