@@ -112,13 +112,10 @@ def spread_image_overrides(width: int, bits: int) -> dict[str, Any]:
         bits: N, over all keys.
     """
     margin = 8.5 * (width / 16) * (1024 / bits) ** 0.5
-    narrow = width < 32
-    return {
-        "phase2.margin": round(min(16.0, max(4.0, margin)), 2),
-        "phase2.distillation": 40.0 if narrow else 20.0,
-        "phase2.task_loss": 10.0 if narrow else 5.0,
-        "phase2.steps": 1000 if narrow else 500,
-    }
+    overrides = {"phase2.margin": round(min(16.0, max(4.0, margin)), 2)}
+    if width < 32:
+        return overrides | {"phase2.distillation": 40.0, "phase2.task_loss": 10.0, "phase2.steps": 1000}
+    return overrides | {"phase2.distillation": 20.0, "phase2.task_loss": 5.0}
 
 
 #: Defaults of the built-in tasks.

@@ -161,7 +161,7 @@ def mark_base(
         batch=settings.embed_batch,
         training_lr=plan.settings.phase1.lr or 0.1,
         seed=settings.seed,
-        options=_phase2_defaults(plan) if is_own else {},
+        options=_phase2_options(plan) if is_own else {},
     )
     started = time.monotonic()
     result = scheme.embed(model, task, key, options, SingleProcessContext(device))
@@ -223,7 +223,7 @@ def train_base_without_mark(plan: BasePlan, settings: SchemeSettings, folder: St
     model, task, device = _base_model(plan, folder)
     scheme = default_scheme()
     key = scheme.generate_key(model, task, settings.seed)
-    settings = replace(settings, options=_phase2_defaults(plan))
+    settings = replace(settings, options=_phase2_options(plan))
     scheme.train_without_mark(model, task, key, settings, SingleProcessContext(device))
     return cpu_state(model)
 
@@ -257,14 +257,11 @@ def _base_model(plan: BasePlan, folder: Storage) -> tuple[nn.Module, Task, torch
     return model.to(device).eval(), task, device
 
 
-def _phase2_defaults(plan: BasePlan) -> dict[str, Any]:
-    """Return the settings of phase 2, but its steps, that depend on the task and the network's width."""
+def _phase2_options(plan: BasePlan) -> dict[str, Any]:
+    """Return phase 2 of `jobs/embed.py` for the plan's task and network, without its steps and batch."""
     phase2 = plan.settings.phase2
-    return {
-        "phase2.margin": phase2.margin,
-        "phase2.distillation": phase2.distillation,
-        "phase2.task_loss": phase2.task_loss,
-    }
+    names = type(phase2).model_fields.keys() - {"steps", "batch"}
+    return {f"phase2.{name}": getattr(phase2, name) for name in sorted(names)}
 
 
 def _relative_deviation(base: nn.Module, model: nn.Module) -> float:

@@ -95,13 +95,13 @@ def test_invalid_scheme_settings_write_nothing(
 class RecordingScheme(MTLSignScheme):
     """Scheme that keeps the options of its embedding."""
 
+    options: ClassVar[dict[str, Any]] = {}
+
     def embed(
         self, model: nn.Module, task: Task, key: MTLSignKey, settings: SchemeSettings, worker: WorkerContext
     ) -> SchemeResult:
         self.options.update(settings.options)
         return super().embed(model, task, key, settings, worker)
-
-    options: ClassVar[dict[str, Any]] = {}
 
 
 @pytest.fixture
@@ -130,7 +130,10 @@ def test_image_task_is_marked_with_defaults_of_the_embedding(
     settings = AttackSettings.of(mnist_values)
     plan = replace(prepare_base(settings), scheme=RecordingScheme())
     mark_base(plan, settings, LocalStorage(tmp_path / "run"), lambda _: None)
-    expected = {"phase2.margin": 8.5, "phase2.distillation": 40.0, "phase2.task_loss": 10.0}
+    expected = {
+        "phase2.margin": 8.5, "phase2.distillation": 40.0, "phase2.task_loss": 10.0, "phase2.lr": 5e-4,
+        "phase2.temperature": 2.0, "phase2.other_layers_lr_scale": 0.3,
+    }  # fmt: skip
     assert RecordingScheme.options == expected
 
 
