@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from mtlsign.watermark.verification.features import Features
 from mtlsign.watermark.verification.readouts import FeatureReadout
 
 _FACTORY = "attacked:model"
+Preset = Literal["spread", "keyed", "paper"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class MTLSignScheme:
     access: ClassVar[Access] = "white-box"
     needs_commitment: ClassVar[bool] = False
     default_steps: ClassVar[int] = 500
+    #: Preset of `jobs/embed.py` whose defaults apply.
+    preset: ClassVar[Preset] = "spread"
 
     head: HeadKind = "spread"
     key_size: int | None = None
@@ -237,10 +240,13 @@ class MTLSignScheme:
     def _embed_settings(self, **options: Any) -> EmbedSettings:
         key_size = {} if self.key_size is None else {"key_size": self.key_size}
         return EmbedSettings.of(
-            {"task": "custom", "head": self.head, "hidden": self.hidden, "insecure_test_key": True}
+            {
+                "task": "custom", "preset": self.preset, "head": self.head, "hidden": self.hidden,
+                "insecure_test_key": True,
+            }
             | key_size
             | options
-        ).with_defaults()
+        ).with_defaults()  # fmt: skip
 
 
 def _width(model: nn.Module) -> int:

@@ -15,6 +15,7 @@ from mtlsign.schemes.greedy_residuals import GreedyResidualsScheme
 from mtlsign.schemes.ipr_gan import IprGanScheme
 from mtlsign.schemes.li2019 import Li2019Scheme
 from mtlsign.schemes.mtlsign import MTLSignScheme
+from mtlsign.schemes.mtlsign_presets import KeyedScheme, PaperScheme
 from mtlsign.schemes.neuralmark import NeuralMarkScheme
 from mtlsign.schemes.new_label import NewLabelScheme
 from mtlsign.schemes.passports import PassportScheme
@@ -26,6 +27,8 @@ from mtlsign.schemes.zhu2020 import Zhu2020Scheme
 
 _SCHEMES: tuple[Any, ...] = (
     MTLSignScheme,
+    KeyedScheme,
+    PaperScheme,
     UchidaScheme,
     DeepSignsScheme,
     ReversibleScheme,

@@ -103,7 +103,9 @@ def prepare_base(settings: AttackSettings) -> BasePlan:
     scheme = scheme_from_texts(
         str(settings.scheme), settings.scheme_options, min_evidence_bits=settings.min_evidence_bits
     )
-    mark = {"head": scheme.head, "key_size": scheme.key_size} if isinstance(scheme, MTLSignScheme) else {}
+    mark: dict[str, Any] = {}
+    if isinstance(scheme, MTLSignScheme):
+        mark = {"preset": scheme.preset, "head": scheme.head, "key_size": scheme.key_size}
     named = {
         "model": settings.network, "width": settings.width, "weights": settings.weights,
         "data": settings.data, "tokenizer": settings.tokenizer, "phase1.lr": settings.lr, **mark,

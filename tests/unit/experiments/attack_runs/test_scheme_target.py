@@ -124,6 +124,18 @@ def test_margin_of_image_task_is_that_of_the_embedding(
     assert plan.settings.phase2.margin == margin
 
 
+@pytest.mark.parametrize(
+    ("scheme", "head", "n", "distillation", "lambda1"),
+    [("mtlsign_paper", "free", 600, 0, 0.1), ("mtlsign_keyed", "keyed", 1024, 4, 0.001)],
+)
+def test_scheme_of_preset_has_settings_of_the_preset(
+    mnist_values: dict[str, Any], scheme: str, head: str, n: int, distillation: float, lambda1: float
+) -> None:
+    settings = prepare_base(AttackSettings.of({**mnist_values, "scheme": scheme})).settings
+    assert (settings.head, settings.key_size, settings.lambda1) == (head, n, lambda1)
+    assert settings.phase2.distillation == distillation
+
+
 def test_image_task_is_marked_with_defaults_of_the_embedding(
     mnist_values: dict[str, Any], tmp_path: Path
 ) -> None:
