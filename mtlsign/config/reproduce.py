@@ -21,6 +21,7 @@ Study = Literal[
     "schemes",
     "fig6",
     "false_claims",
+    "table1",
     "property_inference",
     "new_label",
 ]
@@ -28,7 +29,7 @@ Study = Literal[
 #: Studies of a figure or table of the paper for its own scheme.
 PAPER_STUDIES = ("ablation", "overwriting")
 #: Studies of schemes of other authors.
-SCHEME_STUDIES = ("schemes", "fig6", "false_claims", "property_inference", "new_label")
+SCHEME_STUDIES = ("schemes", "fig6", "table1", "false_claims", "property_inference", "new_label")
 #: Studies that run in this process, without Ray.
 LOCAL_STUDIES = ("random_keys", *SCHEME_STUDIES)
 
@@ -52,7 +53,7 @@ class ReproduceSettings(RunStorage, RunPlacement, TaskData, Settings):
     resumable: ClassVar[frozenset[str]] = Settings.resumable | RESUMABLE
 
     # fmt: off
-    study: Study = Field(description="ablation (Fig. 5), overwriting (Table 3), random_keys (section 4.1), attacks (the whole table), perturbation_ablation (effect of each kind of perturbation), schemes (schemes of other authors and attacks), fig6 (Fig. 6), false_claims (claims on unmarked networks), property_inference (are marked weights detectable without the key), new_label (curves and table of Zhong et al. 2020)")
+    study: Study = Field(description="ablation (Fig. 5), overwriting (Table 3), random_keys (section 4.1), attacks (the whole table), perturbation_ablation (effect of each kind of perturbation), schemes (schemes of other authors and attacks), fig6 (Fig. 6), table1 (Table 1: the requirements that each scheme meets), false_claims (claims on unmarked networks), property_inference (are marked weights detectable without the key), new_label (curves and table of Zhong et al. 2020)")
     task: str = Field("fashion-mnist", min_length=1, max_length=200, description="primary task")
     model: str | None = Field(None, min_length=1, max_length=200, description="model [resnet18, texts bilstm]")
     width: int | None = Field(16, ge=4, le=MAX_WIDTH, description="channels of the first stage; 64 is full size")
@@ -61,10 +62,10 @@ class ReproduceSettings(RunStorage, RunPlacement, TaskData, Settings):
     epochs: str = Field("50/150/250/350", pattern=r"^\d{1,4}(/\d{1,4}){0,9}$", description="overwriting: epochs")
     units: Literal["channels", "weights"] = Field("channels", description="ablation: units that NP and FP prune; the paper names neurons")
     keys: int = Field(5000, ge=10, le=1_000_000, description="random_keys: number of keys")
-    attacks: str | None = Field(None, min_length=1, max_length=20_000, description="attacks, perturbation_ablation, overwriting, schemes, fig6, new_label: attacks on every embedding, as for jobs/attack.py [those of the study]")
-    schemes: str = Field("all", min_length=1, max_length=1000, description="schemes, fig6, false_claims, property_inference: all, or names separated by commas")
-    embed_steps: int | None = Field(None, ge=1, le=1_000_000, description="schemes, fig6, property_inference, new_label: optimiser steps of every embedding [those of each scheme; property_inference 200]")
-    embed_batch: int = Field(128, ge=2, le=65_536, description="schemes, fig6, property_inference, new_label: primary samples in a step of the embedding")
+    attacks: str | None = Field(None, min_length=1, max_length=20_000, description="attacks, perturbation_ablation, overwriting, schemes, fig6, table1, new_label: attacks on every embedding, as for jobs/attack.py [those of the study]")
+    schemes: str = Field("all", min_length=1, max_length=1000, description="schemes, fig6, table1, false_claims, property_inference: all, or names separated by commas")
+    embed_steps: int | None = Field(None, ge=1, le=1_000_000, description="schemes, fig6, table1, property_inference, new_label: optimiser steps of every embedding [those of each scheme; property_inference 200]")
+    embed_batch: int = Field(128, ge=2, le=65_536, description="schemes, fig6, table1, property_inference, new_label: primary samples in a step of the embedding")
     overrides: Texts = Field((), alias="set", max_length=200, description="further setting of every embedding, NAME=VALUE such as phase1.epochs=6; repeat the flag")
     # resources
     workers: int | None = Field(None, ge=0, le=4096, description="concurrent embeddings [as many as the resources allow]; 0: this process alone, without Ray")

@@ -1,4 +1,4 @@
-"""The presets `keyed` and `paper` as schemes of their own, for tables that compare schemes."""
+"""The presets `keyed` and `paper` as further schemes, for tables that compare schemes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mtlsign.watermark.embedding.losses import watermark_loss
 
 @dataclass(frozen=True)
 class KeyedScheme(MTLSignScheme):
-    """The preset `keyed`: a head derived from the key, on features of the first stage (decision 0002)."""
+    """The preset `keyed`: a head of the key on features of the first stage (docs/decisions/0002)."""
 
     name: ClassVar[str] = "mtlsign_keyed"
     default_steps: ClassVar[int] = 800
@@ -32,7 +32,7 @@ class KeyedScheme(MTLSignScheme):
 class PaperScheme(MTLSignScheme):
     """The preset `paper`: the scheme as published (section 3), with a trained head and N = 600.
 
-    A head can be trained to fit a given model. A verdict therefore says `needs_commitment`; as for other
+    A head can be trained to fit a given model. A verdict is therefore `needs_commitment`. As for other
     schemes that need a commitment, `verify` accepts the key as one that was fixed beforehand.
 
     Attributes:

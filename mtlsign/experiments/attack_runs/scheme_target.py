@@ -249,11 +249,25 @@ def forge_on_base(plan: BasePlan, seed: int, folder: Storage) -> dict[str, Any] 
     return record | _counts(forgery.detection)
 
 
-def _base_model(plan: BasePlan, folder: Storage) -> tuple[nn.Module, Task, torch.device]:
-    """Return the unmarked network with the scheme's layers, the task on its device, and the device."""
+def untrained_base(plan: BasePlan) -> tuple[nn.Module, Task, torch.device]:
+    """Return the network with random weights and the scheme's layers, the task on its device, and the device.
+
+    The random weights follow the seed of the plan.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.settings.seed)
+        return _base_model(plan, None)
+
+
+def _base_model(plan: BasePlan, folder: Storage | None) -> tuple[nn.Module, Task, torch.device]:
+    """Return the unmarked network with the scheme's layers, the task on its device, and the device.
+
+    Without a folder the network is not trained.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = architectures.build(plan.architecture, factories=custom_factories(plan.architecture))
-    load_tensors(model, _base_weights(plan, folder, device))
+    if folder is not None:
+        load_tensors(model, _base_weights(plan, folder, device))
     task = plan.task.to(device)
     plan.scheme.prepare_model(model, task)
     return model.to(device).eval(), task, device

@@ -1,7 +1,7 @@
 """Values that the paper prints, to stand next to measured ones.
 
-Sources: Li et al. (2022), Table 3; Zhong et al. (2020), the table of fine-tuning. Their figures are drawings
-without numbers, so that the ablation, Fig. 6 and the curves have no such values.
+Sources: Li et al. (2022), Tables 1 and 3; Zhong et al. (2020), the table of fine-tuning. Their figures are
+drawings without numbers, so that the ablation, Fig. 6 and the curves have no such values.
 """
 
 from __future__ import annotations
@@ -19,6 +19,22 @@ TABLE_3: Mapping[str, Mapping[int, float]] = {
     "SST": {50: 2.5, 150: 3.0, 250: 3.0, 350: 2.5},
     "PF-Pedestrian": {50: 0.5, 150: 1.0, 250: 1.0, 350: 1.0},
     "VOC": {50: 1.3, 150: 2.0, 250: 2.1, 350: 2.1},
+}
+#: Judgements of Table 1 by the names of `mtlsign.schemes`.
+TABLE_1: Mapping[str, Mapping[str, bool]] = {
+    scheme: dict(zip(("unambiguity", "functionality", "robustness", "flexibility"), ticks, strict=True))
+    for scheme, ticks in {
+        "uchida": (False, True, False, True),
+        "deepsigns": (True, True, True, False),
+        "li2019": (True, True, True, False),
+        "zhu2020": (True, True, True, False),
+        "reversible": (True, True, False, False),
+        "frontier_stitching": (False, True, True, True),
+        "ipr_gan": (False, True, True, False),
+        "passports": (True, True, True, False),
+        "greedy_residuals": (False, True, True, False),
+        "mtlsign_paper": (True, True, True, True),
+    }.items()
 }
 #: Task -> the paper's data set. The paper's SST has five classes. `files` takes the place of VirusShare, with
 #: harmless files.

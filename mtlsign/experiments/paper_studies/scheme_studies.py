@@ -1,4 +1,4 @@
-"""Studies of several schemes on the same networks: the attack table, Fig. 6 of the paper, and false claims.
+"""Studies of several schemes on the same networks: the attack table, Table 1, Fig. 6, and false claims.
 
 Every scheme marks the same unmarked network of a seed, with the same number of steps if one is given. The
 result of each scheme and seed is stored, so that an interrupted study repeats none of them.
@@ -18,6 +18,7 @@ from mtlsign.experiments.attack_runs.results import Row, compare_with_baseline
 from mtlsign.experiments.attack_runs.run_folder import BASE_FILE
 from mtlsign.experiments.attack_runs.scheme_target import forge_on_base, mark_base, prepare_base
 from mtlsign.experiments.paper_studies.scheme_tables import false_claim_table, fig6_table, scheme_table
+from mtlsign.experiments.paper_studies.table1 import TABLE1_ATTACKS, requirement_table, tasks_that_run
 from mtlsign.schemes import SCHEMES
 from mtlsign.schemes.detection import DEFAULT_EVIDENCE_BITS
 from mtlsign.storage.base import Storage
@@ -39,11 +40,13 @@ FIG6_ATTACKS = (
     "fine_prune_channels:ratio=0.5,prune_channels:ratio=0.1/0.2/0.3/0.4/0.5/0.6/0.7/0.8/0.9,"
     "spoil:steps=20/60/200"
 )
+_ATTACKS = {"schemes": SCHEME_ATTACKS, "fig6": FIG6_ATTACKS, "table1": TABLE1_ATTACKS}
 _RESULTS, _LIMIT = "schemes", 2**24
 _TABLES: Mapping[str, Callable[[Sequence[Row]], list[Row]]] = {
     "schemes": scheme_table,
     "fig6": fig6_table,
     "false_claims": false_claim_table,
+    "table1": requirement_table,
 }
 
 
@@ -154,10 +157,14 @@ def _result(settings: ReproduceSettings, name: str, seed: int, folder: Storage) 
         target, embedding = mark_base(plan, attack_settings, folder, lambda _: None)
     except ModelError as error:
         return {**header, "status": "diverged", "reason": error.detail}
-    expressions = settings.attacks or (FIG6_ATTACKS if settings.study == "fig6" else SCHEME_ATTACKS)
+    expressions = settings.attacks or _ATTACKS[settings.study]
     rows: list[Row] = []
     for attack_plan in plans_with_baseline(expressions):
         row = run_attack(target, attack_plan, seed).row
         rows.append(compare_with_baseline(row, (rows or [row])[0], target.min_evidence_bits))
     embedding["epochs"] = embedding["images"] / plan.task.size("train")
-    return {**header, "status": "ok", "embedding": embedding, "rows": rows}
+    result = {**header, "status": "ok", "embedding": embedding, "rows": rows}
+    if settings.study == "table1":
+        result["forgery"] = forge_on_base(plan, seed, folder)
+        result["tasks"] = tasks_that_run(attack_settings) if seed == settings.seed else None
+    return result

@@ -20,7 +20,7 @@ def scheme_table(results: Sequence[Result]) -> list[Row]:
     images together, as a multiple of the owner's training images.
     """
     rows: list[Row] = []
-    for scheme, group in _by_scheme(results).items():
+    for scheme, group in by_scheme(results).items():
         finished = [result for result in group if result["status"] == "ok"]
         if not finished:
             rows.append(_scheme_row(scheme, "none", [], reason=group[0].get("reason")))
@@ -65,7 +65,7 @@ def fig6_table(results: Sequence[Result]) -> list[Row]:
     that invalidates it; they are empty if none does.
     """
     rows: list[Row] = []
-    for scheme, group in _by_scheme(results).items():
+    for scheme, group in by_scheme(results).items():
         finished = [result for result in group if result["status"] == "ok"]
         accuracy_after_fp = [_first(result, "fine_prune_channels", "wm_accuracy") for result in finished]
         rows.append(
@@ -86,7 +86,7 @@ def fig6_table(results: Sequence[Result]) -> list[Row]:
 def false_claim_table(results: Sequence[Result]) -> list[Row]:
     """Return a row for each scheme with its cheapest false claim on an unmarked network."""
     rows: list[Row] = []
-    for scheme, group in _by_scheme(results).items():
+    for scheme, group in by_scheme(results).items():
         forgeries = [r["forgery"] for r in group if r["status"] == "ok" and r["forgery"] is not None]
         first = forgeries[0] if forgeries else {}
         rows.append(
@@ -127,7 +127,8 @@ def _label(row: Result) -> str:
     return f"{row['attack']} {row['parameters']}".strip()
 
 
-def _by_scheme(results: Sequence[Result]) -> dict[str, list[Result]]:
+def by_scheme(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Return the results of each scheme, in the order of their first."""
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(result["scheme"], []).append(result)
