@@ -18,7 +18,14 @@ from mtlsign.errors import ModelError
 from mtlsign.schemes.base import Detection, Forgery
 from mtlsign.schemes.forging import computed_key
 from mtlsign.schemes.training import evaluation_mode
-from mtlsign.schemes.trigger_marks import TriggerKey, TriggerMark, logits_of, pixel_range, training_images
+from mtlsign.schemes.trigger_marks import (
+    TriggerKey,
+    TriggerMark,
+    logits_of,
+    pixel_range,
+    require_classified_images,
+    training_images,
+)
 from mtlsign.tasks import Task
 from mtlsign.tasks.outputs import default_logits
 from mtlsign.tasks.splitting import seeded_generator
@@ -40,6 +47,17 @@ class FrontierStitchingScheme(TriggerMark[TriggerKey]):
     needs_commitment: ClassVar[bool] = True
 
     epsilon: float = 0.25
+
+    def unsupported_reason(self, model: nn.Module, task: Task) -> str | None:
+        """Return why the scheme cannot mark this task; None if it can.
+
+        Which points flip the class depends on the trained network, so that `generate_key` alone checks them.
+        """
+        try:
+            require_classified_images(task)
+        except ModelError as error:
+            return error.detail
+        return None
 
     def draw_key(self, model: nn.Module, task: Task, seed: int) -> TriggerKey:
         """Make adversarial points of correctly classified training images."""

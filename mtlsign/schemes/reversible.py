@@ -56,6 +56,16 @@ class ReversibleScheme(WeightMark[ReversibleKey]):
 
     host_share: float = 0.5
 
+    def unsupported_reason(self, model: nn.Module, task: Task) -> str | None:
+        """Return why the scheme cannot mark this model; None if it can.
+
+        The histograms depend on the trained network, so that `generate_key` alone checks them.
+        """
+        hosts = [weight.numel() * self.host_share for weight in weight_layers(model).values()]
+        if max(hosts, default=0) >= self.key_size:
+            return None
+        return f"No layer has {self.key_size} weights that can hold bits. Choose a smaller key size."
+
     def generate_key(self, model: nn.Module, task: Task, seed: int) -> ReversibleKey:
         """Find a layer whose histogram is high enough for all bits."""
         bits = bits_from_seed("mtlsign/reversible", seed, self.key_size)

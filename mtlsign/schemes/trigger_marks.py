@@ -71,9 +71,7 @@ class TriggerMark(Comparator[K]):
 
     def generate_key(self, model: nn.Module, task: Task, seed: int) -> K:
         """Draw key samples and classes. Raises `ModelError` unless the task classifies images."""
-        if not isinstance(task.input_spec, ImageSpec) or task.targets != "labels":
-            raise ModelError("Key samples are images with classes. Use a task that classifies images.",
-                             field="task")  # fmt: skip
+        require_classified_images(task)
         return self.draw_key(model, task, seed)
 
     @abstractmethod
@@ -156,6 +154,13 @@ def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
             f"The model does not accept the key samples ({reason}). Pass a copy of the marked model.",
             field="model",
         ) from None
+
+
+def require_classified_images(task: Task) -> None:
+    """Raise `ModelError` unless the task classifies images."""
+    if not isinstance(task.input_spec, ImageSpec) or task.targets != "labels":
+        raise ModelError("Key samples are images with classes. Use a task that classifies images.",
+                         field="task")  # fmt: skip
 
 
 def pixel_range(task: Task) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from mtlsign.config.attack import AttackSettings
 from mtlsign.config.reproduce import ReproduceSettings
-from mtlsign.errors import ArtifactError, ModelError, SettingsError
+from mtlsign.errors import ArtifactError, DivergedError, ModelError, SettingsError
 from mtlsign.experiments.attack_runs.executor import plans_with_baseline, run_attack
 from mtlsign.experiments.attack_runs.results import Row, compare_with_baseline
 from mtlsign.experiments.attack_runs.run_folder import BASE_FILE
@@ -156,7 +156,8 @@ def _result(settings: ReproduceSettings, name: str, seed: int, folder: Storage) 
     try:
         target, embedding = mark_base(plan, attack_settings, folder, lambda _: None)
     except ModelError as error:
-        return {**header, "status": "diverged", "reason": error.detail}
+        status = "diverged" if isinstance(error, DivergedError) else "not_supported"
+        return {**header, "status": status, "reason": error.detail}
     expressions = settings.attacks or _ATTACKS[settings.study]
     rows: list[Row] = []
     for attack_plan in plans_with_baseline(expressions):
@@ -166,5 +167,6 @@ def _result(settings: ReproduceSettings, name: str, seed: int, folder: Storage) 
     result = {**header, "status": "ok", "embedding": embedding, "rows": rows}
     if settings.study == "table1":
         result["forgery"] = forge_on_base(plan, seed, folder)
-        result["tasks"] = tasks_that_run(attack_settings) if seed == settings.seed else None
+        own = {settings.task: {"runs": True, "reason": None}}
+        result["tasks"] = own | tasks_that_run(attack_settings) if seed == settings.seed else None
     return result

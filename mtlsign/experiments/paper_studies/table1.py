@@ -22,9 +22,8 @@ from mtlsign.watermark.embedding.worker import SingleProcessContext
 
 #: Tunings of the paper: of the last layer or all layers, and the same with a new last layer.
 TABLE1_ATTACKS = "ftll,ftal,rtll,rtal"
-#: Kinds of tasks on which flexibility is tried: task -> settings of a small network.
+#: Further kinds of tasks on which flexibility is tried: task -> settings of a small network.
 FLEXIBILITY_TASKS: Mapping[str, Mapping[str, Any]] = {
-    "digits": {"width": 16},
     "sst2@0.05": {},
     "camvid@0.1": {"network": "cascade-resnet18", "width": 16},
     "gan-digits": {},
@@ -35,7 +34,7 @@ _STEPS, _BATCH = 2, 8
 
 
 def tasks_that_run(settings: AttackSettings) -> dict[str, dict[str, Any]]:
-    """Embed a few steps into an untrained network of each kind of task.
+    """Embed a few steps into an untrained network of each further kind of task.
 
     Args:
         settings: settings of an attack run with the scheme; task and network are replaced.

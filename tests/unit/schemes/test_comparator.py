@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mtlsign.errors import ModelError
 from mtlsign.schemes import SCHEMES, Detection, SchemeSettings, WatermarkScheme, make_scheme
 from mtlsign.schemes.training import Optimizer, train_watermark
 from mtlsign.tasks import Task
@@ -189,3 +190,14 @@ def test_suspect_of_other_shape_is_not_verifiable(tiny_task: Task, tiny_model: M
         suspect = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
         detection: Detection = case.scheme.verify(suspect, case.key)
         assert detection.status == "not_verifiable" and detection.reason
+
+
+def test_supported_network_is_judged_before_its_training(tiny_task: Task, tiny_model: Maker) -> None:
+    constant = tiny_model()
+    for parameter in constant.parameters():
+        parameter.data.zero_()
+    for name in ("frontier_stitching", "reversible"):
+        scheme = make_scheme(name, key_size=40)
+        assert scheme.unsupported_reason(constant, tiny_task) is None, name
+        with pytest.raises(ModelError, match=r"points flip the class|histogram that is high enough"):
+            scheme.generate_key(constant, tiny_task, 0)

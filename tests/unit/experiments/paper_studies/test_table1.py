@@ -15,7 +15,7 @@ from tests.unit.experiments.attack_runs.test_run import FACTORY
 
 @pytest.fixture
 def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Settings of a study on the tiny task; flexibility is tried on digits alone."""
+    """Settings of a study on the tiny task; flexibility is also tried on digits."""
     (tmp_path / "judgedtask.py").write_text(FACTORY)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(table1, "FLEXIBILITY_TASKS", {"digits": {"width": 8}})
@@ -31,10 +31,11 @@ def test_study_forges_tunes_and_tries_tasks_of_every_scheme(values: dict[str, An
     assert (uchida["n"], uchida["false claims accepted"], uchida["unambiguity"]) == (2, 2, "no")
     assert uchida["paper unambiguity"] == "no" and adi["paper unambiguity"] is None
     assert uchida["weakest under"].startswith("ftll")
-    assert (uchida["tasks that run"], uchida["flexibility"], uchida["reason"]) == ("1 of 1", "yes", None)
+    assert (uchida["tasks that run"], uchida["flexibility"], uchida["reason"]) == ("2 of 2", "yes", None)
 
 
-def test_task_without_data_is_not_tried(tmp_path: Path) -> None:
+def test_task_without_data_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table1, "FLEXIBILITY_TASKS", {"digits": {"width": 8}, **table1.FLEXIBILITY_TASKS})
     settings = AttackSettings.of({"scheme": "adi", "task": "digits", "data": str(tmp_path)})
     tried = tasks_that_run(settings)
     assert tried["digits"] == {"runs": True, "reason": None}
