@@ -54,7 +54,7 @@ class ReproduceSettings(RunStorage, RunPlacement, TaskData, Settings):
 
     # fmt: off
     study: Study = Field(description="ablation (Fig. 5), overwriting (Table 3), random_keys (section 4.1), attacks (the whole table), perturbation_ablation (effect of each kind of perturbation), schemes (schemes of other authors and attacks), fig6 (Fig. 6), table1 (Table 1: the requirements that each scheme meets), false_claims (claims on unmarked networks), property_inference (are marked weights detectable without the key), new_label (curves and table of Zhong et al. 2020)")
-    task: str = Field("fashion-mnist", min_length=1, max_length=200, description="primary task")
+    task: str = Field("fashion-mnist", min_length=1, max_length=1000, description="primary task, or several separated by commas; all: the data sets of the paper, all@0.1 a tenth of each")
     model: str | None = Field(None, min_length=1, max_length=200, description="model [resnet18, texts bilstm]")
     width: int | None = Field(16, ge=4, le=MAX_WIDTH, description="channels of the first stage; 64 is full size")
     heads: str = Field("free,keyed", pattern=r"^(free|keyed|spread|paper|free,keyed|keyed,free|paper,spread|spread,paper)$", description="heads to study: free, keyed, spread, free and keyed; ablation, overwriting: also paper (the preset of this name), or paper and spread")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,12 @@ from mtlsign.experiments.paper_studies import definitions, random_keys, tables
 from mtlsign.experiments.paper_studies.new_label import run_new_label_study
 from mtlsign.experiments.paper_studies.property_inference import run_property_inference
 from mtlsign.experiments.paper_studies.scheme_studies import run_scheme_study
+from mtlsign.experiments.paper_studies.several_tasks import RESULT, TABLE, run_tasks, table_files, task_names
 from mtlsign.experiments.paper_studies.tables import Row
 from mtlsign.experiments.sweeps.backend import LocalSweepBackend, LogCallback, SweepBackend
 from mtlsign.experiments.sweeps.cell import CLEAN, train_shared_clean_model
 from mtlsign.experiments.sweeps.run import run_sweep_job
 from mtlsign.experiments.sweeps.space import Cell
-from mtlsign.reports.tables import csv_of
 from mtlsign.schemes.detection import DEFAULT_EVIDENCE_BITS
 from mtlsign.storage.json_io import parse_bounded_json, read_json_object
 from mtlsign.storage.locations import open_storage
@@ -27,7 +27,6 @@ from mtlsign.storage.model_folder import RUNS
 from mtlsign.storage.run_folder import SETTINGS_FILE, RunFolder
 from mtlsign.storage.safetensors_io import parse_safetensors
 
-TABLE, TEXT, STUDY, RESULT = "study.csv", "study.md", "study.json", "result.json"
 #: Page of the study `schemes`.
 REPORT = "report.html"
 _ACCURACIES_LIMIT, _KEYS_LIMIT, _SETTINGS_LIMIT = 2**26, 2**21, 2**20
@@ -42,6 +41,8 @@ def run_study(
     log: LogCallback = lambda _: None,
 ) -> dict[str, Any]:
     """Run a study. `random_keys` and studies of schemes run in this process, the others as sweeps.
+
+    A study of several tasks is one run for each task.
 
     Args:
         settings: the settings.
@@ -58,6 +59,10 @@ def run_study(
         raise SettingsError(
             f"Only {' and '.join(PAPER_STUDIES)} have the preset paper. Use free.", field="heads"
         )
+    stored = _stored_settings(settings)
+    if len(task_names(str(stored.get("task") or settings.task))) > 1:
+        run_one = partial(run_study, make_backend=make_backend, log=log)
+        return run_tasks(settings, run_one, log)
     if settings.study == "random_keys":
         return _run_random_keys(settings, log)
     if settings.study in SCHEME_STUDIES:
@@ -66,33 +71,29 @@ def run_study(
 
     def extra_files(rows: Sequence[Row]) -> dict[str, bytes]:
         table_rows.extend(tables.table(settings, rows))
-        return _files(table_rows)
+        return table_files(table_rows)
 
-    sweep = definitions.sweep_settings(settings, stored_space=_stored_space(settings))
+    sweep = definitions.sweep_settings(settings, stored_space=_stored_space(stored))
     result = run_sweep_job(sweep, make_backend(log), log=log, extra_files=extra_files)
     table_location = result["result"].removesuffix(RESULT) + TABLE
     return _study_result(settings, table_rows, table_location, result["result"])
 
 
-def _stored_space(settings: ReproduceSettings) -> str | None:
-    """Return the space of the run to resume; None for a new or unknown run."""
+def _stored_settings(settings: ReproduceSettings) -> Mapping[str, Any]:
+    """Return the settings of the run to resume; none for a new or unknown run."""
     if settings.resume is None:
-        return None
+        return {}
     runs = open_storage(settings.storage, endpoint=settings.endpoint).child(RUNS, private=True)
     folder = runs.child(settings.resume)
     if not folder.exists(SETTINGS_FILE):
-        return None
-    stored = read_json_object(folder.read(SETTINGS_FILE, _SETTINGS_LIMIT), SETTINGS_FILE).get("space")
-    return stored if isinstance(stored, str) else None
+        return {}
+    return read_json_object(folder.read(SETTINGS_FILE, _SETTINGS_LIMIT), SETTINGS_FILE)
 
 
-def _files(rows: Sequence[Row]) -> dict[str, bytes]:
-    columns = list(rows[0]) if rows else []
-    return {
-        TABLE: csv_of(rows, columns),
-        TEXT: (tables.markdown(rows) + "\n").encode(),
-        STUDY: json.dumps(list(rows), indent=1, allow_nan=False).encode(),
-    }
+def _stored_space(stored: Mapping[str, Any]) -> str | None:
+    """Return the space of the run to resume; None for a new or unknown run."""
+    space = stored.get("space")
+    return space if isinstance(space, str) else None
 
 
 def _study_result(
@@ -183,7 +184,7 @@ def _run_random_keys(settings: ReproduceSettings, log: LogCallback) -> dict[str,
         for head, pooled in accuracies.items()
     ]
     result = _study_result(settings, rows, run.location(TABLE), run.location(RESULT))
-    run.commit({**_files(rows), RESULT: json.dumps(result, indent=1).encode()}, settings)
+    run.commit({**table_files(rows), RESULT: json.dumps(result, indent=1).encode()}, settings)
     return result
 
 
@@ -197,7 +198,7 @@ def _run_scheme_study(settings: ReproduceSettings, log: LogCallback) -> dict[str
     run, rows = study(settings, log)
     result = _study_result(settings, rows, run.location(TABLE), run.location(RESULT))
     result |= {"run": run.name, "bits_required": DEFAULT_EVIDENCE_BITS, **origin("reproduce", settings)}
-    files = _files(rows)
+    files = table_files(rows)
     if settings.study == "schemes":
         # Imported here, because matplotlib takes a second to load.
         from mtlsign.reports.comparison import render_comparison_report
