@@ -52,6 +52,7 @@ __all__ = [
     "Metric",
     "Split",
     "Task",
+    "check_task_name",
     "data_root",
     "from_loaders",
     "from_tensors",
@@ -119,9 +120,23 @@ def load_task(
         raise DataError("The task is that of a caller's own data. Use package.module:factory.", field="task")
     if name == _RENAMED_CUSTOM:
         raise DataError(f"The task {name!r} was renamed. Use {CUSTOM!r}.", field="task")
+    raise _unknown_task(name)
+
+
+def check_task_name(name: str) -> None:
+    """Raise `DataError` with the field `task` for an unknown name or an invalid share; read no data."""
+    base, at, text = name.partition("@")
+    if base in NAMES and base != "digits":
+        if at:
+            _share(name, text)
+    elif name != "digits" and ":" not in name:
+        raise _unknown_task(name)
+
+
+def _unknown_task(name: str) -> DataError:
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
     hint = f"Did you mean {near[0]!r}?" if near else f"Use {', '.join(NAMES)} or package.module:factory."
-    raise DataError(f"Unknown task {name[:80]!r}. {hint}", field="task")
+    return DataError(f"Unknown task {name[:80]!r}. {hint}", field="task")
 
 
 def _share(name: str, text: str) -> float:

@@ -18,6 +18,7 @@ from mtlsign.storage.json_io import parse_bounded_json
 from mtlsign.storage.manifest import MANIFEST
 from mtlsign.storage.model_folder import RUNS
 from mtlsign.storage.run_folder import SETTINGS_FILE, RunFolder
+from mtlsign.tasks import check_task_name
 
 LogCallback = Callable[[str], None]
 #: Result files of a study: the table in three forms, and the record.
@@ -53,6 +54,7 @@ def task_names(text: str) -> list[str]:
 
     Raises:
         SettingsError: a name is empty or repeated.
+        DataError: one of several names is unknown.
     """
     names: list[str] = []
     for name in (part.strip() for part in text.split(",")):
@@ -60,6 +62,9 @@ def task_names(text: str) -> list[str]:
         names += [f"{task}{at}{share}" for task in ALL_TASKS] if head == "all" else [name]
     if "" in names or len(set(names)) < len(names):
         raise SettingsError("Name every task once, separated by commas.", field="task")
+    if len(names) > 1:
+        for name in names:
+            check_task_name(name)
     return names
 
 
@@ -130,6 +135,8 @@ def _rows_of_task(
     try:
         return list(run_task(one)["rows"])
     except DataError as error:
+        if error.field != "data":
+            raise
         return [{"missing data": error.detail}]
 
 

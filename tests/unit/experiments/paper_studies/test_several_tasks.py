@@ -39,6 +39,21 @@ def test_empty_or_repeated_task_is_refused(text: str) -> None:
         task_names(text)
 
 
+def test_unknown_task_among_several_is_refused_before_all(values: dict[str, Any], tmp_path: Path) -> None:
+    for name, reason in (("mnits", "Did you mean 'mnist'"), ("digits@0.5", "Unknown"), ("mnist@2", "share")):
+        with pytest.raises(DataError, match=f"task: .*{reason}"):
+            run_study(ReproduceSettings.of({**values, "task": f"firsttask:task,{name}"}))
+    assert not (tmp_path / "store" / "runs").exists()
+
+
+def test_error_of_another_setting_ends_the_study(values: dict[str, Any], tmp_path: Path) -> None:
+    def run_task(settings: ReproduceSettings) -> dict[str, Any]:
+        raise DataError("The task has no texts for a tokenizer.", field="tokenizer")
+
+    with pytest.raises(DataError, match="tokenizer: "):
+        run_tasks(ReproduceSettings.of(values), run_task, lambda _: None)
+
+
 def test_study_of_several_tasks_has_one_run_each_and_one_table(
     values: dict[str, Any], tmp_path: Path
 ) -> None:
