@@ -18,6 +18,8 @@ from mtlsign.watermark.verification.verdict import Verdict
 _TIGHT_SHARE = 0.9
 #: Standard errors by which an accuracy must exceed chance.
 _CHANCE_ERRORS = 3.0
+#: Evidence in bits from which an unmarked model's matches are not chance.
+_UNMARKED_BITS = 40.0
 #: Share of matching bits of the last training steps above which training has fitted the key.
 _FITTED_SHARE = 0.99
 
@@ -55,6 +57,22 @@ def chance_warning(accuracy: float, classes: int | None, samples: int) -> str | 
     return (
         f"The clean model has {accuracy:.1%} accuracy, which is chance for {classes} classes. "
         "Check the labels and --weights, or raise --phase1.epochs or --phase1.lr."
+    )
+
+
+def unmarked_warning(share: float | None, bits: int) -> str | None:
+    """Return a warning if the key also matches the unmarked model, which chance does not explain.
+
+    Args:
+        share: share of the key's bits that the unmarked model shows; None if it was not read.
+        bits: N, over all read-outs.
+    """
+    matches = round((share or 0) * bits)
+    if evidence.binomial_evidence_bits(matches, bits) < _UNMARKED_BITS:
+        return None
+    return (
+        f"The unmarked model shows {matches:,} of {bits:,} bits, too: they are in the trained head and not "
+        "in the weights, and every copy of that model passes. Choose --preset spread or keyed."
     )
 
 

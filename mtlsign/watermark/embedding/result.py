@@ -24,6 +24,7 @@ from mtlsign.watermark.embedding.advice import (
     chance_warning,
     key_size_warning,
     rejection,
+    unmarked_warning,
 )
 from mtlsign.watermark.embedding.conclusion import fresh_detector, require_equal_readings, require_stored
 from mtlsign.watermark.keys.opening import KeyOpening
@@ -178,7 +179,7 @@ def build_result(
         **_deviation_fields(parameter_deviation(base_weights, ordered)),
         **_durations(rows, phase2.rows),
         **{"model_digest": digest, "data_digest": phase2.data_digest, "kit": None},
-        "warnings": _warnings(phase2, detector.spec.total_bits, warning),
+        "warnings": _warnings(phase2, verdict, warning),
         "problem": rejection([verdict, *further], settings, _trained_share(phase2)),
         **_origin_fields(verdict, openings[0]),
         **({"further_keys": [_verdict_fields(verdict) for verdict in further]} if further else {}),
@@ -220,11 +221,12 @@ def _trained_share(phase2: Phase2Result) -> float | None:
     return phase2.rows[-1].get("wm_accuracy") if phase2.rows else None
 
 
-def _warnings(phase2: Phase2Result, bits: int, warning: str | None) -> list[str]:
+def _warnings(phase2: Phase2Result, verdict: Verdict, warning: str | None) -> list[str]:
     classes, samples = phase2.measured.get("classes"), int(phase2.measured["primary_samples"])
     warnings = (
-        key_size_warning(bits),
+        key_size_warning(verdict.n),
         chance_warning(phase2.measured["primary_clean"], None if classes is None else int(classes), samples),
+        unmarked_warning(_share_in_base(verdict), verdict.n),
         warning,
     )
     return [warning for warning in warnings if warning]
@@ -262,10 +264,15 @@ def _settings_fields(settings: EmbedSettings) -> dict[str, Any]:
     }
 
 
+def _share_in_base(verdict: Verdict) -> float | None:
+    """Return the share of the key's bits that W0 shows."""
+    return verdict.controls["w0"][0] if verdict.controls.get("w0") else None
+
+
 def _verdict_fields(verdict: Verdict) -> dict[str, Any]:
     return {
         "wm_accuracy": verdict.accuracy,
-        "wm_accuracy_on_clean": verdict.controls["w0"][0] if verdict.controls.get("w0") else None,
+        "wm_accuracy_on_clean": _share_in_base(verdict),
         "wm_accuracy_wrong_keys": verdict.controls.get("wrong_keys", []),
         "matches": verdict.matches,
         "status": verdict.status,

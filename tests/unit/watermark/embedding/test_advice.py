@@ -7,7 +7,12 @@ from dataclasses import replace
 import pytest
 
 from mtlsign.config.embed import EmbedSettings
-from mtlsign.watermark.embedding.advice import chance_warning, key_size_warning, rejection
+from mtlsign.watermark.embedding.advice import (
+    chance_warning,
+    key_size_warning,
+    rejection,
+    unmarked_warning,
+)
 from mtlsign.watermark.verification.verdict import Verdict
 
 SETTINGS = EmbedSettings.of({"task": "digits"}).with_defaults()
@@ -49,6 +54,21 @@ def test_chance_warning_for_classifier_at_chance_only(
     accuracy: float, classes: int | None, samples: int, warned: bool
 ) -> None:
     assert (chance_warning(accuracy, classes, samples) is not None) == warned
+
+
+@pytest.mark.parametrize(
+    ("share", "bits", "warned"),
+    [(1.0, 600, True), (0.7, 600, True), (0.58, 600, False), (0.55, 1024, False), (0.0, 128, False),
+     (None, 1024, False)],
+)  # fmt: skip
+def test_unmarked_warning_only_beyond_chance(share: float | None, bits: int, warned: bool) -> None:
+    assert (unmarked_warning(share, bits) is not None) == warned
+
+
+def test_unmarked_warning_counts_bits_and_names_a_remedy() -> None:
+    warning = unmarked_warning(1.0, 600)
+    assert warning is not None and warning.startswith("The unmarked model shows 600 of 600 bits, too")
+    assert warning.endswith("Choose --preset spread or keyed.")
 
 
 def test_rejection_states_evidence_and_remedies() -> None:
