@@ -69,7 +69,8 @@ def _attempt(settings: AttackSettings, task: str, small: Mapping[str, Any]) -> d
 def requirement_table(results: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Return a row for each scheme: the measured quantity and the judgement of each requirement.
 
-    A requirement is met (`yes`) if in no seed a false claim is accepted; if the mark costs at most a point
+    A requirement is met (`yes`) if in no seed a false claim, or the owner's on the unmarked network, is
+    accepted; if the mark costs at most a point
     on average; if every tuning of every seed leaves an accepted claim; if the scheme runs on every kind of
     task whose data are there. Columns `paper` have the judgements of Table 1, if it lists the scheme.
     """
@@ -86,6 +87,7 @@ def requirement_table(results: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 def _requirements(scheme: str, finished: Sequence[Mapping[str, Any]]) -> Row:
     forged = sum(bool(result["forgery"] and result["forgery"]["accepted"]) for result in finished)
+    unmarked = sum(bool(result["embedding"]["unmarked"]["accepted"]) for result in finished)
     drop = mean_and_sd("points lost by the mark", map(points_of_embedding, finished))
     tuned = [
         row
@@ -97,7 +99,7 @@ def _requirements(scheme: str, finished: Sequence[Mapping[str, Any]]) -> Row:
     attempts: Mapping[str, Any] = next((result["tasks"] for result in finished if result["tasks"]), {})
     outcomes = [attempt["runs"] for attempt in attempts.values() if attempt["runs"] is not None]
     judged = {
-        "unambiguity": not forged,
+        "unambiguity": not forged and not unmarked,
         "functionality": drop["points lost by the mark"] <= FUNCTION_POINTS,
         "robustness": bool(weakest["accepted"]) if weakest else None,
         "flexibility": all(outcomes) if outcomes else None,
@@ -107,6 +109,7 @@ def _requirements(scheme: str, finished: Sequence[Mapping[str, Any]]) -> Row:
     return {
         "scheme": scheme, "n": len(finished), "access": embedding["access"],
         "needs a commitment": _tick(embedding["needs_commitment"]), "false claims accepted": forged,
+        "unmarked accepted": unmarked,
         **drop,
         "fewest bits before": min(result["embedding"]["marked"]["evidence_bits"] for result in finished),
         "fewest bits after tuning": weakest["evidence_bits"] if weakest else None,

@@ -55,7 +55,8 @@ def result(seed: int, *, scheme: str = "adi", **changes: Any) -> dict[str, Any]:
     return {
         "scheme": scheme, "seed": seed, "status": "ok",
         "embedding": {
-            "access": "black-box", "needs_commitment": True, "marked": marked, "primary_clean": 0.9,
+            "access": "black-box", "needs_commitment": True, "marked": marked,
+            "unmarked": {"evidence_bits": 1.0, "accepted": False}, "primary_clean": 0.9,
             "primary_marked": 0.895,
         },
         "rows": [{**tuned, "attack": "none", "accepted": False}, tuned],
@@ -77,6 +78,8 @@ def test_requirement_is_met_if_it_holds_for_every_seed() -> None:
     text = {"runs": False, "reason": "No images."}
     assert judgements(result(0), result(1)) == ("yes", "yes", "yes", "yes")
     assert judgements(result(0), result(1, forgery=forged)) == ("no", "yes", "yes", "yes")
+    also_unmarked = {**result(1)["embedding"], "unmarked": forged}
+    assert judgements(result(0), result(1, embedding=also_unmarked)) == ("no", "yes", "yes", "yes")
     assert judgements(result(0), result(1, embedding=costly)) == ("yes", "no", "yes", "yes")
     assert judgements(result(0), result(1, rows=[fallen])) == ("yes", "yes", "no", "yes")
     assert judgements(result(0, tasks={"digits": text}), result(1)) == ("yes", "yes", "yes", "no")
