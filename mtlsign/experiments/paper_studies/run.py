@@ -14,8 +14,8 @@ from mtlsign.experiments.paper_studies import definitions, random_keys, tables
 from mtlsign.experiments.paper_studies.new_label import run_new_label_study
 from mtlsign.experiments.paper_studies.property_inference import run_property_inference
 from mtlsign.experiments.paper_studies.scheme_studies import run_scheme_study
-from mtlsign.experiments.paper_studies.several_tasks import RESULT, TABLE, run_tasks, table_files, task_names
-from mtlsign.experiments.paper_studies.tables import Row
+from mtlsign.experiments.paper_studies.several_tasks import run_tasks, task_names
+from mtlsign.experiments.paper_studies.tables import RESULT, TABLE, Row, table_files
 from mtlsign.experiments.sweeps.backend import LocalSweepBackend, LogCallback, SweepBackend
 from mtlsign.experiments.sweeps.cell import CLEAN, train_shared_clean_model
 from mtlsign.experiments.sweeps.run import run_sweep_job

@@ -11,8 +11,7 @@ from mtlsign.config.reproduce import ReproduceSettings
 from mtlsign.errors import ArtifactError, DataError, SettingsError
 from mtlsign.experiments.origin import origin
 from mtlsign.experiments.paper_studies import tables
-from mtlsign.experiments.paper_studies.tables import Row
-from mtlsign.reports.tables import csv_of
+from mtlsign.experiments.paper_studies.tables import RESULT, STUDY, TABLE, Row, table_files
 from mtlsign.storage.base import Storage
 from mtlsign.storage.json_io import parse_bounded_json
 from mtlsign.storage.manifest import MANIFEST
@@ -21,8 +20,6 @@ from mtlsign.storage.run_folder import SETTINGS_FILE, RunFolder
 from mtlsign.tasks import check_task_name
 
 LogCallback = Callable[[str], None]
-#: Result files of a study: the table in three forms, and the record.
-TABLE, TEXT, STUDY, RESULT = "study.csv", "study.md", "study.json", "result.json"
 #: The paper's nine data sets, and harmless files in the place of VirusShare, which is not public.
 ALL_TASKS = (
     *("mnist", "fashion-mnist", "cifar10", "cifar100", "virusshare", "files", "imdb", "sst2"),
@@ -156,12 +153,3 @@ def with_all_columns(rows: Sequence[Row]) -> list[Row]:
     """Return the rows with the columns of all of them; absent values are None."""
     columns = dict.fromkeys(name for row in rows for name in row)
     return [{**columns, **row} for row in rows]
-
-
-def table_files(rows: Sequence[Row]) -> dict[str, bytes]:
-    """Return the table of a study as CSV, Markdown and JSON."""
-    return {
-        TABLE: csv_of(rows, list(rows[0]) if rows else []),
-        TEXT: (tables.markdown(rows) + "\n").encode(),
-        STUDY: json.dumps(list(rows), indent=1, allow_nan=False).encode(),
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +11,12 @@ from mtlsign.config.reproduce import ReproduceSettings
 from mtlsign.experiments.paper_studies.definitions import DEFAULT_KINDS, PRUNING, RATIOS
 from mtlsign.experiments.paper_studies.paper_values import table_3_row
 from mtlsign.reports.formatting import number
+from mtlsign.reports.tables import csv_of
 
 Row = dict[str, Any]
 
+#: Result files of a study: the table in three forms, and the record.
+TABLE, TEXT, STUDY, RESULT = "study.csv", "study.md", "study.json", "result.json"
 #: Accuracy of the watermark below which the paper calls it removed.
 GAMMA = 0.7
 
@@ -163,6 +167,15 @@ def variant_of(row: Mapping[str, Any]) -> Row:
 def head_name(row: Mapping[str, Any]) -> str:
     """Return the head of a row, or the name of the preset that it belongs to."""
     return "paper" if row.get("preset") == "paper" else str(row.get("head", "keyed"))
+
+
+def table_files(rows: Sequence[Row]) -> dict[str, bytes]:
+    """Return the table of a study as CSV, Markdown and JSON."""
+    return {
+        TABLE: csv_of(rows, list(rows[0]) if rows else []),
+        TEXT: (markdown(rows) + "\n").encode(),
+        STUDY: json.dumps(list(rows), indent=1, allow_nan=False).encode(),
+    }
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

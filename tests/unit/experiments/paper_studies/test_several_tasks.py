@@ -8,7 +8,7 @@ import pytest
 
 from mtlsign.config.reproduce import ReproduceSettings
 from mtlsign.errors import ArtifactError, DataError, SettingsError
-from mtlsign.experiments.paper_studies import scheme_studies, several_tasks
+from mtlsign.experiments.paper_studies import scheme_studies, tables
 from mtlsign.experiments.paper_studies.run import run_study
 from mtlsign.experiments.paper_studies.several_tasks import ALL_TASKS, run_tasks, task_names, with_all_columns
 from tests.unit.experiments.attack_runs.test_run import FACTORY
@@ -116,7 +116,7 @@ def test_damaged_rows_of_finished_task_raise_artifact_error(values: dict[str, An
     folder = tmp_path / "store" / "runs" / "s-firsttask-task"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("{}")
-    (folder / several_tasks.STUDY).write_text('[{"a": 1}, 2]')
+    (folder / tables.STUDY).write_text('[{"a": 1}, 2]')
     with pytest.raises(ArtifactError, match=r"study\.json of run 's-firsttask-task' is damaged"):
         run_study(ReproduceSettings.of(values))
 
