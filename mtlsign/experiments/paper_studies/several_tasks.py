@@ -11,7 +11,7 @@ from mtlsign.config.reproduce import ReproduceSettings
 from mtlsign.errors import ArtifactError, DataError, SettingsError
 from mtlsign.experiments.origin import origin
 from mtlsign.experiments.paper_studies import tables
-from mtlsign.experiments.paper_studies.tables import RESULT, STUDY, TABLE, Row, table_files
+from mtlsign.experiments.paper_studies.tables import RESULT, STUDY, TABLE, Row, table_files, with_all_columns
 from mtlsign.storage.base import Storage
 from mtlsign.storage.json_io import parse_bounded_json
 from mtlsign.storage.manifest import MANIFEST
@@ -41,6 +41,19 @@ class TasksRun(RunFolder[ReproduceSettings]):
     def task_folder(self, task: str) -> Storage:
         """Return the folder of the run of a task."""
         return self.storage.child(RUNS, private=True).child(self.task_run(task))
+
+    def check_task_runs(self, tasks: Sequence[str], *, is_new: bool) -> None:
+        """Raise `SettingsError` if two tasks have one run name, or a new run would read runs of another."""
+        names = [self.task_run(task) for task in tasks]
+        if len(set(names)) < len(names):
+            raise SettingsError(
+                "Two tasks differ in signs alone, or are too long. Run them one by one.", field="task"
+            )
+        for task, name in zip(tasks, names, strict=True):
+            if is_new and (
+                self.task_folder(task).exists(SETTINGS_FILE) or self.task_folder(task).exists(MANIFEST)
+            ):
+                raise SettingsError(f"Run {name!r} exists. Choose another name for this run.", field="run")
 
     def delete_leftovers(self) -> None:
         """Delete nothing: the runs of the tasks delete their files."""
@@ -86,8 +99,10 @@ def run_tasks(
     Raises:
         MTLSignError: an input is invalid.
     """
+    is_new = settings.resume is None
     run, settings = TasksRun.open(settings)
     names = task_names(settings.task)
+    run.check_task_runs(names, is_new=is_new)
     run.reserve_name(settings)
     log(f"run {run.name}; if it is interrupted: {settings.resume_flags(run.name)}")
     rows: list[Row] = []
@@ -147,9 +162,3 @@ def _stored_rows(folder: Storage, name: str) -> list[Row]:
             f"{STUDY} of run {name!r} is damaged. Delete this run; its task is then repeated.", field="resume"
         )
     return rows
-
-
-def with_all_columns(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows with the columns of all of them; absent values are None."""
-    columns = dict.fromkeys(name for row in rows for name in row)
-    return [{**columns, **row} for row in rows]

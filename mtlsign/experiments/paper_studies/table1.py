@@ -17,6 +17,7 @@ from mtlsign.errors import DataError, ModelError, SettingsError
 from mtlsign.experiments.attack_runs.scheme_target import prepare_base, untrained_base
 from mtlsign.experiments.paper_studies.paper_values import TABLE_1
 from mtlsign.experiments.paper_studies.scheme_tables import Row, by_scheme, mean_and_sd, points_of_embedding
+from mtlsign.experiments.paper_studies.tables import with_all_columns
 from mtlsign.schemes import SchemeSettings
 from mtlsign.watermark.embedding.worker import SingleProcessContext
 
@@ -70,9 +71,9 @@ def requirement_table(results: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Return a row for each scheme: the measured quantity and the judgement of each requirement.
 
     A requirement is met (`yes`) if in no seed a false claim, or the owner's on the unmarked network, is
-    accepted; if the mark costs at most a point
-    on average; if every tuning of every seed leaves an accepted claim; if the scheme runs on every kind of
-    task whose data are there. Columns `paper` have the judgements of Table 1, if it lists the scheme.
+    accepted; if the mark costs at most a point on average; if every tuning of every seed leaves an accepted
+    claim; if the scheme runs on every kind of task whose data are there. Columns `paper` have the judgements
+    of Table 1, if it lists the scheme.
     """
     rows: list[Row] = []
     for scheme, group in by_scheme(results).items():
@@ -81,8 +82,7 @@ def requirement_table(results: Sequence[Mapping[str, Any]]) -> list[Row]:
             rows.append(_requirements(scheme, finished))
         else:
             rows.append({"scheme": scheme, "n": 0, "reason": group[0].get("reason")})
-    columns = {name: None for row in rows for name in row}
-    return [columns | row for row in rows]
+    return with_all_columns(rows)
 
 
 def _requirements(scheme: str, finished: Sequence[Mapping[str, Any]]) -> Row:

@@ -169,6 +169,12 @@ def head_name(row: Mapping[str, Any]) -> str:
     return "paper" if row.get("preset") == "paper" else str(row.get("head", "keyed"))
 
 
+def with_all_columns(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with the columns of all of them; absent values are None."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [{**columns, **row} for row in rows]
+
+
 def table_files(rows: Sequence[Row]) -> dict[str, bytes]:
     """Return the table of a study as CSV, Markdown and JSON."""
     return {

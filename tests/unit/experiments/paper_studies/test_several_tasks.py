@@ -10,7 +10,7 @@ from mtlsign.config.reproduce import ReproduceSettings
 from mtlsign.errors import ArtifactError, DataError, SettingsError
 from mtlsign.experiments.paper_studies import scheme_studies, tables
 from mtlsign.experiments.paper_studies.run import run_study
-from mtlsign.experiments.paper_studies.several_tasks import ALL_TASKS, run_tasks, task_names, with_all_columns
+from mtlsign.experiments.paper_studies.several_tasks import ALL_TASKS, run_tasks, task_names
 from tests.unit.experiments.attack_runs.test_run import FACTORY
 
 
@@ -112,15 +112,38 @@ def test_study_with_failed_parts_stays_open(values: dict[str, Any], tmp_path: Pa
     assert not (folder / "manifest.json").exists() and (folder / "study.csv").exists()
 
 
-def test_damaged_rows_of_finished_task_raise_artifact_error(values: dict[str, Any], tmp_path: Path) -> None:
+def test_damaged_rows_of_finished_task_raise_artifact_error(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scheme_studies, "forge_on_base", interrupted)
+        run_study(ReproduceSettings.of(values))
     folder = tmp_path / "store" / "runs" / "s-firsttask-task"
-    folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("{}")
     (folder / tables.STUDY).write_text('[{"a": 1}, 2]')
     with pytest.raises(ArtifactError, match=r"study\.json of run 's-firsttask-task' is damaged"):
+        run_study(ReproduceSettings.of({k: v for k, v in values.items() if k != "run"} | {"resume": "s"}))
+
+
+@pytest.mark.parametrize("file", ["settings.json", "manifest.json"])
+def test_new_study_reads_no_runs_of_another(values: dict[str, Any], tmp_path: Path, file: str) -> None:
+    folder = tmp_path / "store" / "runs" / "s-secondtask-task"
+    folder.mkdir(parents=True)
+    (folder / file).write_text("{}")
+    (folder / tables.STUDY).write_text('[{"a": 1}]')
+    with pytest.raises(SettingsError, match="run: Run 's-secondtask-task' exists"):
         run_study(ReproduceSettings.of(values))
+    assert not (tmp_path / "store" / "runs" / "s").exists()
+
+
+def test_tasks_with_the_same_run_name_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="task: Two tasks differ in signs alone"):
+        run_study(ReproduceSettings.of({**values, "task": "first-:task,first:-task"}))
 
 
 def test_rows_of_different_tasks_have_the_same_columns() -> None:
-    rows = with_all_columns([{"task": "a", "x": 1}, {"task": "b", "y": 2}])
+    rows = tables.with_all_columns([{"task": "a", "x": 1}, {"task": "b", "y": 2}])
     assert rows == [{"task": "a", "x": 1, "y": None}, {"task": "b", "x": None, "y": 2}]
