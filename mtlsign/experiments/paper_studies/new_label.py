@@ -24,8 +24,12 @@ from mtlsign.storage.base import Storage
 LogCallback = Callable[[str], None]
 
 METHODS = {"new": "new label (Zhong et al.)", "old": "old label (Zhang et al.)"}
-#: Values of the panels, and the setting of pruning and fine-tuning. The paper's axes have no printed values.
-ALPHAS, BETAS, ALPHA, BETA = (0.01, 0.05), (0.1, 0.2, 0.4), 0.05, 0.2
+#: Values of the panels. The paper's axes have no printed values.
+ALPHAS, BETAS = (0.001, 0.01, 0.05), (0.1, 0.2, 0.4)
+#: Beta of the alpha panel; alpha of the beta panel, which is the paper's, or the larger one if the paper's
+#: gives fewer than `_FEW_SAMPLES` key samples. Pruning and fine-tuning have both.
+BETA, PAPER_ALPHA, LARGER_ALPHA = 0.2, 0.001, 0.05
+_FEW_SAMPLES = 40
 #: Attacks at that setting.
 ATTACKS = "prune:ratio=0.1/0.3/0.5/0.7/0.8/0.9,ftal"
 #: Key samples in a training batch.
@@ -40,21 +44,18 @@ class Setting:
         label: "new" or "old".
         alpha: key samples for training as a share of the training images.
         beta: size of the perturbation as a share of the range of pixel values.
+        is_attacked: True for the setting of pruning and fine-tuning.
     """
 
     label: str
     alpha: float
     beta: float
+    is_attacked: bool = False
 
     @property
     def name(self) -> str:
         """Name of the stored result."""
         return f"{self.label}-{self.alpha:g}-{self.beta:g}"
-
-    @property
-    def is_attacked(self) -> bool:
-        """True for the setting of pruning and fine-tuning."""
-        return (self.alpha, self.beta) == (ALPHA, BETA)
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -65,11 +66,20 @@ class Setting:
         )  # fmt: skip
 
 
-def panel_settings() -> list[Setting]:
-    """Return all settings for both labels: that of the attacks, then those of the alpha and beta panels."""
-    alphas, betas = [(alpha, BETA) for alpha in ALPHAS], [(ALPHA, beta) for beta in BETAS]
-    pairs = dict.fromkeys([(ALPHA, BETA), *alphas, *betas])
-    return [Setting(label, alpha, beta) for alpha, beta in pairs for label in METHODS]
+def panel_settings(images: int) -> list[Setting]:
+    """Return all settings for both labels: that of the attacks, then those of the alpha and beta panels.
+
+    Args:
+        images: number of training images.
+    """
+    centre = PAPER_ALPHA if PAPER_ALPHA * images >= _FEW_SAMPLES else LARGER_ALPHA
+    alphas = [(alpha, BETA) for alpha in ALPHAS if alpha >= centre or alpha * images >= _FEW_SAMPLES]
+    pairs = dict.fromkeys([(centre, BETA), *alphas, *((centre, beta) for beta in BETAS)])
+    return [
+        Setting(label, alpha, beta, is_attacked=(alpha, beta) == (centre, BETA))
+        for alpha, beta in pairs
+        for label in METHODS
+    ]
 
 
 def run_new_label_study(settings: ReproduceSettings, log: LogCallback) -> tuple[SchemeStudyRun, list[Row]]:
@@ -86,26 +96,33 @@ def run_new_label_study(settings: ReproduceSettings, log: LogCallback) -> tuple[
     run.reserve_name(settings)
     log(f"run {run.name}; if it is interrupted: {settings.resume_flags(run.name)}")
     results = []
-    for setting in panel_settings():
+    images = prepare_base(attack_settings_of(settings, "new_label", settings.seed)).task.size("train")
+    for setting in panel_settings(images):
         for seed in range(settings.seed, settings.seed + settings.seeds):
             result = run.stored(setting.name, seed)
             if result is None:
-                result = _result(settings, setting, seed, run.base_folder(seed))
+                result = _result(settings, setting, seed, run.base_folder(seed), log)
                 run.store(setting.name, seed, result)
             log(f"seed {seed} · {setting.name} · {result['normal']:.3f} normal · {result['key']:.3f} key")
             results.append(result)
     return run, new_label_table(results, settings.task)
 
 
-def _result(settings: ReproduceSettings, setting: Setting, seed: int, folder: Storage) -> dict[str, Any]:
+def _result(
+    settings: ReproduceSettings, setting: Setting, seed: int, folder: Storage, log: LogCallback
+) -> dict[str, Any]:
     """Return the accuracies of one embedding, and the rows of its attacks."""
     attack_settings = attack_settings_of(settings, "new_label", seed)
     attack_settings = attack_settings.model_copy(update={"scheme_options": setting.options})
-    target, embedding = mark_base(prepare_base(attack_settings), attack_settings, folder, lambda _: None)
+    target, embedding = mark_base(
+        prepare_base(attack_settings), attack_settings, folder,
+        lambda text: log(f"seed {seed} · {setting.name} · {text}"),
+    )  # fmt: skip
     rows: list[Row] = []
-    if setting.is_attacked:
-        plans = plans_with_baseline(settings.attacks or ATTACKS)
-        rows = [run_attack(target, plan, seed).row for plan in plans[1:]]
+    plans = plans_with_baseline(settings.attacks or ATTACKS)[1:] if setting.is_attacked else []
+    for number, plan in enumerate(plans, 1):
+        rows.append(run_attack(target, plan, seed).row)
+        log(f"seed {seed} · {setting.name} · attack {number} of {len(plans)}: {rows[-1]['attack']}")
     marked = embedding["marked"]
     return {
         "label": setting.label, "alpha": setting.alpha, "beta": setting.beta, "seed": seed,
@@ -118,9 +135,10 @@ def new_label_table(results: Sequence[dict[str, Any]], task: str) -> list[Row]:
     """Return the rows of the panels and of the table: accuracies in per cent, mean and sd over seeds.
 
     Args:
-        results: results of all embeddings.
+        results: results of all embeddings; those at the setting of the attacks have their rows.
         task: name of the task, which selects the paper's values.
     """
+    centre = next(result["alpha"] for result in results if result["rows"])
     groups: dict[tuple[str, float, float], list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault((result["label"], result["alpha"], result["beta"]), []).append(result)
@@ -128,10 +146,10 @@ def new_label_table(results: Sequence[dict[str, Any]], task: str) -> list[Row]:
     for label in METHODS:
         own = {key[1:]: group for key, group in groups.items() if key[0] == label}
         for panel, chosen in (("alpha", [pair for pair in own if pair[1] == BETA]),
-                              ("beta", [pair for pair in own if pair[0] == ALPHA])):  # fmt: skip
+                              ("beta", [pair for pair in own if pair[0] == centre])):  # fmt: skip
             for pair in sorted(chosen):
                 rows.append(_row(panel, pair[panel == "beta"], label, own[pair]))
-        rows += _attack_rows(label, own.get((ALPHA, BETA), []), task)
+        rows += _attack_rows(label, own.get((centre, BETA), []), task)
     return rows
 
 

@@ -19,6 +19,7 @@ from mtlsign.experiments.attack_runs.run_folder import BASE_FILE
 from mtlsign.experiments.attack_runs.scheme_target import forge_on_base, mark_base, prepare_base
 from mtlsign.experiments.paper_studies.scheme_tables import false_claim_table, fig6_table, scheme_table
 from mtlsign.experiments.paper_studies.table1 import TABLE1_ATTACKS, requirement_table, tasks_that_run
+from mtlsign.reports.attack_console import format_result
 from mtlsign.schemes import SCHEMES
 from mtlsign.schemes.detection import DEFAULT_EVIDENCE_BITS
 from mtlsign.storage.base import Storage
@@ -116,7 +117,7 @@ def run_scheme_study(settings: ReproduceSettings, log: LogCallback) -> tuple[Sch
         for name in names:
             result = run.stored(name, seed)
             if result is None:
-                result = _result(settings, name, seed, run.base_folder(seed))
+                result = _result(settings, name, seed, run.base_folder(seed), log)
                 run.store(name, seed, result)
             log(f"seed {seed} · {name} · {result['status']}")
             results.append(result)
@@ -141,7 +142,9 @@ def attack_settings_of(settings: ReproduceSettings, scheme: str, seed: int) -> A
     )
 
 
-def _result(settings: ReproduceSettings, name: str, seed: int, folder: Storage) -> dict[str, Any]:
+def _result(
+    settings: ReproduceSettings, name: str, seed: int, folder: Storage, log: LogCallback
+) -> dict[str, Any]:
     """Return the result of one scheme and seed; its `status` is "ok", "not_supported" or "diverged"."""
     attack_settings = attack_settings_of(settings, name, seed)
     header = {"scheme": name, "seed": seed}
@@ -154,15 +157,18 @@ def _result(settings: ReproduceSettings, name: str, seed: int, folder: Storage) 
     if settings.study == "false_claims":
         return {**header, "status": "ok", "forgery": forge_on_base(plan, seed, folder)}
     try:
-        target, embedding = mark_base(plan, attack_settings, folder, lambda _: None)
+        target, embedding = mark_base(
+            plan, attack_settings, folder, lambda text: log(f"seed {seed} · {name} · {text}")
+        )
     except ModelError as error:
         status = "diverged" if isinstance(error, DivergedError) else "not_supported"
         return {**header, "status": status, "reason": error.detail}
-    expressions = settings.attacks or _ATTACKS[settings.study]
+    plans = plans_with_baseline(settings.attacks or _ATTACKS[settings.study])
     rows: list[Row] = []
-    for attack_plan in plans_with_baseline(expressions):
+    for number, attack_plan in enumerate(plans, 1):
         row = run_attack(target, attack_plan, seed).row
         rows.append(compare_with_baseline(row, (rows or [row])[0], target.min_evidence_bits))
+        log(f"seed {seed} · {name} · {number}/{len(plans)} {format_result(rows[-1])}")
     embedding["epochs"] = embedding["images"] / plan.task.size("train")
     result = {**header, "status": "ok", "embedding": embedding, "rows": rows}
     if settings.study == "table1":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mtlsign.config.reproduce import ReproduceSettings
 from mtlsign.experiments.paper_studies.definitions import DEFAULT_KINDS, PRUNING, RATIOS
 from mtlsign.experiments.paper_studies.paper_values import table_3_row
+from mtlsign.experiments.paper_studies.scheme_tables import mean_and_sd
 from mtlsign.reports.formatting import number
 from mtlsign.reports.tables import csv_of
 
@@ -37,14 +37,6 @@ def _groups(rows: Sequence[Row], names: Sequence[str]) -> dict[tuple[Any, ...], 
     return groups
 
 
-def _mean_and_sd(name: str, values: Sequence[float | None]) -> Row:
-    numbers = [value for value in values if value is not None]
-    return {
-        name: statistics.fmean(numbers) if numbers else None,
-        f"sd {name}": statistics.stdev(numbers) if len(numbers) > 1 else None,
-    }
-
-
 def _ablation_table(rows: Sequence[Row]) -> list[Row]:
     table_rows = []
     named = [row | {"head": head_name(row)} for row in rows]
@@ -58,10 +50,10 @@ def _ablation_table(rows: Sequence[Row]) -> list[Row]:
         table_rows.append(
             {
                 "head": head, "R_func": a > 0, "R_DA": b > 0, "n": len(group),
-                **_mean_and_sd("primary", [row["primary_marked"] for row in group]),
-                **_mean_and_sd("points lost until NP takes the mark below gamma", bounded_costs),
+                **mean_and_sd("primary", [row["primary_marked"] for row in group]),
+                **mean_and_sd("points lost until NP takes the mark below gamma", bounded_costs),
                 "NP never does": costs.count(None),
-                **_mean_and_sd("wm accuracy after FP", [_accuracy_after_fp(row) for row in group]),
+                **mean_and_sd("wm accuracy after FP", [_accuracy_after_fp(row) for row in group]),
             }
         )  # fmt: skip
     return table_rows
@@ -115,9 +107,9 @@ def _overwriting_table(rows: Sequence[Row], task: str) -> list[Row]:
             table_rows.append(
                 {
                     "owner's head": head, "adversary's head": parameters.get("head"), "epochs": epochs,
-                    "n": len(losses), **_mean_and_sd("points of wm accuracy lost", losses),
+                    "n": len(losses), **mean_and_sd("points of wm accuracy lost", losses),
                     "the paper": paper_values.get(epochs), "the paper's data": dataset,
-                    **_mean_and_sd("bits left", bits),
+                    **mean_and_sd("bits left", bits),
                 }
             )  # fmt: skip
     return table_rows
@@ -146,9 +138,9 @@ def _attack_table(rows: Sequence[Row]) -> list[Row]:
             table_rows.append(
                 {
                     "head": head, "R_DA": kinds, "attack": name, "n": len(remaining),
-                    **_mean_and_sd("wm accuracy", [row.get(accuracy) for row in group]),
-                    **_mean_and_sd("bits", remaining), "fewest bits": min(remaining, default=None),
-                    **_mean_and_sd("points lost", points),
+                    **mean_and_sd("wm accuracy", [row.get(accuracy) for row in group]),
+                    **mean_and_sd("bits", remaining), "fewest bits": min(remaining, default=None),
+                    **mean_and_sd("points lost", points),
                 }
             )  # fmt: skip
     return table_rows

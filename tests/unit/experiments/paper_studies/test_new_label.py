@@ -22,14 +22,21 @@ def attacked(attack: str, parameters: str, normal: float, key: float) -> dict[st
 
 
 def test_settings_cross_at_attacked_one_for_both_labels() -> None:
-    settings = new_label.panel_settings()
+    settings = new_label.panel_settings(45_000)
     assert len(settings) == len(set(settings)) == 2 * (len(new_label.ALPHAS) + len(new_label.BETAS) - 1)
     assert [s.label for s in settings if s.is_attacked] == ["new", "old"]
-    assert settings[0].is_attacked and settings[0].name == "new-0.05-0.2"
+    assert settings[0].is_attacked and settings[0].name == "new-0.001-0.2"
+    assert {s.alpha for s in settings if s.beta != new_label.BETA} == {0.001}
+
+
+def test_few_images_have_settings_with_enough_key_samples() -> None:
+    settings = new_label.panel_settings(9_000)
+    assert settings[0].name == "new-0.05-0.2" and {s.alpha for s in settings} == {0.01, 0.05}
+    assert {s.alpha for s in new_label.panel_settings(500)} == {0.05}
 
 
 def test_table_has_panels_pruning_and_paper_values() -> None:
-    centre = (new_label.ALPHA, new_label.BETA)
+    centre = (new_label.LARGER_ALPHA, new_label.BETA)
     rows = [attacked("prune", "ratio=0.5", 0.8, 0.7), attacked("ftal", "lr=quarter", 0.95, 0.6)]
     results = [result(0, "new", *centre, rows=rows), result(1, "new", *centre, rows=rows),
                result(0, "new", 0.01, new_label.BETA), result(0, "old", *centre)]  # fmt: skip
@@ -50,7 +57,7 @@ def test_table_has_panels_pruning_and_paper_values() -> None:
 def test_study_marks_with_both_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "labeltask.py").write_text(FACTORY)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name, value in (("ALPHAS", (0.05,)), ("BETAS", (0.4,)), ("ALPHA", 0.05), ("BETA", 0.4)):
+    for name, value in (("ALPHAS", (0.05,)), ("BETAS", (0.4,)), ("BETA", 0.4)):
         monkeypatch.setattr(new_label, name, value)
     values = {
         "study": "new_label", "task": "labeltask:task", "width": 8, "seeds": 1, "embed_steps": 30,

@@ -41,8 +41,15 @@ def test_schemes_study_writes_table_and_resumes(
     with pytest.raises(KeyboardInterrupt):
         run_study(settings)
     resumed = {name: values[name] for name in ("storage", "task")} | {"study": "schemes", "resume": "s"}
-    result = run_study(ReproduceSettings.of(resumed))
+    lines: list[str] = []
+    result = run_study(ReproduceSettings.of(resumed), log=lines.append)
     assert calls == ["none", "int8", "none", "none", "int8"], "finished schemes are not repeated"
+    assert lines[:2] == ["run s; if it is interrupted: --resume s",
+                         "seed 0 · adi · ok"]  # fmt: skip
+    assert [line.split(" · evidence")[0] for line in lines[2:]] == [
+        "seed 0 · zhu2020 · the unmarked network is trained", "seed 0 · zhu2020 · marked with zhu2020",
+        "seed 0 · zhu2020 · 1/2 none", "seed 0 · zhu2020 · 2/2 int8", "seed 0 · zhu2020 · ok",
+    ]  # fmt: skip
     cells = [(row["scheme"], row["attack"], row["of"], row["null rate"]) for row in result["rows"]]
     assert cells == [
         ("adi", "none", 100, 0.25), ("adi", "int8", 100, 0.25),
