@@ -9,7 +9,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from mtlsign.config import renamed
-from mtlsign.config.base import Settings, Texts
+from mtlsign.config.base import Settings, Texts, named_values
 from mtlsign.config.embed import MAX_WIDTH
 from mtlsign.config.mixins import (
     KIT_PASSPHRASE_FILE,
@@ -22,6 +22,13 @@ from mtlsign.config.mixins import (
     RunStorage,
     TaskData,
 )
+from mtlsign.errors import SettingsError
+
+#: Settings of the unmarked network's training that `--set` gives.
+_TRAINING = (
+    "stem", "amp", "phase1.epochs", "phase1.batch", "phase1.optimizer", "phase1.lr", "phase1.weight_decay",
+    "phase1.initial_weights",
+)  # fmt: skip
 
 
 class AttackSettings(RunStorage, RunPlacement, TaskData, Settings):
@@ -69,6 +76,7 @@ class AttackSettings(RunStorage, RunPlacement, TaskData, Settings):
     network: str | None = Field(None, min_length=1, max_length=200, description="--scheme: network to train, as --model of jobs/embed.py [that of the task]")
     width: int | None = Field(None, ge=4, le=MAX_WIDTH, description="--scheme: channels of the network's first stage")
     weights: str | None = Field(None, min_length=1, max_length=4096, description="--scheme: trained checkpoint of the unmarked network; skips its training")
+    overrides: Texts = Field((), alias="set", max_length=40, description="--scheme: further setting of the unmarked network's training, NAME=VALUE such as stem=stock or phase1.epochs=6; repeat the flag")
     embed_steps: int | None = Field(None, ge=1, le=1_000_000, description="--scheme: optimiser steps of the embedding [those of the scheme]")
     embed_batch: int = Field(128, ge=2, le=65_536, description="--scheme: primary samples in a step of the embedding")
     # resources
@@ -77,3 +85,16 @@ class AttackSettings(RunStorage, RunPlacement, TaskData, Settings):
     # outputs
     keep_models: bool = Field(True, description="write each attacked model to models/DIGEST of the run, as jobs/verify.py reads them")
     # fmt: on
+
+    @property
+    def training(self) -> dict[str, str]:
+        """Settings of the unmarked network's training, by dotted name. Raises `SettingsError`."""
+        values = named_values(self.overrides)
+        for name in values:
+            if name not in _TRAINING:
+                raise SettingsError(
+                    f"{name[:60]!r} does not belong to the training of the unmarked network. Use "
+                    f"{', '.join(_TRAINING)}.",
+                    field="set",
+                )
+        return values

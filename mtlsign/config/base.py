@@ -42,6 +42,17 @@ def as_tuple(value: Any) -> Any:
 Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(as_tuple)]
 
 
+def named_values(pairs: Collection[str]) -> dict[str, str]:
+    """Return the settings that `--set NAME=VALUE` gives, by name. Raises `SettingsError`."""
+    values = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip():
+            raise SettingsError(f"{pair[:60]!r} is not NAME=VALUE. Write --set phase1.epochs=6.", field="set")
+        values[name.strip().replace("-", "_")] = value.strip()
+    return values
+
+
 class SettingsGroup(BaseModel):
     """Group of settings that belong together, such as those of one training phase."""
 

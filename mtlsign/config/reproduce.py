@@ -66,7 +66,7 @@ class ReproduceSettings(RunStorage, RunPlacement, TaskData, Settings):
     schemes: str = Field("all", min_length=1, max_length=1000, description="schemes, fig6, table1, false_claims, property_inference: all, or names separated by commas")
     embed_steps: int | None = Field(None, ge=1, le=1_000_000, description="schemes, fig6, table1, property_inference, new_label: optimiser steps of every embedding [those of each scheme; property_inference 200]")
     embed_batch: int = Field(128, ge=2, le=65_536, description="schemes, fig6, table1, property_inference, new_label: primary samples in a step of the embedding")
-    overrides: Texts = Field((), alias="set", max_length=200, description="further setting of every embedding, NAME=VALUE such as phase1.epochs=6; repeat the flag")
+    overrides: Texts = Field((), alias="set", max_length=200, description="further setting of every embedding, in studies of schemes of the training before it, NAME=VALUE such as phase1.epochs=6; repeat the flag")
     # resources
     workers: int | None = Field(None, ge=0, le=4096, description="concurrent embeddings [as many as the resources allow]; 0: this process alone, without Ray")
     cpus_per_worker: int = Field(1, ge=1, le=1024, description="CPUs of each embedding")

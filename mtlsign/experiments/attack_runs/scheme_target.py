@@ -113,7 +113,7 @@ def prepare_base(settings: AttackSettings) -> BasePlan:
     training = EmbedSettings.of(
         {
             "task": settings.task, "seed": settings.seed, "download": settings.download,
-            **{name: value for name, value in named.items() if value is not None},
+            **{name: value for name, value in named.items() if value is not None}, **settings.training,
         }
     ).with_defaults()  # fmt: skip
     split_seed = settings.seed if settings.split_seed is None else settings.split_seed

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from mtlsign.config.attack import AttackSettings
+from mtlsign.config.embed import EmbedSettings
 from mtlsign.config.reproduce import PAPER_STUDIES, SCHEME_STUDIES, ReproduceSettings
 from mtlsign.errors import ArtifactError, SettingsError
 from mtlsign.experiments.origin import origin
@@ -190,8 +192,8 @@ def _run_random_keys(settings: ReproduceSettings, log: LogCallback) -> dict[str,
 
 def _run_scheme_study(settings: ReproduceSettings, log: LogCallback) -> dict[str, Any]:
     """Run a study of several schemes and write its table; `schemes` has a page as well."""
-    if settings.overrides:
-        raise SettingsError("This study has no settings of embeddings. Omit --set.", field="set")
+    training = AttackSettings.of({"set": settings.overrides}).training
+    EmbedSettings.of({"task": settings.task, **training})  # raises before anything is written
     study = {"property_inference": run_property_inference, "new_label": run_new_label_study}.get(
         settings.study, run_scheme_study
     )

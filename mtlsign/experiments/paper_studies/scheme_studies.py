@@ -129,6 +129,7 @@ def attack_settings_of(settings: ReproduceSettings, scheme: str, seed: int) -> A
     values = {
         "task": settings.task, "data": settings.data, "tokenizer": settings.tokenizer,
         "network": settings.model, "width": settings.width, "embed_steps": settings.embed_steps,
+        "set": settings.overrides or None,
     }  # fmt: skip
     return AttackSettings.of(
         {

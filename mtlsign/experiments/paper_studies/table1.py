@@ -47,7 +47,7 @@ def tasks_that_run(settings: AttackSettings) -> dict[str, dict[str, Any]]:
 
 
 def _attempt(settings: AttackSettings, task: str, small: Mapping[str, Any]) -> dict[str, Any]:
-    named = {"network": None, "width": None} | dict(small)
+    named = {"network": None, "width": None, "overrides": ()} | dict(small)
     try:
         plan = prepare_base(settings.updated({"task": task, **named}))
     except DataError as error:

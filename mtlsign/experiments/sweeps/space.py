@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtlsign.config.base import nearest, setting_names
+from mtlsign.config.base import named_values, nearest, setting_names
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.config.sweep import SweepSettings
 from mtlsign.errors import SettingsError
@@ -43,7 +43,7 @@ def load_space(settings: SweepSettings) -> dict[str, Any]:
         space.pop("model", None)  # the default model depends on the task
     named = {"task": settings.task, "model": settings.model, "width": settings.width}
     overrides = {name: value for name, value in named.items() if value is not None}
-    overrides |= _overrides(settings.overrides)
+    overrides |= named_values(settings.overrides)
     space |= overrides
     variants = _variants(space, overrides)
     if variants:
@@ -80,7 +80,7 @@ def _set_seeds(space: dict[str, Any], settings: SweepSettings) -> None:
             raise SettingsError(
                 f"The seed is fixed, so {settings.num_samples} repetitions would be identical. Remove it and "
                 "pass the first one as --seed, or use a grid of seeds without repetitions.",
-                field="set" if "seed" in _overrides(settings.overrides) else "space",
+                field="set" if "seed" in named_values(settings.overrides) else "space",
             )
         return
     count = 1 if random else settings.num_samples
@@ -121,17 +121,6 @@ def _import_space(name: str) -> dict[str, Any]:
     if not isinstance(space, dict):
         raise SettingsError(f"{name[:100]!r} does not return a dict. Return settings by name.", field="space")
     return dict(space)
-
-
-def _overrides(pairs: Sequence[str]) -> dict[str, str]:
-    """Return the settings that `--set NAME=VALUE` gives. Raises `SettingsError`."""
-    values = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name.strip():
-            raise SettingsError(f"{pair[:60]!r} is not NAME=VALUE. Write --set phase1.epochs=6.", field="set")
-        values[name.strip().replace("-", "_")] = value.strip()
-    return values
 
 
 def describe(value: object) -> Any:

@@ -81,6 +81,10 @@ def test_run_with_changed_output_layer_builds_marked_network(values: dict[str, A
         ({"scheme": "uchida", "task": None}, "needs a task"),
         ({"scheme": "uchida", "scheme_options": ("key_size=5000",)}, "scheme: The scheme cannot mark"),
         ({"scheme": "uchida", "scheme_options": ("size=1",)}, "no option of 'uchida'"),
+        ({"scheme": "uchida", "set": ("stem",)}, "set: 'stem' is not NAME=VALUE"),
+        ({"scheme": "uchida", "set": ("width=16",)}, "'width' does not belong to the training of"),
+        ({"scheme": "uchida", "set": ("phase2.steps=9",)}, "'phase2.steps' does not belong to the training"),
+        ({"scheme": "uchida", "set": ("phase1.epochs=x",)}, "phase1.epochs: "),
     ],
 )
 def test_invalid_scheme_settings_write_nothing(
@@ -112,6 +116,14 @@ def mnist_values(tmp_path: Path) -> dict[str, Any]:
         "scheme": "mtlsign", "task": "mnist", "data": str(tmp_path), "width": 16, "embed_steps": 1,
         "embed_batch": 8, "min_evidence_bits": 40,
     }  # fmt: skip
+
+
+def test_set_changes_training_of_unmarked_network(mnist_values: dict[str, Any]) -> None:
+    chosen = ("stem=cifar", "phase1.epochs=2", "phase1.weight-decay=0.01")
+    plan = prepare_base(AttackSettings.of({**mnist_values, "set": chosen}))
+    phase1 = plan.settings.phase1
+    assert (plan.settings.stem, phase1.epochs, phase1.weight_decay) == ("cifar", 2, 0.01)
+    assert plan.architecture["stem"] == "cifar" and plan.settings.phase2.margin == 8.5
 
 
 @pytest.mark.parametrize(

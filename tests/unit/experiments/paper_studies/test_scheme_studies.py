@@ -81,3 +81,24 @@ def test_damaged_result_raises_artifact_error(values: dict[str, Any], tmp_path: 
 def test_unknown_scheme_raises_settings_error(values: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="schemes: Unknown scheme 'x'"):
         run_study(ReproduceSettings.of({**values, "study": "schemes", "schemes": "uchida,x"}))
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("phase2.steps=9", "'phase2.steps' does not belong"),
+        ("phase1.epochs=0", "phase1.epochs: "),
+        ("stem", "set: "),
+    ],
+)
+def test_invalid_training_of_base_writes_nothing(
+    values: dict[str, Any], tmp_path: Path, pair: str, message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        run_study(ReproduceSettings.of({**values, "study": "schemes", "set": [pair]}))
+    assert not (tmp_path / "store").exists()
+
+
+def test_base_is_trained_with_settings_of_the_study(values: dict[str, Any]) -> None:
+    settings = ReproduceSettings.of({**values, "study": "schemes", "set": ["phase1.epochs=2"]})
+    assert scheme_studies.attack_settings_of(settings, "adi", 0).training == {"phase1.epochs": "2"}
