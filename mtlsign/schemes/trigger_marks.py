@@ -171,7 +171,12 @@ def pixel_range(task: Task) -> tuple[float, float]:
 
 
 def training_images(
-    task: Task, count: int, generator: torch.Generator, *, of_class: int | None = None
+    task: Task,
+    count: int,
+    generator: torch.Generator,
+    *,
+    of_class: int | None = None,
+    except_class: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return random training images and their classes, on the CPU.
 
@@ -180,17 +185,23 @@ def training_images(
         count: number of images, at most.
         generator: source of the choice.
         of_class: only images of this class; None for all.
+        except_class: no images of this class; None for all.
     """
     split = task.splits["train"]
-    rows = torch.randperm(task.size("train"), generator=generator)[: max(4 * count * task.classes, count)]
-    if of_class is None:
-        rows = rows[:count]
+    rows = torch.randperm(task.size("train"), generator=generator)
+    if of_class is not None:
+        rows = rows[: 4 * count * task.classes]
+    else:
+        rows = rows[: count if except_class is None else 4 * count]
     inputs, classes = split.batch(rows)
     inputs, classes = inputs.cpu(), classes.cpu()
+    is_chosen = torch.ones_like(classes, dtype=torch.bool)
     if of_class is not None:
-        chosen = torch.nonzero(classes == of_class).flatten()[:count]
-        inputs, classes = inputs[chosen], classes[chosen]
-    return inputs, classes
+        is_chosen &= classes == of_class
+    if except_class is not None:
+        is_chosen &= classes != except_class
+    chosen = torch.nonzero(is_chosen).flatten()[:count]
+    return inputs[chosen], classes[chosen]
 
 
 def smooth_images(

@@ -50,3 +50,10 @@ def test_old_label_keeps_layer_and_answers_class_of_task(tiny_task: Task, tiny_m
     for sample in (*key.inputs, *key.training_inputs):
         nearest = (inputs - sample).square().flatten(1).sum(1).argmin()
         assert int(labels[nearest]) != target, "key samples are images of other classes"
+
+
+def test_old_label_has_all_key_samples_of_a_large_share(tiny_task: Task, tiny_model: Maker) -> None:
+    images = tiny_task.size("train")
+    scheme = NewLabelScheme(key_size=images // 10, label="old", training_share=0.6)
+    key = scheme.generate_key(tiny_model(), tiny_task, 1)
+    assert len(key.training_inputs) == round(0.6 * images) and len(key.inputs) == images // 10
