@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -152,10 +153,13 @@ class Settings(BaseModel):
         return words
 
     def resume_flags(self, run: str) -> str:
-        """Return the flags that continue a run: its name, and the number of workers if it is not the default."""
-        field, workers = type(self).model_fields.get("workers"), getattr(self, "workers", None)
-        extra = "" if field is None or workers == field.default else f" --workers {workers}"
-        return f"--resume {run}{extra}"
+        """Return the flags that continue a run: its name, and workers and storage if not the defaults."""
+        flags = ["--resume", run]
+        for name in ("workers", "storage"):
+            field = type(self).model_fields.get(name)
+            if field is not None and getattr(self, name) != field.default:
+                flags += [f"--{name}", shlex.quote(str(getattr(self, name)))]
+        return " ".join(flags)
 
     def updated(self, changes: Mapping[str, Any]) -> Self:
         """Return a copy with other values for some dotted field names. The values are not validated again."""

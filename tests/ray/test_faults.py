@@ -98,7 +98,7 @@ def test_phase_without_restarts_left_ends_with_one_error_line(jobs: JobLauncher,
     assert job.wait(2) == ""
     last = job.err.splitlines()[-1]
     assert last.startswith("error: phase 'clean': It failed after 0 restarts")
-    assert last.endswith("continue with --resume f --workers 2.")
+    assert last.endswith(f"continue with --resume f --workers 2 --storage {tmp_path}.")
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ def test_embedding_on_ray_prints_only_lines_of_the_job(baseline_run: FinishedRun
     job_lines = "|".join(
         (
             r"owner identity .*",
-            r"run base; .*: --resume base --workers 2",
+            r"run base; .*: --resume base --workers 2 --storage /\S+",
             r"phase (1, task training|2, watermark) .*",
         )
     )

@@ -170,9 +170,12 @@ def test_with_defaults_of_text_tasks_use_adam(task: str, epochs: int) -> None:
     assert "--phase1.batch" in chosen.flags() and "--phase1.weight-decay" in chosen.flags()
 
 
-def test_resume_flags_name_workers_that_are_not_the_default() -> None:
+def test_resume_flags_name_workers_and_storage_that_are_not_the_default() -> None:
     assert EmbedSettings.of({}).resume_flags("a1") == "--resume a1"
     assert EmbedSettings.of({"workers": 0}).resume_flags("a1") == "--resume a1 --workers 0"
+    elsewhere = {"workers": 0, "storage": "my runs"}
+    assert EmbedSettings.of(elsewhere).resume_flags("a1") == "--resume a1 --workers 0 --storage 'my runs'"
+    assert EmbedSettings.of({"storage": "s3://b/p"}).resume_flags("a1") == "--resume a1 --storage s3://b/p"
 
 
 def test_with_defaults_of_imdb_and_pretrained_models_have_other_margins() -> None:

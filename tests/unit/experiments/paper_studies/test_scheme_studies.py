@@ -44,7 +44,7 @@ def test_schemes_study_writes_table_and_resumes(
     lines: list[str] = []
     result = run_study(ReproduceSettings.of(resumed), log=lines.append)
     assert calls == ["none", "int8", "none", "none", "int8"], "finished schemes are not repeated"
-    assert lines[:2] == ["run s; if it is interrupted: --resume s",
+    assert lines[:2] == [f"run s; if it is interrupted: --resume s --storage {values['storage']}",
                          "seed 0 · adi · ok"]  # fmt: skip
     assert [line.split(" · evidence")[0] for line in lines[2:]] == [
         "seed 0 · zhu2020 · the unmarked network is trained", "seed 0 · zhu2020 · marked with zhu2020",

@@ -127,7 +127,8 @@ def test_run_sweep_job_with_failed_cell_stays_resumable(
     settings = tiny_sweep(storage=str(tmp_path), run="s", set=SHORT)
     first = run_sweep_job(settings, LocalSweepBackend(), log=lines.append)
     assert (first["failed"], first["try_again"], first["ok"]) == (1, 1, 3)
-    assert lines[-1] == "1 of 4 cells failed; --resume s --workers 0 retries them"
+    flags = f"--resume s --workers 0 --storage {tmp_path}"
+    assert lines[-1] == f"1 of 4 cells failed; {flags} retries them"
     folder = tmp_path / "runs/s"
     assert (folder / "report.html").exists() and (folder / "clean").exists()
     assert not (folder / "manifest.json").exists()
