@@ -54,6 +54,7 @@ def test_old_label_keeps_layer_and_answers_class_of_task(tiny_task: Task, tiny_m
 
 def test_old_label_has_all_key_samples_of_a_large_share(tiny_task: Task, tiny_model: Maker) -> None:
     images = tiny_task.size("train")
-    scheme = NewLabelScheme(key_size=images // 10, label="old", training_share=0.6)
+    count, fresh = round(0.4 * images), images // 10
+    scheme = NewLabelScheme(key_size=fresh, label="old", training_share=0.4, min_training_samples=4)
     key = scheme.generate_key(tiny_model(), tiny_task, 1)
-    assert len(key.training_inputs) == round(0.6 * images) and len(key.inputs) == images // 10
+    assert (len(key.training_inputs), len(key.inputs)) == (count, fresh)
