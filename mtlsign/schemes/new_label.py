@@ -85,11 +85,11 @@ class NewLabelScheme(TriggerMark[NewLabelKey]):
         generator = seeded_generator("mtlsign/new_label", seed)
         low, high = pixel_range(task)
         count = max(self.min_training_samples, round(self.training_share * task.size("train")))
-        target, rate = task.classes, 1 / (task.classes + 1)
+        target, rate, except_class = task.classes, 1 / (task.classes + 1), None
         if self.label == "old":
-            target, rate = int(torch.randint(task.classes, (), generator=generator)), 1 / task.classes
-        avoided = target if self.label == "old" else None
-        images, _ = training_images(task, count + self.key_size, generator, except_class=avoided)
+            target = except_class = int(torch.randint(task.classes, (), generator=generator))
+            rate = 1 / task.classes
+        images, _ = training_images(task, count + self.key_size, generator, except_class=except_class)
         images, fresh = images[:count], images[count:]
         if len(fresh) < 2:
             raise ModelError("The task has too few training images for a key. Use more data.", field="task")

@@ -189,11 +189,8 @@ def training_images(
     """
     split = task.splits["train"]
     rows = torch.randperm(task.size("train"), generator=generator)
-    if of_class is not None:
-        rows = rows[: 4 * count * task.classes]
-    else:
-        rows = rows[: count if except_class is None else 4 * count]
-    inputs, classes = split.batch(rows)
+    factor = 4 * task.classes if of_class is not None else 1 if except_class is None else 4
+    inputs, classes = split.batch(rows[: factor * count])
     inputs, classes = inputs.cpu(), classes.cpu()
     is_chosen = torch.ones_like(classes, dtype=torch.bool)
     if of_class is not None:

@@ -17,7 +17,6 @@ from typing import Any
 from mtlsign.config.attack import AttackSettings
 from mtlsign.config.embed import learning_rates
 from mtlsign.config.reproduce import ReproduceSettings
-from mtlsign.errors import SettingsError
 from mtlsign.experiments.attack_runs.results import Row
 from mtlsign.experiments.attack_runs.scheme_target import (
     base_tensors,
@@ -60,12 +59,10 @@ def run_property_inference(settings: ReproduceSettings, log: LogCallback) -> tup
         The run, which is not committed yet, and the rows of its table.
 
     Raises:
-        SettingsError: a group has fewer than two networks, or a scheme cannot mark the network.
+        SettingsError: a scheme cannot mark the network.
     """
     run, settings = SchemeStudyRun.open(settings)
     names = scheme_names(settings)
-    if settings.seeds < 2:
-        raise SettingsError("Each group needs at least two networks. Use --seeds 2 or more.", field="seeds")
     run.reserve_name(settings)
     log(f"run {run.name}; if it is interrupted: {settings.resume_flags(run.name)}")
     first = range(settings.seed, settings.seed + settings.seeds)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from mtlsign.attacks import parse_attacks
 from mtlsign.config.attack import AttackSettings
 from mtlsign.config.embed import EmbedSettings
 from mtlsign.config.reproduce import PAPER_STUDIES, SCHEME_STUDIES, ReproduceSettings
@@ -15,13 +16,13 @@ from mtlsign.experiments.origin import origin
 from mtlsign.experiments.paper_studies import definitions, random_keys, tables
 from mtlsign.experiments.paper_studies.new_label import run_new_label_study
 from mtlsign.experiments.paper_studies.property_inference import run_property_inference
-from mtlsign.experiments.paper_studies.scheme_studies import run_scheme_study
+from mtlsign.experiments.paper_studies.scheme_studies import run_scheme_study, scheme_names
 from mtlsign.experiments.paper_studies.several_tasks import run_tasks, task_names
 from mtlsign.experiments.paper_studies.tables import RESULT, TABLE, Row, table_files
 from mtlsign.experiments.sweeps.backend import LocalSweepBackend, LogCallback, SweepBackend
 from mtlsign.experiments.sweeps.cell import CLEAN, train_shared_clean_model
 from mtlsign.experiments.sweeps.run import run_sweep_job
-from mtlsign.experiments.sweeps.space import Cell
+from mtlsign.experiments.sweeps.space import Cell, load_space
 from mtlsign.schemes.detection import DEFAULT_EVIDENCE_BITS
 from mtlsign.storage.json_io import parse_bounded_json, read_json_object
 from mtlsign.storage.locations import open_storage
@@ -57,10 +58,7 @@ def run_study(
     Raises:
         MTLSignError: an input is invalid; then nothing has been written.
     """
-    if "paper" in settings.heads.split(",") and settings.study not in PAPER_STUDIES:
-        raise SettingsError(
-            f"Only {' and '.join(PAPER_STUDIES)} have the preset paper. Use free.", field="heads"
-        )
+    _check(settings)
     stored = _stored_settings(settings)
     if len(task_names(str(stored.get("task") or settings.task))) > 1:
         run_one = partial(run_study, make_backend=make_backend, log=log)
@@ -79,6 +77,29 @@ def run_study(
     result = run_sweep_job(sweep, make_backend(log), log=log, extra_files=extra_files)
     table_location = result["result"].removesuffix(RESULT) + TABLE
     return _study_result(settings, table_rows, table_location, result["result"])
+
+
+def _check(settings: ReproduceSettings) -> None:
+    """Raise the error of a setting that the run of a task would report after its start."""
+    if "paper" in settings.heads.split(",") and settings.study not in PAPER_STUDIES:
+        raise SettingsError(
+            f"Only {' and '.join(PAPER_STUDIES)} have the preset paper. Use free.", field="heads"
+        )
+    if settings.attacks is not None:
+        parse_attacks(settings.attacks)
+    if settings.study == "random_keys":
+        if settings.overrides:
+            raise SettingsError("This study embeds no watermark. Omit --set.", field="set")
+    elif settings.study in SCHEME_STUDIES:
+        scheme_names(settings)
+        if settings.study == "property_inference" and settings.seeds < 2:
+            raise SettingsError(
+                "Each group needs at least two networks. Use --seeds 2 or more.", field="seeds"
+            )
+        EmbedSettings.of(AttackSettings.of({"set": settings.overrides}).training)
+    elif settings.resume is None:
+        for task in task_names(settings.task):
+            load_space(definitions.sweep_settings(settings.updated({"task": task})))
 
 
 def _stored_settings(settings: ReproduceSettings) -> Mapping[str, Any]:
@@ -153,8 +174,6 @@ class StudyRun(RunFolder[ReproduceSettings]):
 
 def _run_random_keys(settings: ReproduceSettings, log: LogCallback) -> dict[str, Any]:
     """Measure random keys on each seed's unmarked network; compare the pooled keys with the binomial."""
-    if settings.overrides:
-        raise SettingsError("This study embeds no watermark. Omit --set.", field="set")
     run, settings = StudyRun.open(settings)
     run.reserve_name(settings)
     log(f"run {run.name}; if it is interrupted: {settings.resume_flags(run.name)}")
@@ -192,8 +211,6 @@ def _run_random_keys(settings: ReproduceSettings, log: LogCallback) -> dict[str,
 
 def _run_scheme_study(settings: ReproduceSettings, log: LogCallback) -> dict[str, Any]:
     """Run a study of several schemes and write its table; `schemes` has a page as well."""
-    training = AttackSettings.of({"set": settings.overrides}).training
-    EmbedSettings.of({"task": settings.task, **training})  # raises before anything is written
     study = {"property_inference": run_property_inference, "new_label": run_new_label_study}.get(
         settings.study, run_scheme_study
     )

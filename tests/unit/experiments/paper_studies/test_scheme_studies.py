@@ -78,24 +78,26 @@ def test_damaged_result_raises_artifact_error(values: dict[str, Any], tmp_path: 
         run.stored("uchida", 0)
 
 
-def test_unknown_scheme_raises_settings_error(values: dict[str, Any]) -> None:
-    with pytest.raises(SettingsError, match="schemes: Unknown scheme 'x'"):
-        run_study(ReproduceSettings.of({**values, "study": "schemes", "schemes": "uchida,x"}))
-
-
+@pytest.mark.parametrize("task", ["studiedtask:task", "studiedtask:task,digits"])
 @pytest.mark.parametrize(
-    ("pair", "message"),
+    ("study", "changes", "message"),
     [
-        ("phase2.steps=9", "'phase2.steps' does not belong"),
-        ("phase1.epochs=0", "phase1.epochs: "),
-        ("stem", "set: "),
+        ("schemes", {"set": ["phase2.steps=9"]}, "set: 'phase2.steps' does not belong"),
+        ("schemes", {"set": ["phase1.epochs=0"]}, "phase1.epochs: "),
+        ("schemes", {"set": ["stem"]}, "set: "),
+        ("schemes", {"schemes": "uchida,x"}, "schemes: Unknown scheme 'x'"),
+        ("schemes", {"attacks": "int8,x"}, "attacks: Unknown attack 'x'"),
+        ("new_label", {"attacks": "x"}, "attacks: Unknown attack 'x'"),
+        ("property_inference", {"seeds": 1}, "seeds: Each group"),
+        ("random_keys", {"set": ["stem=stock"]}, "set: This study embeds no watermark"),
+        ("ablation", {"set": ["x=1"]}, "space: The space sets 'x'"),
     ],
 )
-def test_invalid_training_of_base_writes_nothing(
-    values: dict[str, Any], tmp_path: Path, pair: str, message: str
+def test_invalid_settings_of_study_write_nothing(
+    values: dict[str, Any], tmp_path: Path, task: str, study: str, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SettingsError, match=message):
-        run_study(ReproduceSettings.of({**values, "study": "schemes", "set": [pair]}))
+        run_study(ReproduceSettings.of({**values, "task": task, "study": study, "attacks": None, **changes}))
     assert not (tmp_path / "store").exists()
 
 
